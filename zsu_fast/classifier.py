@@ -1,0 +1,421 @@
+"""A user's model as one plain function, image tensor -> logits: what it eats and what it returns.
+
+Nothing in this file changes the model it is given.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError, ModelError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# Sizes people train classifiers at, the most common first; see `infer_shape`.
+_COMMON_SIZES = (32, 224, 28, 64, 96, 128, 160, 192, 240, 256, 288, 299, 384, 48, 16, 8)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The images that a model expects.
+
+    Attributes:
+        shape: (channels, height, width).
+        mean: per-channel mean that was subtracted from pixels in 0..1.
+        std: per-channel divisor of the same.
+        source: where this is known from, in words (it goes into the run record).
+    """
+
+    shape: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str = "given"
+
+    @property
+    def low(self) -> Tensor:
+        """The value of a black pixel after normalisation, float32 [channels]."""
+        return torch.tensor([(0.0 - m) / s for m, s in zip(self.mean, self.std, strict=True)])
+
+    @property
+    def high(self) -> Tensor:
+        """The value of a white pixel after normalisation, float32 [channels]."""
+        return torch.tensor([(1.0 - m) / s for m, s in zip(self.mean, self.std, strict=True)])
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [N, channels, H, W] (0..255) -> float32 of the same shape, as the model wants it."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile`` and (Distributed)DataParallel, however nested."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, nn.DataParallel | nn.parallel.DistributedDataParallel
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+class LogitsModel(nn.Module):
+    """Wraps a classifier so that ``forward`` returns its logits [N, C] and nothing else.
+
+    Takes the logits from a tensor, the ``logits`` attribute of an object, the ``"logits"`` key of
+    a dict, or the first item of a tuple or list (or the only tensor of a dict).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pick_logits(self.model(x))
+
+
+def pick_logits(output: Any) -> Any:
+    """The logits in whatever a classifier returns. Also runs on torch.fx proxies while tracing."""
+    if isinstance(output, Tensor | torch.fx.Proxy):
+        return output
+    if isinstance(output, dict):
+        if "logits" in output:
+            return output["logits"]
+        if len(output) == 1:
+            return next(iter(output.values()))
+    elif hasattr(output, "logits"):
+        return output.logits
+    elif isinstance(output, tuple | list) and output:
+        return output[0]
+    keys = f" with keys {sorted(map(str, output))}" if isinstance(output, dict) else ""
+    raise ModelError(
+        f"its output is a {type(output).__name__}{keys}, in which no logits were found",
+        "Return a [N, classes] tensor, a tuple that starts with it, a dict with the key 'logits', "
+        "or an object with the attribute .logits.",
+    )
+
+
+def working_copy(model: nn.Module, device: torch.device) -> LogitsModel:
+    """A float32 copy in eval mode on ``device``, trainable everywhere, safe to change.
+
+    In-place activations are switched off in it, so that cached activations stay what they are.
+    """
+    inner = unwrap(model)
+    for name, tensor in state(inner).items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise ModelError(
+                f"{name} holds {bad} NaN or infinite values of {tensor.numel()}",
+                "Load a checkpoint whose weights are finite.",
+            )
+    try:
+        copied = copy.deepcopy(inner)
+    except Exception as error:
+        raise ModelError(
+            f"{type(inner).__name__} cannot be copied by copy.deepcopy ({error})",
+            "Remove what cannot be copied (open files, locks, non-leaf tensors kept as attributes).",
+        ) from error
+    copied = copied.to(device=device).float().eval()
+    for module in copied.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False
+    for parameter in copied.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+        parameter.grad = None
+    return LogitsModel(copied)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, persistent or not; names tied to one tensor come once."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of ``model.state_dict()``, as 64 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(unwrap(model).state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def count_classes(model: LogitsModel, spec: InputSpec, device: torch.device) -> int:
+    """Runs two mid-grey images through the model and returns the number of its logits.
+
+    Raises:
+        ModelError: the model can't run a batch, or does not return logits [N, C >= 2].
+    """
+    try:
+        logits = model(_probe(spec.shape, 2, device))
+    except ModelError:
+        raise
+    except Exception as error:
+        try:
+            model(_probe(spec.shape, 1, device))
+        except Exception:
+            raise ArgumentError(
+                "input_shape",
+                f"the model raises for images of shape {spec.shape} ({spec.source}): "
+                f"{type(error).__name__}: {error}",
+                "Pass input_shape=(channels, height, width) as the model was trained.",
+            ) from error
+        raise ModelError(
+            f"it runs one image but not a batch of two ({type(error).__name__}: {error})",
+            "Let forward() take any batch size: impressions are made in batches.",
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(
+            f"for two images of shape {spec.shape} its output is {shape}, not [2, classes]",
+            "zsu_fast unlearns image classifiers: one image in, one row of logits out.",
+        )
+    if logits.shape[1] < 2:
+        raise ModelError(
+            "it has a single logit", "At least two classes are needed: one to forget, one to keep."
+        )
+    if not bool(logits.isfinite().all()):
+        raise ModelError(
+            "its logits for a grey image are NaN or infinite",
+            "Check the weights and the normalisation layers.",
+        )
+    return int(logits.shape[1])
+
+
+def resolve_spec(
+    model: nn.Module,
+    input_shape: Sequence[int] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+) -> InputSpec:
+    """What images the model expects: given, stated by the model, or inferred without data.
+
+    A zoo model states it (``model.input_spec``), as does a timm model (``pretrained_cfg``).
+    Otherwise the shape is inferred from the layers (`infer_shape`), and pixels are taken to be
+    normalised by ImageNet's mean and std (three channels), MNIST's (one), or 0.5 (others).
+
+    Raises:
+        ArgumentError: a given value is malformed, or nothing tells the shape.
+    """
+    inner = unwrap(model)
+    stated = _stated_spec(inner)
+    if input_shape is not None:
+        shape, source = _check_shape(input_shape), "shape given"
+    elif stated is not None:
+        shape, source = stated.shape, stated.source
+    else:
+        shape, source = infer_shape(inner)
+    channels = shape[0]
+    if mean is None and std is None and stated is not None and len(stated.mean) == channels:
+        return InputSpec(shape, stated.mean, stated.std, source)
+    guess_mean, guess_std, guess = _guess_normalisation(channels)
+    if mean is None and std is None:
+        return InputSpec(shape, guess_mean, guess_std, f"{source}; {guess}")
+    means = _check_channels("mean", 0.0 if mean is None else mean, channels)
+    stds = _check_channels("std", 1.0 if std is None else std, channels)
+    if any(s <= 0 for s in stds):
+        raise ArgumentError("std", f"got {std!r}", "Every value must be above 0.")
+    return InputSpec(shape, means, stds, f"{source}; mean and std given")
+
+
+def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
+    """The shape of the images, from the layers alone.
+
+    Channels come from the first convolution (or the width of the first linear layer). Of the
+    common sizes, those are kept at which the model runs. If several are left, as with global
+    pooling, the first is taken at which the last feature map is 4 to 16 pixels wide: that is how
+    wide it is in practice, 8 for a ResNet made for 32 pixels, 7 for one made for 224.
+
+    Raises:
+        ArgumentError: the model runs at none of them.
+    """
+    try:
+        probe = copy.deepcopy(model).float().eval()
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})",
+            "Remove what cannot be copied (open files, locks, non-leaf tensors kept as attributes).",
+        ) from error
+    layers = [m for m in probe.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    device = next((p.device for p in probe.parameters()), torch.device("cpu"))
+    if not layers:
+        raise ArgumentError(
+            "input_shape",
+            "not given, and the model has no convolution or linear layer to infer it from",
+            "Pass input_shape=(channels, height, width).",
+        )
+    first = layers[0]
+    if isinstance(first, nn.Conv2d):
+        candidates = [(first.in_channels * 1, s, s) for s in _COMMON_SIZES]
+    else:
+        candidates = []
+        for channels in (1, 3):
+            side = math.isqrt(first.in_features // channels)
+            if channels * side * side == first.in_features:
+                candidates.append((channels, side, side))
+        candidates.append((first.in_features,))  # type: ignore[arg-type]
+    running: list[tuple[tuple[int, ...], int]] = []
+    last_error: Exception | None = None
+    for shape in candidates:
+        try:
+            width = _last_map_width(probe, shape, device)
+        except Exception as error:  # this size does not fit: the next may
+            last_error = error
+            continue
+        if 4 <= width <= 16 or not isinstance(first, nn.Conv2d):
+            return shape, f"shape inferred: the last feature map is {width} wide"
+        running.append((shape, width))
+    if running:
+        return running[0][0], "shape inferred: the first common size at which the model runs"
+    raise ArgumentError(
+        "input_shape",
+        f"not given, and the model raises at each of {len(candidates)} common shapes, "
+        f"at the last with {type(last_error).__name__}: {last_error}",
+        "Pass input_shape=(channels, height, width).",
+    ) from last_error
+
+
+def check_forget(forget: Any, classes: int) -> list[int]:
+    """``forget`` as a sorted list of class indices.
+
+    Args:
+        forget: one int, or any collection of ints (list, tuple, set, range, numpy array, tensor).
+        classes: the number of the model's logits.
+
+    Raises:
+        ArgumentError: empty, every class, out of range, duplicated, or not whole numbers.
+    """
+    remedy = f"Pass distinct class indices from 0 to {classes - 1}, such as forget=[0, 1]."
+
+    def refuse(why: str) -> ArgumentError:
+        return ArgumentError("forget", f"got {_short(forget)}: {why}", remedy)
+
+    if isinstance(forget, str | bytes | dict):
+        raise refuse(f"a {type(forget).__name__} is not a collection of class indices")
+    if isinstance(forget, Tensor | np.ndarray):
+        items: list[Any] = np.atleast_1d(np.asarray(forget.tolist())).ravel().tolist()
+        kind = str(forget.dtype)
+        if "bool" in kind or "float" in kind or "complex" in kind:
+            raise refuse(f"its dtype is {kind}, not an integer type")
+    elif isinstance(forget, Iterable):
+        items = list(forget)
+    else:
+        items = [forget]
+    for item in items:
+        if isinstance(item, bool | np.bool_):
+            raise refuse("a bool is not a class index")
+        if isinstance(item, Tensor) and (
+            item.numel() != 1 or item.is_floating_point() or item.dtype == torch.bool
+        ):
+            raise refuse("it holds a tensor that is not one whole number")
+        if not isinstance(item, int | np.integer | Tensor):
+            raise refuse(f"{item!r} is a {type(item).__name__}, not an int")
+    wanted = [int(item) for item in items]
+    if not wanted:
+        raise refuse("no class is named")
+    if min(wanted) < 0:
+        raise refuse(f"{min(wanted)} is negative")
+    if max(wanted) >= classes:
+        raise refuse(f"{max(wanted)} is out of range, the model has {classes} logits")
+    if len(set(wanted)) < len(wanted):
+        twice = sorted({c for c in wanted if wanted.count(c) > 1})
+        raise refuse(f"{twice} named more than once")
+    if len(wanted) == classes:
+        raise refuse("that is every class, so nothing is left to keep")
+    return sorted(wanted)
+
+
+def _short(value: Any) -> str:
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _probe(shape: Sequence[int], batch: int, device: torch.device) -> Tensor:
+    return torch.zeros(batch, *shape, device=device)
+
+
+@torch.no_grad()
+def _last_map_width(model: nn.Module, shape: Sequence[int], device: torch.device) -> int:
+    """Width of the last four-dimensional output of a convolution; 0 if there is none."""
+    width = 0
+
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        nonlocal width
+        if isinstance(output, Tensor) and output.ndim == 4:
+            width = int(output.shape[-1])
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    try:
+        pick_logits(model(_probe(shape, 2, device)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return width
+
+
+def _stated_spec(model: nn.Module) -> InputSpec | None:
+    own = getattr(model, "input_spec", None)
+    if isinstance(own, InputSpec):
+        return own
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(config, dict) and {"input_size", "mean", "std"} <= set(config):
+        return InputSpec(
+            tuple(config["input_size"]),
+            tuple(config["mean"]),
+            tuple(config["std"]),
+            "stated by the model's pretrained_cfg",
+        )
+    return None
+
+
+def _guess_normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    if channels == 3:
+        return IMAGENET_MEAN, IMAGENET_STD, "ImageNet mean and std assumed"
+    if channels == 1:
+        return (0.1307,), (0.3081,), "MNIST mean and std assumed"
+    return (0.5,) * channels, (0.5,) * channels, "mean and std of 0.5 assumed"
+
+
+def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        result = tuple(int(n) for n in shape)
+        whole = all(int(n) == n and not isinstance(n, bool) for n in shape)
+    except (TypeError, ValueError):
+        result, whole = (), False
+    if not whole or len(result) not in (1, 3) or min(result, default=0) < 1:
+        raise ArgumentError(
+            "input_shape", f"got {shape!r}", "Pass (channels, height, width), each at least 1."
+        )
+    return result
+
+
+def _check_channels(
+    name: str, value: float | Sequence[float], channels: int
+) -> tuple[float, ...]:
+    try:
+        values = (
+            (float(value),) * channels
+            if isinstance(value, int | float)
+            else tuple(float(v) for v in value)
+        )
+    except (TypeError, ValueError):
+        values = ()
+    if len(values) != channels or not all(math.isfinite(v) for v in values):
+        raise ArgumentError(
+            name,
+            f"got {value!r} for images of {channels} channels",
+            f"Pass one number, or {channels} of them.",
+        )
+    return values

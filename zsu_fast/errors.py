@@ -1,0 +1,36 @@
+"""What zsu_fast raises. Every message names the argument, the value it got, and the remedy."""
+
+from __future__ import annotations
+
+
+class ZsuFastError(Exception):
+    """Base of every error that zsu_fast raises on purpose."""
+
+
+class ArgumentError(ZsuFastError, ValueError):
+    """An argument can't be used.
+
+    Args:
+        argument: the name of the argument, as the caller knows it.
+        got: what was given, and why it does not do.
+        remedy: what to pass instead.
+    """
+
+    def __init__(self, argument: str, got: str, remedy: str) -> None:
+        self.argument, self.got, self.remedy = argument, got, remedy
+        super().__init__(f"{argument}: {got}. {remedy}")
+
+
+class ModelError(ArgumentError):
+    """The model can't be unlearned as it is."""
+
+    def __init__(self, got: str, remedy: str) -> None:
+        super().__init__("model", got, remedy)
+
+
+class CheckpointError(ZsuFastError, ValueError):
+    """A file of weights is missing, damaged, unsafe to open, or does not fit the model."""
+
+
+class OutputError(ZsuFastError, OSError):
+    """A result could not be written; what was at the path before is untouched."""
