@@ -258,7 +258,7 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
         )
     first = layers[0]
     if isinstance(first, nn.Conv2d):
-        candidates = [(first.in_channels * 1, s, s) for s in _COMMON_SIZES]
+        candidates = [(first.in_channels, s, s) for s in _COMMON_SIZES]
     else:
         candidates = []
         for channels in (1, 3):
@@ -288,31 +288,48 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
 
 
 def check_forget(forget: Any, classes: int) -> list[int]:
-    """``forget`` as a sorted list of class indices.
+    """``forget`` as a sorted list of class indices that leaves at least one class to keep.
+
+    Raises:
+        ArgumentError: as `check_classes`, or every class is named.
+    """
+    wanted = check_classes("forget", forget, classes)
+    if len(wanted) == classes:
+        raise ArgumentError(
+            "forget",
+            f"got {_short(forget)}: that is every class, so nothing is left to keep",
+            f"Leave out at least one of the classes 0 to {classes - 1}.",
+        )
+    return wanted
+
+
+def check_classes(argument: str, value: Any, classes: int) -> list[int]:
+    """``value`` as a sorted list of class indices.
 
     Args:
-        forget: one int, or any collection of ints (list, tuple, set, range, numpy array, tensor).
+        argument: its name, for the error.
+        value: one int, or any collection of ints (list, tuple, set, range, numpy array, tensor).
         classes: the number of the model's logits.
 
     Raises:
-        ArgumentError: empty, every class, out of range, duplicated, or not whole numbers.
+        ArgumentError: empty, out of range, duplicated, or not whole numbers.
     """
-    remedy = f"Pass distinct class indices from 0 to {classes - 1}, such as forget=[0, 1]."
+    remedy = f"Pass distinct class indices from 0 to {classes - 1}, such as {argument}=[0, 1]."
 
     def refuse(why: str) -> ArgumentError:
-        return ArgumentError("forget", f"got {_short(forget)}: {why}", remedy)
+        return ArgumentError(argument, f"got {_short(value)}: {why}", remedy)
 
-    if isinstance(forget, str | bytes | dict):
-        raise refuse(f"a {type(forget).__name__} is not a collection of class indices")
-    if isinstance(forget, Tensor | np.ndarray):
-        items: list[Any] = np.atleast_1d(np.asarray(forget.tolist())).ravel().tolist()
-        kind = str(forget.dtype)
-        if "bool" in kind or "float" in kind or "complex" in kind:
+    if isinstance(value, str | bytes | dict):
+        raise refuse(f"a {type(value).__name__} is not a collection of class indices")
+    if isinstance(value, Tensor | np.ndarray):
+        kind = str(value.dtype)
+        if "int" not in kind:
             raise refuse(f"its dtype is {kind}, not an integer type")
-    elif isinstance(forget, Iterable):
-        items = list(forget)
+        items: list[Any] = value.reshape(-1).tolist()
+    elif isinstance(value, Iterable):
+        items = list(value)
     else:
-        items = [forget]
+        items = [value]
     for item in items:
         if isinstance(item, bool | np.bool_):
             raise refuse("a bool is not a class index")
@@ -332,9 +349,33 @@ def check_forget(forget: Any, classes: int) -> list[int]:
     if len(set(wanted)) < len(wanted):
         twice = sorted({c for c in wanted if wanted.count(c) > 1})
         raise refuse(f"{twice} named more than once")
-    if len(wanted) == classes:
-        raise refuse("that is every class, so nothing is left to keep")
     return sorted(wanted)
+
+
+def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    """The device to compute on: ``device``, or where the model's first parameter is.
+
+    Raises:
+        ArgumentError: no such device here.
+        ModelError: the model has no parameters.
+    """
+    first = next(unwrap(model).parameters(), None) if isinstance(model, nn.Module) else None
+    if first is None:
+        raise ModelError(
+            f"got a {type(model).__name__} without parameters",
+            "Pass a trained torch.nn.Module.",
+        )
+    if device is None:
+        return first.device
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArgumentError(
+            "device", f"got {device!r}: {reason}", "Pass one that torch has here, such as 'cpu'."
+        ) from error
+    return chosen
 
 
 def _short(value: Any) -> str:
