@@ -44,9 +44,7 @@ RECIPES = {
     "lenet5": Recipe("lenet5", "mnist", (), 15, 128, 3e-3, 5e-4, False, 2),
     "lenet5_golden": Recipe("lenet5", "mnist", (1, 2, 3, 4), 15, 128, 3e-3, 5e-4, False, 2),
     "karpathynet": Recipe("karpathynet", "cifar10", (), 30, 32, 3e-3, 1e-4, True, 0),
-    "karpathynet_golden": Recipe(
-        "karpathynet", "cifar10", (3, 4, 8), 30, 32, 3e-3, 1e-4, True, 0
-    ),
+    "karpathynet_golden": Recipe("karpathynet", "cifar10", (3, 4, 8), 30, 32, 3e-3, 1e-4, True, 0),
 }
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing weights: nothing is executed, nothing is overwritten, nothing half-written."""
+"""Reading and writing weights: nothing executed, nothing overwritten, nothing half-written."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     if not tensors or len(tensors) < len(content):
         odd = [str(k) for k, v in content.items() if not isinstance(v, Tensor)][:3]
+        told = ", ".join(odd) or "it is empty"
         raise CheckpointError(
-            f"weights: {path} holds entries that are no tensors ({', '.join(odd) or 'it is empty'})."
-            f" Save model.state_dict()."
+            f"weights: {path} holds entries that are no tensors ({told}). Save model.state_dict()."
         )
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
@@ -145,7 +145,7 @@ def check_writable(path: str | Path, force: bool = False) -> None:
         raise OutputError(f"out: {path} is a folder. Name a file in it.")
     if path.exists() and not force:
         raise OutputError(f"out: {path} exists. Name another file, or pass --force (force=True).")
-    write_atomically(path, lambda file: None, force=True, keep=False)
+    write_atomically(path, lambda _: None, force=True, keep=False)
 
 
 def write_atomically(

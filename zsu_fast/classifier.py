@@ -51,7 +51,7 @@ class InputSpec:
         return torch.tensor([(1.0 - m) / s for m, s in zip(self.mean, self.std, strict=True)])
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [N, channels, H, W] (0..255) -> float32 of the same shape, as the model wants it."""
+        """uint8 [N, channels, H, W] (0..255) -> float32 of that shape, as the model wants it."""
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
         return (images.float() / 255 - mean) / std
@@ -124,12 +124,12 @@ def working_copy(model: nn.Module, device: torch.device) -> LogitsModel:
     except Exception as error:
         raise ModelError(
             f"{type(inner).__name__} cannot be copied by copy.deepcopy ({error})",
-            "Remove what cannot be copied (open files, locks, non-leaf tensors kept as attributes).",
+            "Remove what cannot be copied: open files, locks, non-leaf tensors in attributes.",
         ) from error
     copied = copied.to(device=device).float().eval()
     for module in copied.modules():
         if getattr(module, "inplace", False) is True:
-            module.inplace = False
+            module.inplace = False  # type: ignore[assignment]
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
@@ -148,7 +148,9 @@ def weights_hash(model: nn.Module) -> str:
         if not isinstance(tensor, Tensor):
             continue
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -165,7 +167,7 @@ def count_classes(model: LogitsModel, spec: InputSpec, device: torch.device) -> 
     except Exception as error:
         try:
             model(_probe(spec.shape, 1, device))
-        except Exception:
+        except Exception:  # noqa: BLE001  any error of the user's code is reported by the raise
             raise ArgumentError(
                 "input_shape",
                 f"the model raises for images of shape {spec.shape} ({spec.source}): "
@@ -246,7 +248,7 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})",
-            "Remove what cannot be copied (open files, locks, non-leaf tensors kept as attributes).",
+            "Remove what cannot be copied: open files, locks, non-leaf tensors in attributes.",
         ) from error
     layers = [m for m in probe.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     device = next((p.device for p in probe.parameters()), torch.device("cpu"))
@@ -271,7 +273,7 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
     for shape in candidates:
         try:
             width = _last_map_width(probe, shape, device)
-        except Exception as error:  # this size does not fit: the next may
+        except Exception as error:  # noqa: BLE001  this size does not fit: the next may
             last_error = error
             continue
         if 4 <= width <= 16 or not isinstance(first, nn.Conv2d):
@@ -442,9 +444,7 @@ def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return result
 
 
-def _check_channels(
-    name: str, value: float | Sequence[float], channels: int
-) -> tuple[float, ...]:
+def _check_channels(name: str, value: float | Sequence[float], channels: int) -> tuple[float, ...]:
     try:
         values = (
             (float(value),) * channels

@@ -33,6 +33,43 @@ from .progress import Callback, Reporter, Stopped
 _BATCH_VALUES = 4 * 1024 * 1024
 
 
+@dataclass(frozen=True)
+class AscentSettings:
+    """How impressions are made; `synthesize` says what each field means.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    per_class: int = 32
+    confidence: tuple[float, float] | None = (0.55, 0.99)
+    max_steps: int = 200
+    restarts: int = 2
+    step_size: float = 0.005
+    beta: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("per_class", 1), ("max_steps", 1), ("restarts", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ArgumentError(
+                    name, f"got {value!r}", f"Pass a whole number, {least} or more."
+                )
+        if self.confidence is not None:
+            good = isinstance(self.confidence, Iterable) and len(tuple(self.confidence)) == 2
+            if not good or not 0 < self.confidence[0] <= self.confidence[1] < 1:
+                raise ArgumentError(
+                    "confidence",
+                    f"got {self.confidence!r}",
+                    "Pass (low, high) with 0 < low <= high < 1.",
+                )
+        if not 0 < self.step_size <= 1:
+            raise ArgumentError("step_size", f"got {self.step_size!r}", "Pass a number in (0, 1].")
+        if not 0 <= self.beta < float("inf"):
+            raise ArgumentError("beta", f"got {self.beta!r}", "Pass a number that is 0 or more.")
+
+
 @dataclass
 class ClassImpressions:
     """Synthesised images and how they came out. Row i of every tensor is impression i.
@@ -143,49 +180,28 @@ def synthesize(
     Raises:
         ArgumentError: an argument can't be used (a `ValueError`).
     """
+    settings = AscentSettings(per_class, confidence, max_steps, restarts, step_size, beta, seed)
     where = resolve_device(model, device)
     spec = resolve_spec(model, input_shape, mean, std)
     copied = working_copy(model, where)
     total = count_classes(copied, spec, where)
     chosen = list(range(total)) if classes is None else check_classes("classes", classes, total)
     with Reporter(progress, callback) as report:
-        return ascend(
-            copied,
-            spec,
-            chosen,
-            per_class=per_class,
-            confidence=confidence,
-            max_steps=max_steps,
-            restarts=restarts,
-            step_size=step_size,
-            beta=beta,
-            seed=seed,
-            report=report,
-        )
+        return ascend(copied, spec, chosen, settings, report)
 
 
 def ascend(
     model: LogitsModel,
     spec: InputSpec,
     classes: Sequence[int],
-    *,
-    per_class: int,
-    confidence: tuple[float, float] | None,
-    max_steps: int,
-    restarts: int,
-    step_size: float,
-    beta: float,
-    seed: int,
+    settings: AscentSettings,
     report: Reporter,
 ) -> ClassImpressions:
     """`synthesize` on a working copy. All classes share one batch; finished rows leave it."""
-    check_settings(per_class, confidence, max_steps, restarts, step_size, beta)
     flags = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)  # only the images need gradients
     try:
-        return _Ascent(
-            model, spec, classes, per_class, confidence, max_steps, restarts, step_size, beta, seed
-        ).run(report)
+        return _Ascent(model, spec, classes, settings).run(report)
     finally:
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
@@ -199,23 +215,17 @@ class _Ascent:
         model: LogitsModel,
         spec: InputSpec,
         classes: Sequence[int],
-        per_class: int,
-        confidence: tuple[float, float] | None,
-        max_steps: int,
-        restarts: int,
-        step_size: float,
-        beta: float,
-        seed: int,
+        settings: AscentSettings,
     ) -> None:
-        self.model, self.spec, self.confidence = model, spec, confidence
-        self.max_steps, self.restarts, self.seed = max_steps, restarts, seed
+        self.model, self.spec, self.settings = model, spec, settings
         self.device = next(model.parameters()).device
         bounds = (-1, 1, 1) if len(spec.shape) == 3 else (-1,)
         self.low = spec.low.view(bounds).to(self.device)
         self.high = spec.high.view(bounds).to(self.device)
-        self.lr = step_size * (self.high - self.low)
-        self.beta = torch.tensor(beta, device=self.device)
+        self.lr = settings.step_size * (self.high - self.low)
+        self.beta = torch.tensor(settings.beta, device=self.device)
 
+        per_class = settings.per_class
         count = len(classes) * per_class
         self.labels = torch.tensor(list(classes)).repeat_interleave(per_class)
         self.number = torch.arange(per_class).repeat(len(classes))
@@ -256,10 +266,10 @@ class _Ascent:
         rows.confidence = probability.gather(1, rows.label[:, None])[:, 0]
         leads = probability.argmax(1) == rows.label
         reached = (rows.confidence >= rows.target) & leads
-        if self.confidence is None:
-            reached = (rows.step >= self.max_steps) & leads
+        if self.settings.confidence is None:
+            reached = (rows.step >= self.settings.max_steps) & leads
         finite = grad.flatten(1).isfinite().all(1) & rows.confidence.isfinite()
-        tired = rows.step >= self.max_steps
+        tired = rows.step >= self.settings.max_steps
         rows.reached = reached & finite & rows.active
         rows.active = rows.active & finite & ~reached & ~tired
         ops.ascent_step_(
@@ -277,7 +287,7 @@ class _Ascent:
             if going or i < 0:
                 continue
             self.steps[i] += steps[at]
-            if reached[at] or self.attempt[i] >= self.restarts:
+            if reached[at] or self.attempt[i] >= self.settings.restarts:
                 self.images[i] = rows.x[at].cpu()
                 self.reached[i], self.hit[i] = confidence[at], reached[at]
                 self.target[i] = float(rows.target[at])
@@ -313,9 +323,9 @@ class _Ascent:
         target = torch.ones(len(new))
         for at, i in enumerate(new):
             key = (int(self.labels[i]), int(self.number[i]), self.attempt[i])
-            generator = torch.Generator().manual_seed(_mix(self.seed, *key))
-            if self.confidence is not None:
-                target[at].uniform_(*self.confidence, generator=generator)
+            generator = torch.Generator().manual_seed(_mix(self.settings.seed, *key))
+            if self.settings.confidence is not None:
+                target[at].uniform_(*self.settings.confidence, generator=generator)
             images[at].normal_(0.5, 0.1, generator=generator).clamp_(0, 1)
         x = self.low + images.to(self.device) * (self.high - self.low)
         zero = torch.zeros(len(new), device=self.device)
@@ -373,30 +383,3 @@ def _mix(*numbers: int) -> int:
         h = (h ^ h >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         h ^= h >> 31
     return h >> 1
-
-
-def check_settings(
-    per_class: int,
-    confidence: tuple[float, float] | None,
-    max_steps: int,
-    restarts: int,
-    step_size: float,
-    beta: float,
-) -> None:
-    for name, value, least in (
-        ("per_class", per_class, 1),
-        ("max_steps", max_steps, 1),
-        ("restarts", restarts, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(name, f"got {value!r}", f"Pass a whole number, {least} or more.")
-    if confidence is not None:
-        good = isinstance(confidence, Iterable) and len(tuple(confidence)) == 2
-        if not good or not 0 < confidence[0] <= confidence[1] < 1:
-            raise ArgumentError(
-                "confidence", f"got {confidence!r}", "Pass (low, high) with 0 < low <= high < 1."
-            )
-    if not 0 < step_size <= 1:
-        raise ArgumentError("step_size", f"got {step_size!r}", "Pass a number in (0, 1].")
-    if not 0 <= beta < float("inf"):
-        raise ArgumentError("beta", f"got {beta!r}", "Pass a number that is 0 or more.")

@@ -12,8 +12,41 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .errors import ArgumentError
 from .objective import Masked, Objective, Rows
 from .progress import Reporter, Stopped
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How the tail is trained.
+
+    Attributes:
+        steps: most optimiser steps of one attempt; the learning rate falls to 0 over them along
+            a half cosine.
+        batch: rows a step.
+        learning_rate: None for the objective's own; that is then raised or lowered, and the loop
+            started over, where it fails.
+        early_stop: False runs all steps at a fixed rate and keeps the last state (the published
+            recipe), unless it is not finite.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    steps: int = 600
+    batch: int = 512
+    learning_rate: float | None = None
+    early_stop: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("batch", self.batch)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(name, f"got {value!r}", "Pass a whole number, 1 or more.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise ArgumentError(
+                "learning_rate", f"got {self.learning_rate!r}", "Pass a number above 0."
+            )
 
 
 @dataclass
@@ -63,11 +96,7 @@ def train_tail(
     held_out: Rows,
     objective: Objective,
     yardstick: Masked,
-    *,
-    steps: int,
-    batch: int,
-    learning_rate: float | None,
-    early_stop: bool,
+    settings: LoopSettings,
     generator: torch.Generator,
     report: Reporter,
 ) -> Fit:
@@ -80,34 +109,26 @@ def train_tail(
         held_out: rows made from other impressions.
         objective: what to descend on.
         yardstick: scores the held-out rows.
-        steps: most optimiser steps of one attempt; the learning rate falls to 0 over them along
-            a half cosine.
-        batch: rows a step.
-        learning_rate: None for the objective's own; that is then halved or raised, and the loop
-            started over, where it fails.
-        early_stop: False runs all steps and keeps the last state (the published recipe), unless
-            it is not finite.
+        settings: steps, batch, rate, stop.
         generator: draws the batches, on the CPU.
         report: told after every check.
 
     Returns:
         The history and why it ended.
     """
-    attempt = _Attempt(
-        tail, parameters, rows, held_out, objective, yardstick, steps, batch, early_stop, generator
-    )
+    attempt = _Attempt(tail, parameters, rows, held_out, objective, yardstick, settings, generator)
     fit = Fit()
     start = attempt.save()
     first = attempt.check(0, 0, 0.0, math.nan)
     fit.history.append(first)
     fit.best, best_state = first, start
-    rate = learning_rate or objective.learning_rate or _natural_rate(parameters)
-    scales = [1.0] if learning_rate or not early_stop else [1.0, 3.0, 0.3, 0.1]
+    rate = settings.learning_rate or objective.learning_rate or _natural_rate(parameters)
+    scales = [1.0] if settings.learning_rate or not settings.early_stop else [1.0, 3.0, 0.3, 0.1]
     try:
         for number, scale in enumerate(scales):
             attempt.load(start)
             outcome, best, state = attempt.run(number, rate * scale, fit.history, report)
-            if best is not None and (not early_stop or _better(best, fit.best)):
+            if best is not None and (not settings.early_stop or _better(best, fit.best)):
                 fit.best, best_state, fit.learning_rate = best, state, rate * scale
             fit.stopped = outcome
             if fit.best.leak <= 0.01 and fit.best is not first:
@@ -149,16 +170,14 @@ class _Attempt:
         held_out: Rows,
         objective: Objective,
         yardstick: Masked,
-        steps: int,
-        batch: int,
-        early_stop: bool,
+        settings: LoopSettings,
         generator: torch.Generator,
     ) -> None:
         self.tail, self.parameters = tail, parameters
         self.rows, self.held_out = rows, held_out
         self.objective, self.yardstick, self.forget = objective, yardstick, yardstick.forget
-        self.steps, self.early_stop = steps, early_stop
-        self.batch = min(batch, len(rows))
+        self.steps, self.early_stop = settings.steps, settings.early_stop
+        self.batch = min(settings.batch, len(rows))
         self.generator = generator
         self.best: Check | None = None
         self.best_state: list[Tensor] = []
@@ -184,9 +203,7 @@ class _Attempt:
         leak = self.forget[answer].float().mean()
         if not bool(logits.isfinite().all()):
             divergence = torch.tensor(math.nan)
-        return Check(
-            step, attempt, rate, loss, float(divergence), float(leak), float(agreement)
-        )
+        return Check(step, attempt, rate, loss, float(divergence), float(leak), float(agreement))
 
     def run(
         self, number: int, rate: float, history: list[Check], report: Reporter

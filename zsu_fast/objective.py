@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from . import ops
 from .errors import ArgumentError
 
-
 # Mixtures are this many times as far from the mean as the impressions they are made of.
 _REACH = (0.5, 4.0)
 
@@ -45,6 +44,46 @@ class Rows:
             self.label[index],
             self.forgotten[index],
         )
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What the tail is shown beside the impressions, and how far it has to go.
+
+    Attributes:
+        mixtures: rows mixed from impressions; None for four an impression, at least 2,048.
+        margin: how far, in logits, forgotten ones are pushed below what the mask asks for; None
+            for twice the mean lead of the impressions.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    mixtures: int | None = None
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        mixtures, margin = self.mixtures, self.margin
+        if mixtures is not None and (
+            isinstance(mixtures, bool) or not isinstance(mixtures, int) or mixtures < 0
+        ):
+            raise ArgumentError(
+                "mixtures", f"got {mixtures!r}", "Pass a whole number, 0 or more, or None."
+            )
+        if margin is not None and not 0 <= margin < float("inf"):
+            raise ArgumentError("margin", f"got {margin!r}", "Pass a number that is 0 or more.")
+
+    def count(self, impressions: int) -> int:
+        """Mixtures to make of so many impressions."""
+        return max(2048, 4 * impressions) if self.mixtures is None else self.mixtures
+
+    def margin_for(self, rows: Rows, impressions: int) -> float:
+        """The margin; the first rows are ``impressions`` and carry the original's logits."""
+        if self.margin is not None:
+            return self.margin
+        logits, label = rows.teacher[:impressions], rows.label[:impressions, None]
+        rival = logits.scatter(1, label, -torch.inf).amax(1)
+        return 2 * max(0.0, float((logits.gather(1, label)[:, 0] - rival).mean()))
 
 
 def make_rows(
@@ -158,18 +197,6 @@ class Masked:
         """Mean KL from the masked original to ``logits``, margin included, in nats."""
         coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
         return ops.masked_cross_entropy(logits + self.shift, rows.teacher, self.forget, coef)
-
-
-def natural_margin(rows: Rows, impressions: int) -> float:
-    """Twice the mean lead of an impression's own logit over its strongest rival, in logits.
-
-    Args:
-        rows: from `make_rows`, labelled by the original tail.
-        impressions: how many of the first rows are impressions.
-    """
-    logits, label = rows.teacher[:impressions], rows.label[:impressions, None]
-    rival = logits.scatter(1, label, -torch.inf).amax(1)
-    return 2 * max(0.0, float((logits.gather(1, label)[:, 0] - rival).mean()))
 
 
 def check_objective(name: str, weights: Sequence[float]) -> None:

@@ -270,9 +270,9 @@ def _split_by_graph(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced = torch.fx.symbolic_trace(model)
-    except Exception:  # control flow on values, unusual outputs: `_split_by_replay` handles those
+    except Exception:  # noqa: BLE001  control flow on values: `_split_by_replay` handles those
         return None
-    nodes = [n for n in traced.graph.nodes]
+    nodes = list(traced.graph.nodes)
     path = f"model.{name}"
     start = next((i for i, n in enumerate(nodes) if _inside(n, path)), None)
     if start is None:
@@ -292,21 +292,21 @@ def _split_by_graph(
     crossing = [n for n in crossing if n not in constants]
     if not crossing:
         return None
-    head_graph, head_map = torch.fx.Graph(), {}
+    head_graph = torch.fx.Graph()
+    head_map: dict[torch.fx.Node, Any] = {}
     needed = _ancestors(crossing)
     for node in before:
         if node.op != "placeholder" and node not in needed:
             continue
         head_map[node] = head_graph.node_copy(node, lambda n: head_map[n])
     head_graph.output(tuple(head_map[n] for n in crossing))
-    tail_graph, tail_map = torch.fx.Graph(), {}
+    tail_graph = torch.fx.Graph()
+    tail_map: dict[torch.fx.Node, Any] = {}
     for i, node in enumerate(crossing):
         tail_map[node] = tail_graph.placeholder(f"feature_{i}")
     for node, value in constants.items():
         tail_map[node] = (
-            tail_graph.call_method("size", (tail_map[crossing[0]], 0))
-            if value is _BATCH
-            else value
+            tail_graph.call_method("size", (tail_map[crossing[0]], 0)) if value is _BATCH else value
         )
     for node in after:
         tail_map[node] = tail_graph.node_copy(node, lambda n: tail_map[n])
@@ -380,7 +380,7 @@ def _inside(node: torch.fx.Node, path: str) -> bool:
     if node.op == "call_module" and f"{node.target}.".startswith(f"{path}."):
         return True
     return any(
-        f"{entry[0] if isinstance(entry, tuple) else key}." .startswith(f"{path}.")
+        f"{entry[0] if isinstance(entry, tuple) else key}.".startswith(f"{path}.")
         for key, entry in (node.meta.get("nn_module_stack") or {}).items()
     )
 
@@ -463,7 +463,7 @@ class _ReplayTail(nn.Module):
                 return original(*args, **kw) if recorded is None else recorded
 
             originals[name] = module.__dict__.get("forward")
-            module.forward = replay  # type: ignore[method-assign]
+            module.forward = replay
         try:
             logits = self.model(x)
         finally:
@@ -471,13 +471,11 @@ class _ReplayTail(nn.Module):
                 if own is None:
                     del modules[name].__dict__["forward"]
                 else:
-                    modules[name].forward = own  # type: ignore[method-assign]
+                    modules[name].forward = own
         return logits
 
 
-def _split_by_replay(
-    model: LogitsModel, name: str, images: Tensor
-) -> tuple[nn.Module, nn.Module]:
+def _split_by_replay(model: LogitsModel, name: str, images: Tensor) -> tuple[nn.Module, nn.Module]:
     head = _ReplayHead(model, name)
     with torch.no_grad():
         names = [n for n, _ in head.recorded(images)]

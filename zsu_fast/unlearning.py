@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from . import classifier, impressions as synthesis, tail as tails
 from .errors import ArgumentError, ModelError
-from .impressions import ClassImpressions
-from .loop import Fit, train_tail
-from .objective import Masked, check_objective, make_objective, make_rows, natural_margin
+from .impressions import AscentSettings, ClassImpressions
+from .loop import Fit, LoopSettings, train_tail
+from .objective import Masked, RowSettings, check_objective, make_objective, make_rows
 from .progress import Callback, Reporter
 from .record import Record
 from .tail import Split
@@ -69,7 +69,7 @@ def paper_preset() -> dict[str, Any]:
 
 
 class ZeroShotUnlearner:
-    """`unlearn` in steps: ``synthesise()``, ``split()``, ``fit()``, ``apply()``; ``run()`` does all.
+    """`unlearn` in steps: ``synthesise``, ``split``, ``fit``, ``apply``; ``run`` does them all.
 
     Args:
         model: as for `unlearn`.
@@ -139,7 +139,17 @@ class ZeroShotUnlearner:
             k: v for k, v in locals().items()
             if k not in ("self", "model", "forget", "impressions", "progress", "callback")
         }  # fmt: skip
-        _check_numbers(impressions_per_class, mixtures, steps, batch, learning_rate, margin, seed)
+        self.ascent = AscentSettings(
+            impressions_per_class, confidence, max_steps, restarts, step_size, beta, seed
+        )
+        self.loop = LoopSettings(steps, batch, learning_rate, early_stop)
+        self.rows = RowSettings(mixtures, margin)
+        if impressions_per_class < 4:
+            raise ArgumentError(
+                "impressions_per_class",
+                f"got {impressions_per_class}",
+                "Pass 4 or more: one in four is held out.",
+            )
         if not isinstance(tail, str):
             raise ArgumentError("tail", f"got {tail!r}", "Pass 'auto', 'last' or a module's name.")
         self.device = classifier.resolve_device(model, device)
@@ -151,26 +161,8 @@ class ZeroShotUnlearner:
         self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
         self.forget_mask[self.forget] = True
         check_objective(objective, weights)
-        self.objective, self.weights, self.margin = objective, weights, margin
-        self.tail, self.per_class = tail, impressions_per_class
-        self.ascent = {
-            "confidence": confidence,
-            "max_steps": max_steps,
-            "restarts": restarts,
-            "step_size": step_size,
-            "beta": beta,
-            "seed": seed,
-        }
-        synthesis.check_settings(
-            impressions_per_class, confidence, max_steps, restarts, step_size, beta
-        )
-        self.mixtures, self.seed = mixtures, seed
-        self.fitting = {
-            "steps": steps,
-            "batch": batch,
-            "learning_rate": learning_rate,
-            "early_stop": early_stop,
-        }
+        self.objective, self.weights = objective, weights
+        self.tail, self.seed = tail, seed
         self.report = Reporter(progress, callback)
         self.impressions = self._check_impressions(impressions)
         self.split_point: Split | None = None
@@ -190,12 +182,7 @@ class ZeroShotUnlearner:
         """Makes impressions of every class, forget and retain, in one batch."""
         started = time.perf_counter()
         self.impressions = synthesis.ascend(
-            self.work,
-            self.spec,
-            range(self.classes),
-            per_class=self.per_class,
-            report=self.report,
-            **self.ascent,
+            self.work, self.spec, range(self.classes), self.ascent, self.report
         )
         self.record.timings["synthesise"] = time.perf_counter() - started
         return self.impressions
@@ -217,35 +204,31 @@ class ZeroShotUnlearner:
         made = self._made()
         features = cut.features(made.images.to(self.device))
         labels = made.labels.to(self.device)
-        held = torch.arange(len(labels)) % 4 == 3
+        held = torch.arange(len(labels), device=self.device) % 4 == 3
         generator = torch.Generator().manual_seed(self.seed)
-        rows = []
-        for part in (~held, held):
-            mixtures = self.mixtures
-            if mixtures is None:
-                mixtures = max(2048, 4 * int(part.sum()))
-            index = part.nonzero()[:, 0].to(self.device)
-            chosen = tuple(f[index] for f in features)
-            rows.append(
-                make_rows(
-                    cut.tail, chosen, labels[index], self.forget_mask, mixtures, generator
-                )
+        train, held_out = (
+            make_rows(
+                cut.tail,
+                tuple(f[part] for f in features),
+                labels[part],
+                self.forget_mask,
+                self.rows.count(int(part.sum())),
+                generator,
             )
-        margin = self.margin
-        if margin is None:
-            margin = natural_margin(rows[0], int((~held).sum()))
-        yardstick = Masked(self.forget_mask, margin)
+            for part in (~held, held)
+        )
+        yardstick = Masked(self.forget_mask, self.rows.margin_for(train, int((~held).sum())))
         named = dict(self.work.model.named_parameters())
         self.result = train_tail(
             cut.tail,
             [named[name] for name in cut.parameters],
-            rows[0],
-            rows[1],
+            train,
+            held_out,
             make_objective(self.objective, self.weights, yardstick),
             yardstick,
-            generator=generator,
-            report=self.report,
-            **self.fitting,
+            self.loop,
+            generator,
+            self.report,
         )
         self.record.timings["fit"] = time.perf_counter() - started
         return self.result
@@ -316,31 +299,6 @@ def _copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})",
             "Pass inplace=True, or the module inside the wrapper.",
         ) from error
-
-
-def _check_numbers(
-    impressions_per_class: int,
-    mixtures: int | None,
-    steps: int,
-    batch: int,
-    learning_rate: float | None,
-    margin: float | None,
-    seed: int,
-) -> None:
-    whole = {
-        "impressions_per_class": (impressions_per_class, 4),
-        "steps": (steps, 1),
-        "batch": (batch, 1),
-        "mixtures": (0 if mixtures is None else mixtures, 0),
-        "seed": (seed, 0),
-    }
-    for name, (value, least) in whole.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(name, f"got {value!r}", f"Pass a whole number, {least} or more.")
-    if learning_rate is not None and not 0 < learning_rate < float("inf"):
-        raise ArgumentError("learning_rate", f"got {learning_rate!r}", "Pass a number above 0.")
-    if margin is not None and not 0 <= margin < float("inf"):
-        raise ArgumentError("margin", f"got {margin!r}", "Pass a number that is 0 or more.")
 
 
 def split(

@@ -93,19 +93,20 @@ class CifarResNet(nn.Module):
     def __init__(self, blocks: int, classes: int = 10) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv3x3(3, 16), nn.BatchNorm2d(16)
-        width = 16
-        for stage, outputs in enumerate((16, 32, 64), 1):
-            layers = []
-            for i in range(blocks):
-                layers.append(BasicBlock(width, outputs, 2 if stage > 1 and i == 0 else 1))
-                width = outputs
-            setattr(self, f"layer{stage}", nn.Sequential(*layers))
+        self.layer1 = self._stage(16, 16, 1, blocks)
+        self.layer2 = self._stage(16, 32, 2, blocks)
+        self.layer3 = self._stage(32, 64, 2, blocks)
         self.linear = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int, stride: int, blocks: int) -> nn.Sequential:
+        first = BasicBlock(inputs, outputs, stride)
+        return nn.Sequential(first, *[BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)])
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,7 @@ def masked_cross_entropy(logits: Tensor, teacher: Tensor, forget: Tensor, coef: 
 
 class _MaskedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor) -> Tensor:
         loss, dlogits = reference.masked_cross_entropy(logits, teacher, forget, coef)
         ctx.save_for_backward(dlogits)
         return loss
