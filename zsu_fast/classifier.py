@@ -133,7 +133,7 @@ def working_copy(model: nn.Module, device: torch.device) -> LogitsModel:
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
-    return LogitsModel(copied)
+    return LogitsModel(copied).eval()
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -270,9 +270,12 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
         candidates.append((first.in_features,))  # type: ignore[arg-type]
     running: list[tuple[tuple[int, ...], int]] = []
     last_error: Exception | None = None
-    for shape in candidates:
+    # one image alone where two do not run: `count_classes` then says what is wrong
+    for batch, shape in ((batch, shape) for batch in (2, 1) for shape in candidates):
+        if batch == 1 and running:
+            break
         try:
-            width = _last_map_width(probe, shape, device)
+            width = _last_map_width(probe, shape, batch, device)
         except Exception as error:  # noqa: BLE001  this size does not fit: the next may
             last_error = error
             continue
@@ -390,7 +393,9 @@ def _probe(shape: Sequence[int], batch: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _last_map_width(model: nn.Module, shape: Sequence[int], device: torch.device) -> int:
+def _last_map_width(
+    model: nn.Module, shape: Sequence[int], batch: int, device: torch.device
+) -> int:
     """Width of the last four-dimensional output of a convolution; 0 if there is none."""
     width = 0
 
@@ -401,7 +406,9 @@ def _last_map_width(model: nn.Module, shape: Sequence[int], device: torch.device
 
     hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
     try:
-        pick_logits(model(_probe(shape, 2, device)))
+        rows = len(pick_logits(model(_probe(shape, batch, device))))
+        if rows != batch:  # as after x.view(-1, 400) of a map that is larger than that
+            raise ValueError(f"{rows} rows of output for {batch} images")
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,7 +8,7 @@ cross-entropy gradient of exactly 0 and teaches the tail nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .classifier import (
     resolve_spec,
     working_copy,
 )
-from .errors import ArgumentError, CheckpointError
+from .errors import ArgumentError, CheckpointError, is_number
 from .progress import Callback, Reporter, Stopped
 
 # A working batch holds at most this many values: 1,365 images of 3x32x32, 27 of 3x224x224.
@@ -57,16 +57,17 @@ class AscentSettings:
                     name, f"got {value!r}", f"Pass a whole number, {least} or more."
                 )
         if self.confidence is not None:
-            good = isinstance(self.confidence, Iterable) and len(tuple(self.confidence)) == 2
-            if not good or not 0 < self.confidence[0] <= self.confidence[1] < 1:
+            given = self.confidence
+            pair = isinstance(given, Sequence) and len(given) == 2 and all(map(is_number, given))
+            if not pair or not 0 < given[0] <= given[1] < 1:
                 raise ArgumentError(
                     "confidence",
                     f"got {self.confidence!r}",
                     "Pass (low, high) with 0 < low <= high < 1.",
                 )
-        if not 0 < self.step_size <= 1:
+        if not is_number(self.step_size) or not 0 < self.step_size <= 1:
             raise ArgumentError("step_size", f"got {self.step_size!r}", "Pass a number in (0, 1].")
-        if not 0 <= self.beta < float("inf"):
+        if not is_number(self.beta) or self.beta < 0:
             raise ArgumentError("beta", f"got {self.beta!r}", "Pass a number that is 0 or more.")
 
 

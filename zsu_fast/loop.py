@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, is_number
 from .objective import Masked, Objective, Rows
 from .progress import Reporter, Stopped
 
@@ -43,10 +43,9 @@ class LoopSettings:
         for name, value in (("steps", self.steps), ("batch", self.batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(name, f"got {value!r}", "Pass a whole number, 1 or more.")
-        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
-            raise ArgumentError(
-                "learning_rate", f"got {self.learning_rate!r}", "Pass a number above 0."
-            )
+        rate = self.learning_rate
+        if rate is not None and (not is_number(rate) or rate <= 0):
+            raise ArgumentError("learning_rate", f"got {rate!r}", "Pass a number above 0.")
 
 
 @dataclass
@@ -137,6 +136,7 @@ def train_tail(
         fit.stopped = str(stop)
         if attempt.best is not None and _better(attempt.best, fit.best):
             fit.best, best_state = attempt.best, attempt.best_state
+            fit.learning_rate = attempt.best.learning_rate
     finally:  # also on Ctrl-C: never leave the tail in the middle of a bad step
         attempt.load(best_state)
     if fit.best is first:

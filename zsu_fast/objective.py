@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .errors import ArgumentError
+from .errors import ArgumentError, is_number
 
 # Mixtures are this many times as far from the mean as the impressions they are made of.
 _REACH = (0.5, 4.0)
@@ -70,7 +70,7 @@ class RowSettings:
             raise ArgumentError(
                 "mixtures", f"got {mixtures!r}", "Pass a whole number, 0 or more, or None."
             )
-        if margin is not None and not 0 <= margin < float("inf"):
+        if margin is not None and (not is_number(margin) or margin < 0):
             raise ArgumentError("margin", f"got {margin!r}", "Pass a number that is 0 or more.")
 
     def count(self, impressions: int) -> int:
@@ -207,7 +207,7 @@ def check_objective(name: str, weights: Sequence[float]) -> None:
     """
     try:
         weight_forget, weight_retain = (float(w) for w in weights)
-        good = weight_forget > 0 and weight_retain > 0
+        good = 0 < weight_forget < math.inf and 0 < weight_retain < math.inf
     except (TypeError, ValueError):
         good = False
     if not good:

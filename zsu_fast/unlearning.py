@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -139,17 +140,18 @@ class ZeroShotUnlearner:
             k: v for k, v in locals().items()
             if k not in ("self", "model", "forget", "impressions", "progress", "callback")
         }  # fmt: skip
+        per_class = impressions_per_class
+        if isinstance(per_class, bool) or not isinstance(per_class, int) or per_class < 4:
+            raise ArgumentError(
+                "impressions_per_class",
+                f"got {per_class!r}",
+                "Pass a whole number, 4 or more: one in four is held out.",
+            )
         self.ascent = AscentSettings(
-            impressions_per_class, confidence, max_steps, restarts, step_size, beta, seed
+            per_class, confidence, max_steps, restarts, step_size, beta, seed
         )
         self.loop = LoopSettings(steps, batch, learning_rate, early_stop)
         self.rows = RowSettings(mixtures, margin)
-        if impressions_per_class < 4:
-            raise ArgumentError(
-                "impressions_per_class",
-                f"got {impressions_per_class}",
-                "Pass 4 or more: one in four is held out.",
-            )
         if not isinstance(tail, str):
             raise ArgumentError("tail", f"got {tail!r}", "Pass 'auto', 'last' or a module's name.")
         self.device = classifier.resolve_device(model, device)
@@ -184,6 +186,13 @@ class ZeroShotUnlearner:
         self.impressions = synthesis.ascend(
             self.work, self.spec, range(self.classes), self.ascent, self.report
         )
+        fewest = int(torch.bincount(self.impressions.labels, minlength=self.classes).min())
+        if fewest < 4:
+            raise ArgumentError(
+                "callback",
+                f"it stopped the synthesis of impressions with {fewest} of a class",
+                "Let it run until each class has 4.",
+            )
         self.record.timings["synthesise"] = time.perf_counter() - started
         return self.impressions
 
@@ -204,7 +213,9 @@ class ZeroShotUnlearner:
         made = self._made()
         features = cut.features(made.images.to(self.device))
         labels = made.labels.to(self.device)
-        held = torch.arange(len(labels), device=self.device) % 4 == 3
+        held = torch.empty(len(labels), dtype=torch.bool, device=self.device)
+        by_class = labels.argsort(stable=True)  # so that one in four of each class is held out
+        held[by_class] = torch.arange(len(labels), device=self.device) % 4 == 3
         generator = torch.Generator().manual_seed(self.seed)
         train, held_out = (
             make_rows(
@@ -241,10 +252,12 @@ class ZeroShotUnlearner:
             )
         target = self.original if self.inplace else _copy(self.original)
         changed = dict(self.work.model.named_parameters())
-        replace_parameters(target, {n: changed[n].detach() for n in self.split_point.parameters})
-        self.record.finish(target, self._made(), self.split_point, self.result)
-        for note in self.record.warnings:
-            warnings.warn(note, stacklevel=2)
+        values = {n: changed[n].detach() for n in self.split_point.parameters}
+        with restored_on_failure(target, values):
+            replace_parameters(target, values)
+            self.record.finish(target, self._made(), self.split_point, self.result)
+            for note in self.record.warnings:
+                warnings.warn(note, stacklevel=3)
         return target
 
     @property
@@ -275,15 +288,21 @@ class ZeroShotUnlearner:
 def replace_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Writes ``values`` over the parameters of those names: all of them, or none.
 
-    They keep their device, dtype, identity and ``requires_grad``. On any failure, Ctrl-C
-    included, every parameter has its old bits again.
+    They keep their device, dtype, identity and ``requires_grad``.
     """
     named = dict(classifier.unwrap(model).named_parameters())
-    before = {name: named[name].detach().clone() for name in values}
+    with restored_on_failure(model, values), torch.no_grad():
+        for name, value in values.items():
+            named[name].copy_(value)
+
+
+@contextmanager
+def restored_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Where the block raises, Ctrl-C included, these parameters get their old bits again."""
+    named = dict(classifier.unwrap(model).named_parameters())
+    before = {name: named[name].detach().clone() for name in names}
     try:
-        with torch.no_grad():
-            for name, value in values.items():
-                named[name].copy_(value)
+        yield
     except BaseException:
         with torch.no_grad():
             for name, value in before.items():
