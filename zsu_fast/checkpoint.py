@@ -69,6 +69,7 @@ def load_into(model: nn.Module, path: str | Path) -> None:
         CheckpointError: as `load_weights`, or it does not fit; the model is unchanged then.
     """
     tensors = load_weights(path)
+    model = unwrap(model)
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     misfit = [

@@ -74,11 +74,16 @@ def evaluate(
     Raises:
         ArgumentError: no images, labels that the model has no logit for, or a bad ``forget``.
     """
-    pair = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
-    if pair and data[1].ndim == 1 and len(data[0]) == len(data[1]):  # type: ignore[index]
-        batches: Iterable[Any] = zip(data[0].split(batch), data[1].split(batch), strict=True)  # type: ignore[index]
-    else:
-        batches = data
+    batches: Iterable[Any] = data
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
+        images, labels = data
+        if len(images) != len(labels):
+            raise ArgumentError(
+                "data",
+                f"there are {len(images)} images and {len(labels)} labels",
+                "Pass a label for each image.",
+            )
+        batches = zip(images.split(batch), labels.split(batch), strict=True)
     first = next(unwrap(model).parameters(), None)
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
@@ -92,7 +97,14 @@ def evaluate(
             if not len(count):
                 check_forget(forget, classes)
                 right = count = torch.zeros(classes, dtype=torch.int64)
-            labels = labels.cpu().long()
+            labels = torch.as_tensor(labels).cpu()
+            if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+                raise ArgumentError(
+                    "data",
+                    f"its labels are {labels.dtype} of shape {tuple(labels.shape)}",
+                    "Pass one class index, an int, for each image.",
+                )
+            labels = labels.long()
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
                 raise ArgumentError(
                     "data",
@@ -138,6 +150,7 @@ class Masked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = pick_logits(self.model(x)).clone()
+        check_forget(self.forget, logits.shape[1])
         logits[:, self.forget] = -torch.inf
         masked: Tensor = logits
         return masked

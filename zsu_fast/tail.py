@@ -283,7 +283,6 @@ def _split_by_graph(
     crossing = [n for n in before if any(u in inside for u in n.users)]
     if any(n.op == "get_attr" for n in crossing):
         moved = {n for n in crossing if n.op == "get_attr"}
-        before = [n for n in before if n not in moved]
         after = [n for n in nodes if n in moved or n in inside]
         crossing = [n for n in crossing if n not in moved]
     constants = _constants(traced, crossing, images)
@@ -294,10 +293,7 @@ def _split_by_graph(
         return None
     head_graph = torch.fx.Graph()
     head_map: dict[torch.fx.Node, Any] = {}
-    needed = _ancestors(crossing)
-    for node in before:
-        if node.op != "placeholder" and node not in needed:
-            continue
+    for node in before:  # all of them: x.relu_() counts even if nothing uses its value
         head_map[node] = head_graph.node_copy(node, lambda n: head_map[n])
     head_graph.output(tuple(head_map[n] for n in crossing))
     tail_graph = torch.fx.Graph()
@@ -363,17 +359,6 @@ class _Recorder(torch.fx.Interpreter):
         if n in self.wanted:
             self.values[n] = value
         return value
-
-
-def _ancestors(nodes: Sequence[torch.fx.Node]) -> set[torch.fx.Node]:
-    found: set[torch.fx.Node] = set()
-    queue = list(nodes)
-    while queue:
-        node = queue.pop()
-        if node not in found:
-            found.add(node)
-            queue.extend(node.all_input_nodes)
-    return found
 
 
 def _inside(node: torch.fx.Node, path: str) -> bool:
