@@ -43,8 +43,8 @@ class Recipe:
 RECIPES = {
     "lenet5": Recipe("lenet5", "mnist", (), 15, 128, 3e-3, 5e-4, False, 2),
     "lenet5_golden": Recipe("lenet5", "mnist", (1, 2, 3, 4), 15, 128, 3e-3, 5e-4, False, 2),
-    "karpathynet": Recipe("karpathynet", "cifar10", (), 30, 32, 3e-3, 1e-4, True, 0),
-    "karpathynet_golden": Recipe("karpathynet", "cifar10", (3, 4, 8), 30, 32, 3e-3, 1e-4, True, 0),
+    "karpathynet": Recipe("karpathynet", "cifar10", (), 30, 64, 3e-3, 5e-2, True, 0),
+    "karpathynet_golden": Recipe("karpathynet", "cifar10", (3, 4, 8), 30, 64, 3e-3, 5e-2, True, 0),
 }
 
 
@@ -83,9 +83,9 @@ def train(recipe: Recipe, seed: int) -> nn.Module:
 
 
 def augment(x: Tensor, recipe: Recipe) -> Tensor:
-    """A random flip and shift, the same for the whole batch."""
-    if recipe.flip and torch.rand(()) < 0.5:
-        x = x.flip(3)
+    """Each image flipped or not, the whole batch shifted by up to ``recipe.shift`` pixels."""
+    if recipe.flip:
+        x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
     if recipe.shift:
         down, right = torch.randint(0, 2 * recipe.shift + 1, (2,)).tolist()
         height, width = x.shape[-2:]
