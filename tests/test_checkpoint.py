@@ -7,7 +7,9 @@ import io
 import os
 import pickle
 import resource
+import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -301,25 +303,28 @@ def test_space_that_runs_out_at_the_flush(tmp_path: Path, monkeypatch: pytest.Mo
     assert only(tmp_path)
 
 
-def test_a_read_only_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "readonly"
-    folder.mkdir()
-    folder.chmod(0o555)
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(parent.stat().st_mode | 0o055)
+@pytest.fixture
+def read_only() -> Iterator[Path]:
+    """A folder that anyone may look into; pytest's own are closed to other users."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o555)
+        yield Path(name)
+
+
+def test_a_read_only_folder(read_only: Path) -> None:
 
     def save() -> None:
         if os.geteuid() == 0:  # root may write anywhere
             os.setuid(65534)
         for attempt in (
-            lambda: save_weights(folder / "a.safetensors", tiny()),
-            lambda: check_writable(folder / "a.safetensors"),
+            lambda: save_weights(read_only / "a.safetensors", tiny()),
+            lambda: check_writable(read_only / "a.safetensors"),
         ):
             with pytest.raises(OutputError, match=r"out: .*Permission denied.*writable"):
                 attempt()
 
     assert in_child(save) == 0
-    assert only(folder)
+    assert only(read_only)
 
 
 @pytest.mark.parametrize("path", ["/proc/nothing/a.pt", "/dev/null/a.pt", "/proc/a.pt"])

@@ -203,6 +203,7 @@ def test_a_restart_starts_elsewhere() -> None:
     for a, b in ((0, 1), (1, 2)):
         assert not torch.equal(kept[a].images, kept[b].images)
         assert not (kept[a].target == kept[b].target).any()
+        assert len(kept[b].target.unique()) == 4
 
 
 def test_a_restart_can_save_a_row() -> None:

@@ -559,14 +559,15 @@ def test_a_compiled_model() -> None:
 
 
 def test_a_data_parallel_model() -> None:
-    inner = tiny()
+    where = "cuda" if torch.cuda.is_available() else "cpu"  # it runs on GPUs where there are any
+    inner = tiny().to(where)
     model = nn.DataParallel(inner)
     with untouched(model):
         result = unlearn(model, FORGET, **QUICK)
     assert type(result) is nn.DataParallel
     assert result.module is not inner
     assert_forgets(result, FORGET)
-    assert same_bits(result.module, unlearn(tiny(), FORGET, **QUICK))
+    assert same_bits(result.module, unlearn(tiny().to(where), FORGET, **QUICK))
     assert unlearn(model, FORGET, inplace=True, **QUICK).module is inner
     assert_forgets(inner, FORGET)
 
@@ -706,6 +707,30 @@ def test_the_callback_ends_synthesis_with_too_little() -> None:
     model = tiny()
     with untouched(model), pytest.raises(zsu_fast.ZsuFastError, match="callback: it stopped"):
         unlearn(model, FORGET, inplace=True, callback=lambda _: True, **QUICK)
+
+
+# --- the caller's modes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_modes_of_the_caller_play_no_part(mode: Any, inplace: bool) -> None:
+    model, other = tiny(), tiny()
+    with mode():
+        result = unlearn(model, FORGET, inplace=inplace, **QUICK)
+        made = synthesize(other, [0], per_class=4, progress=False)
+        zsu_fast.split(other)
+        enabled = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    with mode():
+        assert enabled == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    assert same_bits(result, unlearn(tiny(), FORGET, **QUICK))
+    assert not any(p.is_inference() for p in result.parameters())
+    assert torch.equal(made.images, synthesize(tiny(), [0], per_class=4, progress=False).images)
+    train(result, 2)
 
 
 # --- the record ------------------------------------------------------------------------------

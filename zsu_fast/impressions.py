@@ -22,6 +22,7 @@ from .classifier import (
     LogitsModel,
     check_classes,
     count_classes,
+    own_modes,
     resolve_device,
     resolve_spec,
     working_copy,
@@ -140,6 +141,7 @@ class ClassImpressions:
 _TENSORS = ("images", "labels", "confidence", "target", "steps", "hit")
 
 
+@own_modes()
 def synthesize(
     model: nn.Module,
     classes: Any = None,

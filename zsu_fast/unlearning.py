@@ -106,6 +106,7 @@ class ZeroShotUnlearner:
         record: the `Record` of the run, for JSON.
     """
 
+    @classifier.own_modes()
     def __init__(
         self,
         model: nn.Module,
@@ -180,6 +181,7 @@ class ZeroShotUnlearner:
             self.fit()
         return self.apply()
 
+    @classifier.own_modes()
     def synthesise(self) -> ClassImpressions:
         """Makes impressions of every class, forget and retain, in one batch."""
         started = time.perf_counter()
@@ -196,6 +198,7 @@ class ZeroShotUnlearner:
         self.record.timings["synthesise"] = time.perf_counter() - started
         return self.impressions
 
+    @classifier.own_modes()
     def split(self) -> Split:
         """Cuts the model at ``tail``."""
         started = time.perf_counter()
@@ -206,6 +209,7 @@ class ZeroShotUnlearner:
         self.record.timings["split"] = time.perf_counter() - started
         return self.split_point
 
+    @classifier.own_modes()
     def fit(self) -> Fit:
         """Trains the tail on the cached features of three in four impressions."""
         cut = self.split_point or self.split()
@@ -244,6 +248,7 @@ class ZeroShotUnlearner:
         self.record.timings["fit"] = time.perf_counter() - started
         return self.result
 
+    @classifier.own_modes()
     def apply(self) -> nn.Module:
         """The user's model, or a copy, with the tail's weights replaced."""
         if self.split_point is None or self.result is None:
@@ -320,6 +325,7 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
+@classifier.own_modes()
 def split(
     model: nn.Module,
     at: str = "auto",
