@@ -172,6 +172,21 @@ def test_a_loss_that_is_not_finite_rolls_back(early_stop: bool, when: int) -> No
         assert not setting.unchanged()
 
 
+def test_infinite_logits_are_refused_even_where_the_divergence_is_finite() -> None:
+    """A forgotten logit at -inf is the mask itself by its divergence, and no finite model."""
+    setting = Setting()
+
+    def script(call: int, logits: Tensor, rows: Rows) -> Tensor:
+        if call == 30:
+            setting.tail.bias.data[1] = -torch.inf
+        return setting.yardstick.divergence(logits, rows)
+
+    fit = setting.train(Scripted(script), learning_rate=0.05)
+    assert "non-finite values at step 30" in fit.stopped
+    assert fit.best.step < 30
+    assert setting.tail.bias.isfinite().all()
+
+
 def test_a_rate_that_blows_up_is_lowered() -> None:
     """Infinite as soon as a weight has moved far: only the smallest rate stays near enough."""
     setting = Setting()
