@@ -44,9 +44,9 @@ class AscentSettings:
 
     per_class: int = 32
     confidence: tuple[float, float] | None = (0.55, 0.99)
-    max_steps: int = 200
+    max_steps: int = 100
     restarts: int = 2
-    step_size: float = 0.005
+    step_size: float = 0.01
     beta: float = 1e-4
     seed: int = 0
 
@@ -148,9 +148,9 @@ def synthesize(
     *,
     per_class: int = 32,
     confidence: tuple[float, float] | None = (0.55, 0.99),
-    max_steps: int = 200,
+    max_steps: int = 100,
     restarts: int = 2,
-    step_size: float = 0.005,
+    step_size: float = 0.01,
     beta: float = 1e-4,
     input_shape: Sequence[int] | None = None,
     mean: float | Sequence[float] | None = None,

@@ -34,7 +34,7 @@ class LoopSettings:
         ArgumentError: a value is out of range.
     """
 
-    steps: int = 600
+    steps: int = 400
     batch: int = 512
     learning_rate: float | None = None
     early_stop: bool = True
