@@ -45,6 +45,21 @@ inline void check_target(const Tensor& target, const Tensor& logits) {
   STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "target must be int64 or int32");
 }
 
+inline void check_masked(const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
+  check_logits(logits);
+  check_per_row(coef, logits, "coef");
+  check_float(coef, "coef");
+  check_float(teacher, "teacher");
+  check_same_device(logits, teacher, "teacher");
+  check_same_device(logits, forget, "forget");
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  STD_TORCH_CHECK(
+      teacher.dim() == 2 && teacher.size(0) == rows && teacher.size(1) == classes, "teacher must have the shape of logits");
+  STD_TORCH_CHECK(
+      forget.dim() == 1 && forget.size(0) == classes && forget.scalar_type() == ScalarType::Bool,
+      "forget must be bool [classes] = [", classes, "]");
+}
+
 // Rows may be any distance apart; within a row the classes must be neighbours.
 inline Tensor with_dense_rows(const Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
@@ -55,10 +70,10 @@ inline Tensor contiguous_as(const Tensor& t, ScalarType type) {
   return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 
-inline int ascent_mode(const std::string& mode) {
-  if (mode == "adam") return 0;
-  if (mode == "sgd") return 1;
-  STD_TORCH_CHECK(mode == "sign", "mode must be adam, sgd or sign, got ", mode);
+inline int ascent_mode(const std::string& rule) {
+  if (rule == "adam") return 0;
+  if (rule == "sgd") return 1;
+  STD_TORCH_CHECK(rule == "sign", "mode must be adam, sgd or sign, got ", rule);
   return 2;
 }
 

@@ -8,7 +8,7 @@ namespace {
 void ascent_step_(
     const Tensor& x, const Tensor& grad, const Tensor& moment, const Tensor& variance, const Tensor& step,
     const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta,
-    double beta1, double beta2, double eps, const std::string& mode, bool normalize,
+    double beta1, double beta2, double eps, const std::string& rule, bool normalize,
     const std::optional<Tensor>& jitter, const std::optional<Tensor>& seed, const std::optional<Tensor>& found_nan) {
   const AscentLayout layout =
       check_ascent(x, grad, moment, variance, step, active, low, high, lr, beta, jitter, seed, found_nan);
@@ -32,7 +32,7 @@ void ascent_step_(
   args.beta1 = beta1;
   args.beta2 = beta2;
   args.eps = eps;
-  args.mode = ascent_mode(mode);
+  args.mode = ascent_mode(rule);
   args.normalize = normalize;
   args.jitter = jitter ? *jitter->const_data_ptr<float>() : 0;
   args.seed = seed ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0;

@@ -9,18 +9,8 @@ namespace {
 
 std::tuple<Tensor, Tensor> masked_cross_entropy(
     const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
-  check_logits(logits);
-  check_per_row(coef, logits, "coef");
-  check_float(coef, "coef");
-  check_same_device(logits, teacher, "teacher");
-  check_same_device(logits, forget, "forget");
+  check_masked(logits, teacher, forget, coef);
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  STD_TORCH_CHECK(
-      teacher.dim() == 2 && teacher.size(0) == rows && teacher.size(1) == classes, "teacher must have the shape of logits");
-  STD_TORCH_CHECK(
-      forget.dim() == 1 && forget.size(0) == classes && forget.scalar_type() == ScalarType::Bool,
-      "forget must be bool [classes] = [", classes, "]");
-
   const ScalarType accumulator = accumulator_of(logits);
   const Tensor x = with_dense_rows(logits);
   const Tensor z = with_dense_rows(teacher.scalar_type() == logits.scalar_type() ? teacher : torch::stable::to(teacher, logits.scalar_type()));

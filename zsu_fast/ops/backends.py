@@ -133,7 +133,7 @@ def _load(op: str, backend: Backend) -> Callable[..., Any]:
         module = importlib.import_module(f"zsu_fast.ops.triton.{op.rstrip('_')}")
         function = getattr(module, op)
     elif backend == "compile":
-        function = torch.compile(getattr(reference, op), fullgraph=True)
+        function = torch.compile(getattr(reference, op))
     else:
         function = getattr(reference, op)
     return function

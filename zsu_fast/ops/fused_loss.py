@@ -31,6 +31,12 @@ def backward(ctx: Any, grad: Tensor | None, _: Tensor | None = None) -> tuple[Te
     nothing = (None,) * (len(ctx.needs_input_grad) - 1)
     if grad is None:
         return (None, *nothing)
+    if torch.is_grad_enabled():
+        raise RuntimeError("fused losses are differentiable once: create_graph is not supported")
+    if type(dlogits) is not Tensor:  # torch.compile traces: plain arithmetic, which it can fuse
+        ends = grad.reshape(-1)
+        by_row = torch.where(coef < 0, ends[0], ends[-1]).to(dlogits.dtype)
+        return (dlogits * by_row[:, None], *nothing)
     if graph_is_kept():  # another backward pass may come, and the caller owns what we return
         dlogits = dlogits.clone()
     backends.choose("scale_rows_", dlogits.device)(dlogits, coef, grad)
@@ -59,7 +65,8 @@ class FusedLoss(torch.autograd.Function):
 def fused_loss(name: str, inputs: tuple[Tensor, ...], backend: str | None) -> Tensor:
     """The loss of op ``name`` (arguments in the order of its schema) on a backend."""
     op = backends.choose(name, inputs[0].device, backend)
-    if torch.is_grad_enabled() and inputs[0].requires_grad:
+    compiling = torch.compiler.is_compiling()  # then the op's own autograd registration serves
+    if torch.is_grad_enabled() and inputs[0].requires_grad and not compiling:
         loss: Tensor = FusedLoss.apply(op, *inputs)
         return loss
     return op(*inputs)[0]  # type: ignore[no-any-return]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,6 +57,30 @@ for _name, _schema in SCHEMAS.items():
         _definitions.impl(_name, getattr(reference, _name), "CPU")
     if not CUDA.loaded:
         _definitions.impl(_name, getattr(reference, _name), "CUDA")
+
+
+def _bump_versions(name: str) -> None:
+    """Make autograd notice what op ``name`` overwrites.
+
+    A kernel registered from C++ leaves the version counter alone, whatever its schema says, and a
+    backward pass that saved the old values would silently use the new ones.
+    """
+    op = getattr(torch.ops.zsu_fast, name).default
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info and a.alias_info.is_write]
+
+    def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        for i in written:
+            tensor = args[i] if i < len(args) else kwargs.get(op._schema.arguments[i].name)
+            if tensor is not None:
+                torch.autograd.graph.increment_version(tensor)
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+
+    _definitions.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+# Not for scale_rows_, which is ours alone: it scales what a backward pass is about to hand out.
+for _name in ("signed_cross_entropy_", "ascent_step_"):
+    _bump_versions(_name)
 
 
 def cpu_isa() -> str | None:

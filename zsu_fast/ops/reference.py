@@ -16,6 +16,10 @@ def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+def _by_row(t: Tensor) -> Tensor:
+    return t.flatten(1) if t.ndim > 1 else t[:, None]
+
+
 def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each row times its coefficient, with the gradient, accurate where p -> 1.
 
@@ -115,7 +119,7 @@ def masked_cross_entropy(
 def philox(seed: Tensor, element: Tensor, row: Tensor, step: Tensor) -> Tensor:
     """First word of Philox-4x32-10 (Salmon et al., 2011) at counter (element, row, step), int64."""
     mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = element & mask, element >> 32, row & mask, step & mask
+    c0, c1, c2, c3 = element & mask, (element >> 32) & mask, row & mask, step & mask
     k0, k1 = seed & mask, (seed >> 32) & mask
 
     def multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +139,7 @@ def _noise(x: Tensor, step: Tensor, seed: Tensor) -> Tensor:
     """U(-1, 1) for every element, 24 bits of Philox each."""
     shape = (-1, *[1] * (x.ndim - 1))
     rows = torch.arange(x.shape[0], device=x.device).view(shape)
-    elements = torch.arange(x[0].numel(), device=x.device).view(1, *x.shape[1:])
+    elements = torch.arange(math.prod(x.shape[1:]), device=x.device).view(1, *x.shape[1:])
     bits = philox(seed, elements, rows, (step.long() + 1).view(shape)) >> 8
     return (bits - 2**23).to(x.dtype) * 2.0**-23
 
@@ -154,7 +158,7 @@ def ascent_step_(
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
-    mode: str = "adam",
+    rule: str = "adam",
     normalize: bool = False,
     jitter: Tensor | None = None,
     seed: Tensor | None = None,
@@ -163,10 +167,10 @@ def ascent_step_(
     """One ascent step on ``objective - beta * ||x||^2``, clamped to valid images, in place.
 
     The arguments are those of the public `zsu_fast.ops.ascent_step_`, except that bounds may be
-    given as [1] or [channels] and lr as [1] or [N].
+    given as [1] or [channels] and lr as [1] or [N], and that ``mode`` is called ``rule``.
     """
-    if mode not in ("adam", "sgd", "sign"):
-        raise RuntimeError(f"mode must be adam, sgd or sign, got {mode}")
+    if rule not in ("adam", "sgd", "sign"):
+        raise RuntimeError(f"mode must be adam, sgd or sign, got {rule}")
     shape = (-1, *[1] * (x.ndim - 1))
     per_channel = (1, -1, *[1] * (x.ndim - 2)) if x.ndim > 1 else (-1,)
     low, high = (b.view(per_channel) if b.ndim == 1 else b for b in (low, high))
@@ -174,18 +178,18 @@ def ascent_step_(
     rows = active.view(shape)
     g = grad
     if normalize:
-        norm = torch.linalg.vector_norm(grad.flatten(1), dim=1)
+        norm = torch.linalg.vector_norm(_by_row(grad), dim=1)
         g = g * torch.where(norm == 0, torch.zeros_like(norm), 1 / norm).view(shape)
     g = g - 2 * beta * x
     m, v = moment, variance
-    if mode == "adam":
+    if rule == "adam":
         m = beta1 * moment + (1 - beta1) * g
         v = beta2 * variance + (1 - beta2) * g * g
         t = (step + 1).double().view(shape)
         # 1 - b**t loses five digits in float32 at t = 1; expm1 keeps them
         fix1, fix2 = (-torch.expm1(t * math.log(b)) for b in (beta1, beta2))
         update = (m / fix1.to(x.dtype)) / ((v / fix2.to(x.dtype)).sqrt() + eps)
-    elif mode == "sgd":
+    elif rule == "sgd":
         update = g
     else:
         update = g - g + g.sign()  # g - g: NaN where g is not finite
@@ -194,10 +198,10 @@ def ascent_step_(
         moved = moved + jitter * _noise(x, step, seed)
     moved = torch.minimum(torch.maximum(moved, low), high)
     if found_nan is not None:
-        finite = (grad.isfinite() & moved.isfinite()).flatten(1).all(1)
+        finite = _by_row(grad.isfinite() & moved.isfinite()).all(1)
         found_nan.logical_or_(active & ~finite)
     x.copy_(torch.where(rows, moved, x))
-    if mode == "adam":
+    if rule == "adam":
         moment.copy_(torch.where(rows, m, moment))
         variance.copy_(torch.where(rows, v, variance))
     step.add_(active.to(step.dtype))

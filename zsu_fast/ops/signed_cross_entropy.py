@@ -31,6 +31,24 @@ def signed_cross_entropy(
     return fused_loss.fused_loss("signed_cross_entropy", (logits, target, coef), backend)
 
 
+def signed_cross_entropy_and_grad(
+    logits: Tensor, target: Tensor, coef: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The losses of `signed_cross_entropy` and the gradient of their sum, without autograd.
+
+    The shortest way through a training step: ``logits.backward(dlogits)`` starts the backward
+    pass at the logits, and autograd never sees the loss.
+
+    Returns:
+        losses: [2].
+        dlogits: [B, C] in the dtype of ``logits``.
+    """
+    with torch.no_grad():
+        op = backends.choose("signed_cross_entropy", logits.device, backend)
+        losses, dlogits = op(logits, target, coef)
+    return losses, dlogits
+
+
 def signed_cross_entropy_(
     logits: Tensor, target: Tensor, coef: Tensor, *, backend: str | None = None
 ) -> Tensor:
