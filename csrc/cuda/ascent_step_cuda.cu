@@ -41,10 +41,7 @@ __global__ void __launch_bounds__(1024) grad_scale_kernel(const float* grad, flo
       },
       [&](int64_t i) { sum.value += g[i] * g[i]; });
   sum = reduce_row<1024>(sum, [](Sum<float> a, Sum<float> b) { return a + b; });
-  if (threadIdx.x == 0) {
-    const float norm = sqrtf(sum.value);
-    scale[blockIdx.x] = norm == 0 ? 0.0f : 1 / norm;
-  }
+  if (threadIdx.x == 0) scale[blockIdx.x] = sum.value == 0 ? 0.0f : __frsqrt_rn(sum.value);
 }
 
 // A thread takes the elements of one aligned group of 4 (in memory) that belong to its row, so rows

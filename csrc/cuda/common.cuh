@@ -40,7 +40,10 @@ __device__ Pack<T> load_pack(const T* p) {
 }
 template <class T>
 __device__ void store_pack(T* p, const Pack<T>& pack) {
-  *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(&pack);
+  uint32_t w[4];
+  memcpy(w, &pack, 16);
+  // by hand: the compiler splits the store of four floats into three
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
 }
 template <class T>
 __device__ bool is_aligned(const T* p) {

@@ -33,6 +33,7 @@ masked_cross_entropy_kernel(
   T* dx = dlogits + row * classes;
   const A coef = coefs[row];
   if (coef == 0) {
+#pragma unroll 1
     for (int64_t i = thread; i < classes; i += span) narrow(A(0), dx[i]);
     if (thread == 0) row_loss[row] = 0;
     return;

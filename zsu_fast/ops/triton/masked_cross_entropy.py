@@ -29,28 +29,39 @@ def masked_cross_entropy_kernel(
     dx_rows = dlogits_ptr + (row * CLASSES)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
 
-    top_x = tl.full([ROWS], float("-inf"), dtype=ACC)
-    top_z = tl.full([ROWS], float("-inf"), dtype=ACC)
-    sum_x = tl.zeros([ROWS], dtype=ACC)
-    sum_z = tl.zeros([ROWS], dtype=ACC)
-    for begin in range(0, CLASSES, BLOCK):
-        at = begin + column
-        ok = used[:, None] & (at < CLASSES)
-        keep = ok & (tl.load(forget_ptr + at, mask=at < CLASSES, other=1) == 0)
-        x = tl.load(x_rows + at, mask=ok, other=float("-inf")).to(ACC)
-        z = tl.load(z_rows + at, mask=ok, other=float("-inf")).to(ACC)
+    if LOOP:
+        top_x = tl.full([ROWS], float("-inf"), dtype=ACC)
+        top_z = tl.full([ROWS], float("-inf"), dtype=ACC)
+        sum_x = tl.zeros([ROWS], dtype=ACC)
+        sum_z = tl.zeros([ROWS], dtype=ACC)
+        for begin in range(0, CLASSES, BLOCK):
+            at = begin + column
+            ok = used[:, None] & (at < CLASSES)
+            keep = ok & (tl.load(forget_ptr + at, mask=at < CLASSES, other=1) == 0)
+            x = tl.load(x_rows + at, mask=ok, other=float("-inf")).to(ACC)
+            z = tl.load(z_rows + at, mask=ok, other=float("-inf")).to(ACC)
+            z = tl.where(keep, z, float("-inf"))
+            higher_x = tl.maximum(top_x, tl.max(x, 1))
+            higher_z = tl.maximum(top_z, tl.max(z, 1))
+            # no retain class in the block: -inf - -inf would be NaN
+            shift_x = tl.where(higher_x == float("-inf"), 0.0, higher_x)
+            shift_z = tl.where(higher_z == float("-inf"), 0.0, higher_z)
+            sum_x = sum_x * tl.exp(top_x - shift_x) + tl.sum(tl.exp(x - shift_x[:, None]), 1)
+            sum_z = sum_z * tl.exp(top_z - shift_z) + tl.sum(tl.exp(z - shift_z[:, None]), 1)
+            top_x = higher_x
+            top_z = higher_z
+    else:
+        ok = used[:, None] & (column < CLASSES)
+        keep = ok & (tl.load(forget_ptr + column, mask=column < CLASSES, other=1) == 0)
+        x = tl.load(x_rows + column, mask=ok, other=float("-inf")).to(ACC)
+        z = tl.load(z_rows + column, mask=ok, other=float("-inf")).to(ACC)
         z = tl.where(keep, z, float("-inf"))
-        higher_x = tl.maximum(top_x, tl.max(x, 1))
-        higher_z = tl.maximum(top_z, tl.max(z, 1))
-        # no retain class in the block: -inf - -inf would be NaN
-        shift_x = tl.where(higher_x == float("-inf"), 0.0, higher_x)
-        shift_z = tl.where(higher_z == float("-inf"), 0.0, higher_z)
-        ex = tl.exp(x - shift_x[:, None])
-        ez = tl.exp(z - shift_z[:, None])
-        sum_x = sum_x * tl.exp(top_x - shift_x) + tl.sum(ex, 1)
-        sum_z = sum_z * tl.exp(top_z - shift_z) + tl.sum(ez, 1)
-        top_x = higher_x
-        top_z = higher_z
+        top_x = tl.max(x, 1)
+        top_z = tl.max(z, 1)
+        ex = tl.exp(x - top_x[:, None])
+        ez = tl.exp(z - top_z[:, None])
+        sum_x = tl.sum(ex, 1)
+        sum_z = tl.sum(ez, 1)
 
     scale_x = coef / sum_x
     scale_z = coef / sum_z
