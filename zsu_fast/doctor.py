@@ -15,8 +15,8 @@ def doctor() -> dict[str, Any]:
     """The state of the engine, ready to print (`render`) or to paste into a bug report.
 
     Returns:
-        ``python``, ``torch``, ``torch_cuda``, ``triton`` (versions; None if absent), ``gpu`` (names),
-        ``threads``, ``cpu_isa`` (instruction set of the C++ kernels);
+        ``python``, ``torch``, ``torch_cuda``, ``triton`` (versions; None if absent);
+        ``gpu`` (names), ``threads``, ``cpu_isa`` (instruction set of the C++ kernels);
         ``libraries``: name -> {"loaded", "path", "reason"};
         ``forced_backend``: set by `use_backend` or ZSU_FAST_BACKEND, else None;
         ``devices``: "cpu", "cuda" -> {"present", "chosen", "backends": name -> reason or None}.
@@ -76,7 +76,9 @@ def render(report: dict[str, Any] | None = None) -> str:
     if report["forced_backend"]:
         lines += ["", f"backend forced to {report['forced_backend']}"]
     for device, state in report["devices"].items():
-        heading = f"{device}: {state['chosen']} is chosen" if state["present"] else f"{device}: none"
+        heading = (
+            f"{device}: {state['chosen']} is chosen" if state["present"] else f"{device}: none"
+        )
         lines += ["", heading]
         for backend, reason in state["backends"].items():
             lines.append(f"  {backend:8s} {'can run' if reason is None else reason}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Runner, runners
+from runners import Runner, runners
 from torch import Tensor
 
 from zsu_fast import ops
@@ -39,7 +39,10 @@ class State:
 
     def double(self) -> State:
         return State(
-            *(t.cpu().double() if t.dtype == torch.float32 else t.cpu().clone() for t in self.tensors())
+            *(
+                t.cpu().double() if t.dtype == torch.float32 else t.cpu().clone()
+                for t in self.tensors()
+            )
         )
 
 
@@ -85,23 +88,40 @@ def check(after: State, expected: State, atol: float = 2e-6) -> None:
     assert torch.equal(after.step.cpu(), expected.step)
 
 
-SHAPES = [(5, 3, 32, 32), (3, 3, 7, 5), (4, 1, 28, 28), (7, 10), (5, 33), (1, 3, 4, 4), (6,), (2, 17, 3)]
+SHAPES = [
+    (5, 3, 32, 32),
+    (3, 3, 7, 5),
+    (4, 1, 28, 28),
+    (7, 10),
+    (5, 33),
+    (1, 3, 4, 4),
+    (6,),
+    (2, 17, 3),
+]
 
 
 @pytest.mark.parametrize("runner", runners(compiled=False))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mode", ["adam", "sgd", "sign"])
 @pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])
-def test_against_float64(runner: Runner, shape: tuple[int, ...], mode: str, normalize: bool) -> None:
+def test_against_float64(
+    runner: Runner, shape: tuple[int, ...], mode: str, normalize: bool
+) -> None:
     state = make(shape, runner.device)
     options: dict[str, Any] = {"mode": mode, "normalize": normalize}
     atol = 2e-6 if mode == "adam" else 1e-5
     after, expected = run(runner, state, **options), truth(state, **options)
     if mode == "sign":  # where the sum of two terms nearly cancels, its sign is anybody's
-        scale = 1 / state.grad.reshape(len(state.x), -1).norm(dim=1) if normalize else torch.ones(len(state.x))
+        scale = (
+            1 / state.grad.reshape(len(state.x), -1).norm(dim=1)
+            if normalize
+            else torch.ones(len(state.x))
+        )
         g = state.grad.cpu() * scale.cpu().view(-1, *[1] * (len(shape) - 1)) - 0.02 * state.x.cpu()
         clear = g.abs() > 1e-6
-        torch.testing.assert_close(after.x.cpu()[clear].double(), expected.x[clear], rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(
+            after.x.cpu()[clear].double(), expected.x[clear], rtol=2e-6, atol=1e-6
+        )
     else:
         check(after, expected, atol)
     low, high = state.low.cpu(), state.high.cpu()
@@ -119,7 +139,9 @@ def test_first_step_from_zero(runner: Runner) -> None:
     """Adam's first step is lr * sign(g): bias corrections 1 - b^1 that lose digits show here."""
     state = make((4, 3, 8, 8), runner.device)
     zeros = torch.zeros_like(state.x)
-    state = replace(state, moment=zeros.clone(), variance=zeros.clone(), step=torch.zeros_like(state.step))
+    state = replace(
+        state, moment=zeros.clone(), variance=zeros.clone(), step=torch.zeros_like(state.step)
+    )
     check(run(runner, state), truth(state), atol=3e-7)
 
 
@@ -176,11 +198,17 @@ def test_normalized_rows(runner: Runner) -> None:
     state = make((5, 3, 8, 8), runner.device)
     state.grad[0] = 0
     state.grad[2, 0, 0, 0] = torch.nan
-    after = run(runner, replace(state, beta=torch.zeros_like(state.beta)), mode="sgd", normalize=True)
+    after = run(
+        runner, replace(state, beta=torch.zeros_like(state.beta)), mode="sgd", normalize=True
+    )
     assert torch.equal(after.x[0], state.x[0].clamp(state.low[0], state.high[0]))
     assert after.x[2].isnan().all()
-    move = replace(state, low=state.low - 1e3, high=state.high + 1e3, beta=torch.zeros_like(state.beta))
-    length = (run(runner, move, mode="sgd", normalize=True).x[3:] - state.x[3:]).flatten(1).norm(dim=1)
+    move = replace(
+        state, low=state.low - 1e3, high=state.high + 1e3, beta=torch.zeros_like(state.beta)
+    )
+    length = (
+        (run(runner, move, mode="sgd", normalize=True).x[3:] - state.x[3:]).flatten(1).norm(dim=1)
+    )
     torch.testing.assert_close(length, torch.full_like(length, 0.05), rtol=1e-4, atol=0)
 
 
@@ -217,7 +245,12 @@ def test_any_layout(runner: Runner) -> None:
         "channels last": lambda t: t.contiguous(memory_format=CHANNELS_LAST),
     }
     for name, layout in layouts.items():
-        for changed in (("x",), ("grad",), ("moment", "variance"), ("x", "grad", "moment", "variance")):
+        for changed in (
+            ("x",),
+            ("grad",),
+            ("moment", "variance"),
+            ("x", "grad", "moment", "variance"),
+        ):
             other = state.clone()
             for field in changed:
                 setattr(other, field, layout(getattr(other, field)))
@@ -264,7 +297,9 @@ def test_jitter_is_the_same_noise_everywhere(runner: Runner) -> None:
                     x=torch.zeros_like(state.x))  # fmt: skip
     one, big = torch.tensor(1.0, device=runner.device), 2**40 + 12345
     noise = {
-        seed: run(runner, state, mode="sgd", jitter=one, seed=torch.tensor(seed, device=runner.device)).x
+        seed: run(
+            runner, state, mode="sgd", jitter=one, seed=torch.tensor(seed, device=runner.device)
+        ).x
         for seed in (7, 8, big)
     }
     for seed, drawn in noise.items():

@@ -37,18 +37,18 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 # ---- Triton --------------------------------------------------------------------------------------
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> Any:
-    """The kernel as for pointers that are 16-byte aligned and integers about which nothing is known."""
+    """The kernel for 16-byte aligned pointers and integers about which nothing is known."""
     names = kernel.arg_names
     warps = constants.pop("num_warps", 4)
     source = ASTSource(
         fn=kernel,
         signature={n: "constexpr" if n in constants else types[n] for n in names},
         constexprs={(names.index(k),): v for k, v in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*"},
+        attrs={
+            (names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*"
+        },
     )
-    return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}
-    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
 
 
 def stack_bytes(kernel: Any) -> int:
@@ -183,9 +183,7 @@ KERNELS = [
 def disassembly(arch: int) -> dict[str, str]:
     """Function name -> SASS."""
     text = dump("-sass", arch)
-    return {
-        part.split(maxsplit=1)[0]: part for part in re.split(r"Function\s*:\s*", text)[1:]
-    }
+    return {part.split(maxsplit=1)[0]: part for part in re.split(r"Function\s*:\s*", text)[1:]}
 
 
 def dump(option: str, arch: int) -> str:
@@ -218,7 +216,9 @@ def test_cuda_kernels_are_there_and_do_not_spill(arch: int) -> None:
 def test_cuda_kernels_move_128_bits(arch: int, kernel: str) -> None:
     body = only(disassembly(arch), kernel)
     loads, stores = (len(re.findall(rf"{op}\.E\.128", body)) for op in ("LDG", "STG"))
-    wanted = 4 if "AscentModeE0" in kernel else 2 if "masked" in kernel or "AscentMode" in kernel else 1
+    wanted = (
+        4 if "AscentModeE0" in kernel else 2 if "masked" in kernel or "AscentMode" in kernel else 1
+    )
     assert loads >= wanted
     if kernel != "grad_scale_kernel":
         assert stores >= (3 if "AscentModeE0" in kernel else 1)

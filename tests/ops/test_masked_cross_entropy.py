@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Runner, runners
+from runners import Runner, runners
 from torch import Tensor
 
 from zsu_fast import ops

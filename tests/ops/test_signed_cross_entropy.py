@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import INTERPRETED, Runner, runners
+from runners import INTERPRETED, Runner, runners
 from torch import Tensor
 
 from zsu_fast import ops
@@ -59,14 +59,18 @@ def check(
     losses, grad = and_grad(runner, logits, target, coef)
     expected_losses, _ = truth(logits, target, coef)
     # torch's own gradient loses the target's digits as p -> 1 even in float64
-    _, expected = reference.signed_cross_entropy(logits.cpu().double(), target.cpu(), coef.cpu().double())
+    _, expected = reference.signed_cross_entropy(
+        logits.cpu().double(), target.cpu(), coef.cpu().double()
+    )
     relative = relative or RELATIVE[logits.dtype]
     tiny = 1e-4 if logits.dtype == torch.float16 else 1e-30
     assert losses.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
     assert grad.dtype == logits.dtype
     torch.testing.assert_close(losses.cpu().double(), expected_losses, rtol=2e-6, atol=1e-6)
     error = (grad.cpu().double() - expected).abs()
-    assert (error <= relative * expected.abs().clamp_min(tiny)).all(), (error / expected.abs()).max()
+    assert (error <= relative * expected.abs().clamp_min(tiny)).all(), (
+        error / expected.abs()
+    ).max()
 
 
 @pytest.mark.parametrize("runner", runners(compiled=False))
@@ -217,7 +221,9 @@ def test_unit_gradient_is_handed_out_without_a_copy(runner: Runner) -> None:
 def test_in_place(runner: Runner) -> None:
     for dtype in DTYPES:
         logits, target, coef = make(9, 37, dtype, runner.device)
-        losses, grad = ops.signed_cross_entropy_and_grad(logits, target, coef, backend=runner.backend)
+        losses, grad = ops.signed_cross_entropy_and_grad(
+            logits, target, coef, backend=runner.backend
+        )
         wide = torch.full((9, 40), 7.0, dtype=dtype, device=runner.device)
         view = wide[:, :37]
         view.copy_(logits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -119,13 +119,15 @@ def _alike(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("zsu_fast::ascent_step_")
 def _(
-    x: Tensor, grad: Tensor, moment: Tensor, variance: Tensor, step: Tensor, active: Tensor,
-    low: Tensor, high: Tensor, lr: Tensor, beta: Tensor,
-    beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, rule: str = "adam",
-    normalize: bool = False, jitter: Tensor | None = None, seed: Tensor | None = None,
-    found_nan: Tensor | None = None,
-) -> None:  # fmt: skip
-    torch._check(rule in ("adam", "sgd", "sign"), lambda: f"mode {rule!r}")
+    x: Tensor,
+    grad: Tensor,
+    moment: Tensor,
+    variance: Tensor,
+    step: Tensor,
+    active: Tensor,
+    *_: Any,
+    **__: Any,
+) -> None:
     torch._check(grad.shape == x.shape, lambda: "grad must have the shape of x")
     torch._check(moment.shape == x.shape and variance.shape == x.shape)
     torch._check(step.shape[0] == x.shape[0] and active.shape[0] == x.shape[0])

@@ -87,7 +87,7 @@ def why_unavailable(backend: Backend, device_type: str) -> str | None:
 
 def best_backend(device_type: str) -> tuple[Backend, list[str]]:
     """The automatic choice for a kind of device, and why each faster one cannot run."""
-    reasons = []
+    reasons: list[str] = []
     for backend in PREFERENCE.get(device_type, ("eager",)):
         reason = why_unavailable(backend, device_type)
         if reason is None:
@@ -96,9 +96,7 @@ def best_backend(device_type: str) -> tuple[Backend, list[str]]:
     raise AssertionError("eager runs everywhere")
 
 
-def choose(
-    op: str, device: torch.device, backend: str | None = None
-) -> Callable[..., Any]:
+def choose(op: str, device: torch.device, backend: str | None = None) -> Callable[..., Any]:
     """The function that runs ``op`` (a name in `schemas`) on ``device``.
 
     Raises:
@@ -113,8 +111,8 @@ def choose(
         wanted, reasons = best_backend(device.type)
         for reason in reasons:
             _log_once(f"{device.type}: falling back to {wanted} ({reason})")
-    elif reason := why_unavailable(wanted, device.type):
-        raise BackendUnavailable(f"backend {wanted!r} on {device.type}: {reason}")
+    elif (refusal := why_unavailable(wanted, device.type)) is not None:
+        raise BackendUnavailable(f"backend {wanted!r} on {device.type}: {refusal}")
     _chosen[key] = _load(op, wanted)
     return _chosen[key]
 

@@ -66,11 +66,12 @@ def _bump_versions(name: str) -> None:
     backward pass that saved the old values would silently use the new ones.
     """
     op = getattr(torch.ops.zsu_fast, name).default
-    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info and a.alias_info.is_write]
+    arguments = op._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
 
     def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         for i in written:
-            tensor = args[i] if i < len(args) else kwargs.get(op._schema.arguments[i].name)
+            tensor = args[i] if i < len(args) else kwargs.get(arguments[i].name)
             if tensor is not None:
                 torch.autograd.graph.increment_version(tensor)
         return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)

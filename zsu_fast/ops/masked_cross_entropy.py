@@ -27,9 +27,7 @@ def masked_cross_entropy(
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit.
     """
-    return fused_loss.fused_loss(
-        "masked_cross_entropy", (logits, teacher, forget, coef), backend
-    )
+    return fused_loss.fused_loss("masked_cross_entropy", (logits, teacher, forget, coef), backend)
 
 
 def masked_cross_entropy_and_grad(

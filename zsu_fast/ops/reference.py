@@ -63,7 +63,9 @@ def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[
     dlogits = others.scatter(1, y[:, None], -rest[:, None]) / denominator[:, None]
     dlogits = torch.where(valid[:, None], c[:, None] * dlogits, torch.nan)
     dlogits = torch.where(used[:, None], dlogits, torch.zeros_like(dlogits))
-    losses = torch.stack([torch.where(c < 0, loss, zero).sum(), torch.where(c < 0, zero, loss).sum()])
+    losses = torch.stack(
+        [torch.where(c < 0, loss, zero).sum(), torch.where(c < 0, zero, loss).sum()]
+    )
     return losses, dlogits.to(logits.dtype)
 
 

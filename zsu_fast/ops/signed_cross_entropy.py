@@ -52,7 +52,7 @@ def signed_cross_entropy_and_grad(
 def signed_cross_entropy_(
     logits: Tensor, target: Tensor, coef: Tensor, *, backend: str | None = None
 ) -> Tensor:
-    """As `signed_cross_entropy`, but overwrites ``logits`` with their gradient, and saves its memory.
+    """As `signed_cross_entropy`, but leaves the gradient in ``logits`` and saves its memory.
 
     Autograd does not record it, and refuses a backward pass that would need the old logits. Rows
     must not overlap.

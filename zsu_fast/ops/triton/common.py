@@ -1,4 +1,4 @@
-"""What the row kernels share: tile shapes, alignment facts, and the fixed-order sum of row losses."""
+"""What the row kernels share: tiles, alignment, and the sum of row losses in a fixed order."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def accumulator(t: Tensor) -> Any:
 
 
 @triton.jit
-def sum_rows_kernel(row_loss_ptr, coef_ptr, losses_ptr, rows, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+def sum_rows_kernel(
+    row_loss_ptr, coef_ptr, losses_ptr, rows, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+):
     """Losses of forget and retain rows (one sum unless SPLIT), in one order: no atomics."""
     acc = row_loss_ptr.dtype.element_ty
     forget = tl.zeros([BLOCK], dtype=acc)

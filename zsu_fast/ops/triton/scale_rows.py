@@ -35,5 +35,3 @@ def scale_rows_(rows: Tensor, coef: Tensor, grad: Tensor) -> None:
             rows, rows.stride(0), coef.contiguous(), grad.reshape(-1).contiguous(),
             grad.numel() - 1, classes, ACC=accumulator(rows), BLOCK=block, num_warps=4,
         )  # fmt: skip
-
-

@@ -14,7 +14,8 @@ from .common import ONE_PASS_LIMIT, accumulator, alignment, row_tile, sum_rows
 
 @triton.jit
 def signed_cross_entropy_kernel(
-    logits_ptr, logits_stride, dlogits_ptr, dlogits_stride, target_ptr, coef_ptr, row_loss_ptr, rows,
+    logits_ptr, logits_stride, dlogits_ptr, dlogits_stride, target_ptr, coef_ptr, row_loss_ptr,
+    rows,
     CLASSES: tl.constexpr, LOOP: tl.constexpr, ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -57,9 +58,7 @@ def signed_cross_entropy_kernel(
     shifted = x_target - top
     denominator = tl.exp(shifted) + rest
     lead = shifted == 0  # then the loss is log1p(rest), written without losing a small rest
-    loss = tl.log(denominator) + tl.where(
-        lead, (rest - (denominator - 1)) / denominator, -shifted
-    )
+    loss = tl.log(denominator) + tl.where(lead, (rest - (denominator - 1)) / denominator, -shifted)
     # an invalid target must be seen, and cannot raise here
     factor = tl.where(valid, coef / denominator, float("nan"))
     loss = tl.where(used, tl.where(valid, coef * loss, float("nan")), 0.0)
