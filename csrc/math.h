@@ -41,9 +41,9 @@ ZSU_INLINE F clamp_seeing_nan(F value, F low, F high) {
   return value > high ? high : value;
 }
 
-// Direction of the step, and the new moments. `Root` is the square root for F.
-template <AscentMode mode, class F, class Root>
-ZSU_INLINE F ascent_direction(F x, F grad, F& moment, F& variance, const AscentRow& row, Root root) {
+// Direction of the step, and the new moments. `ratio(a, b, eps)` is a / (sqrt(b) + eps) for F.
+template <AscentMode mode, class F, class Ratio>
+ZSU_INLINE F ascent_direction(F x, F grad, F& moment, F& variance, const AscentRow& row, Ratio ratio) {
   const F g = grad * row.grad_scale - row.two_beta * x;
   if constexpr (mode == AscentMode::sgd) {
     return g;
@@ -53,7 +53,7 @@ ZSU_INLINE F ascent_direction(F x, F grad, F& moment, F& variance, const AscentR
   } else {
     moment = row.beta1 * moment + row.gain1 * g;
     variance = row.beta2 * variance + row.gain2 * (g * g);
-    return (moment * row.unbias1) / (root(variance * row.unbias2) + row.eps);
+    return ratio(moment * row.unbias1, variance * row.unbias2, row.eps);
   }
 }
 

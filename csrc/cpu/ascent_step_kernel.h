@@ -54,7 +54,7 @@ template <AscentMode mode, bool noisy>
 ZSU_INLINE VF ascend(float* x, const float* grad, float* moment, float* variance, int64_t begin, int64_t end,
                      const Bounds& bounds, const AscentRow& row, const Noise& noise) {
   constexpr bool adam = mode == AscentMode::adam;
-  const auto root = [](VF v) ZSU_LAMBDA_INLINE { return square_root(v); };
+  const auto ratio = [](VF a, VF b, float eps) ZSU_LAMBDA_INLINE { return ratio_to_root(a, b, eps); };
   VF bad{};
   int64_t tile_at = 0;
   for (int64_t i = begin; i < end; i += 16) {
@@ -67,7 +67,7 @@ ZSU_INLINE VF ascend(float* x, const float* grad, float* moment, float* variance
       m = whole ? load(moment + i) : load_part<float>(moment + i, n, 0.0f);
       v = whole ? load(variance + i) : load_part<float>(variance + i, n, 0.0f);
     }
-    VF moved = at + row.lr * ascent_direction<mode>(at, g, m, v, row, root);
+    VF moved = at + row.lr * ascent_direction<mode>(at, g, m, v, row, ratio);
     if constexpr (noisy) moved += noise_at(noise, i);
     moved = clamp_seeing_nan(moved, load(bounds.low + tile_at), load(bounds.high + tile_at));
     bad += (g + moved) * 0.0f;

@@ -200,14 +200,15 @@ ZSU_INLINE VF exp_of_difference(VF a, float b) {
 }
 ZSU_INLINE VD exp_of_difference(VD a, double b) { return exp_nonpositive(a - b, VD{}); }
 
-ZSU_INLINE VF square_root(VF v) {
+// a / (sqrt(b) + eps). Approximations with a Newton step were tried: no faster, the step waits for memory.
+ZSU_INLINE VF ratio_to_root(VF a, VF b, float eps) {
 #if defined(ZSU_AVX512)
-  return bit_cast<VF>(_mm512_sqrt_ps(bit_cast<__m512>(v)));
+  const VF root = bit_cast<VF>(_mm512_sqrt_ps(bit_cast<__m512>(b)));
 #else
-  VF r;
-  for (int i = 0; i < 16; ++i) r[i] = __builtin_sqrtf(v[i]);
-  return r;
+  VF root;
+  for (int i = 0; i < 16; ++i) root[i] = __builtin_sqrtf(b[i]);
 #endif
+  return a / (root + eps);
 }
 
 } // namespace zsu::ZSU_ISA

@@ -7,8 +7,8 @@
 namespace zsu::cuda {
 namespace {
 
-struct Root {
-  __host__ __device__ float operator()(float v) const { return sqrtf(v); }
+struct Ratio {
+  __host__ __device__ float operator()(float a, float b, float eps) const { return a / (sqrtf(b) + eps); }
 };
 
 struct Args {
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(threads) ascent_step_kernel(Args a, int64_t bl
     const int64_t i = first + k - begin;
     int64_t channel = 0;
     if (a.per_channel) channel = a.channels_last ? i % a.channels : i / a.plane;
-    float moved = x.v[k] + row.lr * ascent_direction<mode>(x.v[k], g.v[k], m.v[k], v.v[k], row, Root{});
+    float moved = x.v[k] + row.lr * ascent_direction<mode>(x.v[k], g.v[k], m.v[k], v.v[k], row, Ratio{});
     if (a.jitter) {
       const int64_t element = logical_index(i, a.channels, a.plane, a.channels_last);
       moved += *a.jitter * symmetric_uniform(philox(static_cast<uint64_t>(*a.seed), static_cast<uint64_t>(element),
