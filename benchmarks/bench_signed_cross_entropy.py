@@ -3,8 +3,8 @@
     pytest benchmarks/bench_signed_cross_entropy.py
 
 `eager` is ``(F.cross_entropy(x, t, reduction="none") * coef).sum()`` with autograd: one number.
-`eager, two terms` is the formula of the paper, a mean over forget and one over retain rows, which is
-what our op returns. `ours, no autograd` is the call that training loops use: losses and gradient of
+`eager, two terms` is the formula of the paper, a mean over forget and one over retain rows: what
+our op returns. `ours, no autograd` is the call that training loops use: losses and gradient of
 the logits. The floor is one read and one write of the logits (`copy_` into memory that is there).
 """
 

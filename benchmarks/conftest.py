@@ -1,4 +1,4 @@
-"""One table a benchmark file, written to `results/` when the session ends; one thread on the CPU."""
+"""One table a benchmark file, written to `results/` at its end; one thread on the CPU."""
 
 from __future__ import annotations
 

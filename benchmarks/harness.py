@@ -72,8 +72,9 @@ class Table:
             floor = f"{row.floor:.2f}" if row.floor == row.floor else ""
             rate = f"{row.gigabytes:.1f}" if row.gigabytes == row.gigabytes else ""
             lines.append(
-                f"| {row.case} | {row.contender} | {duration(row.median)} |"
-                f" {duration(row.low)} to {duration(row.high)} | {row.speedup:.2f} | {floor} | {rate} |"
+                f"| {row.case} | {row.contender} | {duration(row.median)}"
+                f" | {duration(row.low)} to {duration(row.high)}"
+                f" | {row.speedup:.2f} | {floor} | {rate} |"
             )
         lines += ["", *(f"- {note}" for note in self.notes), ""]
         target.with_suffix(".md").write_text("\n".join(lines))
@@ -122,7 +123,7 @@ def gpu_state() -> dict[str, str]:
 def race(
     contenders: Sequence[Contender], rounds: int = 25, budget: float = 0.02
 ) -> dict[str, list[float]]:
-    """Seconds a call, `rounds` times for each contender, in turn; about ``budget`` s a measurement."""
+    """Seconds a call, ``rounds`` times for each contender, in turn; ``budget`` s a measurement."""
     calls = {}
     for contender in contenders:
         for _ in range(3):

@@ -22,8 +22,8 @@ struct AscentRow {
   float grad_scale;       // 1, or 1 / ||grad|| when gradients are normalised
   float beta1, beta2;     // Adam's decay rates
   float gain1, gain2;     // 1 - beta1, 1 - beta2, rounded once from double
-  float unbias1, unbias2; // 1 / (1 - beta^t)
-  float eps;
+  // m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) = unbias * m / (sqrt(v) + eps)
+  float unbias, eps;
 };
 
 // -log(p) of a row whose target is `shifted` <= 0 below the top logit, given log(denominator), where
@@ -37,8 +37,8 @@ ZSU_INLINE F row_loss(F log_denominator, F shifted, F rest, F denominator) {
 // Clamp that lets a NaN through: fmin and fmax would turn it into a bound.
 template <class F>
 ZSU_INLINE F clamp_seeing_nan(F value, F low, F high) {
-  value = value < low ? low : value;
-  return value > high ? high : value;
+  value = low > value ? low : value; // this order is what one max instruction does
+  return high < value ? high : value;
 }
 
 // Direction of the step, and the new moments. `ratio(a, b, eps)` is a / (sqrt(b) + eps) for F.
@@ -53,7 +53,7 @@ ZSU_INLINE F ascent_direction(F x, F grad, F& moment, F& variance, const AscentR
   } else {
     moment = row.beta1 * moment + row.gain1 * g;
     variance = row.beta2 * variance + row.gain2 * (g * g);
-    return ratio(moment * row.unbias1, variance * row.unbias2, row.eps);
+    return row.unbias * ratio(moment, variance, row.eps);
   }
 }
 

@@ -50,7 +50,7 @@ ZSU_INLINE float squared_norm(const float* p, int64_t n) {
 }
 
 // Elements [begin, end) of a row; returns NaN where a gradient or a new x is not finite, else 0.
-template <AscentMode mode, bool noisy>
+template <AscentMode mode, bool noisy, bool flagged>
 ZSU_INLINE VF ascend(float* x, const float* grad, float* moment, float* variance, int64_t begin, int64_t end,
                      const Bounds& bounds, const AscentRow& row, const Noise& noise) {
   constexpr bool adam = mode == AscentMode::adam;
@@ -70,7 +70,7 @@ ZSU_INLINE VF ascend(float* x, const float* grad, float* moment, float* variance
     VF moved = at + row.lr * ascent_direction<mode>(at, g, m, v, row, ratio);
     if constexpr (noisy) moved += noise_at(noise, i);
     moved = clamp_seeing_nan(moved, load(bounds.low + tile_at), load(bounds.high + tile_at));
-    bad += (g + moved) * 0.0f;
+    if constexpr (flagged) bad += (g + moved) * 0.0f;
     if (whole) {
       store(x + i, moved);
       if constexpr (adam) {
@@ -90,7 +90,7 @@ ZSU_INLINE VF ascend(float* x, const float* grad, float* moment, float* variance
   return bad;
 }
 
-template <AscentMode mode, bool noisy>
+template <AscentMode mode, bool noisy, bool flagged>
 void ascent_row(const AscentRows& a, int64_t index, float* low_tile, float* high_tile, int64_t tile) {
   const int64_t offset = index * a.row_size;
   const float* grad = a.grad + offset;
@@ -108,9 +108,10 @@ void ascent_row(const AscentRows& a, int64_t index, float* low_tile, float* high
   row.gain1 = static_cast<float>(1 - a.beta1);
   row.gain2 = static_cast<float>(1 - a.beta2);
   // 1 - b^t loses five digits in float at t = 1; expm1 keeps them
-  row.unbias1 = static_cast<float>(-1 / std::expm1(step * std::log(a.beta1)));
-  row.unbias2 = static_cast<float>(-1 / std::expm1(step * std::log(a.beta2)));
-  row.eps = static_cast<float>(a.eps);
+  const double correction1 = -std::expm1(step * std::log(a.beta1));
+  const double root_correction2 = std::sqrt(-std::expm1(step * std::log(a.beta2)));
+  row.unbias = static_cast<float>(root_correction2 / correction1);
+  row.eps = static_cast<float>(a.eps * root_correction2);
 
   const int64_t plane = a.channels > 0 ? a.row_size / a.channels : 0;
   const Noise noise{a.jitter, a.seed, static_cast<uint32_t>(index), static_cast<uint32_t>(step),
@@ -120,16 +121,32 @@ void ascent_row(const AscentRows& a, int64_t index, float* low_tile, float* high
   float* variance = a.variance + offset;
   VF bad{};
   if (a.bounds == 1 || a.channels_last) {
-    bad = ascend<mode, noisy>(x, grad, moment, variance, 0, a.row_size, {low_tile, high_tile, tile}, row, noise);
+    bad = ascend<mode, noisy, flagged>(x, grad, moment, variance, 0, a.row_size, {low_tile, high_tile, tile}, row, noise);
   } else {
     for (int64_t c = 0; c < a.channels; ++c) {
       store(low_tile, VF{} + a.low[c]);
       store(high_tile, VF{} + a.high[c]);
-      bad += ascend<mode, noisy>(x, grad, moment, variance, c * plane, (c + 1) * plane, {low_tile, high_tile, 16}, row, noise);
+      bad += ascend<mode, noisy, flagged>(x, grad, moment, variance, c * plane, (c + 1) * plane, {low_tile, high_tile, 16}, row, noise);
     }
   }
   const float any = sum_lanes(bad);
-  if (a.found_nan && any != any) a.found_nan[index] = true;
+  if (flagged && any != any) a.found_nan[index] = true;
+}
+
+using StepRow = void (*)(const AscentRows&, int64_t, float*, float*, int64_t);
+
+template <AscentMode mode>
+StepRow choose_row_of_mode(const AscentRows& a) {
+  if (a.jitter != 0) return a.found_nan ? ascent_row<mode, true, true> : ascent_row<mode, true, false>;
+  return a.found_nan ? ascent_row<mode, false, true> : ascent_row<mode, false, false>;
+}
+
+StepRow choose_row(const AscentRows& a) {
+  switch (static_cast<AscentMode>(a.mode)) {
+    case AscentMode::sgd: return choose_row_of_mode<AscentMode::sgd>(a);
+    case AscentMode::sign: return choose_row_of_mode<AscentMode::sign>(a);
+    default: return choose_row_of_mode<AscentMode::adam>(a);
+  }
 }
 
 void ascent_step_rows(const AscentRows& a, int64_t begin, int64_t end) {
@@ -142,13 +159,7 @@ void ascent_step_rows(const AscentRows& a, int64_t begin, int64_t end) {
     low[i] = a.low[i % a.bounds];
     high[i] = a.high[i % a.bounds];
   }
-  void (*step_row)(const AscentRows&, int64_t, float*, float*, int64_t) = nullptr;
-  const bool noisy = a.jitter != 0;
-  switch (static_cast<AscentMode>(a.mode)) {
-    case AscentMode::adam: step_row = noisy ? ascent_row<AscentMode::adam, true> : ascent_row<AscentMode::adam, false>; break;
-    case AscentMode::sgd: step_row = noisy ? ascent_row<AscentMode::sgd, true> : ascent_row<AscentMode::sgd, false>; break;
-    case AscentMode::sign: step_row = noisy ? ascent_row<AscentMode::sign, true> : ascent_row<AscentMode::sign, false>; break;
-  }
+  const auto step_row = choose_row(a);
   for (int64_t row = begin; row < end; ++row)
     if (a.active[row]) step_row(a, row, low, high, tile);
 }

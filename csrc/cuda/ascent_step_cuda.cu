@@ -64,9 +64,9 @@ __global__ void __launch_bounds__(threads) ascent_step_kernel(Args a, int64_t bl
   row.beta2 = a.beta2;
   row.gain1 = a.gain1;
   row.gain2 = a.gain2;
-  row.unbias1 = -1 / expm1f(static_cast<float>(step) * a.log_beta1); // 1 - b^t loses digits at t = 1
-  row.unbias2 = -1 / expm1f(static_cast<float>(step) * a.log_beta2);
-  row.eps = a.eps;
+  const float root_correction2 = sqrtf(-expm1f(static_cast<float>(step) * a.log_beta2));
+  row.unbias = root_correction2 / -expm1f(static_cast<float>(step) * a.log_beta1); // 1 - b^t loses digits
+  row.eps = a.eps * root_correction2;
 
   const bool whole = a.packed && last - first == 4;
   Pack<float> x, g, m, v;
