@@ -1,6 +1,7 @@
 """zsu_fast: make a trained image classifier forget classes, without any training data."""
 
 from .classifier import InputSpec
+from .doctor import doctor
 from .errors import ArgumentError, CheckpointError, ModelError, OutputError, ZsuFastError
 from .evaluation import Evaluation, evaluate, mask
 from .impressions import ClassImpressions, synthesize
@@ -20,6 +21,7 @@ __all__ = [
     "Split",
     "ZeroShotUnlearner",
     "ZsuFastError",
+    "doctor",
     "evaluate",
     "mask",
     "paper_preset",

@@ -20,7 +20,7 @@ from rich.table import Table
 from . import checkpoint
 from .classifier import InputSpec, resolve_spec
 from .demo import mnist_test, run as run_demo
-from .doctor import doctor as examine
+from .doctor import doctor as examine, render
 from .errors import ArgumentError, ZsuFastError
 from .evaluation import Evaluation, evaluate as measure
 from .models import load_model
@@ -207,14 +207,7 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(facts)
         return
-    table = Table(show_header=False, box=None)
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            value = "\n".join(f"{k}: {v}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = "\n".join(map(str, value))
-        table.add_row(key, str(value))
-    Console().print(table)
+    typer.echo(render(facts))
 
 
 def parse_classes(text: str) -> list[int]:

@@ -225,7 +225,7 @@ class _Ascent:
         bounds = (-1, 1, 1) if len(spec.shape) == 3 else (-1,)
         self.low = spec.low.view(bounds).to(self.device)
         self.high = spec.high.view(bounds).to(self.device)
-        self.lr = settings.step_size * (self.high - self.low)
+        self.lr = settings.step_size * (self.high - self.low).mean()
         self.beta = torch.tensor(settings.beta, device=self.device)
 
         per_class = settings.per_class

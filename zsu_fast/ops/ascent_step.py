@@ -2,6 +2,132 @@
 
 from __future__ import annotations
 
-from .reference import ascent_step_
+from typing import Any, Literal
 
-__all__ = ["ascent_step_"]
+import torch
+from torch import Tensor
+
+from . import backends
+
+
+def ascent_step_(
+    x: Tensor,
+    grad: Tensor,
+    moment: Tensor,
+    variance: Tensor,
+    step: Tensor,
+    active: Tensor,
+    low: Tensor,
+    high: Tensor,
+    lr: Tensor,
+    beta: Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    *,
+    mode: Literal["adam", "sgd", "sign"] = "adam",
+    normalize: bool = False,
+    jitter: Tensor | None = None,
+    seed: Tensor | None = None,
+    found_nan: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """One ascent step on ``objective - beta * ||x||^2``, clamped to valid images, in place.
+
+    Rows that are not active keep every bit of x, moment, variance and step. A NaN stays visible:
+    clamping does not turn it into a bound. Whatever changes from step to step is a tensor on the
+    device, so a captured step can be replayed with new values.
+
+    Args:
+        x: float32 [N, ...], changed. Fastest when x, grad and the moments are all contiguous or
+            all channels-last; any other layout costs copies.
+        grad: float32 [N, ...], gradient of the objective (without the L2 term).
+        moment, variance: float32 [N, ...], Adam's first and second moment, changed by mode adam.
+        step: int32 [N], steps taken by each row, changed.
+        active: bool [N].
+        low, high: float32, broadcastable to x: the valid range. One number or one per channel
+            runs fused; bounds that vary otherwise run on the eager backend.
+        lr: float32, scalar or one number a row ([N, 1, ...]); other shapes as for the bounds.
+        beta: float32 scalar, weight of the L2 term.
+        betas, eps: Adam's (Kingma and Ba, 2015, Algorithm 1).
+        mode: ``adam``; ``sgd``: the gradient itself; ``sign``: its sign.
+        normalize: divide each row's ``grad`` by its L2 norm (a zero row stays zero).
+        jitter: float32 scalar: add ``jitter * U(-1, 1)`` before clamping, Philox keyed by
+            (seed, step of the row, row, element): equal on every backend and device.
+        seed: int64 scalar, needed with jitter.
+        found_nan: bool [N], set (never cleared) for active rows whose gradient or new x is not
+            finite.
+        backend: see `backends`.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit.
+        BackendUnavailable: an explicit backend cannot run here, or with these bounds.
+    """
+    bounds = _per_channel(x, low), _per_channel(x, high)
+    rate = _per_row(x, lr)
+    if bounds[0] is None or bounds[1] is None or rate is None:
+        wanted = backend or backends.forced_backend()
+        if wanted not in (None, "auto", "eager", "compile"):
+            raise backends.BackendUnavailable(
+                f"backend {wanted!r}: bounds must be per channel and lr per row; use 'eager'"
+            )
+        op = backends.choose("ascent_step_", x.device, wanted or "eager")
+        fused_bounds = low.expand(x.shape), high.expand(x.shape)
+        rate = lr.expand(x.shape)
+    else:
+        op = backends.choose("ascent_step_", x.device, backend)
+        count = max(bounds[0].numel(), bounds[1].numel())
+        fused_bounds = bounds[0].expand(count).contiguous(), bounds[1].expand(count).contiguous()
+    tensors = (x, grad, moment, variance)
+    dense = x, grad, moment, variance = _alike(tensors)
+    op(
+        x, grad, moment, variance, step, active, *fused_bounds, rate, beta,
+        *betas, eps, mode, normalize, jitter, seed, found_nan,
+    )  # fmt: skip
+    for target, source in zip(tensors, dense, strict=True):
+        if target is not source and target is not tensors[1]:
+            target.copy_(source)
+
+
+def _per_channel(x: Tensor, bound: Tensor) -> Tensor | None:
+    """``bound`` as [1] or [channels]; None if it varies along other dimensions."""
+    if bound.numel() == 1:
+        return bound.reshape(1)
+    padded = (1,) * (x.ndim - bound.ndim) + tuple(bound.shape)
+    if x.ndim > 1 and padded == (1, x.shape[1], *(1,) * (x.ndim - 2)):
+        return bound.reshape(-1)
+    return None
+
+
+def _per_row(x: Tensor, lr: Tensor) -> Tensor | None:
+    if lr.numel() == 1:
+        return lr.reshape(1)
+    return lr.reshape(-1) if tuple(lr.shape) == (len(x), *(1,) * (x.ndim - 1)) else None
+
+
+def _alike(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors themselves if all are contiguous or all channels-last, else contiguous copies."""
+    if all(t.is_contiguous() for t in tensors):
+        return tensors
+    if tensors[0].ndim == 4:
+        if all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors):
+            return tensors
+        x, grad, *moments = tensors
+        if all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, *moments)):
+            return (x, grad.contiguous(memory_format=torch.channels_last), *moments)
+    return tuple(t.contiguous() for t in tensors)
+
+
+@torch.library.register_fake("zsu_fast::ascent_step_")
+def _(
+    x: Tensor,
+    grad: Tensor,
+    moment: Tensor,
+    variance: Tensor,
+    step: Tensor,
+    active: Tensor,
+    *_: Any,
+    **__: Any,
+) -> None:
+    torch._check(grad.shape == x.shape, lambda: "grad must have the shape of x")
+    torch._check(moment.shape == x.shape and variance.shape == x.shape)
+    torch._check(step.shape[0] == x.shape[0] and active.shape[0] == x.shape[0])

@@ -6,12 +6,18 @@ float32 for half types and float32, in float64 for float64; results are rounded 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
+
+
+def _by_row(t: Tensor) -> Tensor:
+    return t.flatten(1) if t.ndim > 1 else t[:, None]
 
 
 def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,31 +29,63 @@ def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[
 
     Args:
         logits: float [B, C].
-        target: int64 [B], values in 0..C-1.
+        target: int64 or int32 [B], values in 0..C-1 where coef is not 0.
         coef: float [B], sign x weight / N; 0 leaves a row out.
 
     Returns:
         losses: [2], the sums of ``coef * CE`` over rows with negative and with positive coef.
         dlogits: [B, C] in the dtype of ``logits``, the gradient of ``losses.sum()``.
+
+    Raises:
+        RuntimeError: a target is out of range, on the CPU; elsewhere its row becomes NaN.
     """
     x, c = _wide(logits), coef.to(_wide(logits).dtype)
-    rows = torch.arange(len(x), device=x.device)
+    rows = torch.arange(x.shape[0], device=x.device)
+    used = c != 0
+    valid = (target >= 0) & (target < x.shape[1])
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = (used & ~valid).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            raise RuntimeError(
+                f"target {int(target[row])} of row {row} is out of range for {x.shape[1]} classes"
+            )
+    y = torch.where(valid, target, torch.zeros_like(target)).long()
     top = x.max(1, keepdim=True).values
     e = (x - top).exp()
-    others = e.clone()
-    others[rows, target] = 0
+    others = e.scatter(1, y[:, None], 0.0)
     rest = others.sum(1)
-    at_target = e[rows, target]
-    denominator = at_target + rest
-    shifted = x[rows, target] - top[:, 0]
+    denominator = e[rows, y] + rest
+    shifted = x[rows, y] - top[:, 0]
     loss = torch.where(shifted == 0, rest.log1p(), denominator.log() - shifted)
-    used = c != 0
-    loss = torch.where(used, c * loss, torch.zeros_like(loss))
-    dlogits = others / denominator[:, None]
-    dlogits[rows, target] = -rest / denominator
-    dlogits = torch.where(used[:, None], c[:, None] * dlogits, torch.zeros_like(dlogits))
-    losses = torch.stack([loss[c < 0].sum(), loss[c > 0].sum()])
+    zero = torch.zeros_like(loss)
+    loss = torch.where(used, torch.where(valid, c * loss, torch.nan), zero)
+    dlogits = others.scatter(1, y[:, None], -rest[:, None]) / denominator[:, None]
+    dlogits = torch.where(valid[:, None], c[:, None] * dlogits, torch.nan)
+    dlogits = torch.where(used[:, None], dlogits, torch.zeros_like(dlogits))
+    losses = torch.stack(
+        [torch.where(c < 0, loss, zero).sum(), torch.where(c < 0, zero, loss).sum()]
+    )
     return losses, dlogits.to(logits.dtype)
+
+
+def signed_cross_entropy_(logits: Tensor, target: Tensor, coef: Tensor) -> Tensor:
+    """`signed_cross_entropy` that leaves dlogits in ``logits``."""
+    losses, dlogits = signed_cross_entropy(logits, target, coef)
+    logits.copy_(dlogits)
+    return losses
+
+
+def scale_rows_(rows: Tensor, coef: Tensor, grad: Tensor) -> None:
+    """Multiply each row by the gradient of its term: ``grad[0]`` where coef < 0, else ``grad[-1]``.
+
+    Args:
+        rows: float [B, C], changed.
+        coef: float [B].
+        grad: [2], or a scalar for every row.
+    """
+    flat = grad.reshape(-1)
+    rows.mul_(torch.where(coef < 0, flat[0], flat[-1])[:, None].to(rows.dtype))
 
 
 def masked_cross_entropy(
@@ -73,11 +111,39 @@ def masked_cross_entropy(
     log_p = x.log_softmax(1)
     log_q = _wide(teacher).to(x.dtype).masked_fill(forget, -torch.inf).log_softmax(1)
     q = log_q.exp()
-    terms = torch.where(forget, torch.zeros_like(q), q * (log_q - log_p))
+    terms = torch.where(q == 0, torch.zeros_like(q), q * (log_q - log_p))  # 0 log 0 = 0
     used = c != 0
     loss = torch.where(used, c * terms.sum(1), torch.zeros_like(c)).sum()
     dlogits = torch.where(used[:, None], c[:, None] * (log_p.exp() - q), torch.zeros_like(q))
     return loss, dlogits.to(logits.dtype)
+
+
+def philox(seed: Tensor, element: Tensor, row: Tensor, step: Tensor) -> Tensor:
+    """First word of Philox-4x32-10 (Salmon et al., 2011) at counter (element, row, step), int64."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = element & mask, (element >> 32) & mask, row & mask, step & mask
+    k0, k1 = seed & mask, (seed >> 32) & mask
+
+    def multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+        """High and low word of a 32 x 32 bit product, which may not fit int64 at once."""
+        low, high = a * (b & 0xFFFF), a * (b >> 16)
+        return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & mask
+
+    for _ in range(10):
+        high0, low0 = multiply(0xD2511F53, c0)
+        high1, low1 = multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0
+
+
+def _noise(x: Tensor, step: Tensor, seed: Tensor) -> Tensor:
+    """U(-1, 1) for every element, 24 bits of Philox each."""
+    shape = (-1, *[1] * (x.ndim - 1))
+    rows = torch.arange(x.shape[0], device=x.device).view(shape)
+    elements = torch.arange(math.prod(x.shape[1:]), device=x.device).view(1, *x.shape[1:])
+    bits = philox(seed, elements, rows, (step.long() + 1).view(shape)) >> 8
+    return (bits - 2**23).to(x.dtype) * 2.0**-23
 
 
 def ascent_step_(
@@ -91,38 +157,53 @@ def ascent_step_(
     high: Tensor,
     lr: Tensor,
     beta: Tensor,
-    betas: tuple[float, float] = (0.9, 0.999),
+    beta1: float = 0.9,
+    beta2: float = 0.999,
     eps: float = 1e-8,
+    rule: str = "adam",
+    normalize: bool = False,
+    jitter: Tensor | None = None,
+    seed: Tensor | None = None,
+    found_nan: Tensor | None = None,
 ) -> None:
-    """One Adam ascent step on ``objective - beta * ||x||^2``, clamped to valid images, in place.
+    """One ascent step on ``objective - beta * ||x||^2``, clamped to valid images, in place.
 
-    Rows that are not active keep every bit of x, moment, variance and step. A NaN in the gradient
-    stays visible: clamping does not turn it into a bound.
-
-    Args:
-        x: float32 [N, ...], changed.
-        grad: float32 [N, ...], gradient of the objective (without the L2 term).
-        moment, variance: float32 [N, ...], Adam's first and second moment, changed.
-        step: int32 [N], steps taken by each row, changed.
-        active: bool [N].
-        low, high: float32, broadcastable to x: the valid range.
-        lr: float32, scalar or broadcastable to x.
-        beta: float32 scalar, weight of the L2 term.
-        betas, eps: Adam's (Kingma and Ba, 2015, Algorithm 1).
+    The arguments are those of the public `zsu_fast.ops.ascent_step_`, except that bounds may be
+    given as [1] or [channels] and lr as [1] or [N], and that ``mode`` is called ``rule``.
     """
-    b1, b2 = betas
+    if rule not in ("adam", "sgd", "sign"):
+        raise RuntimeError(f"mode must be adam, sgd or sign, got {rule}")
     shape = (-1, *[1] * (x.ndim - 1))
+    per_channel = (1, -1, *[1] * (x.ndim - 2)) if x.ndim > 1 else (-1,)
+    low, high = (b.view(per_channel) if b.ndim == 1 else b for b in (low, high))
+    lr = lr.view(shape) if lr.ndim == 1 else lr
     rows = active.view(shape)
-    g = grad - 2 * beta * x
-    m = b1 * moment + (1 - b1) * g
-    v = b2 * variance + (1 - b2) * g * g
-    t = (step + 1).double().view(shape)
-    # 1 - b**t loses five digits in float32 at t = 1; expm1 keeps them
-    fix1 = -torch.expm1(t * torch.log(torch.tensor(b1, dtype=torch.float64)))
-    fix2 = -torch.expm1(t * torch.log(torch.tensor(b2, dtype=torch.float64)))
-    update = (m / fix1.to(x.dtype)) / ((v / fix2.to(x.dtype)).sqrt() + eps)
-    moved = torch.minimum(torch.maximum(x + lr * update, low), high)
+    g = grad
+    if normalize:
+        norm = torch.linalg.vector_norm(_by_row(grad), dim=1)
+        g = g * torch.where(norm == 0, torch.zeros_like(norm), 1 / norm).view(shape)
+    g = g - 2 * beta * x
+    m, v = moment, variance
+    if rule == "adam":
+        m = beta1 * moment + (1 - beta1) * g
+        v = beta2 * variance + (1 - beta2) * g * g
+        t = (step + 1).double().view(shape)
+        # 1 - b**t loses five digits in float32 at t = 1; expm1 keeps them
+        fix1, fix2 = (-torch.expm1(t * math.log(b)) for b in (beta1, beta2))
+        update = (m / fix1.to(x.dtype)) / ((v / fix2.to(x.dtype)).sqrt() + eps)
+    elif rule == "sgd":
+        update = g
+    else:
+        update = g - g + g.sign()  # g - g: NaN where g is not finite
+    moved = x + lr * update
+    if jitter is not None and seed is not None:
+        moved = moved + jitter * _noise(x, step, seed)
+    moved = torch.minimum(torch.maximum(moved, low), high)
+    if found_nan is not None:
+        finite = _by_row(grad.isfinite() & moved.isfinite()).all(1)
+        found_nan.logical_or_(active & ~finite)
     x.copy_(torch.where(rows, moved, x))
-    moment.copy_(torch.where(rows, m, moment))
-    variance.copy_(torch.where(rows, v, variance))
+    if rule == "adam":
+        moment.copy_(torch.where(rows, m, moment))
+        variance.copy_(torch.where(rows, v, variance))
     step.add_(active.to(step.dtype))

@@ -2,40 +2,88 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import reference
+from . import backends, fused_loss
 
 
-def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> Tensor:
-    """``sum(coef * CE(logits, target))`` by term, differentiable in ``logits``.
+def signed_cross_entropy(
+    logits: Tensor, target: Tensor, coef: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """``sum(coef * CE(logits, target))`` by term, differentiable once in ``logits``.
 
     Args:
-        logits: float [B, C].
-        target: int64 [B].
+        logits: float32, float64, float16 or bfloat16 [B, C], any strides (classes that are not
+            neighbours in memory cost a copy).
+        target: int64 or int32 [B], in 0..C-1 where coef is not 0, ignored elsewhere.
         coef: float [B], one coefficient a row: sign x weight / N; 0 leaves the row out.
+        backend: see `backends`.
 
     Returns:
-        Float [2]: the sum over rows with a negative coef (forget) and with a positive one
-        (retain). Their sum is the loss; both carry gradients.
+        [2], float32 (float64 for float64 logits): the sum over rows with a negative coef (forget)
+        and with a positive one (retain). Their sum is the loss; both carry gradients. No rows: 0.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit; on the CPU also a target out of range
+            (on other devices such a row gives NaN, seen without waiting for the device).
     """
-    losses: Tensor = _SignedCrossEntropy.apply(logits, target, coef)
+    return fused_loss.fused_loss("signed_cross_entropy", (logits, target, coef), backend)
+
+
+def signed_cross_entropy_and_grad(
+    logits: Tensor, target: Tensor, coef: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The losses of `signed_cross_entropy` and the gradient of their sum, without autograd.
+
+    The shortest way through a training step: ``logits.backward(dlogits)`` starts the backward
+    pass at the logits, and autograd never sees the loss.
+
+    Returns:
+        losses: [2].
+        dlogits: [B, C] in the dtype of ``logits``.
+    """
+    with torch.no_grad():
+        op = backends.choose("signed_cross_entropy", logits.device, backend)
+        losses, dlogits = op(logits, target, coef)
+    return losses, dlogits
+
+
+def signed_cross_entropy_(
+    logits: Tensor, target: Tensor, coef: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """As `signed_cross_entropy`, but leaves the gradient in ``logits`` and saves its memory.
+
+    Autograd does not record it, and refuses a backward pass that would need the old logits. Rows
+    must not overlap.
+    """
+    losses: Tensor = backends.choose("signed_cross_entropy_", logits.device, backend)(
+        logits, target, coef
+    )
     return losses
 
 
-class _SignedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, coef: Tensor) -> Tensor:
-        losses, dlogits = reference.signed_cross_entropy(logits, target, coef)
-        ctx.save_for_backward(dlogits, coef)
-        return losses
+@torch.library.register_fake("zsu_fast::signed_cross_entropy")
+def _(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
+    return _fake_losses(logits, target, coef), logits.new_empty(logits.shape)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        (grad,) = grads
-        dlogits, coef = ctx.saved_tensors
-        by_row = torch.where(coef < 0, grad[0], grad[1]).to(dlogits.dtype)
-        return dlogits * by_row[:, None], None, None
+
+@torch.library.register_fake("zsu_fast::signed_cross_entropy_")
+def _fake_losses(logits: Tensor, target: Tensor, coef: Tensor) -> Tensor:
+    torch._check(logits.ndim == 2, lambda: "logits must be [batch, classes]")
+    torch._check(target.ndim == 1 and target.shape[0] == logits.shape[0])
+    torch._check(coef.ndim == 1 and coef.shape[0] == logits.shape[0])
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(2, dtype=wide)
+
+
+@torch.library.register_fake("zsu_fast::scale_rows_")
+def _(rows: Tensor, coef: Tensor, grad: Tensor) -> None:  # noqa: ARG001
+    torch._check(rows.ndim == 2, lambda: "rows must be [batch, classes]")
+
+
+torch.library.register_autograd(
+    "zsu_fast::signed_cross_entropy",
+    fused_loss.backward,
+    setup_context=fused_loss.setup_context,
+)

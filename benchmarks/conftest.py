@@ -1,0 +1,19 @@
+"""One table a benchmark file, written to `results/` at its end; one thread on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from harness import Table
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[Table]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    name = request.module.__name__.removeprefix("bench_")
+    made = Table(name, request.module.__doc__.splitlines()[0])
+    yield made
+    made.write()

@@ -1,0 +1,201 @@
+"""Honest timing for the op benchmarks.
+
+Contenders of one row of a table are timed in turn, round after round, so that a busy machine slows
+all of them alike; the median over rounds counts. Warm-up (and compilation) is left out. Every call
+that is timed may be checked: `verify` sees the output of the last timed call.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass
+class Contender:
+    """One way to do the work."""
+
+    name: str
+    run: Callable[[], Any]
+    verify: Callable[[Any], None] | None = None
+
+
+@dataclass
+class Row:
+    """A line of a table: times are seconds a call."""
+
+    case: str
+    contender: str
+    median: float
+    low: float
+    high: float
+    speedup: float  # over the first contender
+    floor: float  # times the floor; nan where there is none
+    gigabytes: float  # a second, of the traffic the work cannot avoid
+
+
+@dataclass
+class Table:
+    """All rows of one benchmark file, written when the session ends."""
+
+    name: str
+    title: str
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def write(self) -> None:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        target = RESULTS / f"{DEVICE}_{self.name}"
+        with target.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*Row.__dataclass_fields__, *machine()])
+            for row in self.rows:
+                writer.writerow([*vars(row).values(), *machine().values()])
+        lines = [f"# {self.title}", "", ", ".join(f"{k}: {v}" for k, v in machine().items()), ""]
+        lines += [
+            "| case | contender | median | 10 % to 90 % | speed-up | x floor | GB/s |",
+            "|---|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in self.rows:
+            floor = f"{row.floor:.2f}" if row.floor == row.floor else ""
+            rate = f"{row.gigabytes:.1f}" if row.gigabytes == row.gigabytes else ""
+            lines.append(
+                f"| {row.case} | {row.contender} | {duration(row.median)}"
+                f" | {duration(row.low)} to {duration(row.high)}"
+                f" | {row.speedup:.2f} | {floor} | {rate} |"
+            )
+        lines += ["", *(f"- {note}" for note in self.notes), ""]
+        target.with_suffix(".md").write_text("\n".join(lines))
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were taken on."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
+        ]
+        processor = names[0] if names else processor
+    facts = {
+        "processor": processor,
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
+    }
+    if DEVICE == "cuda":
+        facts |= gpu_state()
+    return facts
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks and power from NVML, where nvidia-ml-py is installed."""
+    try:
+        import pynvml
+    except ImportError:
+        return {"clocks": "unknown (no nvidia-ml-py)"}
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    return {
+        "clocks": f"{pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)} MHz SM,"
+        f" {pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)} MHz memory",
+        "power": f"{pynvml.nvmlDeviceGetPowerUsage(handle) / 1000:.0f} W",
+    }
+
+
+def race(
+    contenders: Sequence[Contender], rounds: int = 25, budget: float = 0.02
+) -> dict[str, list[float]]:
+    """Seconds a call, ``rounds`` times for each contender, in turn; ``budget`` s a measurement."""
+    calls = {}
+    for contender in contenders:
+        for _ in range(3):
+            contender.run()
+        once = measure(contender.run, 1)
+        calls[contender.name] = max(1, min(1000, int(budget / max(once, 1e-7))))
+    times: dict[str, list[float]] = {c.name: [] for c in contenders}
+    for _ in range(rounds):
+        for contender in contenders:
+            times[contender.name].append(measure(contender.run, calls[contender.name]))
+    for contender in contenders:
+        if contender.verify:
+            contender.verify(contender.run())
+    return times
+
+
+def measure(run: Callable[[], Any], calls: int) -> float:
+    if DEVICE == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begin) / calls
+
+
+def compare(
+    table: Table,
+    case: str,
+    contenders: Sequence[Contender],
+    floor: str | None = None,
+    floor_bytes: float = float("nan"),
+    **options: Any,
+) -> dict[str, float]:
+    """Race the contenders and add their rows; the first is the base of the speed-ups.
+
+    ``floor`` names the contender that is the least the work can cost; ``floor_bytes`` are the bytes
+    it moves. Returns the medians.
+    """
+    times = race(contenders, **options)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    base = medians[contenders[0].name]
+    for name, values in times.items():
+        ordered = sorted(values)
+        table.rows.append(
+            Row(
+                case=case,
+                contender=name,
+                median=medians[name],
+                low=ordered[len(ordered) // 10],
+                high=ordered[-1 - len(ordered) // 10],
+                speedup=base / medians[name],
+                floor=medians[name] / medians[floor] if floor else float("nan"),
+                gigabytes=floor_bytes / medians[name] / 1e9,
+            )
+        )
+    return medians
+
+
+def rotate(count: int) -> Callable[[], int]:
+    """0, 1, ..., count - 1, 0, ...: inputs take turns, so that none is found in cache."""
+    at = -1
+
+    def following() -> int:
+        nonlocal at
+        at = (at + 1) % count
+        return at
+
+    return following

@@ -1,0 +1,143 @@
+// What every op checks about its arguments, whatever device they lie on.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+
+namespace zsu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline ScalarType accumulator_of(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_float(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half || type == ScalarType::BFloat16,
+      name, " must be float32, float64, float16 or bfloat16");
+}
+
+inline void check_same_device(const Tensor& a, const Tensor& b, const char* name) {
+  STD_TORCH_CHECK(a.device() == b.device(), name, " lies on another device than the first argument");
+}
+
+inline void check_logits(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.dim() == 2, "logits must be [batch, classes], got ", logits.dim(), " dimensions");
+  STD_TORCH_CHECK(logits.size(0) == 0 || logits.size(1) > 0, "logits must have at least one class");
+  check_float(logits, "logits");
+}
+
+inline void check_per_row(const Tensor& t, const Tensor& logits, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == logits.size(0), name, " must be [batch] = [", logits.size(0), "]");
+  check_same_device(logits, t, name);
+}
+
+inline void check_target(const Tensor& target, const Tensor& logits) {
+  check_per_row(target, logits, "target");
+  const ScalarType type = target.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "target must be int64 or int32");
+}
+
+inline void check_masked(const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
+  check_logits(logits);
+  check_per_row(coef, logits, "coef");
+  check_float(coef, "coef");
+  check_float(teacher, "teacher");
+  check_same_device(logits, teacher, "teacher");
+  check_same_device(logits, forget, "forget");
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  STD_TORCH_CHECK(
+      teacher.dim() == 2 && teacher.size(0) == rows && teacher.size(1) == classes, "teacher must have the shape of logits");
+  STD_TORCH_CHECK(
+      forget.dim() == 1 && forget.size(0) == classes && forget.scalar_type() == ScalarType::Bool,
+      "forget must be bool [classes] = [", classes, "]");
+}
+
+// Rows may be any distance apart; within a row the classes must be neighbours.
+inline Tensor with_dense_rows(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor contiguous_as(const Tensor& t, ScalarType type) {
+  const Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
+  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
+}
+
+inline int ascent_mode(const std::string& rule) {
+  if (rule == "adam") return 0;
+  if (rule == "sgd") return 1;
+  STD_TORCH_CHECK(rule == "sign", "mode must be adam, sgd or sign, got ", rule);
+  return 2;
+}
+
+// A row of x is one block of memory, in the order of its own strides (contiguous or channels-last),
+// and grad, moment and variance are laid out alike.
+struct AscentLayout {
+  int64_t rows, row_size;
+  int64_t channels; // x.shape[1], 1 if x has none
+  int64_t bounds;   // numbers in low and in high: 1, or channels
+  bool channels_last;
+};
+
+inline bool is_dense(const Tensor& t, bool channels_last) {
+  // strides of size-1 dimensions mean nothing
+  int64_t expected = 1;
+  const auto follow = [&](int64_t d) {
+    const bool fits = t.size(d) == 1 || t.stride(d) == expected;
+    expected *= t.size(d);
+    return fits;
+  };
+  if (channels_last && !follow(1)) return false;
+  for (int64_t d = t.dim() - 1; d >= (channels_last ? 2 : 1); --d)
+    if (!follow(d)) return false;
+  return follow(0);
+}
+
+inline AscentLayout check_ascent(
+    const Tensor& x, const Tensor& grad, const Tensor& moment, const Tensor& variance, const Tensor& step,
+    const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta,
+    const std::optional<Tensor>& jitter, const std::optional<Tensor>& seed, const std::optional<Tensor>& found_nan) {
+  STD_TORCH_CHECK(x.dim() >= 1, "x must have a batch dimension");
+  AscentLayout layout{x.size(0), 1, x.dim() > 1 ? x.size(1) : 1, low.numel(), false};
+  for (int64_t d = 1; d < x.dim(); ++d) layout.row_size *= x.size(d);
+  layout.channels_last = x.numel() > 0 && x.dim() > 2 && !is_dense(x, false) && is_dense(x, true);
+  const auto same = [&](const Tensor& t, const char* name) {
+    check_same_device(x, t, name);
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
+    STD_TORCH_CHECK(t.dim() == x.dim(), name, " must have the shape of x");
+    for (int64_t d = 0; d < x.dim(); ++d) STD_TORCH_CHECK(t.size(d) == x.size(d), name, " must have the shape of x");
+    STD_TORCH_CHECK(
+        x.numel() == 0 || is_dense(t, layout.channels_last),
+        name, " must be contiguous or channels-last, and laid out like x");
+  };
+  same(x, "x");
+  same(grad, "grad");
+  same(moment, "moment");
+  same(variance, "variance");
+  const auto flat = [&](const Tensor& t, ScalarType type, int64_t n, const char* name, const char* what) {
+    check_same_device(x, t, name);
+    STD_TORCH_CHECK(t.scalar_type() == type && t.numel() == n && t.is_contiguous(), name, " must be ", what);
+  };
+  flat(step, ScalarType::Int, layout.rows, "step", "int32 [rows], contiguous");
+  flat(active, ScalarType::Bool, layout.rows, "active", "bool [rows], contiguous");
+  STD_TORCH_CHECK(layout.bounds == 1 || layout.bounds == layout.channels, "low must hold 1 or x.shape[1] numbers");
+  flat(low, ScalarType::Float, layout.bounds, "low", "float32, contiguous");
+  flat(high, ScalarType::Float, layout.bounds, "high", "float32, contiguous, as long as low");
+  STD_TORCH_CHECK(lr.numel() == 1 || lr.numel() == layout.rows, "lr must hold 1 or rows numbers");
+  flat(lr, ScalarType::Float, lr.numel(), "lr", "float32, contiguous");
+  flat(beta, ScalarType::Float, 1, "beta", "float32, one number");
+  STD_TORCH_CHECK(jitter.has_value() == seed.has_value(), "jitter and seed go together");
+  if (jitter) flat(*jitter, ScalarType::Float, 1, "jitter", "float32, one number");
+  if (seed) flat(*seed, ScalarType::Long, 1, "seed", "int64, one number");
+  if (found_nan) flat(*found_nan, ScalarType::Bool, layout.rows, "found_nan", "bool [rows], contiguous");
+  return layout;
+}
+
+} // namespace zsu

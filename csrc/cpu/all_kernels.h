@@ -1,0 +1,41 @@
+// The table of one instruction set. Included once by each isa_*.cpp, with ZSU_ISA its name.
+#pragma once
+
+#define ZSU_STRING(name) #name
+#define ZSU_STRING_OF(name) ZSU_STRING(name)
+
+namespace zsu::ZSU_ISA {
+
+// No std::vector: its code would be emitted for this instruction set under a shared name.
+template <class A>
+struct Scratch {
+  A* data;
+  explicit Scratch(int64_t n) : data(n > 0 ? new A[static_cast<size_t>(n)] : nullptr) {}
+  ~Scratch() { delete[] data; }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+} // namespace zsu::ZSU_ISA
+
+#include "ascent_step_kernel.h"
+#include "masked_cross_entropy_kernel.h"
+#include "signed_cross_entropy_kernel.h"
+
+namespace zsu::ZSU_ISA {
+
+const Kernels& kernels() {
+  static constexpr Kernels table{
+      ZSU_STRING_OF(ZSU_ISA),
+      {signed_cross_entropy_rows<float, float>, signed_cross_entropy_rows<double, double>,
+       signed_cross_entropy_rows<float, BFloat16>, signed_cross_entropy_rows<float, Float16>},
+      {masked_cross_entropy_rows<float, float>, masked_cross_entropy_rows<double, double>,
+       masked_cross_entropy_rows<float, BFloat16>, masked_cross_entropy_rows<float, Float16>},
+      {scale_rows_rows<float, float>, scale_rows_rows<double, double>,
+       scale_rows_rows<float, BFloat16>, scale_rows_rows<float, Float16>},
+      ascent_step_rows,
+  };
+  return table;
+}
+
+} // namespace zsu::ZSU_ISA

@@ -1,0 +1,38 @@
+#include "kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace zsu {
+
+static const Kernels& choose() {
+  int level = 0;
+#if defined(ZSU_HAS_ISA_LEVELS)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    level = 1;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+      level = 2;
+  }
+  if (const char* wish = std::getenv("ZSU_FAST_CPU_ISA")) {
+    if (!std::strcmp(wish, "baseline")) level = 0;
+    else if (!std::strcmp(wish, "avx2") && level > 1) level = 1;
+  }
+  if (level == 2) return avx512::kernels();
+  if (level == 1) return avx2::kernels();
+#endif
+  return baseline::kernels();
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+} // namespace zsu
+
+// For zsu_fast.doctor(), by ctypes.
+extern "C" __attribute__((visibility("default"))) const char* zsu_fast_cpu_isa() {
+  return zsu::kernels().name;
+}

@@ -1,0 +1,18 @@
+// The kernels compiled for CPUs with AVX2, FMA and F16C.
+// System headers come before any target pragma: an inline
+// function of theirs, emitted for this instruction set, must not be what other files link to.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#if defined(ZSU_HAS_ISA_LEVELS)
+#pragma GCC target("avx2,fma,f16c")
+#define ZSU_ISA avx2
+#define ZSU_F16C
+#include "all_kernels.h"
+#endif

@@ -1,0 +1,19 @@
+// The kernels compiled for CPUs with AVX-512 F, DQ, BW and VL.
+// System headers come before any target pragma: an inline
+// function of theirs, emitted for this instruction set, must not be what other files link to.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#if defined(ZSU_HAS_ISA_LEVELS)
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")
+#define ZSU_ISA avx512
+#define ZSU_F16C
+#define ZSU_AVX512
+#include "all_kernels.h"
+#endif

@@ -1,0 +1,14 @@
+// The kernels compiled for any CPU.
+// System headers come before any target pragma: an inline
+// function of theirs, emitted for this instruction set, must not be what other files link to.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#define ZSU_ISA baseline
+#include "all_kernels.h"

@@ -1,0 +1,85 @@
+// What a set of CPU kernels offers. One set per instruction set, chosen once at run time.
+#pragma once
+
+#include <cstdint>
+
+// GCC alone compiles one file for another instruction set by pragma; elsewhere the baseline runs.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define ZSU_HAS_ISA_LEVELS
+#endif
+
+namespace zsu {
+
+enum class Storage : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+struct SignedRows {
+  const void* logits; // [rows, classes], rows logits_stride apart; may be dlogits
+  int64_t logits_stride;
+  void* dlogits; // rows dlogits_stride apart
+  int64_t dlogits_stride;
+  int64_t classes;
+  const int64_t* target;
+  const void* coef; // float, or double when the storage is float64
+  double* row_loss; // coef * loss; 0 at the start
+};
+
+struct MaskedRows {
+  const void* logits;
+  int64_t logits_stride;
+  const void* teacher;
+  int64_t teacher_stride;
+  const bool* forget;
+  void* dlogits; // contiguous
+  int64_t classes;
+  const void* coef;
+  double* row_loss;
+};
+
+struct ScaledRows {
+  void* rows; // contiguous within a row
+  int64_t stride;
+  int64_t classes;
+  const void* coef;
+  double factor[2]; // for negative and for other coefficients
+};
+
+struct AscentRows {
+  float* x;
+  const float* grad;
+  float* moment;
+  float* variance;
+  const int32_t* step; // steps taken before this one
+  const bool* active;
+  bool* found_nan;   // may be null
+  int64_t row_size;  // elements of an impression
+  int64_t channels;  // x.shape[1]
+  int64_t bounds;    // numbers in low and in high: 1, or channels
+  bool channels_last;
+  const float* low;
+  const float* high;
+  const float* lr;
+  int64_t lr_stride; // 0: one for all rows
+  float beta;
+  double beta1, beta2, eps;
+  int mode;
+  bool normalize;
+  float jitter;
+  uint64_t seed;
+};
+
+struct Kernels {
+  const char* name;
+  void (*signed_cross_entropy[4])(const SignedRows&, int64_t begin, int64_t end);
+  void (*masked_cross_entropy[4])(const MaskedRows&, int64_t begin, int64_t end);
+  void (*scale_rows[4])(const ScaledRows&, int64_t begin, int64_t end);
+  void (*ascent_step)(const AscentRows&, int64_t begin, int64_t end);
+};
+
+namespace baseline { const Kernels& kernels(); }
+namespace avx2 { const Kernels& kernels(); }
+namespace avx512 { const Kernels& kernels(); }
+
+// The best set this CPU runs; ZSU_FAST_CPU_ISA=baseline|avx2|avx512 lowers it.
+const Kernels& kernels();
+
+} // namespace zsu

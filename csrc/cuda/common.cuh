@@ -1,0 +1,166 @@
+// What the CUDA kernels share: number types, 16-byte access, reductions in one order, launches.
+#pragma once
+
+#include "../checks.h"
+#include "../math.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <limits>
+
+namespace zsu::cuda {
+
+template <class T> struct Accumulator { using type = float; };
+template <> struct Accumulator<double> { using type = double; };
+template <class T> using accumulator = typename Accumulator<T>::type;
+
+__device__ inline float widen(float v) { return v; }
+__device__ inline double widen(double v) { return v; }
+__device__ inline float widen(__half v) { return __half2float(v); }
+__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline void narrow(float v, float& to) { to = v; }
+__device__ inline void narrow(double v, double& to) { to = v; }
+__device__ inline void narrow(float v, __half& to) { to = __float2half_rn(v); }
+__device__ inline void narrow(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
+
+// 16 bytes of T, moved by one 128-bit instruction.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / sizeof(T);
+  T v[size];
+};
+template <class T>
+__device__ Pack<T> load_pack(const T* p) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(p);
+  return *reinterpret_cast<const Pack<T>*>(&bits);
+}
+template <class T>
+__device__ void store_pack(T* p, const Pack<T>& pack) {
+  uint32_t w[4];
+  memcpy(w, &pack, 16);
+  // by hand: the compiler splits the store of four floats into three
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+}
+template <class T>
+__device__ bool is_aligned(const T* p) {
+  return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
+}
+
+// Visit a row of n elements by `span` threads: whole(i) for 16-byte blocks that start at an aligned
+// address of `row`, single(i) for the elements before the first and after the last of them. So rows
+// that start anywhere (C = 1001) still move by 128 bits.
+template <int span, class T, class Whole, class Single>
+__device__ void visit_row(const T* row, int64_t n, int thread, Whole whole, Single single) {
+  constexpr int size = Pack<T>::size;
+  const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) / sizeof(T)) & (size - 1);
+  const int64_t head = min(n, (size - misaligned) & (size - 1));
+  const int64_t packs = (n - head) / size;
+  const int64_t tail = head + packs * size;
+  if (thread < head) single(static_cast<int64_t>(thread));
+  for (int64_t p = thread; p < packs; p += span) whole(head + p * size);
+  if (thread < n - tail) single(tail + thread);
+}
+
+// Block of 16 bytes at any address: one load where it is aligned.
+template <class T>
+__device__ Pack<T> load_anywhere(const T* p) {
+  if (is_aligned(p)) return load_pack(p);
+  Pack<T> pack;
+#pragma unroll
+  for (int k = 0; k < Pack<T>::size; ++k) pack.v[k] = p[k];
+  return pack;
+}
+
+// All `span` threads of a row get the same result, from one order of operations.
+template <int span, class V, class F>
+__device__ V reduce_row(V v, F combine) {
+#pragma unroll
+  for (int by = 16; by > 0; by /= 2) v = combine(v, v.shuffled(by));
+  if constexpr (span > 32) {
+    __shared__ V of_warp[span / 32];
+    __syncthreads(); // an earlier reduction may still be read
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = of_warp[0];
+#pragma unroll
+    for (int w = 1; w < span / 32; ++w) v = combine(v, of_warp[w]);
+  } else {
+    __syncwarp(); // as __syncthreads above: what the row's threads have read, they may now overwrite
+  }
+  return v;
+}
+
+template <class A>
+struct Sum {
+  A value;
+  __device__ Sum shuffled(int by) const { return {__shfl_xor_sync(0xffffffffu, value, by)}; }
+  __device__ friend Sum operator+(Sum a, Sum b) { return {a.value + b.value}; }
+};
+
+// Running softmax denominator (Milakov and Gimelshein, 2018): sum of exp(x - top).
+template <class A>
+struct Softmax {
+  A top, sum;
+  __device__ static Softmax none() { return {-INFINITY, 0}; }
+  __device__ Softmax shuffled(int by) const {
+    return {__shfl_xor_sync(0xffffffffu, top, by), __shfl_xor_sync(0xffffffffu, sum, by)};
+  }
+  __device__ void raise(A to) { // -inf - -inf would be NaN
+    if (to > top) {
+      sum *= top == -INFINITY ? A(0) : exp(top - to);
+      top = to;
+    }
+  }
+  __device__ static Softmax merge(Softmax a, Softmax b) {
+    const A top = a.top > b.top ? a.top : b.top;
+    a.raise(top);
+    b.raise(top);
+    return {top, a.sum + b.sum};
+  }
+  // A term whose logit is already covered by top. NaN stays; -inf adds nothing.
+  __device__ void add(A x) { sum += x == -INFINITY && top == -INFINITY ? A(0) : exp(x - top); }
+};
+
+inline cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Calls f with a value of the element type of t.
+template <class F>
+void dispatch(const Tensor& t, F f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return f(double{});
+    case ScalarType::Half: return f(__half{});
+    case ScalarType::BFloat16: return f(__nv_bfloat16{});
+    default: return f(float{});
+  }
+}
+
+// Sum of row losses: [0] for negative coef and [1] for others, or all in [0]. One block, one order.
+template <class A, bool split>
+__global__ void __launch_bounds__(1024) sum_rows(const A* row_loss, const A* coef, A* losses, int64_t rows) {
+  double sums[2] = {0, 0};
+  for (int64_t i = threadIdx.x; i < rows; i += 1024) {
+    const bool forget = split && coef[i] < 0;
+    sums[0] += forget ? static_cast<double>(row_loss[i]) : 0.0;
+    sums[1] += forget ? 0.0 : static_cast<double>(row_loss[i]);
+  }
+  const auto plus = [](Sum<double> a, Sum<double> b) { return a + b; };
+  const double forget = reduce_row<1024>(Sum<double>{sums[0]}, plus).value;
+  const double retain = reduce_row<1024>(Sum<double>{sums[1]}, plus).value;
+  if (threadIdx.x == 0) {
+    losses[0] = static_cast<A>(split ? forget : retain);
+    if (split) losses[1] = static_cast<A>(retain);
+  }
+}
+
+constexpr int rows_per_block = 4; // short rows: one warp each
+constexpr int64_t warp_limit = 1024;
+
+} // namespace zsu::cuda

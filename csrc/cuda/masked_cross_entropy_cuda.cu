@@ -1,0 +1,124 @@
+#include "common.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+namespace zsu::cuda {
+namespace {
+
+template <class A>
+struct Pair {
+  Softmax<A> student, teacher;
+  __device__ Pair shuffled(int by) const { return {student.shuffled(by), teacher.shuffled(by)}; }
+  __device__ static Pair merge(Pair a, Pair b) {
+    return {Softmax<A>::merge(a.student, b.student), Softmax<A>::merge(a.teacher, b.teacher)};
+  }
+};
+
+// One row for `span` threads, as in signed_cross_entropy_cuda.cu. The teacher's masked softmax is
+// never stored: its two sums are enough.
+template <int span, class T>
+__global__ void __launch_bounds__(span == 32 ? 32 * rows_per_block : span)
+masked_cross_entropy_kernel(
+    const T* logits, int64_t logits_stride, const T* teacher, int64_t teacher_stride, const bool* forget, T* dlogits,
+    const accumulator<T>* coefs, accumulator<T>* row_loss, int64_t rows, int64_t classes) {
+  using A = accumulator<T>;
+  constexpr int size = Pack<T>::size;
+  const int thread = threadIdx.x % span;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / span) + threadIdx.x / span;
+  if (row >= rows) return;
+  const T* x = logits + row * logits_stride;
+  const T* z = teacher + row * teacher_stride;
+  T* dx = dlogits + row * classes;
+  const A coef = coefs[row];
+  if (coef == 0) {
+#pragma unroll 1
+    for (int64_t i = thread; i < classes; i += span) narrow(A(0), dx[i]);
+    if (thread == 0) row_loss[row] = 0;
+    return;
+  }
+
+  Pair<A> sums{Softmax<A>::none(), Softmax<A>::none()};
+  const auto one = [&](A student, A of_teacher, int64_t i) {
+    sums.student.raise(student);
+    sums.student.add(student);
+    if (!forget[i]) {
+      sums.teacher.raise(of_teacher);
+      sums.teacher.add(of_teacher);
+    }
+  };
+  visit_row<span>(
+      x, classes, thread,
+      [&](int64_t i) {
+        const Pack<T> px = load_pack(x + i), pz = load_anywhere(z + i);
+#pragma unroll
+        for (int k = 0; k < size; ++k) one(widen(px.v[k]), widen(pz.v[k]), i + k);
+      },
+      [&](int64_t i) { one(widen(x[i]), widen(z[i]), i); });
+  sums = reduce_row<span>(sums, Pair<A>::merge);
+  const A top_x = sums.student.top, top_z = sums.teacher.top;
+  const A scale_x = coef / sums.student.sum, scale_z = coef / sums.teacher.sum;
+  const A log_ratio = log(sums.student.sum) - log(sums.teacher.sum);
+
+  Sum<A> loss{0};
+  const auto gradient = [&](A student, A of_teacher, int64_t i) {
+    const A ex = exp(student - top_x);
+    const A ez = forget[i] ? A(0) : exp(of_teacher - top_z);
+    if (ez != 0) loss.value += ez * ((of_teacher - top_z) - (student - top_x) + log_ratio);
+    return ex * scale_x - ez * scale_z;
+  };
+  visit_row<span>(
+      dx, classes, thread,
+      [&](int64_t i) {
+        const Pack<T> px = load_anywhere(x + i), pz = load_anywhere(z + i);
+        Pack<T> out;
+#pragma unroll
+        for (int k = 0; k < size; ++k) narrow(gradient(widen(px.v[k]), widen(pz.v[k]), i + k), out.v[k]);
+        store_pack(dx + i, out);
+      },
+      [&](int64_t i) { narrow(gradient(widen(x[i]), widen(z[i]), i), dx[i]); });
+  loss = reduce_row<span>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
+  if (thread == 0) row_loss[row] = loss.value * scale_z;
+}
+
+std::tuple<Tensor, Tensor> masked_cross_entropy(
+    const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
+  check_masked(logits, teacher, forget, coef);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const cudaStream_t stream = current_stream(logits);
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  const ScalarType type = accumulator_of(logits);
+  const Tensor x = with_dense_rows(logits);
+  const Tensor z = with_dense_rows(teacher.scalar_type() == logits.scalar_type() ? teacher : torch::stable::to(teacher, logits.scalar_type()));
+  const Tensor mask = contiguous_as(forget, ScalarType::Bool), coefs = contiguous_as(coef, type);
+  const Tensor dlogits = torch::stable::new_empty(logits, logits.sizes());
+  const Tensor row_loss = torch::stable::new_empty(logits, {rows}, type);
+  const Tensor loss = torch::stable::new_empty(logits, {}, type);
+  dispatch(logits, [&](auto zero) {
+    using T = decltype(zero);
+    using A = accumulator<T>;
+    if (rows > 0) {
+      const auto launch = [&](auto kernel, int64_t blocks, int threads) {
+        kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
+            static_cast<const T*>(x.const_data_ptr()), x.stride(0), static_cast<const T*>(z.const_data_ptr()), z.stride(0),
+            mask.const_data_ptr<bool>(), static_cast<T*>(dlogits.mutable_data_ptr()), coefs.const_data_ptr<A>(),
+            row_loss.mutable_data_ptr<A>(), rows, classes);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      };
+      if (classes <= warp_limit)
+        launch(masked_cross_entropy_kernel<32, T>, (rows + rows_per_block - 1) / rows_per_block, 32 * rows_per_block);
+      else launch(masked_cross_entropy_kernel<256, T>, rows, 256);
+    }
+    sum_rows<A, false><<<1, 1024, 0, stream>>>(row_loss.const_data_ptr<A>(), coefs.const_data_ptr<A>(), loss.mutable_data_ptr<A>(), rows);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {loss, dlogits};
+}
+
+} // namespace
+} // namespace zsu::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(zsu_fast, CUDA, m) {
+  m.impl("masked_cross_entropy", TORCH_BOX(&zsu::cuda::masked_cross_entropy));
+}

@@ -1,0 +1,241 @@
+"""What can be proven about GPU code on a machine without a GPU: it compiles for sm_80, sm_90 and
+sm_100, nothing spills, memory moves by 128 bits, and element offsets have 64.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from zsu_fast.ops import library  # noqa: E402
+from zsu_fast.ops.triton import (  # noqa: E402
+    ascent_step,
+    common,
+    masked_cross_entropy,
+    scale_rows,
+    signed_cross_entropy,
+)
+
+ARCHITECTURES = [80, 90, 100]
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+# ---- Triton --------------------------------------------------------------------------------------
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> Any:
+    """The kernel for 16-byte aligned pointers and integers about which nothing is known."""
+    names = kernel.arg_names
+    warps = constants.pop("num_warps", 4)
+    source = ASTSource(
+        fn=kernel,
+        signature={n: "constexpr" if n in constants else types[n] for n in names},
+        constexprs={(names.index(k),): v for k, v in constants.items()},
+        attrs={
+            (names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*"
+        },
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+
+
+def stack_bytes(kernel: Any) -> int:
+    """Local memory of a thread: 0 means that nothing spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    (stack,) = re.findall(r"STACK:(\d+)", usage)
+    return int(stack)
+
+
+def vector_moves(kernel: Any) -> tuple[int, int]:
+    """128-bit loads and stores in the PTX."""
+    ptx = kernel.asm["ptx"]
+    return tuple(len(re.findall(rf"{op}\.global\S*\.v4\.b32", ptx)) for op in ("ld", "st"))
+
+
+def offsets_are_64_bit(kernel: Any) -> bool:
+    """The product of row and stride is taken in 64 bits, never in 32 and widened later."""
+    ttir = kernel.asm["ttir"]
+    wide = re.search(r"arith\.muli .*(: i64|xi64>)", ttir)
+    row = re.search(r"arith\.extsi %\S+ : i32 to i64", ttir)
+    return bool(wide and row)
+
+
+def alignment(classes: int, size: int) -> int:
+    align = 16 // size
+    while classes % align:
+        align //= 2
+    return align
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("classes", [10, 1000, 32768])
+@pytest.mark.parametrize(("dtype", "size"), [("*fp32", 4), ("*bf16", 2)])
+def test_triton_cross_entropies(arch: int, classes: int, dtype: str, size: int) -> None:
+    align = alignment(classes, size)
+    loop = classes > common.ONE_PASS_LIMIT
+    signed = compiled(
+        signed_cross_entropy.signed_cross_entropy_kernel,
+        {"logits_ptr": dtype, "logits_stride": "i32", "dlogits_ptr": dtype, "dlogits_stride": "i32",
+         "target_ptr": "*i64", "coef_ptr": "*fp32", "row_loss_ptr": "*fp32", "rows": "i32"},
+        {"CLASSES": classes, "LOOP": loop, "ALIGN_IN": align, "ALIGN_OUT": align,
+         "ACC": tl.float32, **common.row_tile(classes)},
+        arch,
+    )  # fmt: skip
+    masked = compiled(
+        masked_cross_entropy.masked_cross_entropy_kernel,
+        {"logits_ptr": dtype, "logits_stride": "i32", "teacher_ptr": dtype, "teacher_stride": "i32",
+         "forget_ptr": "*u8", "dlogits_ptr": dtype, "coef_ptr": "*fp32", "row_loss_ptr": "*fp32",
+         "rows": "i32"},
+        {"CLASSES": classes, "LOOP": loop, "ALIGN_X": align, "ALIGN_Z": align, "ACC": tl.float32,
+         **common.row_tile(classes)},
+        arch,
+    )  # fmt: skip
+    for kernel in (signed, masked):
+        assert stack_bytes(kernel) == 0
+        assert offsets_are_64_bit(kernel)
+        if classes >= 1000:  # also at 1000 = 8 x 125, which Triton does not see by itself
+            loads, stores = vector_moves(kernel)
+            assert loads > 0
+            assert stores > 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("mode", ascent_step.MODES)
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
+def test_triton_ascent_step(arch: int, mode: str, extras: bool) -> None:
+    pointers = dict.fromkeys(
+        ["x_ptr", "grad_ptr", "moment_ptr", "variance_ptr", "low_ptr", "high_ptr", "lr_ptr",
+         "beta_ptr", "scale_ptr", "jitter_ptr"], "*fp32",
+    )  # fmt: skip
+    types = {
+        **pointers, "step_ptr": "*i32", "active_ptr": "*u8", "seed_ptr": "*i64",
+        "found_nan_ptr": "*u8",
+        **dict.fromkeys(["row_size", "lr_stride", "channels", "plane"], "i32"),
+        **dict.fromkeys(
+            ["beta1", "beta2", "gain1", "gain2", "log_beta1", "log_beta2", "eps"], "fp32"
+        ),
+    }  # fmt: skip
+    kernel = compiled(
+        ascent_step.ascent_step_kernel,
+        types,
+        {"MODE": ascent_step.MODES[mode], "NORMALIZE": extras, "JITTER": extras, "FLAG": extras,
+         "BOUNDS": 3 if extras else 1, "CHANNELS_LAST": extras, "ALIGN": 4, "BLOCK": 1024},
+        arch,
+    )  # fmt: skip
+    assert stack_bytes(kernel) == 0
+    assert offsets_are_64_bit(kernel)
+    arrays = (4, 3) if mode == "adam" else (2, 1)
+    per_array = 1024 // (4 * 32 * 4)  # BLOCK over warps x threads x floats a load
+    assert vector_moves(kernel) == tuple(n * per_array for n in arrays)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_triton_small_kernels(arch: int) -> None:
+    for kernel in (
+        compiled(
+            common.sum_rows_kernel,
+            {"row_loss_ptr": "*fp32", "coef_ptr": "*fp32", "losses_ptr": "*fp32", "rows": "i32"},
+            {"SPLIT": True, "BLOCK": 1024}, arch,
+        ),
+        compiled(
+            scale_rows.scale_rows_kernel,
+            {"rows_ptr": "*fp32", "row_stride": "i32", "coef_ptr": "*fp32", "grad_ptr": "*fp32",
+             "last": "i32", "classes": "i32"},
+            {"ACC": tl.float32, "BLOCK": 1024}, arch,
+        ),
+        compiled(
+            ascent_step.grad_scale_kernel,
+            {"grad_ptr": "*fp32", "scale_ptr": "*fp32", "row_size": "i32"},
+            {"ALIGN": 4, "BLOCK": 2048, "num_warps": 8}, arch,
+        ),
+    ):  # fmt: skip
+        assert stack_bytes(kernel) == 0
+
+
+# ---- CUDA C++: what nvcc put into the library ----------------------------------------------------
+KERNELS = [
+    *(f"{op}_cross_entropy_kernelILi{span}E{t}" for op in ("signed", "masked") for span in (32, 256)
+      for t in ("f", "d", "6__half", "13__nv_bfloat16")),
+    *(f"ascent_step_kernelILNS_10AscentModeE{mode}E" for mode in (0, 1, 2)),
+    *(f"scale_rows_kernelI{t}" for t in ("f", "d", "6__half", "13__nv_bfloat16")),
+    "grad_scale_kernel",
+]  # fmt: skip
+
+
+@cache
+def disassembly(arch: int) -> dict[str, str]:
+    """Function name -> SASS."""
+    text = dump("-sass", arch)
+    return {part.split(maxsplit=1)[0]: part for part in re.split(r"Function\s*:\s*", text)[1:]}
+
+
+def dump(option: str, arch: int) -> str:
+    if not library.CUDA.path:
+        pytest.skip(f"no CUDA library to look into: {library.CUDA.reason}")
+    run = subprocess.run(
+        [CUOBJDUMP, option, "-arch", f"sm_{arch}", str(library.CUDA.path)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return run.stdout
+
+
+def only(functions: dict[str, str], kernel: str) -> str:
+    (body,) = (text for name, text in functions.items() if kernel in name)
+    return body
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_cuda_kernels_are_there_and_do_not_spill(arch: int) -> None:
+    usage = dump("-res-usage", arch)
+    stacks = dict(re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+)", usage))
+    for kernel in KERNELS:
+        (stack,) = (int(v) for name, v in stacks.items() if kernel in name)
+        # float64 is there for gradcheck; the slow paths of its divisions save registers
+        assert stack <= (32 if re.search(r"E?I?d(EE|E)?$", kernel) else 0), kernel
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_cuda_kernels_move_128_bits(arch: int, kernel: str) -> None:
+    body = only(disassembly(arch), kernel)
+    loads, stores = (len(re.findall(rf"{op}\.E\.128", body)) for op in ("LDG", "STG"))
+    wanted = (
+        4 if "AscentModeE0" in kernel else 2 if "masked" in kernel or "AscentMode" in kernel else 1
+    )
+    assert loads >= wanted
+    if kernel != "grad_scale_kernel":
+        assert stores >= (3 if "AscentModeE0" in kernel else 1)
+
+
+def test_cuda_sources_have_no_32_bit_element_offsets() -> None:
+    """Rows, sizes and strides are int64; `int` is left for threads, lanes and modes."""
+    root = Path(__file__).parents[2] / "csrc" / "cuda"
+    if not root.exists():
+        pytest.skip("no sources next to the tests")
+    allowed = {"by", "k", "w", "thread", "span", "threads", "size", "rows_per_block", "chosen",
+               "THREADS", "mode", "operator", "shuffled"}  # fmt: skip
+    for source in [*root.glob("*.cu"), *root.glob("*.cuh")]:
+        code = re.sub(r"//.*", "", source.read_text())
+        declared = set(re.findall(r"\b(?:int|unsigned|uint32_t)\s+(\w+)", code))
+        assert declared - allowed - {"w"} == set(), source.name
+        # a block or thread index enters an offset only after it was widened
+        for line in code.splitlines():
+            if "blockIdx.x *" in line:
+                pytest.fail(f"{source.name}: {line.strip()}")

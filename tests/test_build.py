@@ -1,0 +1,269 @@
+"""The native build: there where it must be, honest where it cannot, harmless to the process."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import zsu_fast
+from zsu_fast.doctor import doctor, render
+from zsu_fast.ops import backends, library
+from zsu_fast.ops.schemas import SCHEMAS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(zsu_fast.__file__).parent
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that imports this package."""
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=os.sep,
+        env={**os.environ, "PYTHONPATH": path, **env},
+    )  # fmt: skip
+
+
+# ---- what was built ------------------------------------------------------------------------------
+def test_the_cpu_library_is_there_in_ci() -> None:
+    if os.environ.get("CI") != "true" and not library.CPU.loaded:
+        pytest.skip(f"not in CI, and {library.CPU.reason}")
+    assert library.CPU.loaded, library.CPU.reason
+    for name in SCHEMAS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"zsu_fast::{name}", "CPU")
+    assert backends.best_backend("cpu")[0] == "cpp"
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas_agree(name: str) -> None:
+    """The table that serves installations without the library equals csrc/ops.cpp."""
+    loaded = getattr(torch.ops.zsu_fast, name).default._schema
+    assert str(loaded) == str(torch._C.parse_schema(f"zsu_fast::{name}{SCHEMAS[name]}"))
+    if (ROOT / "csrc").exists():
+        source = (ROOT / "csrc" / "ops.cpp").read_text()
+        joined = re.sub(r'"\s*\n\s*"', "", source).replace('\\"', '"')
+        assert f'm.def("{name}{SCHEMAS[name]}")' in re.sub(r"m\.def\(\s*", "m.def(", joined)
+
+
+@pytest.mark.parametrize("lib", [library.CPU, library.CUDA], ids=lambda lib: lib.name)
+def test_only_the_stable_abi_is_used(lib: library.NativeLibrary) -> None:
+    """No C++ symbol of libtorch: those change with every release and end in `undefined symbol`."""
+    if not lib.path or not shutil.which("nm"):
+        pytest.skip(lib.reason or "no nm")
+    run = subprocess.run(
+        ["nm", "-D", "--undefined-only", lib.path], capture_output=True, text=True, check=True
+    )
+    symbols = [line.split()[-1] for line in run.stdout.splitlines()]
+    assert any(s.startswith(("aoti_torch_", "torch_")) for s in symbols)
+    cxx = [s for s in symbols if re.match(r"_ZT?[NVIS]K?(3c10|2at|5torch)", s)]
+    assert not cxx
+
+
+def test_denormals_survive_the_import() -> None:
+    """-ffast-math at the link would flush them to zero in the whole process."""
+    run = python(
+        "import zsu_fast.ops, torch\n"
+        "assert 5e-324 * 1.0 != 0.0\n"
+        "assert (torch.tensor([1e-40]) * 0.5).item() != 0.0\n"
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    if not library.CPU.loaded:
+        pytest.skip(str(library.CPU.reason))
+    order = ["baseline", "avx2", "avx512"]
+    if order.index(isa) > order.index(str(library.cpu_isa())):
+        pytest.skip(f"this CPU stops at {library.cpu_isa()}")
+    run = python(
+        "import torch\n"
+        "from zsu_fast.ops import library, reference as r\n"
+        f"assert library.cpu_isa() == {isa!r}, library.cpu_isa()\n"
+        "torch.manual_seed(0)\n"
+        "o = torch.ops.zsu_fast\n"
+        "for dtype, tol in ((torch.float32, 1e-6), (torch.float64, 1e-13), (torch.float16, 1e-3),"
+        " (torch.bfloat16, 8e-3)):\n"
+        "  for classes in (1, 10, 37, 1000):\n"
+        "    x, z = ((4 * torch.randn(9, classes)).to(dtype) for _ in range(2))\n"
+        "    t, c = torch.randint(classes, (9,)), torch.randn(9)\n"
+        "    f = torch.rand(classes) < .3; f[0] = False\n"
+        "    X, Z = x.double(), z.double()\n"
+        "    pairs = [(o.signed_cross_entropy(x, t, c), r.signed_cross_entropy(X, t, c)),\n"
+        "      (o.masked_cross_entropy(x, z, f, c), r.masked_cross_entropy(X, Z, f, c))]\n"
+        "    for (loss, dx), (Loss, Dx) in pairs:\n"
+        "      torch.testing.assert_close(loss.double(), Loss, rtol=1e-5, atol=1e-5)\n"
+        "      torch.testing.assert_close(dx.double(), Dx, rtol=tol, atol=tol)\n"
+        "    d = dx.clone(); g = torch.tensor(-2., dtype=loss.dtype); o.scale_rows_(d, c, g)\n"
+        "    torch.testing.assert_close(d, dx * -2)\n"
+        "for rule in ('adam', 'sgd', 'sign'):\n"
+        "  a = [torch.randn(5, 3, 9, 7) for _ in range(4)]; a[3].abs_()\n"
+        "  a += [torch.arange(5, dtype=torch.int32), torch.tensor([1, 1, 0, 1, 1]).bool(),\n"
+        "    -torch.ones(3), torch.rand(3), torch.tensor([.1]), torch.tensor([.01])]\n"
+        "  b = [t.clone() for t in a]; j = torch.tensor(.1); s = torch.tensor(5)\n"
+        "  o.ascent_step_(*a, .9, .999, 1e-8, rule, False, j, s)\n"
+        "  r.ascent_step_(*b, .9, .999, 1e-8, rule, False, j, s)\n"
+        "  [torch.testing.assert_close(u, v, rtol=1e-5, atol=1e-6) for u, v in zip(a, b)]\n",
+        ZSU_FAST_CPU_ISA=isa,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+# ---- without the library -------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def pure_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package without native libraries."""
+    folder = tmp_path_factory.mktemp("pure")
+    shutil.copytree(
+        PACKAGE, folder / "zsu_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    return folder
+
+
+def test_without_the_library_the_ops_run_and_say_so_once(pure_python: Path) -> None:
+    run = python(
+        "import torch\n"
+        "from zsu_fast import ops\n"
+        "from zsu_fast.ops import library\n"
+        f"assert library.__file__.startswith({str(pure_python)!r})\n"
+        "x = torch.randn(4, 5, requires_grad=True)\n"
+        "t, c = torch.tensor([0, 1, 2, 3]), torch.tensor([-1., 1., 0., 1.])\n"
+        "for _ in range(3): ops.signed_cross_entropy(x, t, c).sum().backward()\n"
+        "losses, d = torch.ops.zsu_fast.signed_cross_entropy(x.detach(), t, c)\n"
+        "torch.testing.assert_close(x.grad, 3 * d)\n"
+        "try: ops.signed_cross_entropy(x, t, c, backend='cpp')\n"
+        "except ops.BackendUnavailable as error: print('explicit:', error)\n",
+        PYTHONPATH=str(pure_python), ZSU_FAST_BACKEND="",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "explicit: backend 'cpp' on cpu: _C_cpu was not built" in run.stdout
+    assert run.stderr.count("falling back to eager (cpp: _C_cpu was not built") == 1
+
+
+def test_a_library_that_does_not_load_is_a_reason_not_a_crash(pure_python: Path) -> None:
+    broken = pure_python / "zsu_fast" / "_C_cpu.abi3.so"
+    broken.write_bytes(b"not a library")
+    try:
+        run = python(
+            "from zsu_fast.ops import library, signed_cross_entropy\n"
+            "assert not library.CPU.loaded\n"
+            "print(library.CPU.reason)\n",
+            PYTHONPATH=str(pure_python),
+        )
+    finally:
+        broken.unlink()
+    assert run.returncode == 0, run.stderr
+    assert "_C_cpu.abi3.so does not load" in run.stdout
+
+
+# ---- choosing ------------------------------------------------------------------------------------
+def test_explicit_choices_run_or_raise() -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(backends.BackendUnavailable, match="CUDA devices only"):
+        backends.choose("signed_cross_entropy", cpu, "cuda")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        with pytest.raises(backends.BackendUnavailable, match="triton"):
+            backends.choose("signed_cross_entropy", cpu, "triton")
+    with pytest.raises(ValueError, match="unknown backend"):
+        backends.choose("signed_cross_entropy", cpu, "fortran")
+    with backends.use_backend("eager"):
+        chosen = backends.choose("signed_cross_entropy", cpu)
+        assert chosen is backends.reference.signed_cross_entropy
+        with backends.use_backend("auto"):
+            assert backends.forced_backend() is None
+    assert backends.choose("signed_cross_entropy", cpu) is not chosen or not library.CPU.loaded
+
+
+def test_the_environment_variable() -> None:
+    code = "from zsu_fast.ops import backends; print(backends.forced_backend())"
+    assert python(code, ZSU_FAST_BACKEND="eager").stdout.strip() == "eager"
+    assert python(code, ZSU_FAST_BACKEND="auto").stdout.strip() == "None"
+    wrong = python(code, ZSU_FAST_BACKEND="fast")
+    assert wrong.returncode != 0
+    assert "unknown backend 'fast'" in wrong.stderr
+
+
+def test_doctor_tells_the_state() -> None:
+    report = doctor()
+    assert report["torch"] == torch.__version__
+    assert report["libraries"]["_C_cpu"]["loaded"] == library.CPU.loaded
+    assert report["devices"]["cpu"]["chosen"] == backends.best_backend("cpu")[0]
+    assert report["devices"]["cuda"]["present"] == torch.cuda.is_available()
+    text = render(report)
+    for word in ("cpp", "cuda", "triton", "eager", "compile", "_C_cpu", "_C_cuda", "is chosen"):
+        assert word in text
+    absent = {**report["libraries"]["_C_cpu"], "loaded": False, "reason": "lost"}
+    assert "absent: lost" in render({**report, "libraries": {"_C_cpu": absent}})
+
+
+# ---- installing ----------------------------------------------------------------------------------
+def wheel(tmp_path: Path, **env: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Build a wheel from a copy of the sources; the names of the files in it."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("no sources next to the tests")
+    source = tmp_path / "source"
+    keep = shutil.ignore_patterns("*.so", "__pycache__", "build", ".git", "*.egg-info", "tests")
+    source.mkdir()
+    for name in ("zsu_fast", "csrc"):
+        shutil.copytree(ROOT / name, source / name, ignore=keep)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    (source / "README.md").write_text("test\n")
+    run = subprocess.run(
+        [sys.executable, "-c", "import setuptools.build_meta as b; print(b.build_wheel('.'))"],
+        cwd=source, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": "", "MAX_JOBS": "2", **env},
+    )  # fmt: skip
+    names = [n for w in source.glob("*.whl") for n in zipfile.ZipFile(w).namelist()]
+    return run, names
+
+
+def libraries(names: list[str]) -> list[str]:
+    return [n for n in names if n.endswith(".so")]
+
+
+def test_a_pure_python_install_on_request(tmp_path: Path) -> None:
+    run, names = wheel(tmp_path, ZSU_FAST_CPP="0")
+    assert run.returncode == 0, run.stderr
+    assert "zsu_fast/ops/reference.py" in names
+    assert "zsu_fast/ops/triton/ascent_step.py" in names
+    assert not libraries(names)
+    assert "ZSU_FAST_CPP=0: pure Python" in run.stderr
+
+
+def test_an_install_without_a_compiler(tmp_path: Path) -> None:
+    run, names = wheel(tmp_path, CXX="/nonexistent/c++", CC="/nonexistent/cc", ZSU_FAST_CUDA="0")
+    assert run.returncode == 0, run.stderr
+    assert "zsu_fast/ops/reference.py" in names
+    assert not libraries(names)
+    assert run.stderr.count("zsu_fast build: pure Python") == 1
+    assert "zsu_fast._C_cpu left out, its build failed" in run.stderr
+
+
+def test_a_build_that_must_succeed_fails(tmp_path: Path) -> None:
+    run, names = wheel(tmp_path, CXX="/nonexistent/c++", ZSU_FAST_CPP="1", ZSU_FAST_CUDA="0")
+    assert run.returncode != 0
+    assert not names
+
+
+def test_an_install_without_torch_at_build_time(tmp_path: Path) -> None:
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / "torch.py").write_text("raise ImportError('no torch here')\n")
+    run, names = wheel(tmp_path, PYTHONPATH=str(fake))
+    assert run.returncode == 0, run.stderr
+    assert "torch cannot be imported (no torch here)" in run.stderr
+    assert not libraries(names)
+
+
+def test_cuda_on_request_without_a_toolkit_fails(tmp_path: Path) -> None:
+    run, _ = wheel(tmp_path, ZSU_FAST_CUDA="yes")
+    assert run.returncode != 0
+    assert "ZSU_FAST_CUDA must be auto, 0 or 1" in run.stderr + run.stdout

@@ -1,0 +1,72 @@
+"""Autograd for ops that return their gradient with their loss: ``(loss, dlogits) = op(...)``.
+
+The backward pass hands out ``dlogits`` itself. Only where the incoming gradient is not 1 is it
+scaled, in place and without asking the device from Python (which would stall a CUDA stream and
+could not be captured in a graph).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
+
+from . import backends
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save what the backward pass needs: dlogits, and coef, the last input of every such op."""
+    dlogits = output[1]
+    ctx.mark_non_differentiable(dlogits)
+    ctx.set_materialize_grads(False)  # the gradient of dlogits would be a matrix of zeros
+    ctx.save_for_backward(dlogits, inputs[-1])
+
+
+def backward(ctx: Any, grad: Tensor | None, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """Gradients of the op's inputs: of the first, logits, only."""
+    dlogits, coef = ctx.saved_tensors
+    nothing = (None,) * (len(ctx.needs_input_grad) - 1)
+    if grad is None:
+        return (None, *nothing)
+    if torch.is_grad_enabled():
+        raise RuntimeError("fused losses are differentiable once: create_graph is not supported")
+    if type(dlogits) is not Tensor:  # torch.compile traces: plain arithmetic, which it can fuse
+        ends = grad.reshape(-1)
+        by_row = torch.where(coef < 0, ends[0], ends[-1]).to(dlogits.dtype)
+        return (dlogits * by_row[:, None], *nothing)
+    if graph_is_kept():  # another backward pass may come, and the caller owns what we return
+        dlogits = dlogits.clone()
+    backends.choose("scale_rows_", dlogits.device)(dlogits, coef, grad)
+    return (dlogits, *nothing)
+
+
+class FusedLoss(torch.autograd.Function):
+    """``FusedLoss.apply(op, logits, ..., coef)`` is the loss, differentiable in logits.
+
+    The ops of `torch.ops.zsu_fast` differentiate by themselves too; this does the same for every
+    backend, and saves half of the Python time that a registered op spends per call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, op: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> Tensor:
+        loss, dlogits = op(*inputs)
+        ctx.save_for_backward(dlogits, inputs[-1])
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first, *rest = backward(ctx, grads[0])
+        return (None, first, *rest[1:])
+
+
+def fused_loss(name: str, inputs: tuple[Tensor, ...], backend: str | None) -> Tensor:
+    """The loss of op ``name`` (arguments in the order of its schema) on a backend."""
+    op = backends.choose(name, inputs[0].device, backend)
+    compiling = torch.compiler.is_compiling()  # then the op's own autograd registration serves
+    if torch.is_grad_enabled() and inputs[0].requires_grad and not compiling:
+        loss: Tensor = FusedLoss.apply(op, *inputs)
+        return loss
+    return op(*inputs)[0]

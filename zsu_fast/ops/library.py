@@ -1,0 +1,93 @@
+"""Load the native libraries; every op is defined whether they are there or not.
+
+``_C_cpu`` holds the schemas and the CPU kernels, ``_C_cuda`` the CUDA kernels: a torch without
+CUDA loads the first alone. An op that has no native kernel for a device runs `reference` there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import reference
+from .schemas import SCHEMAS
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """One shared library: where it is, and why it is not loaded (None if it is)."""
+
+    name: str
+    path: Path | None
+    reason: str | None
+
+    @property
+    def loaded(self) -> bool:
+        return self.reason is None
+
+
+def _load(name: str) -> NativeLibrary:
+    found = sorted(Path(__file__).parents[1].glob(f"{name}.*so"))
+    if not found:
+        return NativeLibrary(name, None, f"{name} was not built (see the output of pip install -v)")
+    try:
+        torch.ops.load_library(str(found[0]))
+    except (OSError, RuntimeError) as error:
+        return NativeLibrary(name, found[0], f"{found[0].name} does not load: {error}")
+    return NativeLibrary(name, found[0], None)
+
+
+def _load_cuda() -> NativeLibrary:
+    if torch.version.cuda is None:
+        return NativeLibrary("_C_cuda", None, "this torch is built without CUDA")
+    return _load("_C_cuda")
+
+
+CPU = _load("_C_cpu")
+CUDA = _load_cuda()
+
+_definitions = torch.library.Library("zsu_fast", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    if not CPU.loaded:
+        _definitions.define(_name + _schema)
+        _definitions.impl(_name, getattr(reference, _name), "CPU")
+    if not CUDA.loaded:
+        _definitions.impl(_name, getattr(reference, _name), "CUDA")
+
+
+def _bump_versions(name: str) -> None:
+    """Make autograd notice what op ``name`` overwrites.
+
+    A kernel registered from C++ leaves the version counter alone, whatever its schema says, and a
+    backward pass that saved the old values would silently use the new ones.
+    """
+    op = getattr(torch.ops.zsu_fast, name).default
+    arguments = op._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+
+    def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        for i in written:
+            tensor = args[i] if i < len(args) else kwargs.get(arguments[i].name)
+            if tensor is not None:
+                torch.autograd.graph.increment_version(tensor)
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+
+    _definitions.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+# Not for scale_rows_, which is ours alone: it scales what a backward pass is about to hand out.
+for _name in ("signed_cross_entropy_", "ascent_step_"):
+    _bump_versions(_name)
+
+
+def cpu_isa() -> str | None:
+    """The instruction set the CPU kernels run on: baseline, avx2 or avx512; None if not loaded."""
+    if not CPU.loaded:
+        return None
+    name = ctypes.CDLL(str(CPU.path)).zsu_fast_cpu_isa
+    name.restype = ctypes.c_char_p
+    return str(name().decode())

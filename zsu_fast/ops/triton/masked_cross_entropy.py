@@ -1,0 +1,120 @@
+"""Triton kernels of `zsu_fast.ops.masked_cross_entropy`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from .. import fused_loss
+from .common import ONE_PASS_LIMIT, accumulator, alignment, row_tile, sum_rows
+
+
+@triton.jit
+def masked_cross_entropy_kernel(
+    logits_ptr, logits_stride, teacher_ptr, teacher_stride, forget_ptr, dlogits_ptr, coef_ptr,
+    row_loss_ptr, rows,
+    CLASSES: tl.constexpr, LOOP: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN_Z: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows a program; the teacher's masked softmax lives in registers only."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_ok = row < rows
+    coef = tl.load(coef_ptr + row, mask=row_ok, other=0.0)
+    used = coef != 0
+    x_rows = logits_ptr + (row * logits_stride * ALIGN_X)[:, None]
+    z_rows = teacher_ptr + (row * teacher_stride * ALIGN_Z)[:, None]
+    dx_rows = dlogits_ptr + (row * CLASSES)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+
+    if LOOP:
+        top_x = tl.full([ROWS], float("-inf"), dtype=ACC)
+        top_z = tl.full([ROWS], float("-inf"), dtype=ACC)
+        sum_x = tl.zeros([ROWS], dtype=ACC)
+        sum_z = tl.zeros([ROWS], dtype=ACC)
+        for begin in range(0, CLASSES, BLOCK):
+            at = begin + column
+            ok = used[:, None] & (at < CLASSES)
+            keep = ok & (tl.load(forget_ptr + at, mask=at < CLASSES, other=1) == 0)
+            x = tl.load(x_rows + at, mask=ok, other=float("-inf")).to(ACC)
+            z = tl.load(z_rows + at, mask=ok, other=float("-inf")).to(ACC)
+            z = tl.where(keep, z, float("-inf"))
+            higher_x = tl.maximum(top_x, tl.max(x, 1))
+            higher_z = tl.maximum(top_z, tl.max(z, 1))
+            # no retain class in the block: -inf - -inf would be NaN
+            shift_x = tl.where(higher_x == float("-inf"), 0.0, higher_x)
+            shift_z = tl.where(higher_z == float("-inf"), 0.0, higher_z)
+            sum_x = sum_x * tl.exp(top_x - shift_x) + tl.sum(tl.exp(x - shift_x[:, None]), 1)
+            sum_z = sum_z * tl.exp(top_z - shift_z) + tl.sum(tl.exp(z - shift_z[:, None]), 1)
+            top_x = higher_x
+            top_z = higher_z
+    else:
+        ok = used[:, None] & (column < CLASSES)
+        keep = ok & (tl.load(forget_ptr + column, mask=column < CLASSES, other=1) == 0)
+        x = tl.load(x_rows + column, mask=ok, other=float("-inf")).to(ACC)
+        z = tl.load(z_rows + column, mask=ok, other=float("-inf")).to(ACC)
+        z = tl.where(keep, z, float("-inf"))
+        top_x = tl.max(x, 1)
+        top_z = tl.max(z, 1)
+        ex = tl.exp(x - top_x[:, None])
+        ez = tl.exp(z - top_z[:, None])
+        sum_x = tl.sum(ex, 1)
+        sum_z = tl.sum(ez, 1)
+
+    scale_x = coef / sum_x
+    scale_z = coef / sum_z
+    log_ratio = tl.log(sum_x) - tl.log(sum_z)
+    loss = tl.zeros([ROWS], dtype=ACC)
+    for begin in range(0, CLASSES, BLOCK):
+        at = begin + column
+        ok = used[:, None] & (at < CLASSES)
+        if LOOP:
+            keep = ok & (tl.load(forget_ptr + at, mask=at < CLASSES, other=1) == 0)
+            x = tl.load(x_rows + at, mask=ok, other=0.0).to(ACC)
+            z = tl.load(z_rows + at, mask=ok, other=0.0).to(ACC)
+            ex = tl.exp(x - top_x[:, None])
+            ez = tl.where(keep, tl.exp(z - top_z[:, None]), 0.0)
+        log_q_over_p = (z - top_z[:, None]) - (x - top_x[:, None]) + log_ratio[:, None]
+        loss += tl.sum(tl.where(ok & (ez != 0), ez * log_q_over_p, 0.0), 1)
+        dx = tl.where(ok, ex * scale_x[:, None] - ez * scale_z[:, None], 0.0)
+        tl.store(
+            dx_rows + at,
+            dx.to(dlogits_ptr.dtype.element_ty),
+            mask=row_ok[:, None] & (at < CLASSES),
+        )
+    tl.store(row_loss_ptr + row, tl.where(used, scale_z * loss, 0.0), mask=row_ok)
+
+
+@triton_op("zsu_fast::masked_cross_entropy_triton", mutates_args=())
+def masked_cross_entropy(
+    logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss (scalar) and dlogits [B, C], as `reference.masked_cross_entropy`."""
+    rows, classes = logits.shape
+    if teacher.shape != logits.shape or forget.shape != (classes,) or coef.shape != (rows,):
+        raise RuntimeError("teacher must have the shape of logits, forget be [C], coef [B]")
+    teacher = teacher.to(logits.dtype)
+    if classes > 1 and logits.stride(1) != 1:
+        logits = logits.contiguous()
+    if classes > 1 and teacher.stride(1) != 1:
+        teacher = teacher.contiguous()
+    acc = accumulator(logits)
+    wide = torch.float64 if acc is tl.float64 else torch.float32
+    coef = coef.to(wide).contiguous()
+    dlogits = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
+    row_loss = torch.empty(rows, dtype=wide, device=logits.device)
+    if rows:
+        aligned = alignment(logits, logits.stride(0)), alignment(teacher, teacher.stride(0))
+        tile = row_tile(classes)
+        wrap_triton(masked_cross_entropy_kernel)[(triton.cdiv(rows, tile["ROWS"]),)](
+            logits, logits.stride(0) // aligned[0], teacher, teacher.stride(0) // aligned[1],
+            forget.contiguous().view(torch.uint8), dlogits, coef, row_loss, rows,
+            CLASSES=classes, LOOP=classes > ONE_PASS_LIMIT, ALIGN_X=aligned[0],
+            ALIGN_Z=aligned[1], ACC=acc, **tile,
+        )  # fmt: skip
+    return sum_rows(row_loss, coef, split=False), dlogits
+
+
+masked_cross_entropy.register_autograd(fused_loss.backward, setup_context=fused_loss.setup_context)
