@@ -8,7 +8,7 @@ cross-entropy gradient of exactly 0 and teaches the tail nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,13 @@ from .classifier import (
     working_copy,
 )
 from .errors import ArgumentError, CheckpointError, is_number
+from .fast_copy import PRECISIONS, Precision, fast_copy
 from .progress import Callback, Reporter, Stopped
 
 # A working batch holds at most this many values: 1,365 images of 3x32x32, 27 of 3x224x224.
 _BATCH_VALUES = 4 * 1024 * 1024
+# On a GPU, the host looks at which rows are done after so many steps.
+_STEPS_A_GRAPH = 4
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,13 @@ class AscentSettings:
     step_size: float = 0.01
     beta: float = 1e-4
     seed: int = 0
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ArgumentError(
+                "precision", f"got {self.precision!r}", f"Pass one of {', '.join(PRECISIONS)}."
+            )
         for name, least in (("per_class", 1), ("max_steps", 1), ("restarts", 0), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -156,6 +164,7 @@ def synthesize(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     seed: int = 0,
+    precision: Precision = "auto",
     device: str | torch.device | None = None,
     progress: bool | None = None,
     callback: Callback | None = None,
@@ -174,6 +183,8 @@ def synthesize(
         beta: weight of the squared norm.
         input_shape, mean, std: see `resolve_spec`; inferred where None.
         seed: the noise and targets of impression i depend on (seed, class, i) alone.
+        precision: of convolutions and products: "float32", "bfloat16", or "auto": bfloat16
+            where the device computes in it.
         device: where to compute; None for the model's own.
         progress, callback: see `Reporter`.
 
@@ -183,7 +194,9 @@ def synthesize(
     Raises:
         ArgumentError: an argument can't be used (a `ValueError`).
     """
-    settings = AscentSettings(per_class, confidence, max_steps, restarts, step_size, beta, seed)
+    settings = AscentSettings(
+        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision
+    )
     where = resolve_device(model, device)
     spec = resolve_spec(model, input_shape, mean, std)
     copied = working_copy(model, where)
@@ -201,13 +214,7 @@ def ascend(
     report: Reporter,
 ) -> ClassImpressions:
     """`synthesize` on a working copy. All classes share one batch; finished rows leave it."""
-    flags = [p.requires_grad for p in model.parameters()]
-    model.requires_grad_(False)  # only the images need gradients
-    try:
-        return _Ascent(model, spec, classes, settings).run(report)
-    finally:
-        for parameter, flag in zip(model.parameters(), flags, strict=True):
-            parameter.requires_grad_(flag)
+    return _Ascent(model, spec, classes, settings).run(report)
 
 
 class _Ascent:
@@ -220,7 +227,7 @@ class _Ascent:
         classes: Sequence[int],
         settings: AscentSettings,
     ) -> None:
-        self.model, self.spec, self.settings = model, spec, settings
+        self.spec, self.settings = spec, settings
         self.device = next(model.parameters()).device
         bounds = (-1, 1, 1) if len(spec.shape) == 3 else (-1,)
         self.low = spec.low.view(bounds).to(self.device)
@@ -241,58 +248,65 @@ class _Ascent:
         self.queue = list(range(count))[::-1]
         values = max(1, int(torch.tensor(spec.shape).prod()))
         self.width = min(count, max(16, _BATCH_VALUES // values))
+        probe = self.low + (self.high - self.low) * torch.rand(
+            2, *spec.shape, generator=torch.Generator().manual_seed(0)
+        ).to(self.device)
+        self.exact, self.model = model, fast_copy(model, probe, settings.precision)
 
     def run(self, report: Reporter) -> ClassImpressions:
         count, finished = len(self.labels), 0
         rows = self._fill([])
+        steps = _step_many(self._step, self.device)
         try:
             while rows.index:
-                alive = self._step(rows)
-                if not all(alive):
-                    finished += self._retire(rows, alive)
-                    if sum(alive) <= 0.75 * len(alive) or not any(rows.active.tolist()):
-                        rows = self._compact(rows)
-                report("synthesise", finished, count, in_flight=float(len(rows.index)))
+                steps(rows)
+                alive = rows.active.tolist()
+                gone = [i >= 0 and not going for i, going in zip(rows.index, alive, strict=True)]
+                if any(gone):
+                    finished += self._retire(rows, gone)
+                    if len(rows.index) > _bucket(sum(alive)) or (self.queue and not all(alive)):
+                        rows = self._compact(rows, alive)
+                report("synthesise", finished, count, in_flight=float(sum(alive)))
         except Stopped:
             keep = [i for i in range(count) if bool(self.hit[i])]
             return self._result(torch.tensor(keep, dtype=torch.int64))
         return self._result(torch.arange(count))
 
-    def _step(self, rows: _Rows) -> list[bool]:
-        """One ascent step of the rows in flight; False for a row that is done, either way."""
-        x = rows.x.requires_grad_(True)
+    def _step(self, rows: _Rows) -> None:
+        """One ascent step of the active rows, all on the device, in place: it can be captured.
+
+        A row that reached its target, that is not finite, or that took its last step becomes
+        inactive and keeps its image from then on.
+        """
+        x = rows.x.detach().requires_grad_(True)
         logits = self.model(x)
         own = logits.gather(1, rows.label[:, None])[:, 0]
         (grad,) = torch.autograd.grad(own.sum(), x)
-        rows.x = x.detach()
         probability = logits.detach().softmax(1)
-        rows.confidence = probability.gather(1, rows.label[:, None])[:, 0]
+        rows.confidence.copy_(probability.gather(1, rows.label[:, None])[:, 0])
         leads = probability.argmax(1) == rows.label
-        reached = (rows.confidence >= rows.target) & leads
-        if self.settings.confidence is None:
-            reached = (rows.step >= self.settings.max_steps) & leads
-        finite = grad.flatten(1).isfinite().all(1) & rows.confidence.isfinite()
         tired = rows.step >= self.settings.max_steps
-        rows.reached = reached & finite & rows.active
-        rows.active = rows.active & finite & ~reached & ~tired
+        done = tired if self.settings.confidence is None else rows.confidence >= rows.target
+        finite = grad.flatten(1).sum(1).isfinite() & rows.confidence.isfinite()
+        rows.reached.logical_or_(done & leads & finite & rows.active)
+        rows.active.logical_and_(finite & ~rows.reached & ~tired)
         ops.ascent_step_(
             rows.x, grad, rows.moment, rows.variance, rows.step, rows.active,
             self.low, self.high, self.lr, self.beta,
         )  # fmt: skip
-        return rows.active.tolist()
 
-    def _retire(self, rows: _Rows, alive: list[bool]) -> int:
+    def _retire(self, rows: _Rows, gone: list[bool]) -> int:
         """Stores rows that are done and sends those that missed back to the queue."""
         finished = 0
-        reached, confidence = rows.reached.tolist(), rows.confidence.tolist()
+        reached = rows.reached.tolist()
         steps = rows.step.tolist()
-        for at, (i, going) in enumerate(zip(rows.index, alive, strict=True)):
-            if going or i < 0:
+        for at, i in enumerate(rows.index):
+            if not gone[at]:
                 continue
             self.steps[i] += steps[at]
             if reached[at] or self.attempt[i] >= self.settings.restarts:
                 self.images[i] = rows.x[at].cpu()
-                self.reached[i], self.hit[i] = confidence[at], reached[at]
+                self.hit[i] = reached[at]
                 self.target[i] = float(rows.target[at])
                 finished += 1
             else:
@@ -301,8 +315,13 @@ class _Ascent:
             rows.index[at] = -1
         return finished
 
-    def _compact(self, rows: _Rows) -> _Rows:
-        return self._fill([at for at, i in enumerate(rows.index) if i >= 0], rows)
+    def _compact(self, rows: _Rows, alive: list[bool]) -> _Rows:
+        """Drops rows that are done, but for as many as fill the batch up to a fixed size."""
+        keep = [at for at, going in enumerate(alive) if going]
+        if not self.queue and keep:
+            spare = [at for at, going in enumerate(alive) if not going]
+            keep += spare[: _bucket(len(keep)) - len(keep)]
+        return self._fill(keep, rows)
 
     def _fill(self, keep: list[int], rows: _Rows | None = None) -> _Rows:
         """The rows at ``keep`` and, behind them, new ones from the queue."""
@@ -311,13 +330,12 @@ class _Ascent:
         fresh = self._noise(new)
         if rows is not None:
             at = torch.tensor(keep, dtype=torch.int64, device=self.device)
-            fresh = _Rows(
-                index + new,
-                *(
-                    torch.cat([getattr(rows, name)[at], getattr(fresh, name)])
-                    for name in _Rows.TENSORS
-                ),
-            )
+            joined = [
+                torch.cat([getattr(rows, name)[at], getattr(fresh, name)]) for name in _Rows.TENSORS
+            ]
+            fresh = _Rows(index + new, *joined)
+        for name in ("x", "moment", "variance"):
+            setattr(fresh, name, self.model.layout(getattr(fresh, name)))
         return fresh
 
     def _noise(self, new: list[int]) -> _Rows:
@@ -341,12 +359,17 @@ class _Ascent:
             zero.int(),
             self.labels[new].to(self.device),
             target.to(self.device),
-            zero,
+            zero.clone(),
             ~false,
             false,
         )
 
     def _result(self, keep: Tensor) -> ClassImpressions:
+        with torch.no_grad():  # what was reached by the model itself, in float32
+            for chunk in keep.split(self.width):
+                probability = self.exact(self.images[chunk].to(self.device)).softmax(1)
+                own = probability.cpu().gather(1, self.labels[chunk][:, None])[:, 0]
+                self.reached[chunk] = own
         return ClassImpressions(
             self.images[keep],
             self.labels[keep],
@@ -375,6 +398,41 @@ class _Rows:
     confidence: Tensor
     active: Tensor
     reached: Tensor
+
+
+def _bucket(rows: int) -> int:
+    """The batch size for so many rows in flight: few sizes, so that little is set up anew."""
+    size = 8
+    while size < rows:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size if rows else 0
+
+
+def _step_many(step: Callable[[_Rows], None], device: torch.device) -> Callable[[_Rows], None]:
+    """``step`` as it is on a CPU; on a GPU, several of it captured in one CUDA graph."""
+    if device.type != "cuda":
+        return step
+    graph: torch.cuda.CUDAGraph | None = None
+    captured: _Rows | None = None
+
+    def replay(rows: _Rows) -> None:
+        nonlocal graph, captured
+        if captured is not rows:  # a new batch: its first steps run eagerly and warm up
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    step(rows)
+            torch.cuda.current_stream(device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(_STEPS_A_GRAPH):
+                    step(rows)
+            captured = rows
+        assert graph is not None
+        graph.replay()
+
+    return replay
 
 
 def _mix(*numbers: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError, is_number
 from .objective import Masked, Objective, Rows
 from .progress import Reporter, Stopped
+from .steppers import LOOPS, Loop, make_stepper
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class LoopSettings:
             started over, where it fails.
         early_stop: False runs all steps at a fixed rate and keeps the last state (the published
             recipe), unless it is not finite.
+        loop: who takes the steps, see `steppers.make_stepper`.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -38,8 +40,11 @@ class LoopSettings:
     batch: int = 512
     learning_rate: float | None = None
     early_stop: bool = True
+    loop: Loop = "auto"
 
     def __post_init__(self) -> None:
+        if self.loop not in LOOPS:
+            raise ArgumentError("loop", f"got {self.loop!r}", f"Pass one of {', '.join(LOOPS)}.")
         for name, value in (("steps", self.steps), ("batch", self.batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(name, f"got {value!r}", "Pass a whole number, 1 or more.")
@@ -179,6 +184,8 @@ class _Attempt:
         self.steps, self.early_stop = settings.steps, settings.early_stop
         self.batch = min(settings.batch, len(rows))
         self.generator = generator
+        self.order, self.at = torch.empty(0, dtype=torch.int64), 0
+        self.stepper = make_stepper(settings.loop, tail, parameters, rows, objective)
         self.best: Check | None = None
         self.best_state: list[Tensor] = []
 
@@ -189,6 +196,21 @@ class _Attempt:
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state, strict=True):
                 parameter.copy_(saved)
+
+    def _decay(self, step: int) -> float:
+        """Half a cosine from 1 to 0; 1 for the published recipe."""
+        return 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.early_stop else 1.0
+
+    def _draw(self, steps: int) -> Tensor:
+        """The rows of the next ``steps`` batches, int64 [steps, batch], each row once an epoch."""
+        batches = []
+        for _ in range(steps):
+            if self.at + self.batch > len(self.order):
+                self.order = torch.randperm(len(self.rows), generator=self.generator)
+                self.at = 0
+            batches.append(self.order[self.at : self.at + self.batch])
+            self.at += self.batch
+        return torch.stack(batches)
 
     @torch.no_grad()
     def check(self, step: int, attempt: int, rate: float, loss: float) -> Check:
@@ -210,27 +232,16 @@ class _Attempt:
     ) -> tuple[str, Check | None, list[Tensor]]:
         """Why it ended, the best check and its state (None where no state was finite)."""
         self.best, self.best_state = None, []
-        optimiser = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
+        self.stepper.reset()
         done_before = history[-1].step
         every = max(1, self.steps // self.CHECKS)
-        mark, idle, order, at = math.inf, 0, torch.empty(0, dtype=torch.int64), 0
-        for step in range(1, self.steps + 1):
-            if self.early_stop:
-                for group in optimiser.param_groups:
-                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps))
-            if at + self.batch > len(order):
-                order, at = torch.randperm(len(self.rows), generator=self.generator), 0
-            picked = self.rows.pick(order[at : at + self.batch].to(self.forget.device))
-            at += self.batch
-            loss, _ = self.objective(self.tail(*picked.features), picked)
-            optimiser.zero_grad(set_to_none=True)
-            grads = torch.autograd.grad(loss, self.parameters)
-            for parameter, grad in zip(self.parameters, grads, strict=True):
-                parameter.grad = grad
-            optimiser.step()
-            if step % every and step < self.steps:
-                continue
-            check = self.check(done_before + step, number, rate, float(loss.detach()))
+        mark, idle, step = math.inf, 0, 0
+        while step < self.steps:
+            block = range(step, min(step + every, self.steps))
+            rates = [rate * self._decay(at) for at in block]
+            loss = self.stepper.run(self._draw(len(block)), rates)
+            step = block.stop
+            check = self.check(done_before + step, number, rate, float(loss))
             history.append(check)
             if not math.isfinite(check.divergence):
                 return f"non-finite values at step {step}, rolled back", self.best, self.best_state

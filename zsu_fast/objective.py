@@ -39,10 +39,10 @@ class Rows:
     def pick(self, index: Tensor) -> Rows:
         """The rows at ``index``, int64 [n]."""
         return Rows(
-            tuple(f[index] for f in self.features),
-            self.teacher[index],
-            self.label[index],
-            self.forgotten[index],
+            tuple(f.index_select(0, index) for f in self.features),
+            self.teacher.index_select(0, index),
+            self.label.index_select(0, index),
+            self.forgotten.index_select(0, index),
         )
 
 

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from . import classifier, impressions as synthesis, tail as tails
 from .errors import ArgumentError, ModelError
+from .fast_copy import Precision
 from .impressions import AscentSettings, ClassImpressions
 from .loop import Fit, LoopSettings, train_tail
 from .objective import Masked, RowSettings, check_objective, make_objective, make_rows
 from .progress import Callback, Reporter
 from .record import Record
+from .steppers import Loop
 from .tail import Split
 
 
@@ -81,7 +83,7 @@ class ZeroShotUnlearner:
             "differential" (the paper's signed cross-entropy).
         impressions: `ClassImpressions` made before, of all classes; None makes them.
         impressions_per_class: 4 or more: one in four is held out to decide when to stop.
-        confidence, max_steps, restarts, step_size, beta: see `synthesize`.
+        confidence, max_steps, restarts, step_size, beta, precision: see `synthesize`.
         input_shape, mean, std: see `synthesize`.
         mixtures: training rows mixed from impressions at the cut; None for four an impression, at
             least 2,048.
@@ -92,6 +94,8 @@ class ZeroShotUnlearner:
         margin: how far, in logits, forgotten ones are pushed below what the mask asks for; None
             for twice the mean lead of the impressions.
         early_stop: stop on held-out impressions and keep the best state.
+        loop: "eager", "compiled" (the tail through torch.compile), "graph" (a captured CUDA graph),
+            or "auto": graph on a GPU, eager on a CPU.
         seed: everything random depends on it alone.
         device: where to compute; None for the model's own.
         inplace: change ``model`` itself: all tensors at the very end, or none.
@@ -131,6 +135,8 @@ class ZeroShotUnlearner:
         weights: tuple[float, float] = (0.9, 0.1),
         margin: float | None = None,
         early_stop: bool = True,
+        loop: Loop = "auto",
+        precision: Precision = "auto",
         seed: int = 0,
         device: str | torch.device | None = None,
         inplace: bool = False,
@@ -149,9 +155,9 @@ class ZeroShotUnlearner:
                 "Pass a whole number, 4 or more: one in four is held out.",
             )
         self.ascent = AscentSettings(
-            per_class, confidence, max_steps, restarts, step_size, beta, seed
+            per_class, confidence, max_steps, restarts, step_size, beta, seed, precision
         )
-        self.loop = LoopSettings(steps, batch, learning_rate, early_stop)
+        self.loop = LoopSettings(steps, batch, learning_rate, early_stop, loop)
         self.rows = RowSettings(mixtures, margin)
         if not isinstance(tail, str):
             raise ArgumentError("tail", f"got {tail!r}", "Pass 'auto', 'last' or a module's name.")
