@@ -122,7 +122,7 @@ def _if_same(new: FastCopy, old: FastCopy, images: Tensor, want: tuple[Tensor, T
     off = [
         float((g - w).norm() / w.norm().clamp(min=1e-12)) for g, w in zip(got, want, strict=True)
     ]
-    if not max(off) <= tolerance:  # NaN too
+    if not all(o <= tolerance for o in off):  # NaN too
         _log.info("impressions are made without one speed-up: off by %.2g, gradient %.2g", *off)
         return old
     return new
