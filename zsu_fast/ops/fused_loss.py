@@ -56,6 +56,7 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> Tensor:
+        loss: Tensor
         if isinstance(op, torch._ops.OpOverload):
             with torch._C._AutoDispatchBelowAutograd():  # past the op's own registration
                 loss, dlogits = op(*inputs)
