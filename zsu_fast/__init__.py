@@ -1,0 +1,31 @@
+"""zsu_fast: make a trained image classifier forget classes, without any training data."""
+
+from .classifier import InputSpec
+from .doctor import doctor
+from .errors import ArgumentError, CheckpointError, ModelError, OutputError, ZsuFastError
+from .evaluation import Evaluation, evaluate, mask
+from .impressions import ClassImpressions, synthesize
+from .progress import Event
+from .tail import Split
+from .unlearning import ZeroShotUnlearner, paper_preset, split, unlearn
+
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "ClassImpressions",
+    "Evaluation",
+    "Event",
+    "InputSpec",
+    "ModelError",
+    "OutputError",
+    "Split",
+    "ZeroShotUnlearner",
+    "ZsuFastError",
+    "doctor",
+    "evaluate",
+    "mask",
+    "paper_preset",
+    "split",
+    "synthesize",
+    "unlearn",
+]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +52,22 @@ class InputSpec:
         return torch.tensor([(1.0 - m) / s for m, s in zip(self.mean, self.std, strict=True)])
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [N, channels, H, W] (0..255) -> float32 of the same shape, as the model wants it."""
+        """uint8 [N, channels, H, W] (0..255) -> float32 of that shape, as the model wants it."""
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
         return (images.float() / 255 - mean) / std
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Gradients on, inference mode and autocast off, whatever the caller's are; a decorator too."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -124,16 +137,16 @@ def working_copy(model: nn.Module, device: torch.device) -> LogitsModel:
     except Exception as error:
         raise ModelError(
             f"{type(inner).__name__} cannot be copied by copy.deepcopy ({error})",
-            "Remove what cannot be copied (open files, locks, non-leaf tensors kept as attributes).",
+            "Remove what cannot be copied: open files, locks, non-leaf tensors in attributes.",
         ) from error
     copied = copied.to(device=device).float().eval()
     for module in copied.modules():
         if getattr(module, "inplace", False) is True:
-            module.inplace = False
+            module.inplace = False  # type: ignore[assignment]
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
-    return LogitsModel(copied)
+    return LogitsModel(copied).eval()
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -148,7 +161,9 @@ def weights_hash(model: nn.Module) -> str:
         if not isinstance(tensor, Tensor):
             continue
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -165,7 +180,7 @@ def count_classes(model: LogitsModel, spec: InputSpec, device: torch.device) -> 
     except Exception as error:
         try:
             model(_probe(spec.shape, 1, device))
-        except Exception:
+        except Exception:  # noqa: BLE001  any error of the user's code is reported by the raise
             raise ArgumentError(
                 "input_shape",
                 f"the model raises for images of shape {spec.shape} ({spec.source}): "
@@ -246,7 +261,7 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})",
-            "Remove what cannot be copied (open files, locks, non-leaf tensors kept as attributes).",
+            "Remove what cannot be copied: open files, locks, non-leaf tensors in attributes.",
         ) from error
     layers = [m for m in probe.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     device = next((p.device for p in probe.parameters()), torch.device("cpu"))
@@ -258,7 +273,7 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
         )
     first = layers[0]
     if isinstance(first, nn.Conv2d):
-        candidates = [(first.in_channels * 1, s, s) for s in _COMMON_SIZES]
+        candidates = [(first.in_channels, s, s) for s in _COMMON_SIZES]
     else:
         candidates = []
         for channels in (1, 3):
@@ -268,10 +283,13 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
         candidates.append((first.in_features,))  # type: ignore[arg-type]
     running: list[tuple[tuple[int, ...], int]] = []
     last_error: Exception | None = None
-    for shape in candidates:
+    # one image alone where two do not run: `count_classes` then says what is wrong
+    for batch, shape in ((batch, shape) for batch in (2, 1) for shape in candidates):
+        if batch == 1 and running:
+            break
         try:
-            width = _last_map_width(probe, shape, device)
-        except Exception as error:  # this size does not fit: the next may
+            width = _last_map_width(probe, shape, batch, device)
+        except Exception as error:  # noqa: BLE001  this size does not fit: the next may
             last_error = error
             continue
         if 4 <= width <= 16 or not isinstance(first, nn.Conv2d):
@@ -288,31 +306,48 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
 
 
 def check_forget(forget: Any, classes: int) -> list[int]:
-    """``forget`` as a sorted list of class indices.
+    """``forget`` as a sorted list of class indices that leaves at least one class to keep.
+
+    Raises:
+        ArgumentError: as `check_classes`, or every class is named.
+    """
+    wanted = check_classes("forget", forget, classes)
+    if len(wanted) == classes:
+        raise ArgumentError(
+            "forget",
+            f"got {_short(forget)}: that is every class, so nothing is left to keep",
+            f"Leave out at least one of the classes 0 to {classes - 1}.",
+        )
+    return wanted
+
+
+def check_classes(argument: str, value: Any, classes: int) -> list[int]:
+    """``value`` as a sorted list of class indices.
 
     Args:
-        forget: one int, or any collection of ints (list, tuple, set, range, numpy array, tensor).
+        argument: its name, for the error.
+        value: one int, or any collection of ints (list, tuple, set, range, numpy array, tensor).
         classes: the number of the model's logits.
 
     Raises:
-        ArgumentError: empty, every class, out of range, duplicated, or not whole numbers.
+        ArgumentError: empty, out of range, duplicated, or not whole numbers.
     """
-    remedy = f"Pass distinct class indices from 0 to {classes - 1}, such as forget=[0, 1]."
+    remedy = f"Pass distinct class indices from 0 to {classes - 1}, such as {argument}=[0, 1]."
 
     def refuse(why: str) -> ArgumentError:
-        return ArgumentError("forget", f"got {_short(forget)}: {why}", remedy)
+        return ArgumentError(argument, f"got {_short(value)}: {why}", remedy)
 
-    if isinstance(forget, str | bytes | dict):
-        raise refuse(f"a {type(forget).__name__} is not a collection of class indices")
-    if isinstance(forget, Tensor | np.ndarray):
-        items: list[Any] = np.atleast_1d(np.asarray(forget.tolist())).ravel().tolist()
-        kind = str(forget.dtype)
-        if "bool" in kind or "float" in kind or "complex" in kind:
+    if isinstance(value, str | bytes | dict):
+        raise refuse(f"a {type(value).__name__} is not a collection of class indices")
+    if isinstance(value, Tensor | np.ndarray):
+        kind = str(value.dtype)
+        if "int" not in kind:
             raise refuse(f"its dtype is {kind}, not an integer type")
-    elif isinstance(forget, Iterable):
-        items = list(forget)
+        items: list[Any] = value.reshape(-1).tolist()
+    elif isinstance(value, Iterable):
+        items = list(value)
     else:
-        items = [forget]
+        items = [value]
     for item in items:
         if isinstance(item, bool | np.bool_):
             raise refuse("a bool is not a class index")
@@ -332,9 +367,33 @@ def check_forget(forget: Any, classes: int) -> list[int]:
     if len(set(wanted)) < len(wanted):
         twice = sorted({c for c in wanted if wanted.count(c) > 1})
         raise refuse(f"{twice} named more than once")
-    if len(wanted) == classes:
-        raise refuse("that is every class, so nothing is left to keep")
     return sorted(wanted)
+
+
+def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    """The device to compute on: ``device``, or where the model's first parameter is.
+
+    Raises:
+        ArgumentError: no such device here.
+        ModelError: the model has no parameters.
+    """
+    first = next(unwrap(model).parameters(), None) if isinstance(model, nn.Module) else None
+    if first is None:
+        raise ModelError(
+            f"got a {type(model).__name__} without parameters",
+            "Pass a trained torch.nn.Module.",
+        )
+    if device is None:
+        return first.device
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArgumentError(
+            "device", f"got {device!r}: {reason}", "Pass one that torch has here, such as 'cpu'."
+        ) from error
+    return chosen
 
 
 def _short(value: Any) -> str:
@@ -347,7 +406,9 @@ def _probe(shape: Sequence[int], batch: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _last_map_width(model: nn.Module, shape: Sequence[int], device: torch.device) -> int:
+def _last_map_width(
+    model: nn.Module, shape: Sequence[int], batch: int, device: torch.device
+) -> int:
     """Width of the last four-dimensional output of a convolution; 0 if there is none."""
     width = 0
 
@@ -358,7 +419,9 @@ def _last_map_width(model: nn.Module, shape: Sequence[int], device: torch.device
 
     hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
     try:
-        pick_logits(model(_probe(shape, 2, device)))
+        rows = len(pick_logits(model(_probe(shape, batch, device))))
+        if rows != batch:  # as after x.view(-1, 400) of a map that is larger than that
+            raise ValueError(f"{rows} rows of output for {batch} images")
     finally:
         for hook in hooks:
             hook.remove()
@@ -401,9 +464,7 @@ def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return result
 
 
-def _check_channels(
-    name: str, value: float | Sequence[float], channels: int
-) -> tuple[float, ...]:
+def _check_channels(name: str, value: float | Sequence[float], channels: int) -> tuple[float, ...]:
     try:
         values = (
             (float(value),) * channels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ def doctor() -> dict[str, Any]:
     """The state of the engine, ready to print (`render`) or to paste into a bug report.
 
     Returns:
-        ``python``, ``torch``, ``torch_cuda``, ``triton`` (versions; None if absent);
+        ``zsu_fast``, ``python``, ``torch``, ``torch_cuda``, ``triton`` (versions; None if absent);
         ``gpu`` (names), ``threads``, ``cpu_isa`` (instruction set of the C++ kernels);
         ``libraries``: name -> {"loaded", "path", "reason"};
+        ``extras``: optional package -> version, or why it can't be imported;
         ``forced_backend``: set by `use_backend` or ZSU_FAST_BACKEND, else None;
         ``devices``: "cpu", "cuda" -> {"present", "chosen", "backends": name -> reason or None}.
     """
@@ -34,13 +36,12 @@ def doctor() -> dict[str, Any]:
         }
     triton: str | None = None
     if importlib.util.find_spec("triton") is not None:
-        from importlib.metadata import PackageNotFoundError, version
-
         try:
-            triton = version("triton")
-        except PackageNotFoundError:
+            triton = metadata.version("triton")
+        except metadata.PackageNotFoundError:
             triton = "unknown version"
     return {
+        "zsu_fast": metadata.version("zsu-fast"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
@@ -56,15 +57,25 @@ def doctor() -> dict[str, Any]:
             }
             for lib in (library.CPU, library.CUDA)
         },
+        "extras": {name: _version(name) for name in ("torchvision", "timm", "matplotlib", "PIL")},
         "forced_backend": backends.forced_backend(),
         "devices": devices,
     }
+
+
+def _version(module: str) -> str:
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        return f"missing: {error}"
+    return str(getattr(found, "__version__", "present"))
 
 
 def render(report: dict[str, Any] | None = None) -> str:
     """`doctor()` as text."""
     report = report or doctor()
     lines = [
+        f"zsu_fast {report['zsu_fast']}",
         f"python {report['python']}, torch {report['torch']}"
         f" (CUDA {report['torch_cuda'] or 'none'}), triton {report['triton'] or 'none'}",
         f"GPU: {', '.join(report['gpu']) or 'none'}; CPU threads: {report['threads']};"
@@ -82,4 +93,6 @@ def render(report: dict[str, Any] | None = None) -> str:
         lines += ["", heading]
         for backend, reason in state["backends"].items():
             lines.append(f"  {backend:8s} {'can run' if reason is None else reason}")
+    lines += ["", "optional packages:"]
+    lines += [f"  {name:12s} {state}" for name, state in report["extras"].items()]
     return "\n".join(lines)

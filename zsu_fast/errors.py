@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+from typing import Any
+
 
 class ZsuFastError(Exception):
     """Base of every error that zsu_fast raises on purpose."""
@@ -34,3 +38,8 @@ class CheckpointError(ZsuFastError, ValueError):
 
 class OutputError(ZsuFastError, OSError):
     """A result could not be written; what was at the path before is untouched."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite real number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -7,8 +7,6 @@ named module is the head, everything from it on is the tail, and whatever values
 
 from __future__ import annotations
 
-import copy
-import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,10 @@ from .classifier import LogitsModel
 from .errors import ArgumentError, ModelError
 
 Features = tuple[Tensor, ...]
+
+
+class _Tied(ArgumentError):
+    """The tail would train weights that the head uses too."""
 
 
 @dataclass
@@ -51,12 +53,120 @@ class Split:
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
+def find_split(model: LogitsModel, at: str, images: Tensor, labels: Tensor) -> Split:
+    """Cuts ``model`` at ``at``: "auto", "last", or a module's name.
+
+    "auto" takes the *first responsive layer*: the first one whose input tells the classes apart
+    at least 0.9 times as well as the best layer's does, by the ratio of the variance between
+    classes to that within them (`responsiveness`). "last" takes the last layer with weights.
+    Where such a tail shares weights with the head, the cut moves to an earlier layer.
+
+    Args:
+        model: from `working_copy`.
+        at: as above.
+        images, labels: impressions of every class, [N, ...] and int64 [N].
+
+    Raises:
+        ArgumentError: no such module, or a tail that can't be trained.
+    """
+    probe = images[:4]
+    if at not in ("auto", "last"):
+        return split_at(model, at, probe, "named by the caller")
+    if at == "last":
+        layers = [(name, 1.0) for name in layer_names(model.model, probe)]
+        chosen, reason = len(layers) - 1, "the last layer with weights"
+    else:
+        layers = responsiveness(model, images, labels)
+        best = max(ratio for _, ratio in layers)
+        chosen = next(i for i, (_, ratio) in enumerate(layers) if ratio >= 0.9 * best)
+        reason = (
+            f"first responsive layer: variance between classes over that within them is "
+            f"{layers[chosen][1]:.3g} at its input, {best:.3g} at the best of {len(layers)} layers"
+        )
+    for i in range(chosen, -1, -1):
+        name = layers[i][0]
+        try:
+            return split_at(model, name, probe, reason)
+        except _Tied:
+            reason = f"{reason}; moved ahead of {name!r}, whose weights are tied to the head"
+    raise ModelError(
+        "each layer shares its weights with an earlier one",
+        "Name the module at which the tail is to start, by tail=.",
+    )
+
+
+def responsiveness(model: LogitsModel, images: Tensor, labels: Tensor) -> list[tuple[str, float]]:
+    """How well each layer's input tells the classes apart, in the order of the forward pass.
+
+    The ratio of the variance between class means to the variance around them (Fisher's, as the
+    traces of both scatter matrices), on impressions; maps and tokens are averaged to at most
+    4 x 4 positions first. 0 is none, without an upper bound.
+
+    Args:
+        model: from `working_copy`.
+        images, labels: impressions of every class.
+
+    Returns:
+        (module name, ratio) of each layer with weights.
+    """
+    names = layer_names(model.model, images[:2])
+    modules = dict(model.model.named_modules())
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    hooks = []
+    for name in names:
+
+        def note(_module: nn.Module, args: Any, name: str = name) -> None:
+            if args and isinstance(args[0], Tensor) and len(inputs[name]) <= len(seen):
+                inputs[name].append(_summary(args[0]))
+
+        hooks.append(modules[name].register_forward_pre_hook(note))
+    seen: list[int] = []
+    try:
+        with torch.no_grad():
+            for chunk in images.split(256):
+                model(chunk)
+                seen.append(len(chunk))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    result = []
+    for name in names:
+        parts = inputs[name]
+        complete = sum(len(p) for p in parts) == len(labels)
+        result.append((name, _between_over_within(torch.cat(parts), labels) if complete else 0.0))
+    return result
+
+
+def _summary(x: Tensor) -> Tensor:
+    """[N, ...] -> float32 [N, D] with D bounded: maps pooled to 4 x 4, tokens averaged."""
+    x = x.float()
+    if x.ndim == 4 and max(x.shape[-2:]) > 4:
+        x = nn.functional.adaptive_avg_pool2d(x, (min(4, x.shape[-2]), min(4, x.shape[-1])))
+    elif x.ndim == 3:
+        x = x.mean(1)
+    return x.flatten(1)
+
+
+def _between_over_within(features: Tensor, labels: Tensor) -> float:
+    classes, index = labels.unique(return_inverse=True)
+    count = torch.bincount(index).to(features.dtype)[:, None]
+    centred = features - features.mean(0)
+    means = torch.zeros(len(classes), features.shape[1], device=features.device)
+    means = means.index_add_(0, index, centred) / count
+    between = float((count * means.square()).sum())
+    within = float((centred - means[index]).square().sum())
+    return between / within if within > 0 else 0.0
+
+
 def layer_names(model: nn.Module, images: Tensor) -> list[str]:
-    """Modules with parameters of their own, in the order in which a forward pass reaches them."""
+    """Modules with a weight matrix of their own, in the order in which a forward pass calls them.
+
+    Normalisation layers have none: they belong to the layer before them.
+    """
     order: list[str] = []
     hooks = []
     for name, module in model.named_modules():
-        if name and any(True for _ in module.parameters(recurse=False)):
+        if name and any(p.ndim > 1 for p in module.parameters(recurse=False)):
 
             def note(_module: nn.Module, _args: Any, name: str = name) -> None:
                 if name not in order:
@@ -115,7 +225,7 @@ def split_at(model: LogitsModel, name: str, images: Tensor, reason: str) -> Spli
         )
     tied = _tied_to_head(model, head, parameters, images)
     if tied:
-        raise ArgumentError(
+        raise _Tied(
             "tail",
             f"{name!r} would train {tied[0]}, which the frozen head uses too (tied weights)",
             "Name the module at which the shared weights are used first, or leave tail='auto'.",
@@ -160,9 +270,9 @@ def _split_by_graph(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced = torch.fx.symbolic_trace(model)
-    except Exception:  # control flow on values, unusual outputs: `_split_by_replay` handles those
+    except Exception:  # noqa: BLE001  control flow on values: `_split_by_replay` handles those
         return None
-    nodes = [n for n in traced.graph.nodes]
+    nodes = list(traced.graph.nodes)
     path = f"model.{name}"
     start = next((i for i, n in enumerate(nodes) if _inside(n, path)), None)
     if start is None:
@@ -173,7 +283,6 @@ def _split_by_graph(
     crossing = [n for n in before if any(u in inside for u in n.users)]
     if any(n.op == "get_attr" for n in crossing):
         moved = {n for n in crossing if n.op == "get_attr"}
-        before = [n for n in before if n not in moved]
         after = [n for n in nodes if n in moved or n in inside]
         crossing = [n for n in crossing if n not in moved]
     constants = _constants(traced, crossing, images)
@@ -182,21 +291,18 @@ def _split_by_graph(
     crossing = [n for n in crossing if n not in constants]
     if not crossing:
         return None
-    head_graph, head_map = torch.fx.Graph(), {}
-    needed = _ancestors(crossing)
-    for node in before:
-        if node.op != "placeholder" and node not in needed:
-            continue
+    head_graph = torch.fx.Graph()
+    head_map: dict[torch.fx.Node, Any] = {}
+    for node in before:  # all of them: x.relu_() counts even if nothing uses its value
         head_map[node] = head_graph.node_copy(node, lambda n: head_map[n])
     head_graph.output(tuple(head_map[n] for n in crossing))
-    tail_graph, tail_map = torch.fx.Graph(), {}
+    tail_graph = torch.fx.Graph()
+    tail_map: dict[torch.fx.Node, Any] = {}
     for i, node in enumerate(crossing):
         tail_map[node] = tail_graph.placeholder(f"feature_{i}")
     for node, value in constants.items():
         tail_map[node] = (
-            tail_graph.call_method("size", (tail_map[crossing[0]], 0))
-            if value is _BATCH
-            else value
+            tail_graph.call_method("size", (tail_map[crossing[0]], 0)) if value is _BATCH else value
         )
     for node in after:
         tail_map[node] = tail_graph.node_copy(node, lambda n: tail_map[n])
@@ -255,22 +361,11 @@ class _Recorder(torch.fx.Interpreter):
         return value
 
 
-def _ancestors(nodes: Sequence[torch.fx.Node]) -> set[torch.fx.Node]:
-    found: set[torch.fx.Node] = set()
-    queue = list(nodes)
-    while queue:
-        node = queue.pop()
-        if node not in found:
-            found.add(node)
-            queue.extend(node.all_input_nodes)
-    return found
-
-
 def _inside(node: torch.fx.Node, path: str) -> bool:
     if node.op == "call_module" and f"{node.target}.".startswith(f"{path}."):
         return True
     return any(
-        f"{entry[0] if isinstance(entry, tuple) else key}." .startswith(f"{path}.")
+        f"{entry[0] if isinstance(entry, tuple) else key}.".startswith(f"{path}.")
         for key, entry in (node.meta.get("nn_module_stack") or {}).items()
     )
 
@@ -353,7 +448,7 @@ class _ReplayTail(nn.Module):
                 return original(*args, **kw) if recorded is None else recorded
 
             originals[name] = module.__dict__.get("forward")
-            module.forward = replay  # type: ignore[method-assign]
+            module.forward = replay
         try:
             logits = self.model(x)
         finally:
@@ -361,13 +456,11 @@ class _ReplayTail(nn.Module):
                 if own is None:
                     del modules[name].__dict__["forward"]
                 else:
-                    modules[name].forward = own  # type: ignore[method-assign]
+                    modules[name].forward = own
         return logits
 
 
-def _split_by_replay(
-    model: LogitsModel, name: str, images: Tensor
-) -> tuple[nn.Module, nn.Module]:
+def _split_by_replay(model: LogitsModel, name: str, images: Tensor) -> tuple[nn.Module, nn.Module]:
     head = _ReplayHead(model, name)
     with torch.no_grad():
         names = [n for n, _ in head.recorded(images)]

@@ -6,9 +6,18 @@ the *golden* models (trained without the forgotten classes), lie in ``zsu_fast/a
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from . import checkpoint
+from .classifier import IMAGENET_MEAN, IMAGENET_STD, InputSpec
+from .errors import ArgumentError
+
+ASSETS = Path(__file__).parent / "assets"
 
 
 class LeNet5(nn.Module):
@@ -51,3 +60,104 @@ class KarpathyNet(nn.Module):
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.max_pool2d(F.relu(self.conv3(x)), 2)
         return self.fc1(x.flatten(1))
+
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution without bias."""
+    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two convolutions and a shortcut without parameters (He et al. 2016, option A)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.extra = stride, outputs - inputs
+        self.conv1, self.bn1 = conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = conv3x3(outputs, outputs), nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        half = self.extra // 2
+        skip = F.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, half, half))
+        return F.relu(y + skip)
+
+
+class CifarResNet(nn.Module):
+    """The CIFAR ResNet of depth 6 * blocks + 2 (He et al. 2016, section 4.2).
+
+    Input float [N, 3, 32, 32], output logits [N, classes]. Fits the public checkpoints of
+    akamaster/pytorch_resnet_cifar10 once "module." is taken from their names.
+    """
+
+    def __init__(self, blocks: int, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv3x3(3, 16), nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, 1, blocks)
+        self.layer2 = self._stage(16, 32, 2, blocks)
+        self.layer3 = self._stage(32, 64, 2, blocks)
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int, stride: int, blocks: int) -> nn.Sequential:
+        first = BasicBlock(inputs, outputs, stride)
+        return nn.Sequential(first, *[BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the zoo: how to build it, what images it takes, its weights if they ship."""
+
+    build: Callable[[], nn.Module]
+    spec: InputSpec
+    weights: str | None = None
+
+
+_MNIST = InputSpec((1, 28, 28), (0.1307,), (0.3081,), "stated by the zoo")
+_CIFAR = InputSpec(
+    (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616), "stated by the zoo"
+)
+_CIFAR_RESNET = InputSpec((3, 32, 32), IMAGENET_MEAN, IMAGENET_STD, "stated by the zoo")
+
+ZOO: dict[str, Entry] = {
+    "lenet5": Entry(LeNet5, _MNIST, "lenet5.safetensors"),
+    "lenet5_golden": Entry(LeNet5, _MNIST, "lenet5_golden.safetensors"),
+    "karpathynet": Entry(KarpathyNet, _CIFAR, "karpathynet.safetensors"),
+    "karpathynet_golden": Entry(KarpathyNet, _CIFAR, "karpathynet_golden.safetensors"),
+    "resnet20_cifar": Entry(lambda: CifarResNet(3), _CIFAR_RESNET),
+    "resnet56_cifar": Entry(lambda: CifarResNet(9), _CIFAR_RESNET),
+}
+
+
+def build(name: str) -> nn.Module:
+    """A zoo model with fresh random weights, in eval mode; it knows its ``input_spec``.
+
+    Raises:
+        ArgumentError: no such name.
+    """
+    if name not in ZOO:
+        raise ArgumentError("model", f"got {name!r}", f"The zoo has {', '.join(ZOO)}.")
+    model = ZOO[name].build().eval()
+    model.input_spec = ZOO[name].spec  # type: ignore[assignment]
+    return model
+
+
+def load(name: str) -> nn.Module:
+    """A zoo model with the weights that ship in the package.
+
+    Raises:
+        ArgumentError: no such name, or its weights do not ship (load them by ``--weights``).
+    """
+    model = build(name)
+    file = ZOO[name].weights
+    if file is None:
+        raise ArgumentError(
+            "model", f"the weights of {name!r} do not ship in the package", "Give a weights file."
+        )
+    checkpoint.load_into(model, ASSETS / file)
+    return model

@@ -79,4 +79,4 @@ def fused_loss(name: str, inputs: tuple[Tensor, ...], backend: str | None) -> Te
     if torch.is_grad_enabled() and inputs[0].requires_grad and not compiling:
         loss: Tensor = FusedLoss.apply(op, *inputs)
         return loss
-    return op(*inputs)[0]  # type: ignore[no-any-return]
+    return op(*inputs)[0]

@@ -1,0 +1,44 @@
+"""Real data for the tests that need it; they are skipped where it is absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import SHARED, shared_loader
+from torch import Tensor
+
+from zsu_fast import zoo
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if (SHARED / "load.py").is_file():
+        return
+    skip = pytest.mark.skip(reason=f"no real data at {SHARED}")
+    for item in items:
+        if "shared" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def mnist() -> tuple[Tensor, Tensor]:
+    """MNIST's test images, normalised, and labels."""
+    images, labels = shared_loader().mnist("test")
+    return zoo.ZOO["lenet5"].spec.normalise(images), labels
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> tuple[Tensor, Tensor]:
+    """CIFAR-10's test images, uint8, and labels."""
+    return shared_loader().cifar10("test")
+
+
+@pytest.fixture(scope="session")
+def resnet20_weights() -> Path:
+    return SHARED / "models" / "cifar10_resnet20.safetensors"

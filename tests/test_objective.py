@@ -1,0 +1,229 @@
+"""The rows that the tail learns from, and the two objectives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zsu_fast import ArgumentError
+from zsu_fast.objective import (
+    Differential,
+    Masked,
+    Rows,
+    RowSettings,
+    check_objective,
+    make_objective,
+    make_rows,
+)
+
+FORGET = torch.tensor([False, True, False, True])
+
+
+def case(count: int = 12, mixtures: int = 200, seed: int = 0) -> tuple[nn.Module, Tensor, Rows]:
+    """A linear tail, the features of impressions, and rows made of them."""
+    tail = nn.Linear(6, 4)
+    features = torch.rand(count, 6) + 0.1
+    label = torch.arange(count) % 4
+    generator = torch.Generator().manual_seed(seed)
+    return tail, features, make_rows(tail, (features,), label, FORGET, mixtures, generator)
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+def test_impressions_come_first_and_keep_their_labels() -> None:
+    tail, features, rows = case()
+    assert len(rows) == 212
+    assert torch.equal(rows.features[0][:12], features)
+    assert torch.equal(rows.label[:12], torch.arange(12) % 4)
+    assert torch.equal(rows.teacher, tail(rows.features[0]))
+    assert not rows.teacher.requires_grad
+
+
+def test_mixtures_are_labelled_by_the_tail() -> None:
+    tail, _, rows = case()
+    assert torch.equal(rows.label[12:], tail(rows.features[0][12:]).argmax(1))
+    assert torch.equal(rows.forgotten, FORGET[rows.label])
+
+
+def test_mixtures_lie_between_and_beyond_impressions() -> None:
+    _, features, rows = case(mixtures=2000)
+    mean = features.mean(0)
+    far = (rows.features[0][12:] - mean).norm(dim=1)
+    near = (features - mean).norm(dim=1)
+    assert float(far.max()) > 1.5 * float(near.max())
+    assert float(far.min()) < 0.5 * float(near.min())
+    assert (rows.features[0] >= 0).all()  # as no feature of an impression is below
+
+
+def test_mixtures_of_signed_features_are_not_clamped() -> None:
+    tail = nn.Linear(6, 4)
+    features = torch.randn(12, 6)
+    rows = make_rows(tail, (features,), torch.arange(12) % 4, FORGET, 500, torch.Generator())
+    assert (rows.features[0][12:] < features.min()).any()
+
+
+def test_every_second_mixture_has_a_forget_class_on_a_side() -> None:
+    """One-hot features, one impression of the one forget class among 40."""
+    count, forget = 40, torch.tensor([False] * 39 + [True])
+    tail = nn.Linear(count, count)
+    rows = make_rows(
+        tail, (torch.eye(count) - 1,), torch.arange(count), forget, 400, torch.Generator()
+    )
+    mixed = rows.features[0][count:]
+    mean = (torch.eye(count) - 1).mean(0)
+    direction = mixed - mean
+    has = direction[:, -1] > 1e-5
+    assert float(has.float().mean()) > 0.4
+
+
+def test_all_crossing_values_are_mixed_alike() -> None:
+    class Two(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a[:, :4] + b.mean((2, 3))
+
+    features = (torch.rand(8, 6), torch.rand(8, 4, 3, 3))
+    rows = make_rows(Two(), features, torch.arange(8) % 4, FORGET, 50, torch.Generator())
+    assert [f.shape for f in rows.features] == [(58, 6), (58, 4, 3, 3)]
+    same = (features[0], features[0].view(8, 6, 1, 1).expand(8, 6, 2, 2).contiguous())
+
+    class Head(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a[:, :4] + b[:, :4, 0, 0]
+
+    rows = make_rows(Head(), same, torch.arange(8) % 4, FORGET, 50, torch.Generator())
+    assert torch.allclose(rows.features[0], rows.features[1][:, :, 1, 1], atol=1e-5)
+
+
+def test_no_mixtures() -> None:
+    tail, features, rows = case(mixtures=0)
+    assert len(rows) == 12
+    assert rows.features[0] is features
+    assert torch.equal(rows.teacher, tail(features))
+
+
+def test_rows_depend_on_the_generator_alone() -> None:
+    torch.manual_seed(5)
+    first = case(seed=1)
+    torch.manual_seed(5)
+    second = case(seed=1)
+    torch.manual_seed(5)
+    other = case(seed=2)
+    assert torch.equal(first[2].features[0], second[2].features[0])
+    assert not torch.equal(first[2].features[0], other[2].features[0])
+
+
+def test_picked_rows_belong_together() -> None:
+    _, _, rows = case()
+    index = torch.tensor([100, 3, 3])
+    picked = rows.pick(index)
+    assert len(picked) == 3
+    assert torch.equal(picked.features[0], rows.features[0][index])
+    for name in ("teacher", "label", "forgotten"):
+        assert torch.equal(getattr(picked, name), getattr(rows, name)[index])
+
+
+@pytest.mark.parametrize(("impressions", "count"), [(10, 2048), (1000, 4000)])
+def test_default_number_of_mixtures(impressions: int, count: int) -> None:
+    assert RowSettings().count(impressions) == count
+    assert RowSettings(mixtures=7).count(impressions) == 7
+
+
+def test_default_margin_is_twice_the_mean_lead() -> None:
+    _, _, rows = case()
+    rows.teacher[:12] = torch.zeros(12, 4)
+    rows.teacher[torch.arange(12), rows.label[:12]] = torch.arange(12.0)
+    assert RowSettings().margin_for(rows, 12) == pytest.approx(2 * 5.5)
+    assert RowSettings(margin=1.5).margin_for(rows, 12) == 1.5
+    rows.teacher[torch.arange(12), rows.label[:12]] = -5
+    assert RowSettings().margin_for(rows, 12) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mixtures", -1), ("mixtures", 0.5), ("mixtures", True), ("margin", -0.1),
+     ("margin", float("nan")), ("margin", float("inf")), ("margin", "x"), ("margin", True)],
+)  # fmt: skip
+def test_refused_row_settings(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"{name}: got {value!r}"):
+        RowSettings(**{name: value})
+
+
+# --- objectives ------------------------------------------------------------------------------
+
+
+def test_differential_is_a_mean_over_each_side() -> None:
+    _, _, rows = case()
+    logits = torch.randn(len(rows), 4)
+    ce = F.cross_entropy(logits, rows.label, reduction="none")
+    loss, terms = Differential(0.7, 0.2)(logits, rows)
+    forget, retain = ce[rows.forgotten].mean(), ce[~rows.forgotten].mean()
+    assert float(loss) == pytest.approx(float(-0.7 * forget + 0.2 * retain), rel=1e-5)
+    assert float(terms["forget"]) == pytest.approx(float(-0.7 * forget), rel=1e-5)
+    assert float(terms["retain"]) == pytest.approx(float(0.2 * retain), rel=1e-5)
+    assert not terms["forget"].requires_grad
+
+
+@pytest.mark.parametrize("side", [True, False])
+def test_differential_on_rows_of_one_side(side: bool) -> None:
+    _, _, rows = case()
+    rows = rows.pick((rows.forgotten == side).nonzero()[:, 0])
+    logits = torch.randn(len(rows), 4, requires_grad=True)
+    loss, _ = Differential()(logits, rows)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+    assert (float(loss.detach()) < 0) == side
+
+
+def test_differential_descends_on_retain_and_ascends_on_forget() -> None:
+    _, _, rows = case()
+    logits = rows.teacher.clone().requires_grad_(True)
+    (grad,) = torch.autograd.grad(Differential()(logits, rows)[0], logits)
+    own = grad.gather(1, rows.label[:, None])[:, 0]
+    assert (own[rows.forgotten] > 0).all()  # a step against the gradient lowers that logit
+    assert (own[~rows.forgotten] < 0).all()
+
+
+def test_masked_is_the_mean_divergence_with_the_margin() -> None:
+    _, _, rows = case()
+    logits = torch.randn(len(rows), 4)
+    q = rows.teacher.masked_fill(FORGET, -torch.inf).softmax(1)
+    shifted = (logits + 2.0 * FORGET).log_softmax(1)
+    want = F.kl_div(shifted, q, reduction="batchmean")
+    loss, terms = Masked(FORGET, 2.0)(logits, rows)
+    assert float(loss) == pytest.approx(float(want), rel=1e-5)
+    assert float(terms["divergence"]) == float(loss)
+
+
+def test_masked_is_lowest_where_forgotten_logits_are_low() -> None:
+    _, _, rows = case()
+    yardstick = Masked(FORGET, 3.0)
+    drops = [yardstick.divergence(rows.teacher - d * FORGET.float(), rows) for d in (0, 3, 9, 30)]
+    assert drops == sorted(drops, reverse=True)
+    assert float(drops[-1]) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_seam() -> None:
+    yardstick = Masked(FORGET, 1.0)
+    assert make_objective("masked", (0.9, 0.1), yardstick) is yardstick
+    made = make_objective("differential", (0.8, 0.2), yardstick)
+    assert isinstance(made, Differential)
+    assert (made.weight_forget, made.weight_retain) == (0.8, 0.2)
+
+
+@pytest.mark.parametrize("name", ["Masked", "", None, 3])
+def test_refused_objectives(name: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"objective: got .* Pass 'masked' or 'differential'"):
+        check_objective(name, (0.9, 0.1))
+
+
+@pytest.mark.parametrize("weights", [(), (1,), (1, 2, 3), (0, 1), (1, -1), "ab", None, 1.0,
+                                     (float("nan"), 1), (1, float("inf"))])  # fmt: skip
+def test_refused_weights(weights: Any) -> None:
+    with pytest.raises(ArgumentError, match="weights: got"):
+        check_objective("masked", weights)

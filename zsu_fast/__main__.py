@@ -1,0 +1,5 @@
+"""``python -m zsu_fast`` is ``zsu-fast``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,364 @@
+"""The command ``zsu-fast``: demo, unlearn, evaluate, doctor."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import checkpoint
+from .classifier import InputSpec, resolve_spec
+from .demo import mnist_test, run as run_demo
+from .doctor import doctor as examine, render
+from .errors import ArgumentError, ZsuFastError
+from .evaluation import Evaluation, evaluate as measure
+from .models import load_model
+from .unlearning import ZeroShotUnlearner, paper_preset
+
+app = typer.Typer(
+    name="zsu-fast",
+    help="Make a trained image classifier forget classes, without any training data.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+_MODEL_HELP = (
+    "A zoo name (lenet5, karpathynet, resnet20_cifar, ...), a torchvision or timm name "
+    "(torchvision:resnet50, timm:...), or package.module:factory."
+)
+_WEIGHTS_HELP = (
+    "A safetensors file or torch checkpoint of plain tensors; 'pretrained' lets torchvision or "
+    "timm download theirs."
+)
+_FORGET_HELP = "Classes: 1,2,3 or 0-99 or 0-49,390-439, or a file of them."
+
+Model = Annotated[str, typer.Argument(help=_MODEL_HELP, show_default=False)]
+Weights = Annotated[str | None, typer.Option(help=_WEIGHTS_HELP)]
+Forget = Annotated[str, typer.Option(help=_FORGET_HELP, show_default=False)]
+Classes = Annotated[int | None, typer.Option(help="Logits of a torchvision or timm model.")]
+Shape = Annotated[str | None, typer.Option(help="Channels,height,width, such as 3,224,224.")]
+Mean = Annotated[str | None, typer.Option(help="Per-channel mean of pixels in 0..1.")]
+Std = Annotated[str | None, typer.Option(help="Per-channel std of the same.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int, typer.Option(help="Everything random depends on it alone.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for model, record, chart.")] = Path(
+        "zsu-fast-demo"
+    ),
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """A LeNet5 forgets the digits 1, 2, 3, 4; offline, judged on 2,000 real images."""
+    with _errors(as_json):
+        rows, facts = run_demo(out, seed=seed, force=force, progress=_progress(as_json))
+        if as_json:
+            table = [{"name": r.name, "seconds": r.seconds, **r.evaluation.to_dict()} for r in rows]
+            _print_json({"rows": table, **facts})
+            return
+        console = Console()
+        console.print(
+            _table(
+                "LeNet5 on MNIST, forgetting 1, 2, 3, 4",
+                [(r.name, r.evaluation, r.seconds) for r in rows],
+            )
+        )
+        record = facts["record"]
+        console.print(_count_line(rows[0].evaluation))
+        console.print(f"Tail: {record['split']['at']} ({record['split']['reason']}).")
+        console.print(_level(record))
+        for what, path in facts["written"].items():
+            console.print(f"{what}: {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def unlearn(
+    model: Model,
+    forget: Forget,
+    out: Annotated[
+        Path, typer.Option(help=".safetensors, .pt or .pth to write.", show_default=False)
+    ],
+    weights: Weights = None,
+    record: Annotated[Path | None, typer.Option(help="Write the run's record (JSON).")] = None,
+    tail: Annotated[str, typer.Option(help="auto, last, or a module's name.")] = "auto",
+    objective: Annotated[str, typer.Option(help="masked or differential.")] = "masked",
+    paper: Annotated[bool, typer.Option("--paper", help="The published recipe.")] = False,
+    impressions_per_class: Annotated[int, typer.Option(help="4 or more.")] = 32,
+    classes: Classes = None,
+    input_shape: Shape = None,
+    mean: Mean = None,
+    std: Std = None,
+    seed: Seed = 0,
+    device: Device = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Forgets classes of a model and writes the new weights."""
+    with _errors(as_json):
+        for path in (out, record):
+            if path is not None:
+                checkpoint.check_writable(path, force)
+        loaded = load_model(model, weights, classes)
+        options: dict[str, Any] = {"tail": tail, "objective": objective}
+        if paper:
+            options |= paper_preset()
+        run = ZeroShotUnlearner(
+            loaded,
+            parse_classes(forget),
+            **options,
+            impressions_per_class=impressions_per_class,
+            input_shape=_numbers("input_shape", input_shape, int),
+            mean=_numbers("mean", mean, float),
+            std=_numbers("std", std, float),
+            seed=seed,
+            device=device,
+            inplace=True,
+            progress=_progress(as_json),
+        )
+        result = run.run()
+        facts = run.record.to_dict()
+        hashes = {k: facts[k] for k in ("weights_before", "weights_after")}
+        metadata = {"zsu_fast.forget": json.dumps(run.forget), **hashes}
+        checkpoint.save_weights(out, result, metadata, force)
+        if record is not None:
+            content = run.record.to_json().encode()
+            checkpoint.write_atomically(record, lambda file: file.write(content), force)
+        if as_json:
+            _print_json({"out": str(out), "record": facts})
+            return
+        console = Console()
+        best, total = facts["fit"]["best"], facts["timings"]["total"]
+        console.print(f"Forgot {len(run.forget)} of {run.classes} classes in {total:.1f} s.")
+        console.print(
+            f"Impressions: {facts['impressions']['count']}, "
+            f"{100 * facts['impressions']['hit_rate']:.1f} % reached their confidence."
+        )
+        console.print(f"Tail: {facts['split']['at']} ({facts['split']['reason']}).")
+        console.print(
+            f"Held-out rows still answered with a forgotten class: {100 * best['leak']:.2f} %; "
+            f"{100 * best['agreement']:.2f} % of the others as the masked original answers."
+        )
+        console.print(_level(facts))
+        console.print(f"Written: {out}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    forget: Forget,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A folder with one sub-folder a class, an .npz with uint8 'images' [N, C, H, W] "
+            "and 'labels', or 'demo' (2,000 MNIST images).",
+            show_default=False,
+        ),
+    ],
+    weights: Weights = None,
+    classes: Classes = None,
+    input_shape: Shape = None,
+    mean: Mean = None,
+    std: Std = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measures FA, RA and overall accuracy on labelled images."""
+    with _errors(as_json):
+        loaded = load_model(model, weights, classes)
+        spec = resolve_spec(
+            loaded,
+            _numbers("input_shape", input_shape, int),
+            _numbers("mean", mean, float),
+            _numbers("std", std, float),
+        )
+        if device is not None:
+            loaded = loaded.to(device)
+        started = time.perf_counter()
+        result = measure(loaded, read_images(data, spec), parse_classes(forget))
+        if as_json:
+            _print_json(result.to_dict())
+            return
+        console = Console()
+        console.print(_table(model, [(model, result, time.perf_counter() - started)]))
+        console.print(_count_line(result))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Says what this installation has, and what it lacks and why."""
+    facts = examine()
+    if as_json:
+        _print_json(facts)
+        return
+    typer.echo(render(facts))
+
+
+def parse_classes(text: str) -> list[int]:
+    """Class indices from "1,2,3", "0-99", a mix of both, or a file that holds such text.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    path = Path(text)
+    content = path.read_text() if path.is_file() else text
+    chosen: list[int] = []
+    for part in content.replace(",", " ").split():
+        low, dash, high = part.partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()) or (dash and int(high) < int(low)):
+            raise ArgumentError(
+                "forget",
+                f"got {text!r}, in which {part!r} is neither a class nor a range",
+                "Pass 1,2,3 or 0-99, or a file that exists and holds such text.",
+            )
+        chosen.extend(range(int(low), int(high or low) + 1))
+    return chosen
+
+
+def read_images(source: str, spec: InputSpec) -> Any:
+    """Labelled images for `evaluate`: "demo", an .npz, or a folder with a sub-folder a class.
+
+    Raises:
+        ArgumentError: there is nothing of the kind.
+    """
+    if source == "demo":
+        return mnist_test()
+    path = Path(source)
+    if path.suffix == ".npz" and path.is_file():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                images, labels = (torch.from_numpy(file[k]) for k in ("images", "labels"))
+        except (KeyError, ValueError, OSError, TypeError) as error:
+            raise ArgumentError(
+                "data", f"{source} can't be read ({error})", "Store 'images' and 'labels'."
+            ) from error
+        return spec.normalise(images), labels.long()
+    if path.is_dir():
+        return _image_folder(path, spec)
+    raise ArgumentError(
+        "data", f"got {source!r}, neither a folder nor an .npz file", "Pass one, or 'demo'."
+    )
+
+
+def _image_folder(path: Path, spec: InputSpec) -> Any:
+    try:
+        from torchvision import datasets, transforms
+    except ImportError as error:
+        raise ArgumentError(
+            "data",
+            f"a folder of images needs torchvision ({error})",
+            "Run pip install 'zsu-fast[models]', or pass an .npz file.",
+        ) from error
+    height, width = spec.shape[-2:]
+    transform = transforms.Compose(
+        [
+            transforms.Resize(round(max(height, width) * 256 / 224)),
+            transforms.CenterCrop((height, width)),
+            transforms.ToTensor(),
+            transforms.Normalize(spec.mean, spec.std),
+        ]
+    )
+    try:
+        images = datasets.ImageFolder(str(path), transform)
+    except FileNotFoundError as error:
+        raise ArgumentError("data", str(error), "Make one sub-folder a class.") from error
+    return torch.utils.data.DataLoader(images, batch_size=64)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+@contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
+    """Turns the package's errors into one line on stderr and exit code 2; Ctrl-C into 130."""
+    console = Console(stderr=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        except ZsuFastError as error:
+            if as_json:
+                _print_json({"error": str(error), "type": type(error).__name__})
+            else:
+                console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            console.print("interrupted; nothing was changed")
+            raise typer.Exit(130) from error
+        finally:
+            for warning in caught:
+                console.print(f"[yellow]warning:[/] {_escape(str(warning.message))}")
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _progress(as_json: bool) -> bool | None:
+    return False if as_json else None
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def _table(title: str, rows: list[tuple[str, Evaluation, float | None]]) -> Table:
+    table = Table(title=title)
+    table.add_column("model")
+    for head in ("FA %", "RA %", "overall %", "seconds"):
+        table.add_column(head, justify="right")
+    for name, result, seconds in rows:
+        figures = (result.forget_accuracy, result.retain_accuracy, result.overall_accuracy)
+        table.add_row(
+            name,
+            *["-" if f is None else f"{f:.2f}" for f in figures],
+            "-" if seconds is None else f"{seconds:.2f}",
+        )
+    return table
+
+
+def _count_line(result: Evaluation) -> str:
+    total = result.forget_count + result.retain_count
+    return (
+        f"FA: of {result.forget_count} images of forgotten classes; RA: of {result.retain_count} "
+        f"others; overall: of all {total}."
+    )
+
+
+def _level(record: dict[str, Any]) -> str:
+    if record["split"]["output_level"]:
+        return (
+            "Output-level forgetting: only the last layer was trained, so the features of the "
+            "forgotten classes are still inside."
+        )
+    return f"Trained: {', '.join(record['split']['trained'])}."
+
+
+def _numbers(name: str, text: str | None, kind: type[int] | type[float]) -> list[Any] | None:
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.replace("x", ",").split(",")]
+    except ValueError as error:
+        raise ArgumentError(
+            name, f"got {text!r} ({error})", "Pass numbers with commas between."
+        ) from error

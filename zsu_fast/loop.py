@@ -1,0 +1,253 @@
+"""The tail loop: optimiser steps on cached rows, watched on held-out rows, never left worse off.
+
+Every few steps the tail is scored on rows that it does not train on. The best state is kept; when
+nothing improves any more, or values stop being finite, the loop ends and that state comes back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError, is_number
+from .objective import Masked, Objective, Rows
+from .progress import Reporter, Stopped
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How the tail is trained.
+
+    Attributes:
+        steps: most optimiser steps of one attempt; the learning rate falls to 0 over them along
+            a half cosine.
+        batch: rows a step.
+        learning_rate: None for the objective's own; that is then raised or lowered, and the loop
+            started over, where it fails.
+        early_stop: False runs all steps at a fixed rate and keeps the last state (the published
+            recipe), unless it is not finite.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    steps: int = 400
+    batch: int = 512
+    learning_rate: float | None = None
+    early_stop: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("batch", self.batch)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(name, f"got {value!r}", "Pass a whole number, 1 or more.")
+        rate = self.learning_rate
+        if rate is not None and (not is_number(rate) or rate <= 0):
+            raise ArgumentError("learning_rate", f"got {rate!r}", "Pass a number above 0.")
+
+
+@dataclass
+class Check:
+    """One look at the held-out rows.
+
+    Attributes:
+        step: optimiser steps taken so far, over all attempts.
+        attempt: 0 for the first learning rate, 1 for the second, ...
+        learning_rate: in force then.
+        loss: of the last training batch.
+        divergence: mean KL from the masked original to the tail, margin included, in nats.
+        leak: share of held-out rows still answered with a forgotten class, 0..1.
+        agreement: share of held-out retain rows answered as the masked original does, 0..1.
+    """
+
+    step: int
+    attempt: int
+    learning_rate: float
+    loss: float
+    divergence: float
+    leak: float
+    agreement: float
+
+
+@dataclass
+class Fit:
+    """How the loop went; the tail is left in its best state.
+
+    Attributes:
+        history: every check, the untouched tail first.
+        best: the check whose state was kept.
+        stopped: why it ended, in words.
+        learning_rate: of the attempt that gave the best state.
+    """
+
+    history: list[Check] = field(default_factory=list)
+    best: Check | None = None
+    stopped: str = ""
+    learning_rate: float = 0.0
+
+
+def train_tail(
+    tail: nn.Module,
+    parameters: list[nn.Parameter],
+    rows: Rows,
+    held_out: Rows,
+    objective: Objective,
+    yardstick: Masked,
+    settings: LoopSettings,
+    generator: torch.Generator,
+    report: Reporter,
+) -> Fit:
+    """Trains ``parameters`` of ``tail`` by AdamW on ``objective``.
+
+    Args:
+        tail: features -> logits, in eval mode; changed in place.
+        parameters: what to train.
+        rows: the training rows; batches are drawn from them without replacement.
+        held_out: rows made from other impressions.
+        objective: what to descend on.
+        yardstick: scores the held-out rows.
+        settings: steps, batch, rate, stop.
+        generator: draws the batches, on the CPU.
+        report: told after every check.
+
+    Returns:
+        The history and why it ended.
+    """
+    attempt = _Attempt(tail, parameters, rows, held_out, objective, yardstick, settings, generator)
+    fit = Fit()
+    start = attempt.save()
+    first = attempt.check(0, 0, 0.0, math.nan)
+    fit.history.append(first)
+    fit.best, best_state = first, start
+    rate = settings.learning_rate or objective.learning_rate or _natural_rate(parameters)
+    scales = [1.0] if settings.learning_rate or not settings.early_stop else [1.0, 3.0, 0.3, 0.1]
+    try:
+        for number, scale in enumerate(scales):
+            attempt.load(start)
+            outcome, best, state = attempt.run(number, rate * scale, fit.history, report)
+            if best is not None and (not settings.early_stop or _better(best, fit.best)):
+                fit.best, best_state, fit.learning_rate = best, state, rate * scale
+            fit.stopped = outcome
+            if fit.best.leak <= 0.01 and fit.best is not first:
+                break
+    except Stopped as stop:
+        fit.stopped = str(stop)
+        if attempt.best is not None and _better(attempt.best, fit.best):
+            fit.best, best_state = attempt.best, attempt.best_state
+            fit.learning_rate = attempt.best.learning_rate
+    finally:  # also on Ctrl-C: never leave the tail in the middle of a bad step
+        attempt.load(best_state)
+    if fit.best is first:
+        fit.stopped += "; no state was better than the original"
+    return fit
+
+
+def _better(new: Check, old: Check) -> bool:
+    return math.isfinite(new.divergence) and new.divergence < old.divergence
+
+
+def _natural_rate(parameters: list[nn.Parameter]) -> float:
+    """A rate at which Adam moves the average weight by 2 % a step."""
+    total = sum(float(p.detach().float().square().sum()) for p in parameters if p.ndim > 1)
+    count = sum(p.numel() for p in parameters if p.ndim > 1)
+    return min(max(0.02 * math.sqrt(total / count), 1e-5), 1e-2) if count and total else 1e-3
+
+
+class _Attempt:
+    """One run of the loop at one learning rate."""
+
+    CHECKS = 40  # looks at the held-out rows in a full run
+    PATIENCE = 8  # checks without a gain before it ends
+    GAIN = 0.01  # a smaller relative gain is none
+
+    def __init__(
+        self,
+        tail: nn.Module,
+        parameters: list[nn.Parameter],
+        rows: Rows,
+        held_out: Rows,
+        objective: Objective,
+        yardstick: Masked,
+        settings: LoopSettings,
+        generator: torch.Generator,
+    ) -> None:
+        self.tail, self.parameters = tail, parameters
+        self.rows, self.held_out = rows, held_out
+        self.objective, self.yardstick, self.forget = objective, yardstick, yardstick.forget
+        self.steps, self.early_stop = settings.steps, settings.early_stop
+        self.batch = min(settings.batch, len(rows))
+        self.generator = generator
+        self.best: Check | None = None
+        self.best_state: list[Tensor] = []
+
+    def save(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.parameters]
+
+    def load(self, state: list[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, saved in zip(self.parameters, state, strict=True):
+                parameter.copy_(saved)
+
+    @torch.no_grad()
+    def check(self, step: int, attempt: int, rate: float, loss: float) -> Check:
+        rows = self.held_out
+        parts = zip(*[f.split(1024) for f in rows.features], strict=True)
+        logits = torch.cat([self.tail(*part) for part in parts])
+        divergence = self.yardstick.divergence(logits, rows)
+        answer = logits.argmax(1)
+        masked = rows.teacher.masked_fill(self.forget, -torch.inf).argmax(1)
+        kept = ~rows.forgotten
+        agreement = (answer == masked)[kept].float().mean() if bool(kept.any()) else torch.ones(())
+        leak = self.forget[answer].float().mean()
+        if not bool(logits.isfinite().all()):
+            divergence = torch.tensor(math.nan)
+        return Check(step, attempt, rate, loss, float(divergence), float(leak), float(agreement))
+
+    def run(
+        self, number: int, rate: float, history: list[Check], report: Reporter
+    ) -> tuple[str, Check | None, list[Tensor]]:
+        """Why it ended, the best check and its state (None where no state was finite)."""
+        self.best, self.best_state = None, []
+        optimiser = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
+        done_before = history[-1].step
+        every = max(1, self.steps // self.CHECKS)
+        mark, idle, order, at = math.inf, 0, torch.empty(0, dtype=torch.int64), 0
+        for step in range(1, self.steps + 1):
+            if self.early_stop:
+                for group in optimiser.param_groups:
+                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps))
+            if at + self.batch > len(order):
+                order, at = torch.randperm(len(self.rows), generator=self.generator), 0
+            picked = self.rows.pick(order[at : at + self.batch].to(self.forget.device))
+            at += self.batch
+            loss, _ = self.objective(self.tail(*picked.features), picked)
+            optimiser.zero_grad(set_to_none=True)
+            grads = torch.autograd.grad(loss, self.parameters)
+            for parameter, grad in zip(self.parameters, grads, strict=True):
+                parameter.grad = grad
+            optimiser.step()
+            if step % every and step < self.steps:
+                continue
+            check = self.check(done_before + step, number, rate, float(loss.detach()))
+            history.append(check)
+            if not math.isfinite(check.divergence):
+                return f"non-finite values at step {step}, rolled back", self.best, self.best_state
+            if self.best is None or not self.early_stop or _better(check, self.best):
+                self.best, self.best_state = check, self.save()
+            report(
+                "fit", step, self.steps, divergence=check.divergence, leak=check.leak,
+                agreement=check.agreement,
+            )  # fmt: skip
+            if check.divergence < mark * (1 - self.GAIN):
+                mark, idle = check.divergence, 0
+            else:
+                idle += 1
+            if self.early_stop and idle >= self.PATIENCE:
+                return (
+                    f"no gain on held-out impressions for {idle} checks, back to the best state",
+                    self.best,
+                    self.best_state,
+                )
+        return f"all {self.steps} steps taken", self.best, self.best_state

@@ -1,0 +1,157 @@
+"""The record of a run: what was asked, what was done, and hashes that prove which weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+from .classifier import InputSpec, unwrap, weights_hash
+from .impressions import ClassImpressions
+from .loop import Fit
+from .tail import Split
+
+
+@dataclass
+class Record:
+    """Everything about one run, as plain values; `to_json` writes it.
+
+    Attributes:
+        model: class name of the user's model.
+        forget: the forgotten classes.
+        classes: the number of logits.
+        settings: the options of the run.
+        input: shape, mean, std, and where they are known from.
+        versions: of zsu_fast, torch, python; the platform; threads.
+        weights_before, weights_after: `classifier.weights_hash`.
+        impressions: count, hit rate, worst class's hit rate, mean confidence, steps.
+        split: where, why, what was trained, whether only outputs can forget.
+        fit: why it stopped, the best check and the history.
+        timings: seconds by stage, and in all.
+        warnings: what the user should know, in words.
+    """
+
+    model: str
+    forget: list[int]
+    classes: int
+    settings: dict[str, Any]
+    input: dict[str, Any]
+    versions: dict[str, str]
+    started: str
+    weights_before: str
+    weights_after: str = ""
+    impressions: dict[str, Any] = field(default_factory=dict)
+    split: dict[str, Any] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def begin(
+        cls,
+        model: nn.Module,
+        spec: InputSpec,
+        forget: list[int],
+        classes: int,
+        settings: dict[str, Any],
+    ) -> Record:
+        """The part that is known before the run."""
+        record = cls(
+            model=type(unwrap(model)).__name__,
+            forget=forget,
+            classes=classes,
+            settings={k: _plain(v) for k, v in settings.items()},
+            input=asdict(spec),
+            versions={
+                "zsu_fast": metadata.version("zsu-fast"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "threads": str(torch.get_num_threads()),
+            },
+            started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            weights_before=weights_hash(model),
+        )
+        record._clock = time.perf_counter()
+        return record
+
+    def finish(self, model: nn.Module, made: ClassImpressions, cut: Split, fit: Fit) -> None:
+        """Adds what came out."""
+        self.weights_after = weights_hash(model)
+        rates = [made.hit_rate_of(c) for c in range(self.classes)]
+        self.impressions = {
+            "count": len(made),
+            "hit_rate": made.hit_rate,
+            "worst_class_hit_rate": min(rates),
+            "mean_confidence": float(made.confidence.mean()),
+            "mean_steps": float(made.steps.float().mean()),
+            "most_steps": int(made.steps.max()),
+        }
+        self.split = {
+            "at": cut.name,
+            "reason": cut.reason,
+            "trained": cut.parameters,
+            "output_level": cut.output_level,
+        }
+        self.fit = {
+            "stopped": fit.stopped,
+            "learning_rate": fit.learning_rate,
+            "best": asdict(fit.best) if fit.best else None,
+            "history": [asdict(c) for c in fit.history],
+        }
+        self.timings["total"] = time.perf_counter() - self._clock
+        self.warnings = list(self._warnings(fit, rates))
+
+    def _warnings(self, fit: Fit, rates: list[float]) -> list[str]:
+        notes = []
+        empty = [c for c, rate in enumerate(rates) if rate == 0]
+        if empty:
+            notes.append(
+                f"no impression reached its confidence for class {_few(empty)}: the model may "
+                f"never answer it, or input_shape, mean and std are not the model's. Raise "
+                f"max_steps if they are."
+            )
+        if fit.best is None or fit.best.leak > 0.01:
+            leak = 100 * fit.best.leak if fit.best else 100
+            notes.append(
+                f"{leak:.1f} % of held-out rows are still answered with a forgotten class: "
+                f"{fit.stopped}. Try objective='masked', more steps, or another tail."
+            )
+        return notes
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; numbers that are not finite become None."""
+        return _finite(asdict(self))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    _clock: float = field(default=0.0, init=False, repr=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items() if not k.startswith("_")}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _few(items: list[int]) -> str:
+    shown = ", ".join(map(str, items[:8]))
+    return shown + (f" and {len(items) - 8} more" if len(items) > 8 else "")

@@ -1,0 +1,363 @@
+"""Zero-shot class unlearning, the whole procedure on one page.
+
+``unlearn(model, forget=[...])`` synthesises class impressions, splits the model into a frozen
+head and a trainable tail, caches the head's output on the impressions once, trains the tail on
+it, and puts the tail's new weights into a copy of the user's model.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import classifier, impressions as synthesis, tail as tails
+from .errors import ArgumentError, ModelError
+from .impressions import AscentSettings, ClassImpressions
+from .loop import Fit, LoopSettings, train_tail
+from .objective import Masked, RowSettings, check_objective, make_objective, make_rows
+from .progress import Callback, Reporter
+from .record import Record
+from .tail import Split
+
+
+def unlearn(model: nn.Module, forget: Any, **options: Any) -> nn.Module:
+    """Returns ``model`` without the classes ``forget``; no data needed.
+
+    Args:
+        model: any trained image classifier: one image tensor in, logits [N, C] out (plain, or in
+            a tuple, dict, or object with ``.logits``).
+        forget: class indices: an int, list, set, range, numpy array or tensor of ints.
+        **options: everything that `ZeroShotUnlearner` takes, all optional.
+
+    Returns:
+        A model of the same class, on the same device, in the same dtype and train/eval mode: a
+        copy, or ``model`` itself with ``inplace=True``.
+
+    Raises:
+        ArgumentError: an argument can't be used (a `ValueError`); the model is unchanged then,
+            as after any other error or Ctrl-C.
+    """
+    return ZeroShotUnlearner(model, forget, **options).run()
+
+
+def paper_preset() -> dict[str, Any]:
+    """Options that follow the paper: ``unlearn(model, forget, **paper_preset())``.
+
+    Plain logit ascent without a confidence stop; AdamW 1e-3; w_f 0.9, w_r 0.1; 100 epochs and no
+    early stop. Impressions saturate, so that their gradients vanish and classes are often not
+    forgotten, or everything is (DESIGN section 3): for comparison, not for use.
+    """
+    return {
+        "objective": "differential",
+        "confidence": None,
+        "restarts": 0,
+        "max_steps": 200,
+        "step_size": 0.02,
+        "learning_rate": 1e-3,
+        "weights": (0.9, 0.1),
+        "steps": 100,
+        "mixtures": 0,
+        "early_stop": False,
+        "tail": "last",
+    }
+
+
+class ZeroShotUnlearner:
+    """`unlearn` in steps: ``synthesise``, ``split``, ``fit``, ``apply``; ``run`` does them all.
+
+    Args:
+        model: as for `unlearn`.
+        forget: as for `unlearn`.
+        tail: "auto" (the first responsive layer, see `tail.find_split`), "last" (the last layer
+            with parameters), or the name of the module at which the tail starts.
+        objective: "masked" (match the original with the forgotten classes taken out; bounded) or
+            "differential" (the paper's signed cross-entropy).
+        impressions: `ClassImpressions` made before, of all classes; None makes them.
+        impressions_per_class: 4 or more: one in four is held out to decide when to stop.
+        confidence, max_steps, restarts, step_size, beta: see `synthesize`.
+        input_shape, mean, std: see `synthesize`.
+        mixtures: training rows mixed from impressions at the cut; None for four an impression, at
+            least 2,048.
+        steps: most optimiser steps of one attempt.
+        batch: rows an optimiser step.
+        learning_rate: None lets it scale itself.
+        weights: (w_f, w_r) of the differential objective.
+        margin: how far, in logits, forgotten ones are pushed below what the mask asks for; None
+            for twice the mean lead of the impressions.
+        early_stop: stop on held-out impressions and keep the best state.
+        seed: everything random depends on it alone.
+        device: where to compute; None for the model's own.
+        inplace: change ``model`` itself: all tensors at the very end, or none.
+        progress: True, False, or None for "if stderr is a terminal".
+        callback: called with an `Event`; return True to end the stage early.
+
+    Attributes:
+        impressions: `ClassImpressions` or None.
+        history: the held-out checks (`Check`) of the fit.
+        split_point: the `Split` or None.
+        stopped: why the fit ended, in words.
+        record: the `Record` of the run, for JSON.
+    """
+
+    @classifier.own_modes()
+    def __init__(
+        self,
+        model: nn.Module,
+        forget: Any,
+        *,
+        tail: str = "auto",
+        objective: str = "masked",
+        impressions: ClassImpressions | None = None,
+        impressions_per_class: int = 32,
+        confidence: tuple[float, float] | None = (0.55, 0.99),
+        max_steps: int = 100,
+        restarts: int = 2,
+        step_size: float = 0.01,
+        beta: float = 1e-4,
+        input_shape: Sequence[int] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        mixtures: int | None = None,
+        steps: int = 400,
+        batch: int = 512,
+        learning_rate: float | None = None,
+        weights: tuple[float, float] = (0.9, 0.1),
+        margin: float | None = None,
+        early_stop: bool = True,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        inplace: bool = False,
+        progress: bool | None = None,
+        callback: Callback | None = None,
+    ) -> None:
+        settings = {
+            k: v for k, v in locals().items()
+            if k not in ("self", "model", "forget", "impressions", "progress", "callback")
+        }  # fmt: skip
+        per_class = impressions_per_class
+        if isinstance(per_class, bool) or not isinstance(per_class, int) or per_class < 4:
+            raise ArgumentError(
+                "impressions_per_class",
+                f"got {per_class!r}",
+                "Pass a whole number, 4 or more: one in four is held out.",
+            )
+        self.ascent = AscentSettings(
+            per_class, confidence, max_steps, restarts, step_size, beta, seed
+        )
+        self.loop = LoopSettings(steps, batch, learning_rate, early_stop)
+        self.rows = RowSettings(mixtures, margin)
+        if not isinstance(tail, str):
+            raise ArgumentError("tail", f"got {tail!r}", "Pass 'auto', 'last' or a module's name.")
+        self.device = classifier.resolve_device(model, device)
+        self.spec = classifier.resolve_spec(model, input_shape, mean, std)
+        self.original, self.inplace = model, inplace
+        self.work = classifier.working_copy(model, self.device)
+        self.classes = classifier.count_classes(self.work, self.spec, self.device)
+        self.forget = classifier.check_forget(forget, self.classes)
+        self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
+        self.forget_mask[self.forget] = True
+        check_objective(objective, weights)
+        self.objective, self.weights = objective, weights
+        self.tail, self.seed = tail, seed
+        self.report = Reporter(progress, callback)
+        self.impressions = self._check_impressions(impressions)
+        self.split_point: Split | None = None
+        self.result: Fit | None = None
+        self.record = Record.begin(model, self.spec, self.forget, self.classes, settings)
+
+    def run(self) -> nn.Module:
+        """All steps; the unlearned model."""
+        with self.report:
+            if self.impressions is None:
+                self.synthesise()
+            self.split()
+            self.fit()
+        return self.apply()
+
+    @classifier.own_modes()
+    def synthesise(self) -> ClassImpressions:
+        """Makes impressions of every class, forget and retain, in one batch."""
+        started = time.perf_counter()
+        self.impressions = synthesis.ascend(
+            self.work, self.spec, range(self.classes), self.ascent, self.report
+        )
+        fewest = int(torch.bincount(self.impressions.labels, minlength=self.classes).min())
+        if fewest < 4:
+            raise ArgumentError(
+                "callback",
+                f"it stopped the synthesis of impressions with {fewest} of a class",
+                "Let it run until each class has 4.",
+            )
+        self.record.timings["synthesise"] = time.perf_counter() - started
+        return self.impressions
+
+    @classifier.own_modes()
+    def split(self) -> Split:
+        """Cuts the model at ``tail``."""
+        started = time.perf_counter()
+        made = self._made()
+        self.split_point = tails.find_split(
+            self.work, self.tail, made.images.to(self.device), made.labels.to(self.device)
+        )
+        self.record.timings["split"] = time.perf_counter() - started
+        return self.split_point
+
+    @classifier.own_modes()
+    def fit(self) -> Fit:
+        """Trains the tail on the cached features of three in four impressions."""
+        cut = self.split_point or self.split()
+        started = time.perf_counter()
+        made = self._made()
+        features = cut.features(made.images.to(self.device))
+        labels = made.labels.to(self.device)
+        held = torch.empty(len(labels), dtype=torch.bool, device=self.device)
+        by_class = labels.argsort(stable=True)  # so that one in four of each class is held out
+        held[by_class] = torch.arange(len(labels), device=self.device) % 4 == 3
+        generator = torch.Generator().manual_seed(self.seed)
+        train, held_out = (
+            make_rows(
+                cut.tail,
+                tuple(f[part] for f in features),
+                labels[part],
+                self.forget_mask,
+                self.rows.count(int(part.sum())),
+                generator,
+            )
+            for part in (~held, held)
+        )
+        yardstick = Masked(self.forget_mask, self.rows.margin_for(train, int((~held).sum())))
+        named = dict(self.work.model.named_parameters())
+        self.result = train_tail(
+            cut.tail,
+            [named[name] for name in cut.parameters],
+            train,
+            held_out,
+            make_objective(self.objective, self.weights, yardstick),
+            yardstick,
+            self.loop,
+            generator,
+            self.report,
+        )
+        self.record.timings["fit"] = time.perf_counter() - started
+        return self.result
+
+    @classifier.own_modes()
+    def apply(self) -> nn.Module:
+        """The user's model, or a copy, with the tail's weights replaced."""
+        if self.split_point is None or self.result is None:
+            raise ArgumentError(
+                "apply()", "called before fit()", "Call run(), or synthesise(), split(), fit()."
+            )
+        target = self.original if self.inplace else _copy(self.original)
+        changed = dict(self.work.model.named_parameters())
+        values = {n: changed[n].detach() for n in self.split_point.parameters}
+        with restored_on_failure(target, values):
+            replace_parameters(target, values)
+            self.record.finish(target, self._made(), self.split_point, self.result)
+            for note in self.record.warnings:
+                warnings.warn(note, stacklevel=3)
+        return target
+
+    @property
+    def history(self) -> list[Any]:
+        return [] if self.result is None else self.result.history
+
+    @property
+    def stopped(self) -> str:
+        return "" if self.result is None else self.result.stopped
+
+    def _made(self) -> ClassImpressions:
+        return self.impressions if self.impressions is not None else self.synthesise()
+
+    def _check_impressions(self, given: ClassImpressions | None) -> ClassImpressions | None:
+        if given is None:
+            return None
+        counts = torch.bincount(given.labels, minlength=self.classes)
+        if given.spec.shape != self.spec.shape or len(counts) > self.classes or counts.min() < 4:
+            raise ArgumentError(
+                "impressions",
+                f"got {len(given)} of shape {given.spec.shape}, at least {int(counts.min())} a "
+                f"class of {len(counts)}",
+                f"Give 4 or more of shape {self.spec.shape} for each of {self.classes} classes.",
+            )
+        return given
+
+
+def replace_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Writes ``values`` over the parameters of those names: all of them, or none.
+
+    They keep their device, dtype, identity and ``requires_grad``.
+    """
+    named = dict(classifier.unwrap(model).named_parameters())
+    with restored_on_failure(model, values), torch.no_grad():
+        for name, value in values.items():
+            named[name].copy_(value)
+
+
+@contextmanager
+def restored_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Where the block raises, Ctrl-C included, these parameters get their old bits again."""
+    named = dict(classifier.unwrap(model).named_parameters())
+    before = {name: named[name].detach().clone() for name in names}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, value in before.items():
+                named[name].copy_(value)
+        raise
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})",
+            "Pass inplace=True, or the module inside the wrapper.",
+        ) from error
+
+
+@classifier.own_modes()
+def split(
+    model: nn.Module,
+    at: str = "auto",
+    *,
+    impressions: ClassImpressions | None = None,
+    input_shape: Sequence[int] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> Split:
+    """Cuts a copy of ``model`` into a frozen head and a tail, ``tail(*head(x)) == model(x)``.
+
+    Args:
+        model: an image classifier; it is not changed.
+        at: "auto" (the first responsive layer), "last", or a module's name.
+        impressions: to search the responsive layer with; None makes a few.
+        input_shape: see `synthesize`.
+        seed, device: as there.
+
+    Raises:
+        ArgumentError: no such module, or nothing to train from it on.
+    """
+    where = classifier.resolve_device(model, device)
+    spec = classifier.resolve_spec(model, input_shape)
+    work = classifier.working_copy(model, where)
+    classes = classifier.count_classes(work, spec, where)
+    if at == "auto" and impressions is None:
+        impressions = synthesis.synthesize(
+            model, per_class=8, input_shape=spec.shape, seed=seed, device=where, progress=False
+        )
+    if impressions is None:
+        images = spec.normalise(torch.full((4, *spec.shape), 128, dtype=torch.uint8))
+        labels = torch.arange(4) % classes
+    else:
+        images, labels = impressions.images, impressions.labels
+    return tails.find_split(work, at, images.to(where), labels.to(where))
