@@ -100,7 +100,7 @@ def native() -> dict[str, object]:
                 sorted(str(p) for p in Path("csrc/cuda").glob("*.cu")),
                 extra_compile_args={
                     "cxx": [*cxx, "-DUSE_CUDA"],
-                    "nvcc": ["-O3", "-lineinfo", "-DUSE_CUDA", STABLE_ABI],
+                    "nvcc": ["-O3", "-lineinfo", "--threads=2", "-DUSE_CUDA", STABLE_ABI],
                 },
                 extra_link_args=["-Wl,-s"],
                 py_limited_api=True,
@@ -132,4 +132,5 @@ def native() -> dict[str, object]:
     }
 
 
-setup(**native())
+if __name__ == "__main__":
+    setup(**native())

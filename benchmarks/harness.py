@@ -190,7 +190,7 @@ def compare(
 
 
 def rotate(count: int) -> Callable[[], int]:
-    """0, 1, ..., count - 1, 0, ...: inputs take turns, so that none is found in cache."""
+    """0, 1, ..., count - 1, 0, ...: inputs take turns, so that no one finds its own in cache."""
     at = -1
 
     def following() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -223,6 +225,52 @@ def wheel(tmp_path: Path, **env: str) -> tuple[subprocess.CompletedProcess[str],
     )  # fmt: skip
     names = [n for w in source.glob("*.whl") for n in zipfile.ZipFile(w).namelist()]
     return run, names
+
+
+@pytest.fixture(scope="module")
+def build_script() -> ModuleType:
+    """setup.py as a module: its decisions without a build."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("no sources next to the tests")
+    spec = importlib.util.spec_from_file_location("zsu_fast_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fake_toolkit(root: Path, release: str, runtime: bool = True) -> Path:
+    (root / "bin").mkdir(parents=True)
+    nvcc = root / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    if runtime:
+        (root / "lib64").mkdir()
+        (root / "lib64" / "libcudart.so").touch()
+    return root
+
+
+def test_the_toolkit_must_fit_torch(build_script: ModuleType, tmp_path: Path) -> None:
+    """No nvcc, a torch without CUDA, another CUDA major: no CUDA library, and a reason."""
+    assert "without CUDA" in build_script.why_no_cuda(None, None)
+    assert "no CUDA toolkit" in build_script.why_no_cuda("13.0", None)
+    home = fake_toolkit(tmp_path / "cuda", "12.4")
+    assert "is not CUDA 13" in build_script.why_no_cuda("13.0", home)
+    assert build_script.why_no_cuda("12.8", home) is None
+
+
+def test_a_wrapper_on_the_path_is_not_a_toolkit(
+    build_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvcc may be a script on PATH: its folder has no libcudart and would fail to link."""
+    real = fake_toolkit(tmp_path / "real", "13.0")
+    wrapper = fake_toolkit(tmp_path / "wrapper", "13.0", runtime=False)
+    monkeypatch.setenv("CUDA_HOME", str(wrapper))
+    monkeypatch.setenv("CUDA_PATH", str(real))
+    assert build_script.toolkit() == real
+    monkeypatch.setenv("CUDA_HOME", str(real))
+    assert build_script.toolkit() == real
 
 
 def libraries(names: list[str]) -> list[str]:

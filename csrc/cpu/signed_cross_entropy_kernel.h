@@ -36,37 +36,48 @@ ZSU_INLINE RowSums<A> signed_row(const T* logits, T* dlogits, const T* next_logi
 
   // 1 - p is the sum of the *other* probabilities: 1 minus p would lose every digit as p -> 1.
   V others{};
-  const auto exp_block = [&](int64_t at) ZSU_LAMBDA_INLINE {
-    __builtin_prefetch(next_logits + at);
-    __builtin_prefetch(next_dlogits + at, 1);
-    const V v = exp_of_difference(load(logits + at), top);
-    store(e + at, v);
-    return v;
-  };
-  const auto exp_blocks = [&](int64_t at, int64_t end) ZSU_LAMBDA_INLINE {
-    while (at < end) { // short sums, then a sum of those: 32,000 terms in one lose a digit
-      const int64_t stop = at + 64 * width < end ? at + 64 * width : end;
-      V sum{};
-      for (; at < stop; at += width) sum += exp_block(at);
-      others += sum;
+  A at_target = 0;
+  const auto exponentials = [&](auto exp) ZSU_LAMBDA_INLINE {
+    const auto exp_block = [&](int64_t at) ZSU_LAMBDA_INLINE {
+      __builtin_prefetch(next_logits + at);
+      __builtin_prefetch(next_dlogits + at, 1);
+      const V v = exp(load(logits + at));
+      store(e + at, v);
+      return v;
+    };
+    const auto exp_blocks = [&](int64_t at, int64_t end) ZSU_LAMBDA_INLINE {
+      while (at < end) { // short sums, then a sum of those: 32,000 terms in one lose a digit
+        const int64_t stop = at + 64 * width < end ? at + 64 * width : end;
+        V sum{};
+        for (; at < stop; at += width) sum += exp_block(at);
+        others += sum;
+      }
+    };
+    const int64_t target_block = target / width * width;
+    if (target_block < whole) {
+      exp_blocks(0, target_block);
+      const V v = exp_block(target_block);
+      at_target = sum_lanes(only_lane(v, static_cast<int>(target - target_block)));
+      others += without_lane(v, static_cast<int>(target - target_block));
+      exp_blocks(target_block + width, whole);
+    } else {
+      exp_blocks(0, whole);
+    }
+    if (rest_of_row) {
+      const V v = exp(load_part<A>(logits + whole, rest_of_row, -infinity));
+      store_part(e + whole, v, rest_of_row);
+      if (target_block == whole) at_target = sum_lanes(only_lane(v, static_cast<int>(target - whole)));
+      others += without_lane(v, target_block == whole ? static_cast<int>(target - whole) : -1);
     }
   };
-  const int64_t target_block = target / width * width;
-  A at_target = 0;
-  if (target_block < whole) {
-    exp_blocks(0, target_block);
-    const V v = exp_block(target_block);
-    at_target = sum_lanes(only_lane(v, static_cast<int>(target - target_block)));
-    others += without_lane(v, static_cast<int>(target - target_block));
-    exp_blocks(target_block + width, whole);
+  // exp(x - top) needs the part of x - top that rounding drops; exp(x) does not, and where it is far
+  // from overflow it serves as well: softmax does not change, and `scale` puts the sums right.
+  A scale = 1;
+  if (__is_same(A, float) && classes >= 128 && top >= -16 && top <= 32) {
+    exponentials([](V x) ZSU_LAMBDA_INLINE { return exponential(x, V{}); });
+    scale = 1 / exponential(V{} + top, V{})[0];
   } else {
-    exp_blocks(0, whole);
-  }
-  if (rest_of_row) {
-    const V v = exp_of_difference(load_part<A>(logits + whole, rest_of_row, -infinity), top);
-    store_part(e + whole, v, rest_of_row);
-    if (target_block == whole) at_target = sum_lanes(only_lane(v, static_cast<int>(target - whole)));
-    others += without_lane(v, target_block == whole ? static_cast<int>(target - whole) : -1);
+    exponentials([top](V x) ZSU_LAMBDA_INLINE { return exp_of_difference(x, top); });
   }
   const A rest = sum_lanes(others);
   const A denominator = rest + at_target;
@@ -75,7 +86,7 @@ ZSU_INLINE RowSums<A> signed_row(const T* logits, T* dlogits, const T* next_logi
   for (i = 0; i < whole; i += width) store(dlogits + i, load(e + i) * factor);
   if (rest_of_row) store_part(dlogits + whole, load_part<A>(e + whole, rest_of_row, A(0)) * factor, rest_of_row);
   narrow(-factor * rest, dlogits[target]);
-  return {shifted, rest, denominator};
+  return {shifted, rest * scale, denominator * scale};
 }
 
 template <class A, class T>

@@ -168,8 +168,8 @@ ZSU_INLINE auto max_lanes(V v) {
 }
 
 // ---- functions -----------------------------------------------------------------------------------
-// exp(x + low) for x <= 0 and |low| tiny, 1e-7 relative; 0 below -86 (the result nears denormals).
-ZSU_INLINE VF exp_nonpositive(VF x, VF low) {
+// exp(x + low) for x <= 80 and |low| tiny, 1e-7 relative; 0 below -86 (the result nears denormals).
+ZSU_INLINE VF exponential(VF x, VF low) {
   const float to_integer = 12582912.0f; // 1.5 * 2^23: adding it leaves round(.) in the low bits
   const VF shifted = x * 1.44269504088896341f + to_integer;
   const VF n = shifted - to_integer;
@@ -184,7 +184,7 @@ ZSU_INLINE VF exp_nonpositive(VF x, VF low) {
   const VF power = bit_cast<VF>((bit_cast<VI>(shifted) << 23) + 0x3f800000);
   return x < -86.0f ? VF{} : p * power;
 }
-ZSU_INLINE VD exp_nonpositive(VD x, VD) {
+ZSU_INLINE VD exponential(VD x, VD) {
   VD e;
   for (int i = 0; i < 8; ++i) e[i] = __builtin_exp(x[i]);
   return e;
@@ -196,9 +196,9 @@ ZSU_INLINE VF exp_of_difference(VF a, float b) {
   const VF d = a - b;
   const VF z = d - a;
   const VF lost = (a - (d - z)) - (b + z);
-  return exp_nonpositive(d, lost); // a = -inf: lost is NaN, but d < -86 decides
+  return exponential(d, lost); // a = -inf: lost is NaN, but d < -86 decides
 }
-ZSU_INLINE VD exp_of_difference(VD a, double b) { return exp_nonpositive(a - b, VD{}); }
+ZSU_INLINE VD exp_of_difference(VD a, double b) { return exponential(a - b, VD{}); }
 
 // a / (sqrt(b) + eps). Approximations with a Newton step were tried: no faster, the step waits for memory.
 ZSU_INLINE VF ratio_to_root(VF a, VF b, float eps) {

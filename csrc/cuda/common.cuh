@@ -101,6 +101,15 @@ struct Sum {
   __device__ friend Sum operator+(Sum a, Sum b) { return {a.value + b.value}; }
 };
 
+// exp(a - b) with the part of a - b that rounding drops (two-sum): logits 40 apart would cost 2e-6.
+__device__ inline float exp_of_difference(float a, float b) {
+  const float d = a - b, z = d - a;
+  const float lost = (a - (d - z)) - (b + z);
+  const float e = expf(d);
+  return e == 0 ? 0.0f : fmaf(e, lost, e); // a = -inf: lost is NaN
+}
+__device__ inline double exp_of_difference(double a, double b) { return exp(a - b); }
+
 // Running softmax denominator (Milakov and Gimelshein, 2018): sum of exp(x - top).
 template <class A>
 struct Softmax {
@@ -111,7 +120,7 @@ struct Softmax {
   }
   __device__ void raise(A to) { // -inf - -inf would be NaN
     if (to > top) {
-      sum *= top == -INFINITY ? A(0) : exp(top - to);
+      sum *= top == -INFINITY ? A(0) : exp_of_difference(top, to);
       top = to;
     }
   }
@@ -122,7 +131,7 @@ struct Softmax {
     return {top, a.sum + b.sum};
   }
   // A term whose logit is already covered by top. NaN stays; -inf adds nothing.
-  __device__ void add(A x) { sum += x == -INFINITY && top == -INFINITY ? A(0) : exp(x - top); }
+  __device__ void add(A x) { sum += x == -INFINITY && top == -INFINITY ? A(0) : exp_of_difference(x, top); }
 };
 
 inline cudaStream_t current_stream(const Tensor& t) {

@@ -63,8 +63,8 @@ masked_cross_entropy_kernel(
 
   Sum<A> loss{0};
   const auto gradient = [&](A student, A of_teacher, int64_t i) {
-    const A ex = exp(student - top_x);
-    const A ez = forget[i] ? A(0) : exp(of_teacher - top_z);
+    const A ex = exp_of_difference(student, top_x);
+    const A ez = forget[i] ? A(0) : exp_of_difference(of_teacher, top_z);
     if (ez != 0) loss.value += ez * ((of_teacher - top_z) - (student - top_x) + log_ratio);
     return ex * scale_x - ez * scale_z;
   };

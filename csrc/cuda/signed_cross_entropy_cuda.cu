@@ -54,14 +54,14 @@ signed_cross_entropy_kernel(
   others = reduce_row<span>(others, Softmax<A>::merge);
   top = others.top; // the target took part in raising it
   const A shifted = target_logit - top, rest = others.sum;
-  const A denominator = exp(shifted) + rest;
+  const A denominator = exp_of_difference(target_logit, top) + rest;
   const A nan = std::numeric_limits<A>::quiet_NaN(); // an invalid target must be seen, and cannot raise here
   const A factor = valid ? coef / denominator : nan;
   if (thread == 0) row_loss[row] = valid ? coef * zsu::row_loss(log(denominator), shifted, rest, denominator) : nan;
 
   // In place: every thread has read the target's logit before the reduction's barrier (or, in a warp,
   // its shuffle), and from here on each element is read and written by one thread.
-  const auto gradient = [&](A value, int64_t i) { return factor * (i == target ? -rest : exp(value - top)); };
+  const auto gradient = [&](A value, int64_t i) { return factor * (i == target ? -rest : exp_of_difference(value, top)); };
   visit_row<span>(
       dx, classes, thread,
       [&](int64_t i) {

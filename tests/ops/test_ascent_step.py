@@ -352,6 +352,42 @@ def test_autograd_notices(runner: Runner) -> None:
         out.backward()
 
 
+@pytest.mark.parametrize("runner", runners(compiled=False))
+def test_a_leaf_that_requires_grad_stays_a_leaf(runner: Runner) -> None:
+    state = make((3, 3, 4, 4), runner.device)
+    expected = run(runner, state).x
+    state.x.requires_grad_()
+    ops.ascent_step_(*state.tensors(), backend=runner.backend)
+    assert state.x.is_leaf
+    assert state.x.requires_grad
+    assert torch.equal(state.x, expected)
+
+
+def test_in_inference_mode() -> None:
+    outside = make((3, 3, 4, 4))
+    expected = run(Runner("cpp", "cpu"), outside).x
+    with torch.inference_mode():
+        for state in (outside.clone(), make((3, 3, 4, 4))):
+            ops.ascent_step_(*state.tensors())
+        ops.ascent_step_(*outside.tensors())
+    assert torch.equal(outside.x, expected)
+
+
+def test_inside_torch_compile() -> None:
+    state = make((3, 3, 4, 4))
+    expected = run(Runner("cpp", "cpu"), state)
+
+    def twice(tensors: list[Tensor]) -> Tensor:
+        ops.ascent_step_(*tensors)
+        return tensors[0] * 2
+
+    compiled = torch.compile(twice, fullgraph=True)
+    doubled = compiled(state.tensors())
+    torch.testing.assert_close(state.x, expected.x)
+    torch.testing.assert_close(state.step, expected.step)
+    torch.testing.assert_close(doubled, expected.x * 2)
+
+
 def test_opcheck() -> None:
     state = make((3, 3, 4, 4))
     state = replace(state, low=state.low.view(-1), high=state.high.view(-1), lr=state.lr.view(1))

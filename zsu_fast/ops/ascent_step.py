@@ -79,13 +79,14 @@ def ascent_step_(
         fused_bounds = bounds[0].expand(count).contiguous(), bounds[1].expand(count).contiguous()
     tensors = (x, grad, moment, variance)
     dense = x, grad, moment, variance = _alike(tensors)
-    op(
-        x, grad, moment, variance, step, active, *fused_bounds, rate, beta,
-        *betas, eps, mode, normalize, jitter, seed, found_nan,
-    )  # fmt: skip
-    for target, source in zip(tensors, dense, strict=True):
-        if target is not source and target is not tensors[1]:
-            target.copy_(source)
+    with torch.no_grad():
+        op(
+            x, grad, moment, variance, step, active, *fused_bounds, rate, beta,
+            *betas, eps, mode, normalize, jitter, seed, found_nan,
+        )  # fmt: skip
+        for target, source in zip(tensors, dense, strict=True):
+            if target is not source and target is not tensors[1]:
+                target.copy_(source)
 
 
 def _per_channel(x: Tensor, bound: Tensor) -> Tensor | None:

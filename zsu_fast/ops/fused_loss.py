@@ -28,19 +28,23 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def backward(ctx: Any, grad: Tensor | None, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """Gradients of the op's inputs: of the first, logits, only."""
     dlogits, coef = ctx.saved_tensors
-    nothing = (None,) * (len(ctx.needs_input_grad) - 1)
-    if grad is None:
-        return (None, *nothing)
+    gradient = None if grad is None else _hand_out(dlogits, coef, grad)
+    return (gradient, *(None,) * (len(ctx.needs_input_grad) - 1))
+
+
+def _hand_out(dlogits: Tensor, coef: Tensor, grad: Tensor) -> Tensor:
+    """dlogits times the incoming gradient of each row's term."""
     if torch.is_grad_enabled():
         raise RuntimeError("fused losses are differentiable once: create_graph is not supported")
     if type(dlogits) is not Tensor:  # torch.compile traces: plain arithmetic, which it can fuse
         ends = grad.reshape(-1)
         by_row = torch.where(coef < 0, ends[0], ends[-1]).to(dlogits.dtype)
-        return (dlogits * by_row[:, None], *nothing)
+        scaled: Tensor = dlogits * by_row[:, None]
+        return scaled
     if graph_is_kept():  # another backward pass may come, and the caller owns what we return
         dlogits = dlogits.clone()
     backends.choose("scale_rows_", dlogits.device)(dlogits, coef, grad)
-    return (dlogits, *nothing)
+    return dlogits
 
 
 class FusedLoss(torch.autograd.Function):
@@ -52,14 +56,20 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> Tensor:
-        loss, dlogits = op(*inputs)
+        loss: Tensor
+        if isinstance(op, torch._ops.OpOverload):
+            with torch._C._AutoDispatchBelowAutograd():  # past the op's own registration
+                loss, dlogits = op(*inputs)
+        else:
+            loss, dlogits = op(*inputs)
         ctx.save_for_backward(dlogits, inputs[-1])
+        ctx.nothing = (None,) * (len(inputs) - 1)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        first, *rest = backward(ctx, grads[0])
-        return (None, first, *rest[1:])
+        dlogits, coef = ctx.saved_tensors
+        return (None, _hand_out(dlogits, coef, grads[0]), *ctx.nothing)
 
 
 def fused_loss(name: str, inputs: tuple[Tensor, ...], backend: str | None) -> Tensor:

@@ -57,9 +57,9 @@ def signed_cross_entropy_(
     Autograd does not record it, and refuses a backward pass that would need the old logits. Rows
     must not overlap.
     """
-    losses: Tensor = backends.choose("signed_cross_entropy_", logits.device, backend)(
-        logits, target, coef
-    )
+    with torch.no_grad():
+        op = backends.choose("signed_cross_entropy_", logits.device, backend)
+        losses: Tensor = op(logits, target, coef)
     return losses
 
 
