@@ -29,9 +29,12 @@ class Scripted:
     ) -> None:
         self.script, self.learning_rate, self.calls = script, rate, 0
 
-    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         self.calls += 1
-        return self.script(self.calls, logits, rows), {}
+        x = logits.detach().requires_grad_(True)
+        loss = self.script(self.calls, x, rows)
+        (dlogits,) = torch.autograd.grad(loss, x)
+        return loss.detach(), dlogits
 
 
 class Setting:
@@ -198,8 +201,8 @@ def test_a_rate_that_blows_up_is_lowered() -> None:
 
     fit = setting.train(Scripted(script, rate=4.0), steps=120)
     rates = {c.attempt: c.learning_rate for c in fit.history[1:]}
-    assert len(rates) >= 3
     assert rates[0] == 4.0
+    assert rates[1] < 4.0  # lowered at once, not raised first
     assert fit.learning_rate == min(rates.values()) < 4.0
     assert any(math.isnan(c.divergence) for c in fit.history)
     assert all(p.isfinite().all() for p in setting.tail.parameters())

@@ -765,3 +765,14 @@ def test_split_of_a_model(tmp_path: Any) -> None:
 def test_training_still_works_on_the_result() -> None:
     result = unlearn(tiny(), FORGET, **QUICK)
     assert evaluate(train(result, 60), tiny_data(), FORGET).overall_accuracy > 90
+
+
+def test_the_callers_default_dtype_changes_nothing() -> None:
+    want = zsu_fast.unlearn(tiny(), [1, 3], **QUICK)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = zsu_fast.unlearn(tiny(), [1, 3], **QUICK)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_bits(got, want)

@@ -21,6 +21,8 @@ from .errors import ArgumentError, ModelError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Stands for the number of classes where it is not known yet.
+ANY_NUMBER = 1 << 31
 # Sizes people train classifiers at, the most common first; see `infer_shape`.
 _COMMON_SIZES = (32, 224, 28, 64, 96, 128, 160, 192, 240, 256, 288, 299, 384, 48, 16, 8)
 
@@ -60,14 +62,21 @@ class InputSpec:
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """Gradients on, inference mode and autocast off, whatever the caller's are; a decorator too."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
-        yield
+    """Gradients on, inference mode and autocast off, float32 as the default dtype, whatever the
+    caller's are; put back afterwards. A decorator too.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -332,7 +341,8 @@ def check_classes(argument: str, value: Any, classes: int) -> list[int]:
     Raises:
         ArgumentError: empty, out of range, duplicated, or not whole numbers.
     """
-    remedy = f"Pass distinct class indices from 0 to {classes - 1}, such as {argument}=[0, 1]."
+    known = f"from 0 to {classes - 1}" if classes < ANY_NUMBER else "counted from 0"
+    remedy = f"Pass distinct class indices {known}, such as {argument}=[0, 1]."
 
     def refuse(why: str) -> ArgumentError:
         return ArgumentError(argument, f"got {_short(value)}: {why}", remedy)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .classifier import check_forget, pick_logits, unwrap
+from .classifier import ANY_NUMBER, check_forget, pick_logits, unwrap
 from .errors import ArgumentError
 
 
@@ -164,4 +164,4 @@ def mask(model: nn.Module, forget: Any) -> Masked:
     Raises:
         ArgumentError: ``forget`` is no set of class indices (its range shows at the first image).
     """
-    return Masked(model, check_forget(forget, 1 << 31))
+    return Masked(model, check_forget(forget, ANY_NUMBER))

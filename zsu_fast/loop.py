@@ -127,16 +127,23 @@ def train_tail(
     fit.history.append(first)
     fit.best, best_state = first, start
     rate = settings.learning_rate or objective.learning_rate or _natural_rate(parameters)
-    scales = [1.0] if settings.learning_rate or not settings.early_stop else [1.0, 3.0, 0.3, 0.1]
+    scales, number = [1.0], 0
     try:
-        for number, scale in enumerate(scales):
+        while number < len(scales):
+            scale = scales[number]
             attempt.load(start)
             outcome, best, state = attempt.run(number, rate * scale, fit.history, report)
             if best is not None and (not settings.early_stop or _better(best, fit.best)):
                 fit.best, best_state, fit.learning_rate = best, state, rate * scale
             fit.stopped = outcome
+            if settings.learning_rate or not settings.early_stop:
+                break
             if fit.best.leak <= 0.01 and fit.best is not first:
                 break
+            if number == 0:  # too fast if values blew up, else too slow, as far as one can tell
+                blew_up = not math.isfinite(fit.history[-1].divergence)
+                scales += [0.3, 0.1, 0.03] if blew_up else [3.0, 0.3, 0.1]
+            number += 1
     except Stopped as stop:
         fit.stopped = str(stop)
         if attempt.best is not None and _better(attempt.best, fit.best):

@@ -148,8 +148,11 @@ class Objective(Protocol):
     name: str
     learning_rate: float | None  # None: in proportion to the size of the tail's weights
 
-    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to descend on, and its terms by name (scalars, without gradients)."""
+    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The loss to descend on (scalar) and its gradient [N, C], in one pass over ``logits``.
+
+        No autograd: the loop sends the gradient into the tail itself.
+        """
         ...
 
 
@@ -166,13 +169,13 @@ class Differential:
     def __init__(self, weight_forget: float = 0.9, weight_retain: float = 0.1) -> None:
         self.weight_forget, self.weight_retain = weight_forget, weight_retain
 
-    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         count = rows.forgotten.sum().clamp(1, max(1, len(rows) - 1))
         coef = torch.where(
             rows.forgotten, -self.weight_forget / count, self.weight_retain / (len(rows) - count)
         )
-        losses = ops.signed_cross_entropy(logits, rows.label, coef)
-        return losses.sum(), {"forget": losses[0].detach(), "retain": losses[1].detach()}
+        losses, dlogits = ops.signed_cross_entropy_and_grad(logits, rows.label, coef)
+        return losses.sum(), dlogits
 
 
 class Masked:
@@ -189,12 +192,16 @@ class Masked:
     def __init__(self, forget: Tensor, margin: float) -> None:
         self.forget, self.shift = forget, margin * forget.float()
 
-    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self.divergence(logits, rows)
-        return loss, {"divergence": loss.detach()}
+    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
+        shifted = logits + self.shift
+        return ops.masked_cross_entropy_and_grad(shifted, rows.teacher, self.forget, coef)
 
     def divergence(self, logits: Tensor, rows: Rows) -> Tensor:
-        """Mean KL from the masked original to ``logits``, margin included, in nats."""
+        """Mean KL from the masked original to ``logits``, margin included, in nats.
+
+        Differentiable, unlike a call.
+        """
         coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
         return ops.masked_cross_entropy(logits + self.shift, rows.teacher, self.forget, coef)
 

@@ -98,12 +98,13 @@ class EagerStepper:
     def step(self, picked: Tensor) -> Tensor:
         """One step on the rows ``picked``, int64 [batch]; no synchronisation."""
         rows = self.rows.pick(picked)
-        loss, _ = self.objective(self.tail(*rows.features), rows)
-        grads = torch.autograd.grad(loss, self.parameters)
+        logits = self.tail(*rows.features)
+        loss, dlogits = self.objective(logits.detach(), rows)
+        grads = torch.autograd.grad(logits, self.parameters, dlogits)
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = grad
         self.optimiser.step()
-        return loss.detach()
+        return loss
 
     def _fused(self) -> bool:
         kinds = {(p.device.type, p.dtype) for p in self.parameters}
