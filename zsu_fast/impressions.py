@@ -30,6 +30,7 @@ from .classifier import (
 from .errors import ArgumentError, CheckpointError, is_number
 from .fast_copy import PRECISIONS, Precision, fast_copy
 from .progress import Callback, Reporter, Stopped
+from .threads import multiply_adds, threads_for
 
 # A working batch holds at most this many values: 1,365 images of 3x32x32, 27 of 3x224x224.
 _BATCH_VALUES = 4 * 1024 * 1024
@@ -214,7 +215,10 @@ def ascend(
     report: Reporter,
 ) -> ClassImpressions:
     """`synthesize` on a working copy. All classes share one batch; finished rows leave it."""
-    return _Ascent(model, spec, classes, settings).run(report)
+    device = next(model.parameters()).device
+    work = multiply_adds(model, torch.zeros(1, *spec.shape, device=device))
+    with threads_for(work, device):
+        return _Ascent(model, spec, classes, settings).run(report)
 
 
 class _Ascent:

@@ -16,6 +16,7 @@ from .errors import ArgumentError, is_number
 from .objective import Masked, Objective, Rows
 from .progress import Reporter, Stopped
 from .steppers import LOOPS, Loop, make_stepper
+from .threads import multiply_adds, threads_for
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,14 @@ def train_tail(
     fit.history.append(first)
     fit.best, best_state = first, start
     rate = settings.learning_rate or objective.learning_rate or _natural_rate(parameters)
+    work = multiply_adds(tail, *(f[:1] for f in rows.features)) * attempt.batch
     scales, number = [1.0], 0
     try:
         while number < len(scales):
             scale = scales[number]
             attempt.load(start)
-            outcome, best, state = attempt.run(number, rate * scale, fit.history, report)
+            with threads_for(work, rows.label.device):
+                outcome, best, state = attempt.run(number, rate * scale, fit.history, report)
             if best is not None and (not settings.early_stop or _better(best, fit.best)):
                 fit.best, best_state, fit.learning_rate = best, state, rate * scale
             fit.stopped = outcome

@@ -27,6 +27,7 @@ from .progress import Callback, Reporter
 from .record import Record
 from .steppers import Loop
 from .tail import Split
+from .threads import multiply_adds, threads_for
 
 
 def unlearn(model: nn.Module, forget: Any, **options: Any) -> nn.Module:
@@ -167,6 +168,8 @@ class ZeroShotUnlearner:
         self.work = classifier.working_copy(model, self.device)
         self.classes = classifier.count_classes(self.work, self.spec, self.device)
         self.forget = classifier.check_forget(forget, self.classes)
+        grey = torch.zeros(1, *self.spec.shape, device=self.device)
+        self.multiply_adds = multiply_adds(self.work, grey)
         self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
         self.forget_mask[self.forget] = True
         check_objective(objective, weights)
@@ -190,10 +193,10 @@ class ZeroShotUnlearner:
     @classifier.own_modes()
     def synthesise(self) -> ClassImpressions:
         """Makes impressions of every class, forget and retain, in one batch."""
-        started = time.perf_counter()
-        self.impressions = synthesis.ascend(
-            self.work, self.spec, range(self.classes), self.ascent, self.report
-        )
+        with self._stage("synthesise"):
+            self.impressions = synthesis.ascend(
+                self.work, self.spec, range(self.classes), self.ascent, self.report
+            )
         fewest = int(torch.bincount(self.impressions.labels, minlength=self.classes).min())
         if fewest < 4:
             raise ArgumentError(
@@ -201,57 +204,54 @@ class ZeroShotUnlearner:
                 f"it stopped the synthesis of impressions with {fewest} of a class",
                 "Let it run until each class has 4.",
             )
-        self.record.timings["synthesise"] = time.perf_counter() - started
         return self.impressions
 
     @classifier.own_modes()
     def split(self) -> Split:
         """Cuts the model at ``tail``."""
-        started = time.perf_counter()
         made = self._made()
-        self.split_point = tails.find_split(
-            self.work, self.tail, made.images.to(self.device), made.labels.to(self.device)
-        )
-        self.record.timings["split"] = time.perf_counter() - started
+        with self._stage("split"):
+            self.split_point = tails.find_split(
+                self.work, self.tail, made.images.to(self.device), made.labels.to(self.device)
+            )
         return self.split_point
 
     @classifier.own_modes()
     def fit(self) -> Fit:
         """Trains the tail on the cached features of three in four impressions."""
         cut = self.split_point or self.split()
-        started = time.perf_counter()
         made = self._made()
-        features = cut.features(made.images.to(self.device))
-        labels = made.labels.to(self.device)
-        held = torch.empty(len(labels), dtype=torch.bool, device=self.device)
-        by_class = labels.argsort(stable=True)  # so that one in four of each class is held out
-        held[by_class] = torch.arange(len(labels), device=self.device) % 4 == 3
-        generator = torch.Generator().manual_seed(self.seed)
-        train, held_out = (
-            make_rows(
-                cut.tail,
-                tuple(f[part] for f in features),
-                labels[part],
-                self.forget_mask,
-                self.rows.count(int(part.sum())),
-                generator,
+        with self._stage("fit"):
+            features = cut.features(made.images.to(self.device))
+            labels = made.labels.to(self.device)
+            held = torch.empty(len(labels), dtype=torch.bool, device=self.device)
+            by_class = labels.argsort(stable=True)  # so that one in four of each class is held out
+            held[by_class] = torch.arange(len(labels), device=self.device) % 4 == 3
+            generator = torch.Generator().manual_seed(self.seed)
+            train, held_out = (
+                make_rows(
+                    cut.tail,
+                    tuple(f[part] for f in features),
+                    labels[part],
+                    self.forget_mask,
+                    self.rows.count(int(part.sum())),
+                    generator,
+                )
+                for part in (~held, held)
             )
-            for part in (~held, held)
-        )
-        yardstick = Masked(self.forget_mask, self.rows.margin_for(train, int((~held).sum())))
-        named = dict(self.work.model.named_parameters())
-        self.result = train_tail(
-            cut.tail,
-            [named[name] for name in cut.parameters],
-            train,
-            held_out,
-            make_objective(self.objective, self.weights, yardstick),
-            yardstick,
-            self.loop,
-            generator,
-            self.report,
-        )
-        self.record.timings["fit"] = time.perf_counter() - started
+            yardstick = Masked(self.forget_mask, self.rows.margin_for(train, int((~held).sum())))
+            named = dict(self.work.model.named_parameters())
+            self.result = train_tail(
+                cut.tail,
+                [named[name] for name in cut.parameters],
+                train,
+                held_out,
+                make_objective(self.objective, self.weights, yardstick),
+                yardstick,
+                self.loop,
+                generator,
+                self.report,
+            )
         return self.result
 
     @classifier.own_modes()
@@ -270,6 +270,14 @@ class ZeroShotUnlearner:
             for note in self.record.warnings:
                 warnings.warn(note, stacklevel=3)
         return target
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Times a stage and gives it as many threads as its model is worth."""
+        started = time.perf_counter()
+        with threads_for(self.multiply_adds, self.device):
+            yield
+        self.record.timings[name] = time.perf_counter() - started
 
     @property
     def history(self) -> list[Any]:
