@@ -76,7 +76,7 @@ def test_given_mean_and_std_move_the_valid_range() -> None:
 
 def test_each_stops_at_a_confidence_of_its_own() -> None:
     model = tiny()
-    made = make(model, per_class=16, confidence=(0.6, 0.9), step_size=0.002)
+    made = make(model, per_class=16, confidence=(0.6, 0.9), step_size=0.002, precision="float32")
     assert made.hit_rate == 1
     assert ((made.target >= 0.6) & (made.target <= 0.9)).all()
     assert len(made.target.unique()) > 70
@@ -86,6 +86,14 @@ def test_each_stops_at_a_confidence_of_its_own() -> None:
     moved = made.steps > 0  # those that start above their target can't stop at it
     assert (over[moved] < 0.15).all()
     assert float(over[moved].mean()) < 0.05
+
+
+def test_in_bfloat16_the_stop_is_as_near_as_its_rounding() -> None:
+    made = make(tiny(), per_class=16, confidence=(0.6, 0.9), step_size=0.002, precision="bfloat16")
+    assert made.hit_rate == 1
+    over = made.confidence - made.target  # the confidence is what the float32 model gives
+    assert float(over.min()) > -0.02
+    assert torch.allclose(confidence_of(tiny(), made), made.confidence, atol=1e-4)
 
 
 def test_zoo_impressions_hit_their_targets() -> None:
