@@ -8,6 +8,9 @@ from .impressions import ClassImpressions, synthesize
 from .progress import Event
 from .tail import Split
 from .unlearning import ZeroShotUnlearner, paper_preset, split, unlearn
+from .version import VERSION
+
+__version__ = VERSION
 
 __all__ = [
     "ArgumentError",
@@ -21,6 +24,7 @@ __all__ = [
     "Split",
     "ZeroShotUnlearner",
     "ZsuFastError",
+    "__version__",
     "doctor",
     "evaluate",
     "mask",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .ops import backends, library
+from .version import VERSION
 
 
 def doctor() -> dict[str, Any]:
@@ -41,7 +42,7 @@ def doctor() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             triton = "unknown version"
     return {
-        "zsu_fast": metadata.version("zsu-fast"),
+        "zsu_fast": VERSION,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,

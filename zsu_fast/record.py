@@ -7,7 +7,6 @@ import math
 import platform
 import time
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from .classifier import InputSpec, unwrap, weights_hash
 from .impressions import ClassImpressions
 from .loop import Fit
 from .tail import Split
+from .version import VERSION
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Record:
             settings={k: _plain(v) for k, v in settings.items()},
             input=asdict(spec),
             versions={
-                "zsu_fast": metadata.version("zsu-fast"),
+                "zsu_fast": VERSION,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 "platform": platform.platform(),
