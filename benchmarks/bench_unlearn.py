@@ -439,7 +439,7 @@ def tables(report: Report) -> list[str]:
         fa, ra = report.quality(name)
         lines.append(
             f"| {name} | {report.seconds(name):.3f} | {min(times):.3f} to {max(times):.3f} | "
-            f"{len(times)} | {report.seconds(name) / ours:.1f}x faster | {fa:.2f} | {ra:.2f} | "
+            f"{len(times)} | {report.seconds(name) / ours:.2f}x faster | {fa:.2f} | {ra:.2f} | "
             f"{report.memory[name]:.0f} |"
         )
     lines += [
@@ -482,7 +482,7 @@ def verdicts(report: Report) -> list[str]:
         met = "met" if gain >= bar else "MISSED"
         same = "same quality" if same_quality(report, name) else "NOT the same quality"
         told.append(
-            f"- {report.case.model}, {name[:3]}: {gain:.1f}x, bar {bar:g}x: {met}; {same} "
+            f"- {report.case.model}, {name[:3]}: {gain:.2f}x, bar {bar:g}x: {met}; {same} "
             f"(FA {fa:.2f} and {our_fa:.2f}, RA {ra:.2f} and {our_ra:.2f})"
         )
         if gain < bar and name == C:
@@ -510,7 +510,7 @@ def write(reports: list[Report]) -> None:
     lines = [
         "# Whole calls",
         "",
-        "Made by `python benchmarks/bench_unlearn.py`.",
+        f"Made by `{' '.join(['python benchmarks/bench_unlearn.py', *sys.argv[1:]])}`.",
         "",
         ", ".join(f"{k}: {v}" for k, v in facts.items()),
         "",

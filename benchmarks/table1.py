@@ -1,6 +1,6 @@
 """The paper's Table 1 on real data, against every baseline that a reader would ask for.
 
-    python benchmarks/table1.py                  # all rows, about 20 minutes on 2 cores
+    python benchmarks/table1.py                  # all rows, about 40 minutes on 2 cores
     python benchmarks/table1.py mnist cifar10    # some of them
     python benchmarks/table1.py --check          # exit 1 if a bar of the project is missed
 
