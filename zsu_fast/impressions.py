@@ -8,77 +8,40 @@ cross-entropy gradient of exactly 0 and teaches the tail nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, ops
+from . import checkpoint, memory
+from .ascent import Ascent, AscentSettings, Climbed
+from .cache import Cache
 from .classifier import (
     InputSpec,
-    LogitsModel,
     check_classes,
     count_classes,
     own_modes,
     resolve_device,
     resolve_spec,
+    weights_hash,
     working_copy,
 )
-from .errors import ArgumentError, CheckpointError, is_number
-from .fast_copy import PRECISIONS, Precision, fast_copy
+from .errors import CheckpointError
+from .fast_copy import Precision
 from .progress import Callback, Reporter, Stopped
+from .spaces import Space, input_space
 from .threads import multiply_adds, threads_for
 
 # A working batch holds at most this many values: 1,365 images of 3x32x32, 27 of 3x224x224.
 _BATCH_VALUES = 4 * 1024 * 1024
-# On a GPU, the host looks at which rows are done after so many steps.
-_STEPS_A_GRAPH = 4
+# A shard, made without a look at any other, is at most this many working batches.
+_BATCHES_A_SHARD = 4
 
-
-@dataclass(frozen=True)
-class AscentSettings:
-    """How impressions are made; `synthesize` says what each field means.
-
-    Raises:
-        ArgumentError: a value is out of range.
-    """
-
-    per_class: int = 32
-    confidence: tuple[float, float] | None = (0.55, 0.99)
-    max_steps: int = 100
-    restarts: int = 2
-    step_size: float = 0.01
-    beta: float = 1e-4
-    seed: int = 0
-    precision: Precision = "auto"
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ArgumentError(
-                "precision", f"got {self.precision!r}", f"Pass one of {', '.join(PRECISIONS)}."
-            )
-        for name, least in (("per_class", 1), ("max_steps", 1), ("restarts", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ArgumentError(
-                    name, f"got {value!r}", f"Pass a whole number, {least} or more."
-                )
-        if self.confidence is not None:
-            given = self.confidence
-            pair = isinstance(given, Sequence) and len(given) == 2 and all(map(is_number, given))
-            if not pair or not 0 < given[0] <= given[1] < 1:
-                raise ArgumentError(
-                    "confidence",
-                    f"got {self.confidence!r}",
-                    "Pass (low, high) with 0 < low <= high < 1.",
-                )
-        if not is_number(self.step_size) or not 0 < self.step_size <= 1:
-            raise ArgumentError("step_size", f"got {self.step_size!r}", "Pass a number in (0, 1].")
-        if not is_number(self.beta) or self.beta < 0:
-            raise ArgumentError("beta", f"got {self.beta!r}", "Pass a number that is 0 or more.")
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -86,13 +49,15 @@ class ClassImpressions:
     """Synthesised images and how they came out. Row i of every tensor is impression i.
 
     Attributes:
-        images: float32 [N, channels, H, W], normalised as the model wants them, all valid pixels.
+        images: float32 [N, channels, H, W], normalised as the model wants them, all valid pixels;
+            with ``space`` "tail-input" the activations at the cut instead, [N, D].
         labels: int64 [N], the class that each was made for.
         confidence: float32 [N], the softmax probability of that class that was reached.
         target: float32 [N], the confidence at which its ascent was to stop (1 for "never").
         steps: int32 [N], ascent steps taken, restarts included.
         hit: bool [N], whether the target was reached (without a target: whether the class leads).
         spec: the images' shape and normalisation.
+        space: "input", or "tail-input".
     """
 
     images: Tensor
@@ -102,6 +67,7 @@ class ClassImpressions:
     steps: Tensor
     hit: Tensor
     spec: InputSpec
+    space: str = "input"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -125,7 +91,11 @@ class ClassImpressions:
             "std": self.spec.std,
             "source": self.spec.source,
         }
-        metadata = {"format": "zsu_fast.impressions/1", "spec": json.dumps(spec)}
+        metadata = {
+            "format": "zsu_fast.impressions/1",
+            "spec": json.dumps(spec),
+            "space": self.space,
+        }
         checkpoint.save_tensors(path, tensors, metadata=metadata, force=force)
 
     @classmethod
@@ -144,6 +114,7 @@ class ClassImpressions:
             spec=InputSpec(
                 tuple(spec["shape"]), tuple(spec["mean"]), tuple(spec["std"]), spec["source"]
             ),
+            space=metadata.get("space", "input"),
         )
 
 
@@ -167,6 +138,7 @@ def synthesize(
     seed: int = 0,
     precision: Precision = "auto",
     device: str | torch.device | None = None,
+    cache: str | Path | None = None,
     progress: bool | None = None,
     callback: Callback | None = None,
 ) -> ClassImpressions:
@@ -187,6 +159,8 @@ def synthesize(
         precision: of convolutions and products: "float32", "bfloat16", or "auto": bfloat16
             where the device computes in it.
         device: where to compute; None for the model's own.
+        cache: folder in which finished impressions are kept; a run that was cut off goes on
+            there, and the same call finds them all. None keeps nothing.
         progress, callback: see `Reporter`.
 
     Returns:
@@ -204,247 +178,86 @@ def synthesize(
     total = count_classes(copied, spec, where)
     chosen = list(range(total)) if classes is None else check_classes("classes", classes, total)
     with Reporter(progress, callback) as report:
-        return ascend(copied, spec, chosen, settings, report)
+        space = input_space(copied, spec, precision)
+        return ascend(copied, space, spec, chosen, settings, report, cache)
+
+
+def default_per_class(classes: int) -> int:
+    """Impressions of each class: 32, of many classes as many as make 1,024 in all, at least 1."""
+    return max(1, min(32, 1024 // classes))
 
 
 def ascend(
-    model: LogitsModel,
+    model: nn.Module,
+    space: Space,
     spec: InputSpec,
     classes: Sequence[int],
     settings: AscentSettings,
     report: Reporter,
+    cache: str | Path | None = None,
 ) -> ClassImpressions:
-    """`synthesize` on a working copy. All classes share one batch; finished rows leave it."""
-    device = next(model.parameters()).device
-    work = multiply_adds(model, torch.zeros(1, *spec.shape, device=device))
-    with threads_for(work, device):
-        return _Ascent(model, spec, classes, settings).run(report)
+    """`synthesize` in a `Space`, shard by shard.
 
-
-class _Ascent:
-    """The working batch: rows in flight, refilled from the queue as rows finish."""
-
-    def __init__(
-        self,
-        model: LogitsModel,
-        spec: InputSpec,
-        classes: Sequence[int],
-        settings: AscentSettings,
-    ) -> None:
-        self.spec, self.settings = spec, settings
-        self.device = next(model.parameters()).device
-        bounds = (-1, 1, 1) if len(spec.shape) == 3 else (-1,)
-        self.low = spec.low.view(bounds).to(self.device)
-        self.high = spec.high.view(bounds).to(self.device)
-        self.lr = settings.step_size * (self.high - self.low).mean()
-        self.beta = torch.tensor(settings.beta, device=self.device)
-
-        per_class = settings.per_class
-        count = len(classes) * per_class
-        self.labels = torch.tensor(list(classes)).repeat_interleave(per_class)
-        self.number = torch.arange(per_class).repeat(len(classes))
-        self.images = torch.empty(count, *spec.shape)
-        self.reached = torch.zeros(count)
-        self.target = torch.ones(count)
-        self.steps = torch.zeros(count, dtype=torch.int32)
-        self.hit = torch.zeros(count, dtype=torch.bool)
-        self.attempt = [0] * count
-        self.queue = list(range(count))[::-1]
-        values = max(1, int(torch.tensor(spec.shape).prod()))
-        self.width = min(count, max(16, _BATCH_VALUES // values))
-        probe = self.low + (self.high - self.low) * torch.rand(
-            2, *spec.shape, generator=torch.Generator().manual_seed(0)
-        ).to(self.device)
-        self.exact, self.model = model, fast_copy(model, probe, settings.precision)
-
-    def run(self, report: Reporter) -> ClassImpressions:
-        count, finished = len(self.labels), 0
-        rows = self._fill([])
-        steps = _step_many(self._step, self.device)
-        try:
-            while rows.index:
-                steps(rows)
-                alive = rows.active.tolist()
-                gone = [i >= 0 and not going for i, going in zip(rows.index, alive, strict=True)]
-                if any(gone):
-                    finished += self._retire(rows, gone)
-                    if len(rows.index) > _bucket(sum(alive)) or (self.queue and not all(alive)):
-                        rows = self._compact(rows, alive)
-                report("synthesise", finished, count, in_flight=float(sum(alive)))
-        except Stopped:
-            keep = [i for i in range(count) if bool(self.hit[i])]
-            return self._result(torch.tensor(keep, dtype=torch.int64))
-        return self._result(torch.arange(count))
-
-    def _step(self, rows: _Rows) -> None:
-        """One ascent step of the active rows, all on the device, in place: it can be captured.
-
-        A row that reached its target, that is not finite, or that took its last step becomes
-        inactive and keeps its image from then on.
-        """
-        x = rows.x.detach().requires_grad_(True)
-        logits = self.model(x)
-        own = logits.gather(1, rows.label[:, None])[:, 0]
-        (grad,) = torch.autograd.grad(own.sum(), x)
-        probability = logits.detach().softmax(1)
-        rows.confidence.copy_(probability.gather(1, rows.label[:, None])[:, 0])
-        leads = probability.argmax(1) == rows.label
-        tired = rows.step >= self.settings.max_steps
-        done = tired if self.settings.confidence is None else rows.confidence >= rows.target
-        finite = grad.flatten(1).sum(1).isfinite() & rows.confidence.isfinite()
-        rows.reached.logical_or_(done & leads & finite & rows.active)
-        rows.active.logical_and_(finite & ~rows.reached & ~tired)
-        ops.ascent_step_(
-            rows.x, grad, rows.moment, rows.variance, rows.step, rows.active,
-            self.low, self.high, self.lr, self.beta,
-        )  # fmt: skip
-
-    def _retire(self, rows: _Rows, gone: list[bool]) -> int:
-        """Stores rows that are done and sends those that missed back to the queue."""
-        finished = 0
-        reached = rows.reached.tolist()
-        steps = rows.step.tolist()
-        for at, i in enumerate(rows.index):
-            if not gone[at]:
+    All classes of a shard share one batch; rows that are done leave it. How many rows go at once
+    is measured (`memory.rows_that_fit`), and halved where memory runs out all the same.
+    """
+    device = space.low.device
+    labels = torch.tensor(list(classes)).repeat_interleave(settings.per_class)
+    number = torch.arange(settings.per_class).repeat(len(classes))
+    values = max(1, int(torch.tensor(space.shape).prod()))
+    most = max(16, _BATCH_VALUES // values)
+    start = space.start(torch.zeros(1, *space.shape, device=device))
+    width = min(most, memory.rows_that_fit(memory.bytes_a_row(space.climbed, start), device))
+    shards = torch.arange(len(labels)).split(_BATCHES_A_SHARD * most)
+    kept = None if cache is None else Cache(cache, _facts(model, space, spec, labels, settings))
+    parts: list[Climbed] = []
+    done = 0
+    with threads_for(multiply_adds(space.exact, start), device):
+        for at, shard in enumerate(shards):
+            found = kept.load(at) if kept else None
+            if found is not None:
+                parts.append(Climbed(**found))
+                done += len(shard)
                 continue
-            self.steps[i] += steps[at]
-            if reached[at] or self.attempt[i] >= self.settings.restarts:
-                self.images[i] = rows.x[at].cpu()
-                self.hit[i] = reached[at]
-                self.target[i] = float(rows.target[at])
-                finished += 1
-            else:
-                self.attempt[i] += 1
-                self.queue.append(i)
-            rows.index[at] = -1
-        return finished
-
-    def _compact(self, rows: _Rows, alive: list[bool]) -> _Rows:
-        """Drops rows that are done, but for as many as fill the batch up to a fixed size."""
-        keep = [at for at, going in enumerate(alive) if going]
-        if not self.queue and keep:
-            spare = [at for at, going in enumerate(alive) if not going]
-            keep += spare[: _bucket(len(keep)) - len(keep)]
-        return self._fill(keep, rows)
-
-    def _fill(self, keep: list[int], rows: _Rows | None = None) -> _Rows:
-        """The rows at ``keep`` and, behind them, new ones from the queue."""
-        index = [] if rows is None else [rows.index[at] for at in keep]
-        new = [self.queue.pop() for _ in range(min(len(self.queue), self.width - len(index)))]
-        fresh = self._noise(new)
-        if rows is not None:
-            at = torch.tensor(keep, dtype=torch.int64, device=self.device)
-            joined = [
-                torch.cat([getattr(rows, name)[at], getattr(fresh, name)]) for name in _Rows.TENSORS
-            ]
-            fresh = _Rows(index + new, *joined)
-        for name in ("x", "moment", "variance"):
-            setattr(fresh, name, self.model.layout(getattr(fresh, name)))
-        return fresh
-
-    def _noise(self, new: list[int]) -> _Rows:
-        """Starting points: mid-grey with a little noise, a function of (seed, class, number)."""
-        images = torch.empty(len(new), *self.spec.shape)
-        target = torch.ones(len(new))
-        for at, i in enumerate(new):
-            key = (int(self.labels[i]), int(self.number[i]), self.attempt[i])
-            generator = torch.Generator().manual_seed(_mix(self.settings.seed, *key))
-            if self.settings.confidence is not None:
-                target[at].uniform_(*self.settings.confidence, generator=generator)
-            images[at].normal_(0.5, 0.1, generator=generator).clamp_(0, 1)
-        x = self.low + images.to(self.device) * (self.high - self.low)
-        zero = torch.zeros(len(new), device=self.device)
-        false = torch.zeros(len(new), dtype=torch.bool, device=self.device)
-        return _Rows(
-            list(new),
-            x,
-            torch.zeros_like(x),
-            torch.zeros_like(x),
-            zero.int(),
-            self.labels[new].to(self.device),
-            target.to(self.device),
-            zero.clone(),
-            ~false,
-            false,
-        )
-
-    def _result(self, keep: Tensor) -> ClassImpressions:
-        with torch.no_grad():  # what was reached by the model itself, in float32
-            for chunk in keep.split(self.width):
-                probability = self.exact(self.images[chunk].to(self.device)).softmax(1)
-                own = probability.cpu().gather(1, self.labels[chunk][:, None])[:, 0]
-                self.reached[chunk] = own
-        return ClassImpressions(
-            self.images[keep],
-            self.labels[keep],
-            self.reached[keep],
-            self.target[keep],
-            self.steps[keep],
-            self.hit[keep],
-            self.spec,
-        )
+            while True:
+                climb = Ascent(space, labels[shard], number[shard], settings, width)
+                try:
+                    parts.append(climb.run(report, done, len(labels)))
+                except Stopped:
+                    parts.append(climb.result())
+                    return _joined(parts, spec, space)
+                except RuntimeError as error:
+                    if not memory.is_out_of_memory(error) or width == 1:
+                        raise
+                    width = max(1, width // 2)
+                    _log.warning("out of memory: impressions go on with %d rows at a time", width)
+                    continue
+                break
+            done += len(shard)
+            if kept:
+                kept.save(at, vars(parts[-1]))
+    return _joined(parts, spec, space)
 
 
-@dataclass
-class _Rows:
-    """Impressions in flight; ``index`` is their place in the result, -1 once they are done."""
-
-    TENSORS = (
-        "x", "moment", "variance", "step", "label", "target", "confidence", "active", "reached",
-    )  # fmt: skip
-    index: list[int]
-    x: Tensor
-    moment: Tensor
-    variance: Tensor
-    step: Tensor
-    label: Tensor
-    target: Tensor
-    confidence: Tensor
-    active: Tensor
-    reached: Tensor
+def _joined(parts: list[Climbed], spec: InputSpec, space: Space) -> ClassImpressions:
+    columns = {
+        name: torch.cat([getattr(p, name) for p in parts]) for name in Climbed.__dataclass_fields__
+    }
+    return ClassImpressions(images=columns.pop("points"), **columns, spec=spec, space=space.name)
 
 
-def _bucket(rows: int) -> int:
-    """The batch size for so many rows in flight: few sizes, so that little is set up anew."""
-    size = 8
-    while size < rows:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size if rows else 0
-
-
-def _step_many(step: Callable[[_Rows], None], device: torch.device) -> Callable[[_Rows], None]:
-    """``step`` as it is on a CPU; on a GPU, several of it captured in one CUDA graph."""
-    if device.type != "cuda":
-        return step
-    graph: torch.cuda.CUDAGraph | None = None
-    captured: _Rows | None = None
-
-    def replay(rows: _Rows) -> None:
-        nonlocal graph, captured
-        if captured is not rows:  # a new batch: its first steps run eagerly and warm up
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    step(rows)
-            torch.cuda.current_stream(device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(_STEPS_A_GRAPH):
-                    step(rows)
-            captured = rows
-        assert graph is not None
-        graph.replay()
-
-    return replay
-
-
-def _mix(*numbers: int) -> int:
-    """A 63-bit hash of a few whole numbers (splitmix64 steps), equal everywhere."""
-    h = 0
-    for n in numbers:
-        h = (h ^ (n & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        h = (h ^ h >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        h ^= h >> 31
-    return h >> 1
+def _facts(
+    model: nn.Module, space: Space, spec: InputSpec, labels: Tensor, settings: AscentSettings
+) -> dict[str, Any]:
+    """What impressions depend on, for the cache."""
+    return {
+        "format": 1,
+        "weights": weights_hash(model),
+        "space": [space.name, list(space.shape), space.cut],
+        "computed": [str(space.climbed.dtype), space.climbed.channels_last, space.climbed.folded],
+        "spec": [spec.shape, spec.mean, spec.std],
+        "settings": asdict(settings),
+        "classes": labels.unique().tolist(),
+        "torch": torch.__version__,
+        "device": space.low.device.type,
+    }

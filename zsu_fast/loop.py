@@ -18,6 +18,9 @@ from .progress import Reporter, Stopped
 from .steppers import LOOPS, Loop, make_stepper
 from .threads import multiply_adds, threads_for
 
+# Multiply-adds that a step's forward pass may take by default.
+_STEP_WORK = 4_000_000_000
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -25,8 +28,9 @@ class LoopSettings:
 
     Attributes:
         steps: most optimiser steps of one attempt; the learning rate falls to 0 over them along
-            a half cosine.
-        batch: rows a step.
+            a half cosine. None for 400, or one a class up to 2,000.
+        batch: rows a step; None for 512, fewer (not below 64) where a step would take more than
+            4 billion multiply-adds.
         learning_rate: None for the objective's own; that is then raised or lowered, and the loop
             started over, where it fails.
         early_stop: False runs all steps at a fixed rate and keeps the last state (the published
@@ -37,8 +41,8 @@ class LoopSettings:
         ArgumentError: a value is out of range.
     """
 
-    steps: int = 400
-    batch: int = 512
+    steps: int | None = None
+    batch: int | None = None
     learning_rate: float | None = None
     early_stop: bool = True
     loop: Loop = "auto"
@@ -47,11 +51,22 @@ class LoopSettings:
         if self.loop not in LOOPS:
             raise ArgumentError("loop", f"got {self.loop!r}", f"Pass one of {', '.join(LOOPS)}.")
         for name, value in (("steps", self.steps), ("batch", self.batch)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArgumentError(name, f"got {value!r}", "Pass a whole number, 1 or more.")
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if value is not None and not whole:
+                raise ArgumentError(
+                    name, f"got {value!r}", "Pass a whole number, 1 or more, or None."
+                )
         rate = self.learning_rate
         if rate is not None and (not is_number(rate) or rate <= 0):
             raise ArgumentError("learning_rate", f"got {rate!r}", "Pass a number above 0.")
+
+    def steps_for(self, classes: int) -> int:
+        """Steps of one attempt on a model of so many classes."""
+        return max(400, min(classes, 2000)) if self.steps is None else self.steps
+
+    def batch_for(self, work: int) -> int:
+        """Rows a step of a tail of ``work`` multiply-adds a row."""
+        return max(64, min(512, _STEP_WORK // max(1, work))) if self.batch is None else self.batch
 
 
 @dataclass
@@ -121,20 +136,23 @@ def train_tail(
     Returns:
         The history and why it ended.
     """
-    attempt = _Attempt(tail, parameters, rows, held_out, objective, yardstick, settings, generator)
+    one = rows.pick(torch.zeros(1, dtype=torch.int64, device=rows.label.device))
+    work = multiply_adds(tail, *one.features)
+    attempt = _Attempt(
+        tail, parameters, rows, held_out, objective, yardstick, settings, work, generator
+    )
     fit = Fit()
     start = attempt.save()
     first = attempt.check(0, 0, 0.0, math.nan)
     fit.history.append(first)
     fit.best, best_state = first, start
     rate = settings.learning_rate or objective.learning_rate or _natural_rate(parameters)
-    work = multiply_adds(tail, *(f[:1] for f in rows.features)) * attempt.batch
     scales, number = [1.0], 0
     try:
         while number < len(scales):
             scale = scales[number]
             attempt.load(start)
-            with threads_for(work, rows.label.device):
+            with threads_for(work * attempt.batch, rows.label.device):
                 outcome, best, state = attempt.run(number, rate * scale, fit.history, report)
             if best is not None and (not settings.early_stop or _better(best, fit.best)):
                 fit.best, best_state, fit.learning_rate = best, state, rate * scale
@@ -186,13 +204,15 @@ class _Attempt:
         objective: Objective,
         yardstick: Masked,
         settings: LoopSettings,
+        work: int,
         generator: torch.Generator,
     ) -> None:
         self.tail, self.parameters = tail, parameters
         self.rows, self.held_out = rows, held_out
         self.objective, self.yardstick, self.forget = objective, yardstick, yardstick.forget
-        self.steps, self.early_stop = settings.steps, settings.early_stop
-        self.batch = min(settings.batch, len(rows))
+        self.steps = settings.steps_for(rows.teacher.shape[1])
+        self.early_stop = settings.early_stop
+        self.batch = min(settings.batch_for(work), len(rows))
         self.generator = generator
         self.order, self.at = torch.empty(0, dtype=torch.int64), 0
         self.stepper = make_stepper(settings.loop, tail, parameters, rows, objective)
@@ -225,8 +245,7 @@ class _Attempt:
     @torch.no_grad()
     def check(self, step: int, attempt: int, rate: float, loss: float) -> Check:
         rows = self.held_out
-        parts = zip(*[f.split(1024) for f in rows.features], strict=True)
-        logits = torch.cat([self.tail(*part) for part in parts])
+        logits = torch.cat([self.tail(*part) for part in rows.chunks()])
         divergence = self.yardstick.divergence(logits, rows)
         answer = logits.argmax(1)
         masked = rows.teacher.masked_fill(self.forget, -torch.inf).argmax(1)

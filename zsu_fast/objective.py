@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,41 @@ from .errors import ArgumentError, is_number
 
 # Mixtures are this many times as far from the mean as the impressions they are made of.
 _REACH = (0.5, 4.0)
+# Rows that take more bytes than this are mixed when they are picked, not kept.
+_KEPT = 128 * 1024**2
+# Features that go through the tail at once where no gradient is needed.
+_CHUNK = 32 * 1024**2
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How rows are made of other rows: ``(1 - s) * mean + s * (w * a + (1 - w) * b)``.
+
+    Attributes:
+        first, second: int64 [N], which rows a and b are.
+        weight, scale: float32 [N], w and s; a row itself is w = s = 1.
+        means: of each feature, over the rows that are mixed.
+        positive: of each feature, whether none of its values may be below 0.
+    """
+
+    first: Tensor
+    second: Tensor
+    weight: Tensor
+    scale: Tensor
+    means: tuple[Tensor, ...]
+    positive: tuple[bool, ...]
+
+    def __call__(self, features: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
+        """Rows ``index``, int64 [n], made of ``features``."""
+        first, second = self.first[index], self.second[index]
+        made = []
+        for f, mean, positive in zip(features, self.means, self.positive, strict=True):
+            shape = (-1, *[1] * (f.ndim - 1))
+            w, s = self.weight[index].view(shape), self.scale[index].view(shape)
+            mixed = (s * w) * f.index_select(0, first) + (s * (1 - w)) * f.index_select(0, second)
+            mixed += (1 - s) * mean
+            made.append(mixed.clamp_(min=0) if positive else mixed)
+        return tuple(made)
 
 
 @dataclass
@@ -22,16 +57,19 @@ class Rows:
     """Training or held-out rows at the cut, each with the original model's answer.
 
     Attributes:
-        features: the tensors that cross the cut, each [N, ...].
+        features: the tensors that cross the cut, each [N, ...]; or, with ``mixing``, what the
+            rows are made of when they are picked.
         teacher: the original tail's logits, float32 [N, C].
         label: int64 [N], the class of an impression, or the teacher's top class of a mixture.
         forgotten: bool [N], whether the label is to be forgotten.
+        mixing: None where ``features`` are the rows.
     """
 
     features: tuple[Tensor, ...]
     teacher: Tensor
     label: Tensor
     forgotten: Tensor
+    mixing: Mixing | None = None
 
     def __len__(self) -> int:
         return len(self.label)
@@ -39,11 +77,23 @@ class Rows:
     def pick(self, index: Tensor) -> Rows:
         """The rows at ``index``, int64 [n]."""
         return Rows(
-            tuple(f.index_select(0, index) for f in self.features),
+            self._features(index),
             self.teacher.index_select(0, index),
             self.label.index_select(0, index),
             self.forgotten.index_select(0, index),
         )
+
+    def chunks(self) -> Iterator[tuple[Tensor, ...]]:
+        """The features of all rows, in order, in chunks of bounded size."""
+        index = torch.arange(len(self), device=self.label.device)
+        row = sum(f[0].numel() * f.element_size() for f in self.features)
+        for part in index.split(max(1, min(1024, _CHUNK // row))):
+            yield self._features(part)
+
+    def _features(self, index: Tensor) -> tuple[Tensor, ...]:
+        if self.mixing is not None:
+            return self.mixing(self.features, index)
+        return tuple(f.index_select(0, index) for f in self.features)
 
 
 @dataclass(frozen=True)
@@ -51,9 +101,11 @@ class RowSettings:
     """What the tail is shown beside the impressions, and how far it has to go.
 
     Attributes:
-        mixtures: rows mixed from impressions; None for four an impression, at least 2,048.
+        mixtures: rows mixed from impressions; None for four an impression, at least twelve a class
+            and 2,048.
         margin: how far, in logits, forgotten ones are pushed below what the mask asks for; None
-            for twice the mean lead of the impressions.
+            for the impressions' mean lead times 2 log10(classes): twice it for 10 classes, six
+            times for 1,000, where images differ more from impressions.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -73,17 +125,27 @@ class RowSettings:
         if margin is not None and (not is_number(margin) or margin < 0):
             raise ArgumentError("margin", f"got {margin!r}", "Pass a number that is 0 or more.")
 
-    def count(self, impressions: int) -> int:
+    def count(self, impressions: int, classes: int) -> int:
         """Mixtures to make of so many impressions."""
-        return max(2048, 4 * impressions) if self.mixtures is None else self.mixtures
+        return max(2048, 4 * impressions, 12 * classes) if self.mixtures is None else self.mixtures
 
-    def margin_for(self, rows: Rows, impressions: int) -> float:
-        """The margin; the first rows are ``impressions`` and carry the original's logits."""
+    def margin_for(self, logits: Tensor, label: Tensor) -> float:
+        """The margin, from the original's logits [N, C] of impressions and their classes [N]."""
         if self.margin is not None:
             return self.margin
-        logits, label = rows.teacher[:impressions], rows.label[:impressions, None]
-        rival = logits.scatter(1, label, -torch.inf).amax(1)
-        return 2 * max(0.0, float((logits.gather(1, label)[:, 0] - rival).mean()))
+        rival = logits.scatter(1, label[:, None], -torch.inf).amax(1)
+        lead = float((logits.gather(1, label[:, None])[:, 0] - rival).mean())
+        return 2 * math.log10(max(10, logits.shape[1])) * max(0.0, lead)
+
+
+def held_out(label: Tensor) -> Tensor:
+    """Which impressions are to be kept for the checks: one in four of each class, bool [N]."""
+    held = torch.zeros(len(label), dtype=torch.bool, device=label.device)
+    by_class = label.argsort(stable=True)
+    start = torch.cat([label.new_zeros(1), torch.bincount(label).cumsum(0)])[label[by_class]]
+    place = torch.arange(len(label), device=label.device) - start
+    held[by_class] = place % 4 == 3
+    return held
 
 
 def make_rows(
@@ -93,6 +155,7 @@ def make_rows(
     forget: Tensor,
     mixtures: int,
     generator: torch.Generator,
+    impressions: bool = True,
 ) -> Rows:
     """Impressions at the cut and mixtures of them, labelled by the (still original) tail.
 
@@ -109,37 +172,42 @@ def make_rows(
         forget: bool [C].
         mixtures: how many to add.
         generator: on the CPU.
+        impressions: False leaves out the impressions themselves.
     """
-    if mixtures and len(label):
-        device = label.device
-        forget_rows = forget[label].nonzero()[:, 0].cpu()
-        first = torch.randint(len(label), (mixtures,), generator=generator)
-        if len(forget_rows):
-            chosen = torch.randint(len(forget_rows), (mixtures,), generator=generator)
-            odd = torch.arange(mixtures) % 2 == 1
-            first = torch.where(odd, forget_rows[chosen], first)
-        second = torch.randint(len(label), (mixtures,), generator=generator)
-        weight = torch.rand(mixtures, generator=generator).to(device)
-        near, far = _REACH
-        scale = torch.rand(mixtures, generator=generator).mul(math.log(far / near)).exp() * near
-        scale = scale.to(device)
-        first, second = first.to(device), second.to(device)
-
-        def mix(f: Tensor) -> Tensor:
-            shape = (-1, *[1] * (f.ndim - 1))
-            w, s = weight.view(shape), scale.view(shape)
-            mean = f.mean(0)
-            mixed = mean + s * (w * f[first] + (1 - w) * f[second] - mean)
-            if not bool((f < 0).any()):
-                mixed = mixed.clamp(min=0)
-            return torch.cat([f, mixed])
-
-        features = tuple(mix(f) for f in features)
+    count, device = len(label), label.device
+    forget_rows = forget[label].nonzero()[:, 0].cpu()
+    first = torch.randint(count, (mixtures,), generator=generator)
+    if len(forget_rows):
+        chosen = torch.randint(len(forget_rows), (mixtures,), generator=generator)
+        odd = torch.arange(mixtures) % 2 == 1
+        first = torch.where(odd, forget_rows[chosen], first)
+    second = torch.randint(count, (mixtures,), generator=generator)
+    weight = torch.rand(mixtures, generator=generator)
+    near, far = _REACH
+    scale = torch.rand(mixtures, generator=generator).mul(math.log(far / near)).exp() * near
+    if impressions:
+        itself, one = torch.arange(count), torch.ones(count)
+        first, second = torch.cat([itself, first]), torch.cat([itself, second])
+        weight, scale = torch.cat([one, weight]), torch.cat([one, scale])
+    mixing = Mixing(
+        first.to(device),
+        second.to(device),
+        weight.to(device),
+        scale.to(device),
+        tuple(f.mean(0) for f in features),
+        tuple(not bool((f < 0).any()) for f in features),
+    )
+    total = len(first)
+    rows = Rows(features, torch.empty(total, 0), torch.empty(total), torch.empty(total), mixing)
+    if total * sum(f[0].numel() * f.element_size() for f in features) <= _KEPT:
+        rows.features, rows.mixing = mixing(features, torch.arange(total, device=device)), None
     with torch.no_grad():
-        parts = zip(*[f.split(1024) for f in features], strict=True)
-        teacher = torch.cat([tail(*part) for part in parts])
-    label = torch.cat([label, teacher[len(label) :].argmax(1)])
-    return Rows(features, teacher, label, forget[label])
+        rows.teacher = torch.cat([tail(*part) for part in rows.chunks()])
+    rows.label = rows.teacher.argmax(1)
+    if impressions:
+        rows.label[:count] = label
+    rows.forgotten = forget[rows.label]
+    return rows
 
 
 class Objective(Protocol):

@@ -12,19 +12,30 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import classifier, impressions as synthesis, tail as tails
+from .ascent import AscentSettings
 from .errors import ArgumentError, ModelError
 from .fast_copy import Precision
-from .impressions import AscentSettings, ClassImpressions
+from .impressions import ClassImpressions
 from .loop import Fit, LoopSettings, train_tail
-from .objective import Masked, RowSettings, check_objective, make_objective, make_rows
+from .objective import (
+    Masked,
+    Rows,
+    RowSettings,
+    check_objective,
+    held_out,
+    make_objective,
+    make_rows,
+)
 from .progress import Callback, Reporter
 from .record import Record
+from .spaces import SPACES, Space, SpaceName, input_space, noise_images, tail_input_space
 from .steppers import Loop
 from .tail import Split
 from .threads import multiply_adds, threads_for
@@ -83,17 +94,21 @@ class ZeroShotUnlearner:
         objective: "masked" (match the original with the forgotten classes taken out; bounded) or
             "differential" (the paper's signed cross-entropy).
         impressions: `ClassImpressions` made before, of all classes; None makes them.
-        impressions_per_class: 4 or more: one in four is held out to decide when to stop.
+        space: "input" makes impressions that are images; "tail-input" makes activations at the
+            cut, far cheaper since the head is never run on them.
+        impressions_per_class: of 4 or more, one in four is held out to decide when to stop, of
+            fewer none: fresh mixtures are held out then. None for 32, or fewer for many classes.
         confidence, max_steps, restarts, step_size, beta, precision: see `synthesize`.
         input_shape, mean, std: see `synthesize`.
         mixtures: training rows mixed from impressions at the cut; None for four an impression, at
-            least 2,048.
-        steps: most optimiser steps of one attempt.
-        batch: rows an optimiser step.
+            least twelve a class and 2,048.
+        cache: folder in which finished impressions are kept, see `synthesize`.
+        steps: most optimiser steps of one attempt; None for 400, more for many classes.
+        batch: rows an optimiser step; None for 512, fewer for a heavy tail.
         learning_rate: None lets it scale itself.
         weights: (w_f, w_r) of the differential objective.
         margin: how far, in logits, forgotten ones are pushed below what the mask asks for; None
-            for twice the mean lead of the impressions.
+            for the impressions' mean lead times 2 log10(classes).
         early_stop: stop on held-out impressions and keep the best state.
         loop: "eager", "compiled" (the tail through torch.compile), "graph" (a captured CUDA graph),
             or "auto": graph on a GPU, eager on a CPU.
@@ -120,7 +135,8 @@ class ZeroShotUnlearner:
         tail: str = "auto",
         objective: str = "masked",
         impressions: ClassImpressions | None = None,
-        impressions_per_class: int = 32,
+        space: SpaceName = "input",
+        impressions_per_class: int | None = None,
         confidence: tuple[float, float] | None = (0.55, 0.99),
         max_steps: int = 100,
         restarts: int = 2,
@@ -130,8 +146,8 @@ class ZeroShotUnlearner:
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
         mixtures: int | None = None,
-        steps: int = 400,
-        batch: int = 512,
+        steps: int | None = None,
+        batch: int | None = None,
         learning_rate: float | None = None,
         weights: tuple[float, float] = (0.9, 0.1),
         margin: float | None = None,
@@ -141,6 +157,7 @@ class ZeroShotUnlearner:
         seed: int = 0,
         device: str | torch.device | None = None,
         inplace: bool = False,
+        cache: str | Path | None = None,
         progress: bool | None = None,
         callback: Callback | None = None,
     ) -> None:
@@ -148,16 +165,8 @@ class ZeroShotUnlearner:
             k: v for k, v in locals().items()
             if k not in ("self", "model", "forget", "impressions", "progress", "callback")
         }  # fmt: skip
-        per_class = impressions_per_class
-        if isinstance(per_class, bool) or not isinstance(per_class, int) or per_class < 4:
-            raise ArgumentError(
-                "impressions_per_class",
-                f"got {per_class!r}",
-                "Pass a whole number, 4 or more: one in four is held out.",
-            )
-        self.ascent = AscentSettings(
-            per_class, confidence, max_steps, restarts, step_size, beta, seed, precision
-        )
+        if space not in SPACES:
+            raise ArgumentError("space", f"got {space!r}", f"Pass one of {', '.join(SPACES)}.")
         self.loop = LoopSettings(steps, batch, learning_rate, early_stop, loop)
         self.rows = RowSettings(mixtures, margin)
         if not isinstance(tail, str):
@@ -172,9 +181,21 @@ class ZeroShotUnlearner:
         self.multiply_adds = multiply_adds(self.work, grey)
         self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
         self.forget_mask[self.forget] = True
+        per_class = impressions_per_class
+        if per_class is None:
+            per_class = synthesis.default_per_class(self.classes)
+        elif isinstance(per_class, bool) or not isinstance(per_class, int) or per_class < 1:
+            raise ArgumentError(
+                "impressions_per_class",
+                f"got {per_class!r}",
+                "Pass a whole number, 1 or more, or None.",
+            )
+        self.ascent = AscentSettings(
+            per_class, confidence, max_steps, restarts, step_size, beta, seed, precision
+        )
         check_objective(objective, weights)
         self.objective, self.weights = objective, weights
-        self.tail, self.seed = tail, seed
+        self.tail, self.seed, self.space, self.cache = tail, seed, space, cache
         self.report = Reporter(progress, callback)
         self.impressions = self._check_impressions(impressions)
         self.split_point: Split | None = None
@@ -193,59 +214,77 @@ class ZeroShotUnlearner:
     @classifier.own_modes()
     def synthesise(self) -> ClassImpressions:
         """Makes impressions of every class, forget and retain, in one batch."""
+        space: Space
+        if self.space == "tail-input":
+            cut = self.split_point or self.split()
+            space = tail_input_space(cut, self.spec, self.device)
+        else:
+            space = input_space(self.work, self.spec, self.ascent.precision)
         with self._stage("synthesise"):
             self.impressions = synthesis.ascend(
-                self.work, self.spec, range(self.classes), self.ascent, self.report
-            )
-        fewest = int(torch.bincount(self.impressions.labels, minlength=self.classes).min())
-        if fewest < 4:
+                self.work, space, self.spec, range(self.classes), self.ascent, self.report,
+                self.cache,
+            )  # fmt: skip
+        counts = torch.bincount(self.impressions.labels, minlength=self.classes)
+        if not bool(counts.min()):
             raise ArgumentError(
                 "callback",
-                f"it stopped the synthesis of impressions with {fewest} of a class",
-                "Let it run until each class has 4.",
+                f"it stopped the synthesis without any of {int((counts == 0).sum())} classes",
+                "Let it run until each class has one.",
             )
         return self.impressions
 
     @classifier.own_modes()
     def split(self) -> Split:
-        """Cuts the model at ``tail``."""
-        made = self._made()
+        """Cuts the model at ``tail``; "auto" is "last" where impressions need the cut first."""
+        if self.space == "tail-input":
+            at = "last" if self.tail == "auto" else self.tail
+            images, labels = noise_images(self.spec, 4), torch.arange(4)
+        else:
+            made = self._made()
+            at, images, labels = self.tail, made.images, made.labels
         with self._stage("split"):
             self.split_point = tails.find_split(
-                self.work, self.tail, made.images.to(self.device), made.labels.to(self.device)
+                self.work, at, images.to(self.device), labels.to(self.device)
             )
         return self.split_point
 
     @classifier.own_modes()
     def fit(self) -> Fit:
-        """Trains the tail on the cached features of three in four impressions."""
+        """Trains the tail on the cached features of the impressions that are not held out."""
         cut = self.split_point or self.split()
         made = self._made()
         with self._stage("fit"):
-            features = cut.features(made.images.to(self.device))
-            labels = made.labels.to(self.device)
-            held = torch.empty(len(labels), dtype=torch.bool, device=self.device)
-            by_class = labels.argsort(stable=True)  # so that one in four of each class is held out
-            held[by_class] = torch.arange(len(labels), device=self.device) % 4 == 3
+            points, labels = made.images.to(self.device), made.labels.to(self.device)
+            if self.space == "tail-input":
+                features = tail_input_space(cut, self.spec, self.device).parts(points)
+            else:
+                features = cut.features(points)
+            held = held_out(labels)
+            mixtures = self.rows.count(int((~held).sum()), self.classes)
             generator = torch.Generator().manual_seed(self.seed)
-            train, held_out = (
-                make_rows(
-                    cut.tail,
-                    tuple(f[part] for f in features),
-                    labels[part],
-                    self.forget_mask,
-                    self.rows.count(int(part.sum())),
-                    generator,
-                )
-                for part in (~held, held)
-            )
-            yardstick = Masked(self.forget_mask, self.rows.margin_for(train, int((~held).sum())))
+
+            def rows(part: Tensor, mixtures: int, impressions: bool = True) -> Rows:
+                chosen = tuple(f[part] for f in features)
+                return make_rows(
+                    cut.tail, chosen, labels[part], self.forget_mask, mixtures, generator,
+                    impressions,
+                )  # fmt: skip
+
+            train = rows(~held, mixtures)
+            if bool(held.any()):
+                watched = rows(held, self.rows.count(int(held.sum()), 0))
+            else:  # too few impressions to do without any: other mixtures of the same
+                watched = rows(~held, max(1024, self.classes), impressions=False)
+            count = int((~held).sum())
+            margin = self.rows.margin_for(train.teacher[:count], train.label[:count])
+            yardstick = Masked(self.forget_mask, margin)
             named = dict(self.work.model.named_parameters())
             self.result = train_tail(
                 cut.tail,
                 [named[name] for name in cut.parameters],
                 train,
-                held_out,
+                watched,
                 make_objective(self.objective, self.weights, yardstick),
                 yardstick,
                 self.loop,
@@ -294,12 +333,18 @@ class ZeroShotUnlearner:
         if given is None:
             return None
         counts = torch.bincount(given.labels, minlength=self.classes)
-        if given.spec.shape != self.spec.shape or len(counts) > self.classes or counts.min() < 4:
+        if given.spec.shape != self.spec.shape or len(counts) > self.classes or counts.min() < 1:
             raise ArgumentError(
                 "impressions",
                 f"got {len(given)} of shape {given.spec.shape}, at least {int(counts.min())} a "
                 f"class of {len(counts)}",
-                f"Give 4 or more of shape {self.spec.shape} for each of {self.classes} classes.",
+                f"Give some of shape {self.spec.shape} for each of {self.classes} classes.",
+            )
+        if given.space != self.space:
+            raise ArgumentError(
+                "impressions",
+                f"got some of space={given.space!r} with space={self.space!r}",
+                "Pass the space that they were made in.",
             )
         return given
 
