@@ -658,10 +658,10 @@ def test_warnings_as_errors_inplace() -> None:
     with torch.no_grad():
         model.fc2.weight[4] = 0
         model.fc2.bias[4] = -1e4
+    options = QUICK | {"max_steps": 20, "restarts": 0, "tail": "fc1"}
     with warnings.catch_warnings(), untouched(model):
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="class 4"):
-            options = QUICK | {"max_steps": 20, "restarts": 0, "tail": "fc1"}
             unlearn(model, FORGET, inplace=True, mean=SPEC.mean, std=SPEC.std, **options)
 
 
