@@ -259,7 +259,7 @@ def read_images(source: str, spec: InputSpec) -> Any:
     )
 
 
-def image_folder(path: Path, spec: InputSpec, classes: int | None = None) -> Any:
+def image_folder(path: Path, spec: InputSpec, classes: int | None = None, workers: int = 0) -> Any:
     """Labelled images of a folder with one sub-folder a class, numbered in sorted order.
 
     Resized, cropped and normalised as ``spec`` says, in batches of 64.
@@ -268,6 +268,7 @@ def image_folder(path: Path, spec: InputSpec, classes: int | None = None) -> Any
         path: the folder.
         spec: of the model's images.
         classes: how many sub-folders there have to be; None for any number.
+        workers: processes that read images.
 
     Raises:
         ArgumentError: no sub-folders, another number of them, or torchvision is missing.
@@ -275,7 +276,9 @@ def image_folder(path: Path, spec: InputSpec, classes: int | None = None) -> Any
     transform = spec.transform()
     from torchvision import datasets
 
-    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    if not path.is_dir():
+        raise ArgumentError("data", f"{path} is not a folder", "Name one that exists.")
+    folders = [entry for entry in path.iterdir() if entry.is_dir()]
     if not folders or (classes is not None and len(folders) != classes):
         files = sum(entry.is_file() for entry in path.iterdir())
         raise ArgumentError(
@@ -286,11 +289,10 @@ def image_folder(path: Path, spec: InputSpec, classes: int | None = None) -> Any
             "Images that lie side by side, as in ILSVRC2012_img_val.tar, have to be moved into "
             "their classes' folders first.",
         )
-    try:
-        images = datasets.ImageFolder(str(path), transform)
-    except FileNotFoundError as error:
-        raise ArgumentError("data", str(error), "Put an image into each sub-folder.") from error
-    return torch.utils.data.DataLoader(images, batch_size=64)
+    images = datasets.ImageFolder(str(path), transform, allow_empty=True)
+    if not len(images):
+        raise ArgumentError("data", f"there is no image in {path}", "Put some into its folders.")
+    return torch.utils.data.DataLoader(images, batch_size=64, num_workers=workers)
 
 
 def main() -> None:
