@@ -10,13 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from support import QUICK, tiny
+from support import QUICK, SPEC, tiny
 from torch import nn
 
 import zsu_fast
 from zsu_fast import ZeroShotUnlearner
 from zsu_fast.classifier import weights_hash
 from zsu_fast.record import Record
+
+
+def stating() -> nn.Module:
+    """A model that says what its images are."""
+    model = tiny()
+    model.input_spec = SPEC
+    return model
 
 
 def run(model: nn.Module | None = None, **options: Any) -> tuple[ZeroShotUnlearner, nn.Module]:
@@ -103,15 +110,30 @@ def test_numbers_that_are_not_finite_become_null() -> None:
 
 
 def test_a_good_run_has_no_warnings() -> None:
-    assert run()[0].record.warnings == []
+    assert run(stating(), tail="fc1")[0].record.warnings == []
+
+
+def test_output_level_forgetting_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="only the last layer"):
+        zsu_fast.unlearn(stating(), [1, 3], tail="last", **QUICK)
+    (note,) = run(stating(), tail="last")[0].record.warnings
+    assert "(fc2.weight, fc2.bias) was trained" in note
+    assert "features of the forgotten classes are still inside" in note
+
+
+def test_guessed_normalisation_is_warned_of() -> None:
+    (note,) = run(tiny(), tail="fc1")[0].record.warnings
+    assert "ImageNet mean and std assumed" in note
+    given = run(tiny(), tail="fc1", mean=SPEC.mean, std=SPEC.std)[0]
+    assert given.record.warnings == []
 
 
 def test_a_class_without_impressions_is_warned_of() -> None:
-    model = tiny()
+    model = stating()
     with torch.no_grad():
         model.fc2.weight[4] = 0
         model.fc2.bias[4] = -1e4
-    runner, _ = run(model, max_steps=15, restarts=0)
+    runner, _ = run(model, tail="fc1", max_steps=15, restarts=0)
     (note,) = runner.record.warnings
     assert "for class 4:" in note
     assert "Raise max_steps" in note
@@ -130,4 +152,4 @@ def test_a_run_that_does_not_forget_is_warned_of() -> None:
 def test_no_warning_reaches_the_user_of_a_good_run() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        zsu_fast.unlearn(tiny(), [1, 3], **QUICK)
+        zsu_fast.unlearn(stating(), [1, 3], tail="fc1", **QUICK)

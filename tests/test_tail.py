@@ -12,14 +12,9 @@ from torch.nn import functional as F
 
 from zsu_fast import ArgumentError, ModelError, split, zoo
 from zsu_fast.classifier import working_copy
-from zsu_fast.tail import (
-    Split,
-    _ReplayTail,
-    find_split,
-    layer_names,
-    responsiveness,
-    split_at,
-)
+from zsu_fast.cut import ReplayTail
+from zsu_fast.responsive import layer_names, responsiveness
+from zsu_fast.tail import Split, find_split, split_at
 
 CPU = torch.device("cpu")
 
@@ -49,7 +44,7 @@ def test_every_layer_of_the_zoo(name: str) -> None:
     with untouched(model):
         for layer in layers:
             halves = assert_cuts_right(model, layer, images)
-            assert not isinstance(halves.tail, _ReplayTail)  # these trace
+            assert not isinstance(halves.tail, ReplayTail)  # these trace
 
 
 def test_a_block_with_a_skip_connection_carries_both_values() -> None:
@@ -105,7 +100,7 @@ def test_control_flow_goes_by_replay(name: str) -> None:
     model.load_state_dict(tiny().state_dict())
     with untouched(model):
         halves = assert_cuts_right(model, name, images)
-    assert isinstance(halves.tail, _ReplayTail)
+    assert isinstance(halves.tail, ReplayTail)
     traced = cut(tiny(), name, images)
     assert halves.parameters == traced.parameters
     calls: list[int] = []

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, ModelError
+from .inputs import InputSpec as InputSpec, stated_shape, stated_spec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -25,39 +26,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 ANY_NUMBER = 1 << 31
 # Sizes people train classifiers at, the most common first; see `infer_shape`.
 _COMMON_SIZES = (32, 224, 28, 64, 96, 128, 160, 192, 240, 256, 288, 299, 384, 48, 16, 8)
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """The images that a model expects.
-
-    Attributes:
-        shape: (channels, height, width).
-        mean: per-channel mean that was subtracted from pixels in 0..1.
-        std: per-channel divisor of the same.
-        source: where this is known from, in words (it goes into the run record).
-    """
-
-    shape: tuple[int, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    source: str = "given"
-
-    @property
-    def low(self) -> Tensor:
-        """The value of a black pixel after normalisation, float32 [channels]."""
-        return torch.tensor([(0.0 - m) / s for m, s in zip(self.mean, self.std, strict=True)])
-
-    @property
-    def high(self) -> Tensor:
-        """The value of a white pixel after normalisation, float32 [channels]."""
-        return torch.tensor([(1.0 - m) / s for m, s in zip(self.mean, self.std, strict=True)])
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [N, channels, H, W] (0..255) -> float32 of that shape, as the model wants it."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
-        return (images.float() / 255 - mean) / std
 
 
 @contextmanager
@@ -226,27 +194,33 @@ def resolve_spec(
 ) -> InputSpec:
     """What images the model expects: given, stated by the model, or inferred without data.
 
-    A zoo model states it (``model.input_spec``), as does a timm model (``pretrained_cfg``).
-    Otherwise the shape is inferred from the layers (`infer_shape`), and pixels are taken to be
-    normalised by ImageNet's mean and std (three channels), MNIST's (one), or 0.5 (others).
+    `inputs.stated_spec` says which models state it. Otherwise the shape is inferred from the
+    layers (`infer_shape`), and pixels are taken to be normalised by ImageNet's mean and std (three
+    channels), MNIST's (one), or 0.5 (others); ``assumed`` is set then.
 
     Raises:
         ArgumentError: a given value is malformed, or nothing tells the shape.
     """
     inner = unwrap(model)
-    stated = _stated_spec(inner)
+    everything = input_shape is not None and mean is not None and std is not None
+    stated = None if everything else stated_spec(inner)
     if input_shape is not None:
         shape, source = _check_shape(input_shape), "shape given"
     elif stated is not None:
         shape, source = stated.shape, stated.source
     else:
-        shape, source = infer_shape(inner)
+        shape, source = stated_shape(inner) or infer_shape(inner)
     channels = shape[0]
     if mean is None and std is None and stated is not None and len(stated.mean) == channels:
-        return InputSpec(shape, stated.mean, stated.std, source)
+        return replace(
+            stated,
+            shape=shape,
+            source=source,
+            resize=stated.resize if shape == stated.shape else None,
+        )
     guess_mean, guess_std, guess = _guess_normalisation(channels)
     if mean is None and std is None:
-        return InputSpec(shape, guess_mean, guess_std, f"{source}; {guess}")
+        return InputSpec(shape, guess_mean, guess_std, f"{source}; {guess}", assumed=True)
     means = _check_channels("mean", 0.0 if mean is None else mean, channels)
     stds = _check_channels("std", 1.0 if std is None else std, channels)
     if any(s <= 0 for s in stds):
@@ -259,11 +233,11 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
 
     Channels come from the first convolution (or the width of the first linear layer). Of the
     common sizes, those are kept at which the model runs. If several are left, as with global
-    pooling, the first is taken at which the last feature map is 4 to 16 pixels wide: that is how
-    wide it is in practice, 8 for a ResNet made for 32 pixels, 7 for one made for 224.
+    pooling, the first of 28 pixels or more is taken at which the last feature map is 4 to 16
+    wide: that is how wide it is in practice, 8 for a ResNet made for 32, 7 for one made for 224.
 
     Raises:
-        ArgumentError: the model runs at none of them.
+        ArgumentError: the model runs at none of them, or at several with no such map.
     """
     try:
         probe = copy.deepcopy(model).float().eval()
@@ -290,7 +264,7 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
             if channels * side * side == first.in_features:
                 candidates.append((channels, side, side))
         candidates.append((first.in_features,))  # type: ignore[arg-type]
-    running: list[tuple[tuple[int, ...], int]] = []
+    running: list[tuple[int, ...]] = []
     last_error: Exception | None = None
     # one image alone where two do not run: `count_classes` then says what is wrong
     for batch, shape in ((batch, shape) for batch in (2, 1) for shape in candidates):
@@ -301,11 +275,19 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
         except Exception as error:  # noqa: BLE001  this size does not fit: the next may
             last_error = error
             continue
-        if 4 <= width <= 16 or not isinstance(first, nn.Conv2d):
+        if (4 <= width <= 16 and shape[-1] >= 28) or not isinstance(first, nn.Conv2d):
             return shape, f"shape inferred: the last feature map is {width} wide"
-        running.append((shape, width))
+        running.append(shape)
+    if len(running) == 1:
+        return running[0], "shape inferred: the only common one at which the model runs"
     if running:
-        return running[0][0], "shape inferred: the first common size at which the model runs"
+        sides = ", ".join(str(shape[-1]) for shape in running)
+        raise ArgumentError(
+            "input_shape",
+            f"not given; the model runs on images of {sides} pixels and nothing tells which it "
+            f"was trained on",
+            "Pass input_shape=(channels, height, width), and mean and std.",
+        )
     raise ArgumentError(
         "input_shape",
         f"not given, and the model raises at each of {len(candidates)} common shapes, "
@@ -419,15 +401,23 @@ def _probe(shape: Sequence[int], batch: int, device: torch.device) -> Tensor:
 def _last_map_width(
     model: nn.Module, shape: Sequence[int], batch: int, device: torch.device
 ) -> int:
-    """Width of the last four-dimensional output of a convolution; 0 if there is none."""
+    """Width of the last feature map; 0 if there is none.
+
+    A feature map is the output [N, C, W, W] of a convolution or [N, W, W, C] of a linear layer.
+    """
     width = 0
 
-    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+    def note(module: nn.Module, _args: Any, output: Any) -> None:
         nonlocal width
-        if isinstance(output, Tensor) and output.ndim == 4:
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            return
+        if isinstance(module, nn.Conv2d):
             width = int(output.shape[-1])
+        elif output.shape[1] == output.shape[2]:
+            width = int(output.shape[1])
 
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [m.register_forward_hook(note) for m in layers]
     try:
         rows = len(pick_logits(model(_probe(shape, batch, device))))
         if rows != batch:  # as after x.view(-1, 400) of a map that is larger than that
@@ -436,21 +426,6 @@ def _last_map_width(
         for hook in hooks:
             hook.remove()
     return width
-
-
-def _stated_spec(model: nn.Module) -> InputSpec | None:
-    own = getattr(model, "input_spec", None)
-    if isinstance(own, InputSpec):
-        return own
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    if isinstance(config, dict) and {"input_size", "mean", "std"} <= set(config):
-        return InputSpec(
-            tuple(config["input_size"]),
-            tuple(config["mean"]),
-            tuple(config["std"]),
-            "stated by the model's pretrained_cfg",
-        )
-    return None
 
 
 def _guess_normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...], str]:

@@ -97,7 +97,9 @@ def unlearn(
     ],
     weights: Weights = None,
     record: Annotated[Path | None, typer.Option(help="Write the run's record (JSON).")] = None,
-    tail: Annotated[str, typer.Option(help="auto, last, or a module's name.")] = "auto",
+    tail: Annotated[
+        str, typer.Option(help="auto, last, a module's name, or a number of last layers.")
+    ] = "auto",
     objective: Annotated[str, typer.Option(help="masked or differential.")] = "masked",
     paper: Annotated[bool, typer.Option("--paper", help="The published recipe.")] = False,
     impressions_per_class: Annotated[int, typer.Option(help="4 or more.")] = 32,
@@ -116,7 +118,8 @@ def unlearn(
             if path is not None:
                 checkpoint.check_writable(path, force)
         loaded = load_model(model, weights, classes)
-        options: dict[str, Any] = {"tail": tail, "objective": objective}
+        at = int(tail) if tail.isdigit() else tail
+        options: dict[str, Any] = {"tail": at, "objective": objective}
         if paper:
             options |= paper_preset()
         run = ZeroShotUnlearner(
@@ -250,35 +253,46 @@ def read_images(source: str, spec: InputSpec) -> Any:
             ) from error
         return spec.normalise(images), labels.long()
     if path.is_dir():
-        return _image_folder(path, spec)
+        return image_folder(path, spec)
     raise ArgumentError(
         "data", f"got {source!r}, neither a folder nor an .npz file", "Pass one, or 'demo'."
     )
 
 
-def _image_folder(path: Path, spec: InputSpec) -> Any:
-    try:
-        from torchvision import datasets, transforms
-    except ImportError as error:
+def image_folder(path: Path, spec: InputSpec, classes: int | None = None, workers: int = 0) -> Any:
+    """Labelled images of a folder with one sub-folder a class, numbered in sorted order.
+
+    Resized, cropped and normalised as ``spec`` says, in batches of 64.
+
+    Args:
+        path: the folder.
+        spec: of the model's images.
+        classes: how many sub-folders there have to be; None for any number.
+        workers: processes that read images.
+
+    Raises:
+        ArgumentError: no sub-folders, another number of them, or torchvision is missing.
+    """
+    transform = spec.transform()
+    from torchvision import datasets
+
+    if not path.is_dir():
+        raise ArgumentError("data", f"{path} is not a folder", "Name one that exists.")
+    folders = [entry for entry in path.iterdir() if entry.is_dir()]
+    if not folders or (classes is not None and len(folders) != classes):
+        files = sum(entry.is_file() for entry in path.iterdir())
         raise ArgumentError(
             "data",
-            f"a folder of images needs torchvision ({error})",
-            "Run pip install 'zsu-fast[models]', or pass an .npz file.",
-        ) from error
-    height, width = spec.shape[-2:]
-    transform = transforms.Compose(
-        [
-            transforms.Resize(round(max(height, width) * 256 / 224)),
-            transforms.CenterCrop((height, width)),
-            transforms.ToTensor(),
-            transforms.Normalize(spec.mean, spec.std),
-        ]
-    )
-    try:
-        images = datasets.ImageFolder(str(path), transform)
-    except FileNotFoundError as error:
-        raise ArgumentError("data", str(error), "Make one sub-folder a class.") from error
-    return torch.utils.data.DataLoader(images, batch_size=64)
+            f"{path} holds {len(folders)} folders and {files} files",
+            f"Make one sub-folder a class{'' if classes is None else f', {classes} of them'}: "
+            "folders are numbered in sorted order, and ImageNet's are named by WordNet id. "
+            "Images that lie side by side, as in ILSVRC2012_img_val.tar, have to be moved into "
+            "their classes' folders first.",
+        )
+    images = datasets.ImageFolder(str(path), transform, allow_empty=True)
+    if not len(images):
+        raise ArgumentError("data", f"there is no image in {path}", "Put some into its folders.")
+    return torch.utils.data.DataLoader(images, batch_size=64, num_workers=workers)
 
 
 def main() -> None:

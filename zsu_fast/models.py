@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from . import checkpoint, zoo
-from .classifier import InputSpec
 from .errors import ArgumentError
+from .inputs import torchvision_spec
 
 PRETRAINED = "pretrained"
 
@@ -86,14 +86,7 @@ def _torchvision(name: str, weights: str | None, classes: int | None) -> nn.Modu
         model = models.get_model(name, weights=chosen, **options)
     else:
         model = _with_file(models.get_model(name, weights=None, **options), weights)
-    stated = (chosen or entries["DEFAULT"]).transforms()
-    crop = stated.crop_size[0]
-    model.input_spec = InputSpec(
-        (3, crop, crop),
-        tuple(stated.mean),
-        tuple(stated.std),
-        "stated by torchvision's weights",
-    )
+    model.input_spec = torchvision_spec((chosen or entries["DEFAULT"]).transforms())
     return model.eval()
 
 

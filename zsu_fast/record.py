@@ -111,6 +111,17 @@ class Record:
 
     def _warnings(self, fit: Fit, rates: list[float]) -> list[str]:
         notes = []
+        if self.input.get("assumed"):
+            notes.append(
+                f"mean and std of the images are a guess ({self.input['source']}): pass mean= and "
+                f"std= as the model was trained."
+            )
+        if self.split.get("output_level"):
+            notes.append(
+                f"only the last layer ({', '.join(self.split['trained'])}) was trained: outputs "
+                f"forget, the features of the forgotten classes are still inside. Name an "
+                f"earlier module by tail= to train more."
+            )
         empty = [c for c, rate in enumerate(rates) if rate == 0]
         if empty:
             notes.append(

@@ -90,7 +90,8 @@ class ZeroShotUnlearner:
         model: as for `unlearn`.
         forget: as for `unlearn`.
         tail: "auto" (the first responsive layer, see `tail.find_split`), "last" (the last layer
-            with parameters), or the name of the module at which the tail starts.
+            with parameters), the name of the module at which the tail starts, or how many of the
+            last layers with weights it has.
         objective: "masked" (match the original with the forgotten classes taken out; bounded) or
             "differential" (the paper's signed cross-entropy).
         impressions: `ClassImpressions` made before, of all classes; None makes them.
@@ -132,7 +133,7 @@ class ZeroShotUnlearner:
         model: nn.Module,
         forget: Any,
         *,
-        tail: str = "auto",
+        tail: str | int = "auto",
         objective: str = "masked",
         impressions: ClassImpressions | None = None,
         space: SpaceName = "input",
@@ -169,8 +170,10 @@ class ZeroShotUnlearner:
             raise ArgumentError("space", f"got {space!r}", f"Pass one of {', '.join(SPACES)}.")
         self.loop = LoopSettings(steps, batch, learning_rate, early_stop, loop)
         self.rows = RowSettings(mixtures, margin)
-        if not isinstance(tail, str):
-            raise ArgumentError("tail", f"got {tail!r}", "Pass 'auto', 'last' or a module's name.")
+        if isinstance(tail, bool) or not isinstance(tail, str | int):
+            raise ArgumentError(
+                "tail", f"got {tail!r}", "Pass 'auto', 'last', a module's name, or a whole number."
+            )
         self.device = classifier.resolve_device(model, device)
         self.spec = classifier.resolve_spec(model, input_shape, mean, std)
         self.original, self.inplace = model, inplace
@@ -387,7 +390,7 @@ def _copy(model: nn.Module) -> nn.Module:
 @classifier.own_modes()
 def split(
     model: nn.Module,
-    at: str = "auto",
+    at: str | int = "auto",
     *,
     impressions: ClassImpressions | None = None,
     input_shape: Sequence[int] | None = None,
@@ -398,7 +401,7 @@ def split(
 
     Args:
         model: an image classifier; it is not changed.
-        at: "auto" (the first responsive layer), "last", or a module's name.
+        at: "auto" (the first responsive layer), "last", a module's name, or a number of layers.
         impressions: to search the responsive layer with; None makes a few.
         input_shape: see `synthesize`.
         seed, device: as there.
