@@ -23,7 +23,7 @@ from zsu_fast import (
     synthesize,
     zoo,
 )
-from zsu_fast.impressions import _mix
+from zsu_fast.ascent import _mix
 
 FIELDS = ("images", "labels", "confidence", "target", "steps", "hit")
 
