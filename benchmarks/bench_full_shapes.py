@@ -2,10 +2,10 @@
 
     pytest benchmarks/bench_full_shapes.py
 
-*Ascent step*: a batch of 8 images, seconds an image: forward, gradient of the class's logit with
-respect to the image, one Adam step with clamp. `eager` is fp32, contiguous, autograd with respect to
-the images alone, Adam in plain torch ops. `ours` is what `synthesize` runs: the copy by `fast_copy`
-and the op `ascent_step_`.
+*Ascent step*: a batch of 8 images, seconds an image: forward, gradient of the class logit with
+respect to the image, one Adam step with clamp. `eager` is fp32, contiguous, autograd with respect
+to the images alone, Adam in plain torch ops. `ours` is what `synthesize` runs: the copy by
+`fast_copy` and the op `ascent_step_`.
 
 *Tail epoch*: the last layer (2048 or 4096 to 1,000) over 25,000 rows of features, what the
 published run had (25 impressions of each of 1,000 classes), forward, loss, gradient, AdamW. Timed

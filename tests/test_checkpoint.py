@@ -94,6 +94,33 @@ def test_nested_and_data_parallel_checkpoints(tmp_path: Path, key: str) -> None:
     assert same_bits(fresh, model)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_names_from_compiled_models(tmp_path: Path, prefix: str, ending: str) -> None:
+    model = tiny()
+    state = {prefix + n: t for n, t in model.state_dict().items()}
+    path = tmp_path / f"a.{ending}"
+    if ending == "pt":
+        torch.save({"model": state}, path)
+    else:
+        save_tensors(path, state)
+    fresh = TinyNet()
+    load_into(fresh, path)
+    assert same_bits(fresh, model)
+
+
+def test_a_part_of_the_model_is_compiled(tmp_path: Path) -> None:
+    model, fresh = tiny(), TinyNet()
+    save_weights(tmp_path / "a.safetensors", model)
+    fresh.fc1 = torch.compile(fresh.fc1, backend="eager")
+    assert "fc1._orig_mod.weight" in fresh.state_dict()
+    load_into(fresh, tmp_path / "a.safetensors")
+    save_weights(tmp_path / "b.safetensors", fresh)
+    again = TinyNet()
+    load_into(again, tmp_path / "b.safetensors")
+    assert same_bits(again, model)
+
+
 def test_weights_go_into_wrapped_models(tmp_path: Path) -> None:
     save_weights(tmp_path / "a.safetensors", tiny())
     for fresh in (nn.DataParallel(TinyNet()), torch.compile(TinyNet(), backend="eager")):

@@ -223,6 +223,131 @@ def test_output_that_depends_on_chance_is_refused() -> None:
         cut(Random().eval(), "fc2", tiny_data(4)[0])
 
 
+# --- what crosses ----------------------------------------------------------------------------
+
+
+class SequenceFirst(nn.Module):
+    """Tokens [T, N, C], as in nn.TransformerEncoder by default, and a class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 2, 2)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.a, self.b, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).permute(2, 0, 1)
+        x = torch.cat([self.token.expand(1, x.shape[1], 8), x])
+        x = x + torch.tanh(self.a(x))
+        x = x + torch.tanh(self.b(x))
+        return self.out(x[0])
+
+
+class Windows(nn.Module):
+    """Rows of one image are N * windows, and a bias is made of parameters before the cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.bias = nn.Conv2d(3, 8, 2, 2), nn.Linear(4, 8)
+        self.register_buffer("places", torch.rand(4, 4))
+        self.a, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        bias = self.bias(self.places)
+        x = self.embed(x).unflatten(2, (2, -1)).unflatten(4, (2, -1))  # N C 2 h 2 w
+        x = x.permute(0, 2, 4, 3, 5, 1).reshape(4 * n, -1, 8)
+        x = torch.tanh(self.a(x + bias)).view(n, -1, 8)
+        return self.out(x.mean(1))
+
+
+class Strict(nn.Module):
+    """Any model, with control flow on values around it, so that it does not trace."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] > 1000:
+            raise ValueError("too large")
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+@pytest.mark.parametrize("kind", [SequenceFirst, Windows])
+def test_rows_that_are_not_first_are_brought_there(kind: Any, traceable: bool) -> None:
+    model, images = kind().eval(), torch.rand(3, 3, 8, 8)
+    prefix = "" if traceable else "inner."
+    model = model if traceable else Strict(model)
+    for name in ("a", "out"):
+        halves = assert_cuts_right(model, prefix + name, images)
+        assert isinstance(halves.tail, ReplayTail) == (not traceable)
+        crossing = halves.head(images)
+        assert all(len(f) == 3 for f in crossing)
+        order = torch.tensor([2, 0, 1])
+        for one, other in zip(halves.head(images[order]), crossing, strict=True):
+            assert torch.allclose(one, other[order], atol=1e-6)
+    assert cut(model, prefix + "out", images).parameters == [
+        f"{prefix}out.{n}" for n in ("weight", "bias")
+    ]  # no token, though a replay runs the code that uses it anew
+    assert not any("bias." in p for p in cut(model, prefix + "a", images).parameters)
+
+
+def test_a_replay_keeps_what_the_tail_reads_and_no_more() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48,
+        image_size=64, num_labels=3,
+    )  # fmt: skip
+    model, images = transformers.ViTForImageClassification(config).eval(), torch.rand(3, 3, 64, 64)
+    hidden = 17 * 24 * 4  # bytes of an image's hidden state: 16 patches and the class token
+
+    def crossing(name: str) -> tuple[Split, float]:
+        halves = split_at(working_copy(model, CPU), name, images, "a test")
+        return halves, sum(f.nbytes for f in halves.head(images)) / len(images) / hidden
+
+    last_block, states = crossing("vit.layers.3")
+    assert isinstance(last_block.tail, ReplayTail)
+    assert states == 1
+    assert crossing("vit.layers.3.mlp.fc1")[1] == 3  # its input and two terms of the skip
+    assert crossing("vit.layernorm")[1] == 1
+    assert crossing("classifier")[1] == pytest.approx(1 / 17)
+    with torch.no_grad():
+        want = model(images).logits
+        features = last_block.features(images)
+        assert torch.allclose(last_block.tail(*features), want, atol=1e-5)
+
+
+def test_a_replay_keeps_all_where_python_looks_at_values() -> None:
+    class Gated(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.act(self.bn(self.conv(x))).flatten(1)
+            y = self.act(self.fc1(x))
+            return self.fc2(y if bool(x.sum() > 0) else -y)  # x is no input of what follows
+
+    model, images = Gated().eval(), tiny_data(4)[0]
+    halves = cut(model, "fc2", images)
+    assert len(halves.head(images)) > 1
+    for batch in (images, -images, 100 * images):
+        with torch.no_grad():
+            assert torch.allclose(halves.tail(*halves.head(batch)), model(batch), atol=1e-5)
+
+
+def test_heads_run_in_chunks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tiny_data(30)[0]
+    halves = cut(tiny(), "fc1", images)
+    (whole,) = halves.features(images, batch=30)
+    seen: list[int] = []
+    halves.head.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
+    map_bytes = 8 * 3 * 3 * 4  # of the convolution's output, an image; the image itself: 768
+    assert map_bytes < 768
+    monkeypatch.setattr("zsu_fast.responsive._CHUNK_BYTES", 10 * 768)
+    (parts,) = halves.features(images)
+    assert seen == [1, 10, 10, 9]
+    assert torch.allclose(whole, parts, atol=1e-6)
+
+
 # --- bad names -------------------------------------------------------------------------------
 
 
@@ -293,6 +418,84 @@ def test_last_takes_the_last_layer_with_weights() -> None:
     images, labels = tiny_data(10)
     found = find_split(working_copy(tiny(), CPU), "last", images, labels)
     assert (found.name, found.output_level) == ("fc2", True)
+
+
+@pytest.mark.parametrize(("depth", "name"), [(1, "fc2"), (2, "fc1"), (3, "conv")])
+def test_a_number_takes_so_many_layers(depth: int, name: str) -> None:
+    images, labels = tiny_data(10)
+    found = find_split(working_copy(tiny(), CPU), depth, images, labels)
+    assert found.name == name
+    assert found.reason == (
+        "the last layer with weights" if depth == 1 else f"the last {depth} layers"
+    )
+
+
+@pytest.mark.parametrize("depth", [0, -1, 4, True])
+def test_a_number_that_is_no_depth(depth: int) -> None:
+    images, labels = tiny_data(10)
+    with pytest.raises(ArgumentError, match=r"tail: got .*number of layers from 1 to 3"):
+        find_split(working_copy(tiny(), CPU), depth, images, labels)
+
+
+class Tokens(nn.Module):
+    """Classes are told apart by the first token alone, or by the mean of the others."""
+
+    def __init__(self, first: bool, sequence_first: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.first, self.sequence_first = first, sequence_first
+        with torch.no_grad():
+            self.a.weight.copy_(torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 8, 4]
+        x = self.a(x.transpose(0, 1)).transpose(0, 1) if self.sequence_first else self.a(x)
+        return self.b(x[:, 0] if self.first else x.mean(1))
+
+
+@pytest.mark.parametrize("sequence_first", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_responsiveness_of_tokens(first: bool, sequence_first: bool) -> None:
+    labels = torch.arange(60) % 2
+    images = torch.randn(60, 8, 4)
+    signal = (labels * 2.0 - 1)[:, None]
+    if first:
+        images[:, 0] = signal + 0.1 * images[:, 0]
+        images[:, 1:] *= 10  # the mean is noise
+    else:
+        images = signal[:, None] + 3 * images - 2.9 * images.mean(1, keepdim=True)
+    model = working_copy(Tokens(first, sequence_first), CPU)
+    ratios = dict(responsiveness(model, images, labels))
+    assert ratios["a"] == pytest.approx(ratios["b"], rel=0.01)
+    assert ratios["a"] > 5
+
+
+def test_responsiveness_of_maps_with_channels_last() -> None:
+    class Swapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.mlp, self.out = nn.Conv2d(8, 8, 1), nn.Linear(8, 8), nn.Linear(8, 2)
+            with torch.no_grad():
+                self.conv.weight.copy_(torch.eye(8).view(8, 8, 1, 1))
+                self.conv.bias.zero_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.mlp(self.conv(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+    labels = torch.arange(40) % 2
+    images = torch.randn(40, 8, 16, 16)
+    images[:, 3] += labels.view(-1, 1, 1)  # one channel, everywhere
+    ratios = dict(responsiveness(working_copy(Swapped(), CPU), images, labels))
+    assert ratios["mlp"] == pytest.approx(ratios["conv"], rel=1e-3)
+
+
+def test_responsiveness_of_many_impressions_takes_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zsu_fast.responsive._MOST_IMAGES", 40)
+    seen: list[int] = []
+    model = working_copy(tiny(), CPU)
+    images = torch.rand(160, 3, 8, 8)
+    model.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
+    responsiveness(model, images, torch.arange(160) // 4)
+    assert sum(seen) == 40  # beside the two of `layer_names`, which go to the inner model
 
 
 class Tied(nn.Module):

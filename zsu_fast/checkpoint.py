@@ -23,8 +23,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a safetensors file or a torch checkpoint.
 
     Checkpoints are read by ``torch.load(weights_only=True)``: a pickle that would run code is
-    refused, never executed. A checkpoint that keeps the weights under "state_dict" or "model",
-    or with names that all start with "module." (DataParallel), is understood.
+    refused, never executed. A checkpoint that keeps the weights under "state_dict" or "model" is
+    understood, and the names that DataParallel ("module.") and torch.compile ("_orig_mod.") make.
 
     Raises:
         CheckpointError: missing, damaged, pickled, or with no tensors in it.
@@ -33,7 +33,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"weights: {path} is not a file. Pass {_FORMATS}.")
     if path.suffix == ".safetensors":
-        return load_tensors(path)[0]
+        return _without_wrappers(load_tensors(path)[0])
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -57,9 +57,19 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"weights: {path} holds entries that are no tensors ({told}). Save model.state_dict()."
         )
-    if all(name.startswith("module.") for name in tensors):
+    return _without_wrappers(tensors)
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names as they are inside DataParallel and torch.compile, however nested."""
+    tensors = {_compiled_away(name): t for name, t in tensors.items()}
+    while tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
     return tensors
+
+
+def _compiled_away(name: str) -> str:
+    return name.replace("_orig_mod.", "")
 
 
 def load_into(model: nn.Module, path: str | Path) -> None:
@@ -70,7 +80,8 @@ def load_into(model: nn.Module, path: str | Path) -> None:
     """
     tensors = load_weights(path)
     model = unwrap(model)
-    own = model.state_dict()
+    names = {_compiled_away(name): name for name in model.state_dict()}  # of compiled parts
+    own = {short: model.state_dict()[name] for short, name in names.items()}
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     misfit = [
         f"{n} is {tuple(tensors[n].shape)}, the model wants {tuple(own[n].shape)}"
@@ -84,7 +95,7 @@ def load_into(model: nn.Module, path: str | Path) -> None:
             f"weights: {path} does not fit {type(model).__name__}: {'; '.join(told + misfit[:3])}. "
             f"Pass the checkpoint of this architecture with this number of classes."
         )
-    model.load_state_dict(tensors, strict=True)
+    model.load_state_dict({names[short]: t for short, t in tensors.items()}, strict=True)
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

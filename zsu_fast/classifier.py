@@ -110,7 +110,7 @@ def working_copy(model: nn.Module, device: torch.device) -> LogitsModel:
                 "Load a checkpoint whose weights are finite.",
             )
     try:
-        copied = copy.deepcopy(inner)
+        copied = copy.deepcopy(inner, computed_tensors(inner))
     except Exception as error:
         raise ModelError(
             f"{type(inner).__name__} cannot be copied by copy.deepcopy ({error})",
@@ -124,6 +124,16 @@ def working_copy(model: nn.Module, device: torch.device) -> LogitsModel:
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
     return LogitsModel(copied).eval()
+
+
+def computed_tensors(model: nn.Module) -> dict[int, Any]:
+    """A memo for ``copy.deepcopy(model, memo)``: detached copies of tensors in attributes.
+
+    Without it, tensors that autograd made can't be copied: ``nn.utils.weight_norm`` keeps such
+    weights and makes them anew at each forward pass.
+    """
+    held = (value for module in model.modules() for value in vars(module).values())
+    return {id(v): v.detach().clone() for v in held if isinstance(v, Tensor) and not v.is_leaf}
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -240,7 +250,7 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
         ArgumentError: the model runs at none of them, or at several with no such map.
     """
     try:
-        probe = copy.deepcopy(model).float().eval()
+        probe = copy.deepcopy(model, computed_tensors(model)).float().eval()
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})",

@@ -36,7 +36,7 @@ app = typer.Typer(
 
 _MODEL_HELP = (
     "A zoo name (lenet5, karpathynet, resnet20_cifar, ...), a torchvision or timm name "
-    "(torchvision:resnet50, timm:...), or package.module:factory."
+    "(torchvision:resnet50, timm:...), hf:folder (transformers), or package.module:factory."
 )
 _WEIGHTS_HELP = (
     "A safetensors file or torch checkpoint of plain tensors; 'pretrained' lets torchvision or "

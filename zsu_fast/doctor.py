@@ -12,6 +12,8 @@ import torch
 from .ops import backends, library
 from .version import VERSION
 
+_EXTRAS = ("torchvision", "timm", "transformers", "matplotlib", "PIL")
+
 
 def doctor() -> dict[str, Any]:
     """The state of the engine, ready to print (`render`) or to paste into a bug report.
@@ -58,7 +60,7 @@ def doctor() -> dict[str, Any]:
             }
             for lib in (library.CPU, library.CUDA)
         },
-        "extras": {name: _version(name) for name in ("torchvision", "timm", "matplotlib", "PIL")},
+        "extras": {name: _version(name) for name in _EXTRAS},
         "forced_backend": backends.forced_backend(),
         "devices": devices,
     }

@@ -1,4 +1,6 @@
-"""A model from its name: the zoo, torchvision, timm, or ``module:factory``; and its weights."""
+"""A model from its name: the zoo, torchvision, timm, a transformers folder, or
+``module:factory``; and its weights.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,11 +25,14 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
 
     Args:
         name: a zoo name ("lenet5"), a torchvision or timm name ("resnet50", or "torchvision:..."
-            and "timm:..." to say which), or "package.module:factory", a function without
-            required arguments that returns an ``nn.Module``.
+            and "timm:..." to say which), "hf:folder", a folder to which a transformers image
+            classifier was saved (``save_pretrained``; nothing is downloaded), or
+            "package.module:factory", a function without required arguments that returns an
+            ``nn.Module``.
         weights: a safetensors file or a checkpoint that ``torch.load(weights_only=True)`` reads;
             "pretrained", or the name of a torchvision weights entry, to let torchvision or timm
-            download theirs; None for what ships with the zoo or what the factory loads.
+            download theirs; None for what ships with the zoo, lies in the folder, or what the
+            factory loads.
         classes: number of logits of a torchvision or timm model; None for its default.
 
     Raises:
@@ -42,6 +48,8 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
         return _torchvision(rest, weights, classes)
     if source == "timm":
         return _timm(rest, weights, classes)
+    if source == "hf":
+        return _transformers(rest, weights)
     if rest:
         return _with_file(_factory(source, rest), weights)
     for build in (_torchvision, _timm):
@@ -53,7 +61,7 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
         "model",
         f"got {name!r}, which neither the zoo nor an installed torchvision or timm has",
         f"Pass one of {', '.join(zoo.ZOO)}, a torchvision or timm name (pip install "
-        f"'zsu-fast[models]'), or module:factory.",
+        f"'zsu-fast[models]'), hf:folder, or module:factory.",
     )
 
 
@@ -101,6 +109,41 @@ def _timm(name: str, weights: str | None, classes: int | None) -> nn.Module:
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     model = timm.create_model(name, pretrained=weights == PRETRAINED, **options)
     return _with_file(model, None if weights == PRETRAINED else weights)
+
+
+def _transformers(folder: str, weights: str | None) -> nn.Module:
+    try:
+        from transformers import AutoModelForImageClassification
+    except ImportError as error:
+        raise ArgumentError(
+            "model",
+            f"got 'hf:{folder}', and transformers can't be imported ({error})",
+            "Run pip install 'zsu-fast[models]'.",
+        ) from error
+    if not (Path(folder) / "config.json").is_file():
+        raise ArgumentError(
+            "model",
+            f"got 'hf:{folder}', in which there is no config.json",
+            "Name a local folder written by save_pretrained(); nothing is downloaded.",
+        )
+    try:
+        model, told = AutoModelForImageClassification.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            "model",
+            f"got 'hf:{folder}', which transformers can't load ({type(error).__name__}: {error})",
+            "Save an image classifier there by save_pretrained().",
+        ) from error
+    missing = sorted(told["missing_keys"])
+    if missing and weights is None:
+        raise ArgumentError(
+            "weights",
+            f"'hf:{folder}' has none for {missing[:3]}, so they would be random",
+            "Save the trained classifier there, not the network below it.",
+        )
+    return _with_file(model, weights)
 
 
 def _factory(module: str, attribute: str) -> nn.Module:

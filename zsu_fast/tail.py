@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .classifier import LogitsModel
-from .cut import Features, cut_by_graph, cut_by_replay
+from .cut import Features, ReplayHead, cut_by_graph, cut_by_replay
 from .errors import ArgumentError, ModelError
 from .responsive import in_chunks, layer_names, responsiveness
 
@@ -157,6 +157,13 @@ def split_at(model: LogitsModel, name: str, images: Tensor, reason: str) -> Spli
             f"Name an earlier module, such as {layer_names(model.model, images)[-1]!r}.",
         )
     tied = _tied_to_head(model, head, parameters, images)
+    if tied and isinstance(head, ReplayHead):
+        # a replay runs the code around the cut anew: parameters used there (a class token, a
+        # position embedding) are the head's, and stay as they are
+        around = {name[:at] for at, letter in enumerate(name) if letter == "."} | {""}
+        ours = [p for p in tied if _layer_of(p) in around]
+        parameters = [p for p in parameters if p not in ours]
+        tied = [p for p in tied if p not in ours]
     if tied:
         raise _Tied(
             "tail",

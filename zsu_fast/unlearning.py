@@ -379,7 +379,7 @@ def restored_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[None
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, classifier.computed_tensors(model))
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})",
