@@ -215,7 +215,7 @@ ZOO: dict[str, Entry] = {
     "karpathynet_golden": Entry(KarpathyNet, _CIFAR, "karpathynet_golden.safetensors"),
     "resnet20_cifar": Entry(lambda: CifarResNet(3), _CIFAR_RESNET),
     "resnet56_cifar": Entry(lambda: CifarResNet(9), _CIFAR_RESNET),
-    "vit_cifar": Entry(CompactViT, _CIFAR),
+    "vit_cifar": Entry(CompactViT, _CIFAR, "vit_cifar.safetensors"),
 }
 
 
