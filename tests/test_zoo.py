@@ -10,7 +10,7 @@ from support import same_bits
 from torch import Tensor, nn
 
 from zsu_fast import ArgumentError, CheckpointError, evaluate, zoo
-from zsu_fast.checkpoint import load_into, save_weights
+from zsu_fast.checkpoint import load_into, load_weights, save_weights
 from zsu_fast.classifier import weights_hash
 
 SHIPPED = [name for name, entry in zoo.ZOO.items() if entry.weights]
@@ -36,7 +36,8 @@ def test_sizes_are_the_published_ones(name: str, count: int) -> None:
 
 def test_other_numbers_of_classes() -> None:
     for model, shape in ((zoo.LeNet5(7), (1, 28, 28)), (zoo.KarpathyNet(7), (3, 32, 32)),
-                         (zoo.CifarResNet(1, 7), (3, 32, 32))):  # fmt: skip
+                         (zoo.CifarResNet(1, 7), (3, 32, 32)),
+                         (zoo.CompactViT(classes=7), (3, 32, 32))):  # fmt: skip
         assert model(torch.zeros(2, *shape)).shape == (2, 7)
 
 
@@ -75,6 +76,29 @@ def test_cifar10_accuracy(name: str, least: float, cifar10: tuple[Tensor, Tensor
     score = result.retain_accuracy if "golden" in name else result.overall_accuracy
     assert score >= least, str(result)
     assert "golden" not in name or result.forget_accuracy == 0
+
+
+@pytest.mark.shared
+def test_the_transformer_s_accuracy(cifar10: tuple[Tensor, Tensor]) -> None:
+    model = zoo.load("vit_cifar")
+    result = evaluate(model, (model.input_spec.normalise(cifar10[0]), cifar10[1]), [3, 4, 8])
+    assert result.overall_accuracy >= 70, str(result)
+
+
+def test_the_transformer_normalises_by_layer_norm_alone() -> None:
+    model = zoo.build("vit_cifar")
+    kinds = {type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__}
+    assert kinds == {"LayerNorm"}
+    assert not list(model.buffers())
+    assert sum(p.numel() for p in model.parameters()) == 335_274
+
+
+def test_weights_stored_in_half_precision_load_as_float32() -> None:
+    stored = load_weights(zoo.ASSETS / "vit_cifar.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.float16}
+    own = zoo.load("vit_cifar").state_dict()
+    assert {t.dtype for t in own.values()} == {torch.float32}
+    assert all(torch.equal(own[name], tensor.float()) for name, tensor in stored.items())
 
 
 @pytest.mark.shared

@@ -1,7 +1,8 @@
-"""The small models of the paper and two CIFAR ResNets, with weights that ship in the package.
+"""The small models of the paper, two CIFAR ResNets and a Vision Transformer, with their weights.
 
-LeNet5 and KarpathyNet are trained by ``benchmarks/train_zoo.py``; their weights, and those of
-the *golden* models (trained without the forgotten classes), lie in ``zsu_fast/assets``.
+LeNet5, KarpathyNet and the transformer are trained by ``benchmarks/train_zoo.py``; their
+weights, and those of the *golden* models (trained without the forgotten classes), lie in
+``zsu_fast/assets``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -109,6 +111,88 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *[BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)])
 
 
+class PatchEmbed(nn.Sequential):
+    """An image as tokens: two convolutions, each pooled to half the side.
+
+    The compact stem of Hassani et al. (2021), instead of one convolution as wide as its stride:
+    a small data set is too small to learn from patches what convolutions know.
+    Input float [N, 3, H, W], output [N, H/4 * W/4, width].
+    """
+
+    def __init__(self, width: int, stem: int = 32) -> None:
+        super().__init__(
+            nn.Conv2d(3, stem, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2, padding=1),
+            nn.Conv2d(stem, width, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017) over tokens [N, T, width].
+
+    Written out: torch's fused scaled_dot_product_attention takes several times as long in its
+    backward pass on a CPU, for so few tokens.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, (width // heads) ** -0.5
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv[0] * self.scale, qkv[1], qkv[2]  # each [N, heads, T, width/heads]
+        mixed = (query @ key.transpose(2, 3)).softmax(-1) @ value
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and a two-layer network, each behind its LayerNorm and beside a shortcut."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class CompactViT(nn.Module):
+    """A Vision Transformer (Dosovitskiy et al., arXiv 2010.11929) for 32x32 colour images.
+
+    64 tokens from a compact convolutional stem (Hassani et al., arXiv 2104.05704), a class token,
+    learned positions, pre-norm blocks, and the class token's last state to the head.
+    Input float [N, 3, 32, 32], output logits [N, classes].
+    """
+
+    def __init__(self, width: int = 96, depth: int = 4, heads: int = 4, classes: int = 10) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(width)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + 8 * 8, width))
+        self.blocks = nn.Sequential(
+            *[TransformerBlock(width, heads, 2 * width) for _ in range(depth)]
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patch_embed(x)
+        tokens = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), 1)
+        tokens = self.norm(self.blocks(tokens + self.pos_embed))
+        return self.head(tokens[:, 0])
+
+
 @dataclass(frozen=True)
 class Entry:
     """A model of the zoo: how to build it, what images it takes, its weights if they ship."""
@@ -131,6 +215,7 @@ ZOO: dict[str, Entry] = {
     "karpathynet_golden": Entry(KarpathyNet, _CIFAR, "karpathynet_golden.safetensors"),
     "resnet20_cifar": Entry(lambda: CifarResNet(3), _CIFAR_RESNET),
     "resnet56_cifar": Entry(lambda: CifarResNet(9), _CIFAR_RESNET),
+    "vit_cifar": Entry(CompactViT, _CIFAR, "vit_cifar.safetensors"),
 }
 
 
