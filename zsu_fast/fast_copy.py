@@ -137,7 +137,9 @@ def _pooled_first(model: nn.Module) -> nn.Module | None:
         ):
             continue
         with traced.graph.inserting_after(pool):
-            moved = traced.graph.node_copy(relu, lambda _, new=pool: new)
+            moved = traced.graph.node_copy(
+                relu, dict.fromkeys(relu.all_input_nodes, pool).__getitem__
+            )
         pool.replace_all_uses_with(moved, delete_user_cb=lambda user, new=moved: user is not new)
         pool.replace_input_with(relu, relu.args[0])
         traced.graph.erase_node(relu)
