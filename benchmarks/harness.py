@@ -1,8 +1,10 @@
 """Honest timing for the op benchmarks.
 
 Contenders of one row of a table are timed in turn, round after round, so that a busy machine slows
-all of them alike; the median over rounds counts. Warm-up (and compilation) is left out. Every call
-that is timed may be checked: `verify` sees the output of the last timed call.
+all of them alike; the median over rounds counts. On a CPU, where all run on one thread, the clock
+is that thread's CPU time: what other processes take meanwhile does not count, only what they do to
+the caches. Warm-up (and compilation) is left out. Every call that is timed may be checked: `verify`
+sees the output of the last timed call.
 """
 
 from __future__ import annotations
@@ -98,6 +100,7 @@ def machine() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
+        "clock": "CUDA events" if DEVICE == "cuda" else "CPU time of the thread",
         "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
     }
     if DEVICE == "cuda":
@@ -106,22 +109,30 @@ def machine() -> dict[str, str]:
 
 
 def gpu_state() -> dict[str, str]:
-    """Clocks and power from NVML, where nvidia-ml-py is installed."""
+    """Card, clocks and power from NVML, or why they are not known."""
     try:
         import pynvml
     except ImportError:
-        return {"clocks": "unknown (no nvidia-ml-py)"}
-    pynvml.nvmlInit()
+        return {"clocks": "unknown: nvidia-ml-py is not installed"}
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return {"clocks": f"unknown: {error}"}
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    sm, memory = (
+        pynvml.nvmlDeviceGetClockInfo(handle, kind)
+        for kind in (pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM)
+    )
     return {
-        "clocks": f"{pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)} MHz SM,"
-        f" {pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)} MHz memory",
+        "card": str(pynvml.nvmlDeviceGetName(handle)),
+        "driver": str(pynvml.nvmlSystemGetDriverVersion()),
+        "clocks": f"{sm} MHz SM, {memory} MHz memory",
         "power": f"{pynvml.nvmlDeviceGetPowerUsage(handle) / 1000:.0f} W",
     }
 
 
 def race(
-    contenders: Sequence[Contender], rounds: int = 25, budget: float = 0.02
+    contenders: Sequence[Contender], rounds: int = 41, budget: float = 0.005
 ) -> dict[str, list[float]]:
     """Seconds a call, ``rounds`` times for each contender, in turn; ``budget`` s a measurement."""
     calls = {}
@@ -150,10 +161,10 @@ def measure(run: Callable[[], Any], calls: int) -> float:
         end.record()
         torch.cuda.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / calls
-    begin = time.perf_counter()
+    begin = time.thread_time()
     for _ in range(calls):
         run()
-    return (time.perf_counter() - begin) / calls
+    return (time.thread_time() - begin) / calls
 
 
 def compare(

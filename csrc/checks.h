@@ -1,6 +1,7 @@
 // What every op checks about its arguments, whatever device they lie on.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -45,6 +46,28 @@ inline void check_target(const Tensor& target, const Tensor& logits) {
   STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "target must be int64 or int32");
 }
 
+inline void check_signed(const Tensor& logits, const Tensor& target, const Tensor& coef) {
+  check_logits(logits);
+  check_target(target, logits);
+  check_per_row(coef, logits, "coef");
+  check_float(coef, "coef");
+}
+
+inline void check_signed_in_place(const Tensor& logits, const Tensor& target, const Tensor& coef) {
+  check_signed(logits, target, coef);
+  STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1, "in place, the classes of a row must be neighbours");
+  STD_TORCH_CHECK(logits.size(0) <= 1 || logits.stride(0) >= logits.size(1), "in place, rows must not overlap");
+}
+
+inline void check_scaled(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
+  check_logits(rows);
+  check_per_row(coef, rows, "coef");
+  STD_TORCH_CHECK(grad.numel() == 1 || (grad.dim() == 1 && grad.numel() == 2), "grad must hold 1 or 2 numbers");
+  STD_TORCH_CHECK(grad.scalar_type() == accumulator_of(rows), "grad must have the type of the loss");
+  STD_TORCH_CHECK(rows.size(1) <= 1 || rows.stride(1) == 1, "the classes of a row must be neighbours");
+  check_same_device(rows, grad, "grad");
+}
+
 inline void check_masked(const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
   check_logits(logits);
   check_per_row(coef, logits, "coef");
@@ -68,6 +91,35 @@ inline Tensor with_dense_rows(const Tensor& t) {
 inline Tensor contiguous_as(const Tensor& t, ScalarType type) {
   const Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
   return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
+}
+
+// What the masked kernels read, in the form in which they read it.
+struct MaskedInputs {
+  Tensor x, z, mask, coefs;
+};
+
+inline MaskedInputs masked_inputs(const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
+  check_masked(logits, teacher, forget, coef);
+  const ScalarType type = logits.scalar_type();
+  return {
+      with_dense_rows(logits), with_dense_rows(teacher.scalar_type() == type ? teacher : torch::stable::to(teacher, type)),
+      contiguous_as(forget, ScalarType::Bool), contiguous_as(coef, accumulator_of(logits))};
+}
+
+// Uninitialised, contiguous, on the device of `like`. torch::stable::new_empty looks its op up by name,
+// at every call: a microsecond, a tenth of what a small batch costs.
+template <size_t dims>
+Tensor fresh(const Tensor& like, const int64_t (&sizes)[dims], ScalarType type) {
+  int64_t strides[dims];
+  int64_t stride = 1;
+  for (size_t d = dims; d-- > 0; stride *= sizes[d]) strides[d] = stride;
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device, like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 inline int ascent_mode(const std::string& rule) {

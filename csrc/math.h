@@ -31,7 +31,7 @@ struct AscentRow {
 // 1 + rest lost by rounding, so that the loss is log1p(rest), without a call to it.
 template <class F>
 ZSU_INLINE F row_loss(F log_denominator, F shifted, F rest, F denominator) {
-  return log_denominator + (shifted == 0 ? (rest - (denominator - 1)) / denominator : -shifted);
+  return log_denominator + (shifted == F{} ? (rest - (denominator - 1)) / denominator : -shifted);
 }
 
 // Clamp that lets a NaN through: fmin and fmax would turn it into a bound.

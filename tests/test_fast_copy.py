@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from support import SPEC, tiny
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from zsu_fast import zoo
 from zsu_fast.classifier import LogitsModel, working_copy
-from zsu_fast.fast_copy import fast_copy, has_bfloat16
+from zsu_fast.fast_copy import _pooled_first, fast_copy, has_bfloat16
 
 CPU = torch.device("cpu")
 
@@ -64,6 +66,67 @@ def test_bfloat16_is_close_and_returns_float32() -> None:
     assert got.dtype == torch.float32
     assert not torch.equal(got, want)
     assert float((got - want).norm() / want.norm()) < 0.03
+
+
+def test_a_deep_network_is_made_in_bfloat16_too() -> None:
+    """Its gradient is off by a third, element by element, and points the same way."""
+    work = working_copy(zoo.build("resnet20_cifar"), CPU)
+    made = fast_copy(work, images(4, (3, 32, 32)), "bfloat16")
+    assert made.dtype == torch.bfloat16
+
+
+class Coarse(nn.Module):
+    """A gradient that bfloat16 cannot carry: the two halves of the logits cancel."""
+
+    def __init__(self, gap: float) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(192, 5), nn.Linear(192, 5)
+        with torch.no_grad():
+            self.two.weight.copy_(-self.one.weight + gap * torch.randn(5, 192))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return 3 + self.one(x) + self.two(x)
+
+
+@pytest.mark.parametrize(("gap", "fits"), [(1.0, True), (1e-4, False)])
+def test_bfloat16_is_left_out_where_the_gradient_turns(gap: float, fits: bool) -> None:
+    made = fast_copy(working_copy(Coarse(gap).eval(), CPU), images(), "bfloat16")
+    assert (made.dtype == torch.bfloat16) == fits
+
+
+class Pooling(nn.Module):
+    """Every spelling of relu and max_pool2d, and two pools that must stay where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.relu, self.pool = nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)
+        self.fc = nn.Linear(8 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.conv(x)))  # 16
+        x = torch.max_pool2d(torch.relu(x - 0.2), 2)  # 8
+        x = F.max_pool2d((x - 0.1).relu(), kernel_size=2)  # 4
+        used_twice = F.relu(x - 0.3)
+        x = F.max_pool2d(used_twice, 2) + used_twice[..., ::2, ::2] + F.max_pool2d(x, 2)  # 2
+        return self.fc(x.flatten(1))
+
+
+def test_pooling_comes_before_relu_with_the_same_bits() -> None:
+    work = working_copy(Pooling().eval(), CPU)
+    x = images(4, (3, 32, 32))
+    moved = _pooled_first(copy.deepcopy(work))
+    assert moved is not None
+    order = [n.name for n in moved.graph.nodes]
+    kinds = ["pool" if "pool" in n else "relu" for n in order if "relu" in n or "pool" in n]
+    assert kinds == ["pool", "relu"] * 3 + ["relu", "pool", "pool"]
+    got, want = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
+    (a,) = torch.autograd.grad(moved(got).square().sum(), got)
+    (b,) = torch.autograd.grad(work(want).square().sum(), want)
+    assert torch.equal(moved(x), work(x))
+    assert torch.equal(a, b)
+    assert _pooled_first(working_copy(zoo.build("resnet20_cifar"), CPU)) is None
 
 
 def test_auto_is_bfloat16_where_the_hardware_has_it() -> None:

@@ -65,6 +65,26 @@ def test_the_steps_are_adam_on_the_objective() -> None:
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fused_steps_are_those_of_torchs_optimiser(dtype: torch.dtype) -> None:
+    """float32 goes past `torch.optim` to its fused kernel; other types go through it."""
+    torch.manual_seed(0)
+    tail, rows, index = case()
+    tail.to(dtype)
+    rows = Rows(tuple(f.to(dtype) for f in rows.features), rows.teacher.to(dtype), rows.label,
+                rows.forgotten)  # fmt: skip
+    other = copy.deepcopy(tail)
+    steppers = [EagerStepper(t, list(t.parameters()), rows, Masked(FORGET, 2.0))
+                for t in (tail, other)]  # fmt: skip
+    steppers[1].optimiser = torch.optim.AdamW(
+        other.parameters(), weight_decay=0.0, fused=dtype == torch.float32
+    )
+    for stepper in steppers:
+        stepper.run(index, RATES)
+    for a, b in zip(tail.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_compiled_equals_eager() -> None:
     eager, loss = run(EagerStepper)
     compiled, compiled_loss = run(CompiledStepper)

@@ -14,5 +14,6 @@
 #pragma GCC target("avx2,fma,f16c")
 #define ZSU_ISA avx2
 #define ZSU_F16C
+#define ZSU_FMA
 #include "all_kernels.h"
 #endif

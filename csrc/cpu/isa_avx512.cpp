@@ -14,6 +14,7 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")
 #define ZSU_ISA avx512
 #define ZSU_F16C
+#define ZSU_FMA
 #define ZSU_AVX512
 #include "all_kernels.h"
 #endif

@@ -9,14 +9,10 @@ namespace {
 
 std::tuple<Tensor, Tensor> masked_cross_entropy(
     const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
-  check_masked(logits, teacher, forget, coef);
+  const auto [x, z, mask, coefs] = masked_inputs(logits, teacher, forget, coef);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const ScalarType accumulator = accumulator_of(logits);
-  const Tensor x = with_dense_rows(logits);
-  const Tensor z = with_dense_rows(teacher.scalar_type() == logits.scalar_type() ? teacher : torch::stable::to(teacher, logits.scalar_type()));
-  const Tensor mask = contiguous_as(forget, ScalarType::Bool);
-  const Tensor coefs = contiguous_as(coef, accumulator);
-  const Tensor dlogits = torch::stable::new_empty(logits, logits.sizes());
+  const Tensor dlogits = fresh(logits, {rows, classes}, logits.scalar_type());
   std::vector<double> row_loss(static_cast<size_t>(rows));
   const MaskedRows args{
       x.const_data_ptr(), rows ? x.stride(0) : 0, z.const_data_ptr(), rows ? z.stride(0) : 0, mask.const_data_ptr<bool>(),

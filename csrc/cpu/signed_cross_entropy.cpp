@@ -37,7 +37,7 @@ Tensor run(const Tensor& logits, const Tensor& target, const Tensor& coef, const
                                                           : static_cast<const float*>(coef_data)[i] < 0;
     sums[forget ? 0 : 1] += row_loss[static_cast<size_t>(i)];
   }
-  const Tensor losses = torch::stable::new_empty(logits, {2}, accumulator);
+  const Tensor losses = fresh(logits, {2}, accumulator);
   for (int k = 0; k < 2; ++k) {
     if (accumulator == ScalarType::Double) losses.mutable_data_ptr<double>()[k] = sums[k];
     else losses.mutable_data_ptr<float>()[k] = static_cast<float>(sums[k]);
@@ -45,33 +45,20 @@ Tensor run(const Tensor& logits, const Tensor& target, const Tensor& coef, const
   return losses;
 }
 
-void check(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check_logits(logits);
-  check_target(target, logits);
-  check_per_row(coef, logits, "coef");
-  check_float(coef, "coef");
-}
-
 std::tuple<Tensor, Tensor> signed_cross_entropy(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check(logits, target, coef);
+  check_signed(logits, target, coef);
   const Tensor rows = with_dense_rows(logits);
-  const Tensor dlogits = torch::stable::new_empty(logits, logits.sizes());
+  const Tensor dlogits = fresh(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
   return {run(rows, target, coef, dlogits), dlogits};
 }
 
 Tensor signed_cross_entropy_(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check(logits, target, coef);
-  STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1, "in place, the classes of a row must be neighbours");
-  STD_TORCH_CHECK(logits.size(0) <= 1 || logits.stride(0) >= logits.size(1), "in place, rows must not overlap");
+  check_signed_in_place(logits, target, coef);
   return run(logits, target, coef, logits);
 }
 
 void scale_rows_(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
-  check_logits(rows);
-  check_per_row(coef, rows, "coef");
-  STD_TORCH_CHECK(grad.numel() == 1 || (grad.dim() == 1 && grad.numel() == 2), "grad must hold 1 or 2 numbers");
-  STD_TORCH_CHECK(grad.scalar_type() == accumulator_of(rows), "grad must have the type of the loss");
-  STD_TORCH_CHECK(rows.size(1) <= 1 || rows.stride(1) == 1, "the classes of a row must be neighbours");
+  check_scaled(rows, coef, grad);
   const auto number = [&](int64_t i) {
     const int64_t at = grad.dim() ? i * grad.stride(0) : 0;
     return grad.scalar_type() == ScalarType::Double ? grad.const_data_ptr<double>()[at] : grad.const_data_ptr<float>()[at];

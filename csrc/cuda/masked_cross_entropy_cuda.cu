@@ -16,6 +16,11 @@ struct Pair {
   }
 };
 
+// 1 / sum. In double, the slow path of a division is a call around which registers are spilled; the
+// logarithm is there anyway.
+__device__ inline float reciprocal(float sum, float) { return 1 / sum; }
+__device__ inline double reciprocal(double, double log_sum) { return exp(-log_sum); }
+
 // One row for `span` threads, as in signed_cross_entropy_cuda.cu. The teacher's masked softmax is
 // never stored: its two sums are enough.
 template <int span, class T>
@@ -58,8 +63,9 @@ masked_cross_entropy_kernel(
       [&](int64_t i) { one(widen(x[i]), widen(z[i]), i); });
   sums = reduce_row<span>(sums, Pair<A>::merge);
   const A top_x = sums.student.top, top_z = sums.teacher.top;
-  const A scale_x = coef / sums.student.sum, scale_z = coef / sums.teacher.sum;
-  const A log_ratio = log(sums.student.sum) - log(sums.teacher.sum);
+  const A log_x = log(sums.student.sum), log_z = log(sums.teacher.sum);
+  const A scale_x = coef * reciprocal(sums.student.sum, log_x), scale_z = coef * reciprocal(sums.teacher.sum, log_z);
+  const A log_ratio = log_x - log_z;
 
   Sum<A> loss{0};
   const auto gradient = [&](A student, A of_teacher, int64_t i) {
@@ -84,16 +90,13 @@ masked_cross_entropy_kernel(
 
 std::tuple<Tensor, Tensor> masked_cross_entropy(
     const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
-  check_masked(logits, teacher, forget, coef);
+  const auto [x, z, mask, coefs] = masked_inputs(logits, teacher, forget, coef);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const cudaStream_t stream = current_stream(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const ScalarType type = accumulator_of(logits);
-  const Tensor x = with_dense_rows(logits);
-  const Tensor z = with_dense_rows(teacher.scalar_type() == logits.scalar_type() ? teacher : torch::stable::to(teacher, logits.scalar_type()));
-  const Tensor mask = contiguous_as(forget, ScalarType::Bool), coefs = contiguous_as(coef, type);
-  const Tensor dlogits = torch::stable::new_empty(logits, logits.sizes());
-  const Tensor row_loss = torch::stable::new_empty(logits, {rows}, type);
+  const Tensor dlogits = fresh(logits, {rows, classes}, logits.scalar_type());
+  const Tensor row_loss = fresh(logits, {rows}, type);
   const Tensor loss = torch::stable::new_empty(logits, {}, type);
   dispatch(logits, [&](auto zero) {
     using T = decltype(zero);
@@ -106,8 +109,9 @@ std::tuple<Tensor, Tensor> masked_cross_entropy(
             row_loss.mutable_data_ptr<A>(), rows, classes);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       };
-      if (classes <= warp_limit)
-        launch(masked_cross_entropy_kernel<32, T>, (rows + rows_per_block - 1) / rows_per_block, 32 * rows_per_block);
+      constexpr int short_span = sizeof(T) < sizeof(double) ? 32 : 256; // a warp a row spills in double
+      if (classes <= warp_limit && short_span == 32)
+        launch(masked_cross_entropy_kernel<short_span, T>, (rows + rows_per_block - 1) / rows_per_block, 32 * rows_per_block);
       else launch(masked_cross_entropy_kernel<256, T>, rows, 256);
     }
     sum_rows<A, false><<<1, 1024, 0, stream>>>(row_loss.const_data_ptr<A>(), coefs.const_data_ptr<A>(), loss.mutable_data_ptr<A>(), rows);

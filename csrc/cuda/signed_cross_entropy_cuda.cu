@@ -98,8 +98,8 @@ Tensor run(const Tensor& logits, const Tensor& target, const Tensor& coef, const
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const ScalarType type = accumulator_of(logits);
   const Tensor targets = contiguous_as(target, ScalarType::Long), coefs = contiguous_as(coef, type);
-  const Tensor row_loss = torch::stable::new_empty(logits, {rows}, type);
-  const Tensor losses = torch::stable::new_empty(logits, {2}, type);
+  const Tensor row_loss = fresh(logits, {rows}, type);
+  const Tensor losses = fresh(logits, {2}, type);
   dispatch(logits, [&](auto zero) {
     using T = decltype(zero);
     using A = accumulator<T>;
@@ -121,34 +121,20 @@ Tensor run(const Tensor& logits, const Tensor& target, const Tensor& coef, const
   return losses;
 }
 
-void check(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check_logits(logits);
-  check_target(target, logits);
-  check_per_row(coef, logits, "coef");
-  check_float(coef, "coef");
-}
-
 std::tuple<Tensor, Tensor> signed_cross_entropy(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check(logits, target, coef);
+  check_signed(logits, target, coef);
   const Tensor rows = with_dense_rows(logits);
-  const Tensor dlogits = torch::stable::new_empty(logits, logits.sizes());
+  const Tensor dlogits = fresh(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
   return {run(rows, target, coef, dlogits), dlogits};
 }
 
 Tensor signed_cross_entropy_(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check(logits, target, coef);
-  STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1, "in place, the classes of a row must be neighbours");
-  STD_TORCH_CHECK(logits.size(0) <= 1 || logits.stride(0) >= logits.size(1), "in place, rows must not overlap");
+  check_signed_in_place(logits, target, coef);
   return run(logits, target, coef, logits);
 }
 
 void scale_rows_(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
-  check_logits(rows);
-  check_per_row(coef, rows, "coef");
-  STD_TORCH_CHECK(grad.numel() == 1 || (grad.dim() == 1 && grad.numel() == 2), "grad must hold 1 or 2 numbers");
-  STD_TORCH_CHECK(grad.scalar_type() == accumulator_of(rows), "grad must have the type of the loss");
-  STD_TORCH_CHECK(rows.size(1) <= 1 || rows.stride(1) == 1, "the classes of a row must be neighbours");
-  check_same_device(rows, grad, "grad");
+  check_scaled(rows, coef, grad);
   if (rows.size(0) == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
   const Tensor coefs = contiguous_as(coef, accumulator_of(rows));

@@ -172,7 +172,7 @@ def test_triton_small_kernels(arch: int) -> None:
 # ---- CUDA C++: what nvcc put into the library ----------------------------------------------------
 KERNELS = [
     *(f"{op}_cross_entropy_kernelILi{span}E{t}" for op in ("signed", "masked") for span in (32, 256)
-      for t in ("f", "d", "6__half", "13__nv_bfloat16")),
+      for t in ("f", "d", "6__half", "13__nv_bfloat16") if (op, span, t) != ("masked", 32, "d")),
     *(f"ascent_step_kernelILNS_10AscentModeE{mode}E" for mode in (0, 1, 2)),
     *(f"scale_rows_kernelI{t}" for t in ("f", "d", "6__half", "13__nv_bfloat16")),
     "grad_scale_kernel",
@@ -207,8 +207,7 @@ def test_cuda_kernels_are_there_and_do_not_spill(arch: int) -> None:
     stacks = dict(re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+)", usage))
     for kernel in KERNELS:
         (stack,) = (int(v) for name, v in stacks.items() if kernel in name)
-        # float64 is there for gradcheck; the slow paths of its divisions save registers
-        assert stack <= (32 if re.search(r"E?I?d(EE|E)?$", kernel) else 0), kernel
+        assert stack == 0, kernel
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -230,7 +229,7 @@ def test_cuda_sources_have_no_32_bit_element_offsets() -> None:
     if not root.exists():
         pytest.skip("no sources next to the tests")
     allowed = {"by", "k", "w", "thread", "span", "threads", "size", "rows_per_block", "chosen",
-               "THREADS", "mode", "operator", "shuffled"}  # fmt: skip
+               "THREADS", "mode", "operator", "short_span", "shuffled"}  # fmt: skip
     for source in [*root.glob("*.cu"), *root.glob("*.cuh")]:
         code = re.sub(r"//.*", "", source.read_text())
         declared = set(re.findall(r"\b(?:int|unsigned|uint32_t)\s+(\w+)", code))

@@ -231,6 +231,42 @@ def test_incoming_gradient(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("runner", runners(compiled=False))
+def test_one_loss_is_the_sum_of_the_terms(runner: Runner) -> None:
+    logits, target, coef = make(9, 37, device=runner.device)
+    losses, unit = and_grad(runner, logits, target, coef)
+    for weight in (1.0, -2.5):
+        leaf = logits.clone().requires_grad_()
+        loss = ops.signed_cross_entropy(leaf, target, coef, reduction="sum", backend=runner.backend)
+        torch.testing.assert_close(loss.detach(), losses.sum(), rtol=0, atol=0)
+        for _ in range(2):  # the graph is kept: the second pass finds what the first one found
+            (grad,) = torch.autograd.grad(loss, leaf, loss.new_tensor(weight), retain_graph=True)
+            torch.testing.assert_close(grad, weight * unit)
+        (weight * loss).backward()
+        torch.testing.assert_close(leaf.grad, weight * unit)
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+    with torch.no_grad():
+        loss = ops.signed_cross_entropy(logits, target, coef, reduction="sum")
+    torch.testing.assert_close(loss, losses.sum())
+    with pytest.raises(ValueError, match="mean"):
+        ops.signed_cross_entropy(logits, target, coef, reduction="mean")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("runner", runners(compiled=False))
+def test_logits_of_any_size_in_one_batch(runner: Runner) -> None:
+    """Long rows start without their largest logit, and again with it where that was too large."""
+    logits = torch.randn(9, 1003, device=runner.device)
+    logits += torch.tensor([0, 100, 0, -50, -50, 1e4, 20, 0, 90.0], device=runner.device)[:, None]
+    target = torch.arange(9, device=runner.device)
+    target[::2] = logits[::2].argmax(1)
+    coef = torch.randn(9, device=runner.device)
+    check(runner, logits, target, coef, 8e-6 if runner.backend in APPROXIMATE else 2e-6)
+    in_place = logits.clone()
+    ops.signed_cross_entropy_(in_place, target, coef, backend=runner.backend)
+    assert torch.equal(in_place, and_grad(runner, logits, target, coef)[1])
+
+
+@pytest.mark.parametrize("runner", runners(compiled=False))
 def test_unit_gradient_is_handed_out_without_a_copy(runner: Runner) -> None:
     logits, target, coef = make(9, 37, device=runner.device)
     leaf = logits.requires_grad_()

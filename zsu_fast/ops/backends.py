@@ -103,7 +103,7 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> Callabl
         BackendUnavailable: the backend asked for cannot run on this device.
         ValueError: there is no such backend.
     """
-    wanted = _checked(backend) or _forced
+    wanted = _forced if backend is None else _checked(backend) or _forced
     key = (op, device.type, wanted)
     if key in _chosen:
         return _chosen[key]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -9,26 +11,38 @@ from . import backends, fused_loss
 
 
 def signed_cross_entropy(
-    logits: Tensor, target: Tensor, coef: Tensor, *, backend: str | None = None
+    logits: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    *,
+    reduction: Literal["terms", "sum"] = "terms",
+    backend: str | None = None,
 ) -> Tensor:
-    """``sum(coef * CE(logits, target))`` by term, differentiable once in ``logits``.
+    """``sum(coef * CE(logits, target))``, differentiable once in ``logits``.
 
     Args:
         logits: float32, float64, float16 or bfloat16 [B, C], any strides (classes that are not
             neighbours in memory cost a copy).
         target: int64 or int32 [B], in 0..C-1 where coef is not 0, ignored elsewhere.
         coef: float [B], one coefficient a row: sign x weight / N; 0 leaves the row out.
+        reduction: "terms": the forget and the retain sum apart; "sum": one loss, the sum of
+            both, cheaper than adding them up outside.
         backend: see `backends`.
 
     Returns:
-        [2], float32 (float64 for float64 logits): the sum over rows with a negative coef (forget)
-        and with a positive one (retain). Their sum is the loss; both carry gradients. No rows: 0.
+        float32 (float64 for float64 logits). "terms": [2], the sum over rows with a negative
+        coef (forget) and with a positive one (retain); both carry gradients. "sum": a scalar.
+        No rows: 0.
 
     Raises:
+        ValueError: no such reduction.
         RuntimeError: shapes, dtypes or devices do not fit; on the CPU also a target out of range
             (on other devices such a row gives NaN, seen without waiting for the device).
     """
-    return fused_loss.fused_loss("signed_cross_entropy", (logits, target, coef), backend)
+    if reduction not in ("terms", "sum"):
+        raise ValueError(f"unknown reduction {reduction!r}: choose from terms, sum")
+    inputs = (logits, target, coef)
+    return fused_loss.fused_loss("signed_cross_entropy", inputs, backend, reduction == "sum")
 
 
 def signed_cross_entropy_and_grad(
