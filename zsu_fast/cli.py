@@ -98,6 +98,9 @@ def unlearn(
     weights: Weights = None,
     record: Annotated[Path | None, typer.Option(help="Write the run's record (JSON).")] = None,
     tail: Annotated[str, typer.Option(help="auto, last, or a module's name.")] = "auto",
+    depth: Annotated[
+        str, typer.Option(help="output, or deep: the features forget too, at a cost of RA.")
+    ] = "output",
     objective: Annotated[str, typer.Option(help="masked or differential.")] = "masked",
     paper: Annotated[bool, typer.Option("--paper", help="The published recipe.")] = False,
     impressions_per_class: Annotated[int, typer.Option(help="4 or more.")] = 32,
@@ -116,7 +119,7 @@ def unlearn(
             if path is not None:
                 checkpoint.check_writable(path, force)
         loaded = load_model(model, weights, classes)
-        options: dict[str, Any] = {"tail": tail, "objective": objective}
+        options: dict[str, Any] = {"tail": tail, "depth": depth, "objective": objective}
         if paper:
             options |= paper_preset()
         run = ZeroShotUnlearner(

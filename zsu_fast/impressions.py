@@ -213,12 +213,16 @@ def ascend(
     classes: Sequence[int],
     settings: AscentSettings,
     report: Reporter,
+    starts: Tensor | None = None,
 ) -> ClassImpressions:
-    """`synthesize` on a working copy. All classes share one batch; finished rows leave it."""
+    """`synthesize` on a working copy. All classes share one batch; finished rows leave it.
+
+    ``starts``, in 0..1 [N, ...], are where the ascents begin instead of at grey noise.
+    """
     device = next(model.parameters()).device
     work = multiply_adds(model, torch.zeros(1, *spec.shape, device=device))
     with threads_for(work, device):
-        return _Ascent(model, spec, classes, settings).run(report)
+        return _Ascent(model, spec, classes, settings, starts).run(report)
 
 
 class _Ascent:
@@ -230,8 +234,9 @@ class _Ascent:
         spec: InputSpec,
         classes: Sequence[int],
         settings: AscentSettings,
+        starts: Tensor | None = None,
     ) -> None:
-        self.spec, self.settings = spec, settings
+        self.spec, self.settings, self.starts = spec, settings, starts
         self.device = next(model.parameters()).device
         bounds = (-1, 1, 1) if len(spec.shape) == 3 else (-1,)
         self.low = spec.low.view(bounds).to(self.device)
@@ -351,7 +356,10 @@ class _Ascent:
             generator = torch.Generator().manual_seed(_mix(self.settings.seed, *key))
             if self.settings.confidence is not None:
                 target[at].uniform_(*self.settings.confidence, generator=generator)
-            images[at].normal_(0.5, 0.1, generator=generator).clamp_(0, 1)
+            if self.starts is None:
+                images[at].normal_(0.5, 0.1, generator=generator).clamp_(0, 1)
+            else:
+                images[at] = self.starts[i]
         x = self.low + images.to(self.device) * (self.high - self.low)
         zero = torch.zeros(len(new), device=self.device)
         false = torch.zeros(len(new), dtype=torch.bool, device=self.device)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import classifier, impressions as synthesis, tail as tails
+from .deep import Depth, check_depth, find_deep_split, forget_deeply
 from .errors import ArgumentError, ModelError
 from .fast_copy import Precision
 from .impressions import AscentSettings, ClassImpressions
@@ -80,6 +81,8 @@ class ZeroShotUnlearner:
         forget: as for `unlearn`.
         tail: "auto" (the first responsive layer, see `tail.find_split`), "last" (the last layer
             with parameters), or the name of the module at which the tail starts.
+        depth: "output" (the outputs forget), or "deep" (the features too: slower, and at a cost of
+            RA; see `deep`).
         objective: "masked" (match the original with the forgotten classes taken out; bounded) or
             "differential" (the paper's signed cross-entropy).
         impressions: `ClassImpressions` made before, of all classes; None makes them.
@@ -118,6 +121,7 @@ class ZeroShotUnlearner:
         forget: Any,
         *,
         tail: str = "auto",
+        depth: Depth = "output",
         objective: str = "masked",
         impressions: ClassImpressions | None = None,
         impressions_per_class: int = 32,
@@ -173,13 +177,15 @@ class ZeroShotUnlearner:
         self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
         self.forget_mask[self.forget] = True
         check_objective(objective, weights)
-        self.objective, self.weights = objective, weights
+        check_depth(depth, objective)
+        self.objective, self.weights, self.depth = objective, weights, depth
         self.tail, self.seed = tail, seed
         self.report = Reporter(progress, callback)
         self.impressions = self._check_impressions(impressions)
         self.split_point: Split | None = None
         self.result: Fit | None = None
         self.record = Record.begin(model, self.spec, self.forget, self.classes, settings)
+        self.record.depth["depth"] = depth
 
     def run(self) -> nn.Module:
         """All steps; the unlearned model."""
@@ -211,9 +217,11 @@ class ZeroShotUnlearner:
         """Cuts the model at ``tail``."""
         made = self._made()
         with self._stage("split"):
-            self.split_point = tails.find_split(
-                self.work, self.tail, made.images.to(self.device), made.labels.to(self.device)
-            )
+            images, labels = made.images.to(self.device), made.labels.to(self.device)
+            if self.depth == "deep":
+                self.split_point = find_deep_split(self.work, self.tail, images)
+            else:
+                self.split_point = tails.find_split(self.work, self.tail, images, labels)
         return self.split_point
 
     @classifier.own_modes()
@@ -221,6 +229,14 @@ class ZeroShotUnlearner:
         """Trains the tail on the cached features of three in four impressions."""
         cut = self.split_point or self.split()
         made = self._made()
+        if self.depth == "deep":
+            with self._stage("fit"):
+                self.result, facts = forget_deeply(
+                    self.work, self.spec, cut, made, self.forget_mask, self.rows, self.loop,
+                    self.seed, self.report,
+                )  # fmt: skip
+            self.record.depth |= facts
+            return self.result
         with self._stage("fit"):
             features = cut.features(made.images.to(self.device))
             labels = made.labels.to(self.device)
