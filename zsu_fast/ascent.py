@@ -91,16 +91,23 @@ class Ascent:
         number: int64 [N], tells points of one class apart.
         settings: see `synthesize`.
         width: most rows in flight.
+        starts: where they start, [N, *shape]; None for the space's own starting points.
     """
 
     def __init__(
-        self, space: Space, labels: Tensor, number: Tensor, settings: AscentSettings, width: int
+        self,
+        space: Space,
+        labels: Tensor,
+        number: Tensor,
+        settings: AscentSettings,
+        width: int,
+        starts: Tensor | None = None,
     ) -> None:
         self.space, self.settings = space, settings
         self.model, self.device = space.climbed, space.low.device
         self.rate = settings.step_size * space.step
         self.beta = torch.tensor(settings.beta, device=self.device)
-        self.labels, self.number = labels, number
+        self.labels, self.number, self.starts = labels, number, starts
         count = len(labels)
         self.width = min(count, width)
         self.points = torch.empty(count, *space.shape)
@@ -231,6 +238,8 @@ class Ascent:
                 target[at].uniform_(*self.settings.confidence, generator=generator)
             noise[at].normal_(generator=generator)
         x = self.space.start(noise.to(self.device))
+        if self.starts is not None:
+            x.copy_(self.starts[new])
         zero = torch.zeros(len(new), device=self.device)
         false = torch.zeros(len(new), dtype=torch.bool, device=self.device)
         return _Rows(

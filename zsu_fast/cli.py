@@ -100,6 +100,9 @@ def unlearn(
     tail: Annotated[
         str, typer.Option(help="auto, last, a module's name, or a number of last layers.")
     ] = "auto",
+    depth: Annotated[
+        str, typer.Option(help="output, or deep: the features forget too, at a cost of RA.")
+    ] = "output",
     objective: Annotated[str, typer.Option(help="masked or differential.")] = "masked",
     paper: Annotated[bool, typer.Option("--paper", help="The published recipe.")] = False,
     impressions_per_class: Annotated[int, typer.Option(help="4 or more.")] = 32,
@@ -119,7 +122,7 @@ def unlearn(
                 checkpoint.check_writable(path, force)
         loaded = load_model(model, weights, classes)
         at = int(tail) if tail.isdigit() else tail
-        options: dict[str, Any] = {"tail": at, "objective": objective}
+        options: dict[str, Any] = {"tail": at, "depth": depth, "objective": objective}
         if paper:
             options |= paper_preset()
         run = ZeroShotUnlearner(

@@ -195,8 +195,9 @@ def ascend(
     settings: AscentSettings,
     report: Reporter,
     cache: str | Path | None = None,
+    starts: Tensor | None = None,
 ) -> ClassImpressions:
-    """`synthesize` in a `Space`, shard by shard.
+    """`synthesize` in a `Space`, shard by shard; from ``starts`` [N, ...] instead of noise.
 
     All classes of a shard share one batch; rows that are done leave it. How many rows go at once
     is measured (`memory.rows_that_fit`), and halved where memory runs out all the same.
@@ -220,7 +221,10 @@ def ascend(
                 done += len(shard)
                 continue
             while True:
-                climb = Ascent(space, labels[shard], number[shard], settings, width)
+                climb = Ascent(
+                    space, labels[shard], number[shard], settings, width,
+                    None if starts is None else starts[shard],
+                )  # fmt: skip
                 try:
                     parts.append(climb.run(report, done, len(labels)))
                 except Stopped:

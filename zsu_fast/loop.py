@@ -146,7 +146,7 @@ def train_tail(
     first = attempt.check(0, 0, 0.0, math.nan)
     fit.history.append(first)
     fit.best, best_state = first, start
-    rate = settings.learning_rate or objective.learning_rate or _natural_rate(parameters)
+    rate = settings.learning_rate or objective.learning_rate or natural_rate(parameters)
     scales, number = [1.0], 0
     try:
         while number < len(scales):
@@ -181,7 +181,7 @@ def _better(new: Check, old: Check) -> bool:
     return math.isfinite(new.divergence) and new.divergence < old.divergence
 
 
-def _natural_rate(parameters: list[nn.Parameter]) -> float:
+def natural_rate(parameters: list[nn.Parameter]) -> float:
     """A rate at which Adam moves the average weight by 2 % a step."""
     total = sum(float(p.detach().float().square().sum()) for p in parameters if p.ndim > 1)
     count = sum(p.numel() for p in parameters if p.ndim > 1)

@@ -32,6 +32,8 @@ class Record:
         versions: of zsu_fast, torch, python; the platform; threads.
         weights_before, weights_after: `classifier.weights_hash`.
         impressions: count, hit rate, worst class's hit rate, mean confidence, steps.
+        depth: "output" or "deep"; of a deep run also what its held-out rows showed before and
+            after (`deep.forget_deeply`).
         split: where, why, what was trained, whether only outputs can forget.
         fit: why it stopped, the best check and the history.
         timings: seconds by stage, and in all.
@@ -48,6 +50,7 @@ class Record:
     weights_before: str
     weights_after: str = ""
     impressions: dict[str, Any] = field(default_factory=dict)
+    depth: dict[str, Any] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
     fit: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)

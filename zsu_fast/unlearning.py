@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import classifier, impressions as synthesis, tail as tails
 from .ascent import AscentSettings
+from .deep import Depth, check_depth, find_deep_split, forget_deeply
 from .errors import ArgumentError, ModelError
 from .fast_copy import Precision
 from .impressions import ClassImpressions
@@ -92,6 +93,8 @@ class ZeroShotUnlearner:
         tail: "auto" (the first responsive layer, see `tail.find_split`), "last" (the last layer
             with parameters), the name of the module at which the tail starts, or how many of the
             last layers with weights it has.
+        depth: "output" (the outputs forget), or "deep" (the features too: slower, and at a cost of
+            RA; see `deep`).
         objective: "masked" (match the original with the forgotten classes taken out; bounded) or
             "differential" (the paper's signed cross-entropy).
         impressions: `ClassImpressions` made before, of all classes; None makes them.
@@ -134,6 +137,7 @@ class ZeroShotUnlearner:
         forget: Any,
         *,
         tail: str | int = "auto",
+        depth: Depth = "output",
         objective: str = "masked",
         impressions: ClassImpressions | None = None,
         space: SpaceName = "input",
@@ -197,13 +201,15 @@ class ZeroShotUnlearner:
             per_class, confidence, max_steps, restarts, step_size, beta, seed, precision
         )
         check_objective(objective, weights)
-        self.objective, self.weights = objective, weights
+        check_depth(depth, objective, space)
+        self.objective, self.weights, self.depth = objective, weights, depth
         self.tail, self.seed, self.space, self.cache = tail, seed, space, cache
         self.report = Reporter(progress, callback)
         self.impressions = self._check_impressions(impressions)
         self.split_point: Split | None = None
         self.result: Fit | None = None
         self.record = Record.begin(model, self.spec, self.forget, self.classes, settings)
+        self.record.depth["depth"] = depth
 
     def run(self) -> nn.Module:
         """All steps; the unlearned model."""
@@ -247,9 +253,11 @@ class ZeroShotUnlearner:
             made = self._made()
             at, images, labels = self.tail, made.images, made.labels
         with self._stage("split"):
-            self.split_point = tails.find_split(
-                self.work, at, images.to(self.device), labels.to(self.device)
-            )
+            images, labels = images.to(self.device), labels.to(self.device)
+            if self.depth == "deep":
+                self.split_point = find_deep_split(self.work, at, images)
+            else:
+                self.split_point = tails.find_split(self.work, at, images, labels)
         return self.split_point
 
     @classifier.own_modes()
@@ -257,6 +265,14 @@ class ZeroShotUnlearner:
         """Trains the tail on the cached features of the impressions that are not held out."""
         cut = self.split_point or self.split()
         made = self._made()
+        if self.depth == "deep":
+            with self._stage("fit"):
+                self.result, facts = forget_deeply(
+                    self.work, self.spec, cut, made, self.forget_mask, self.rows, self.loop,
+                    self.seed, self.report,
+                )  # fmt: skip
+            self.record.depth |= facts
+            return self.result
         with self._stage("fit"):
             points, labels = made.images.to(self.device), made.labels.to(self.device)
             if self.space == "tail-input":

@@ -1,0 +1,380 @@
+"""Deep forgetting: the classes leave the features, not only the outputs.
+
+The last layer *and* the layers ahead of it are trained, on four terms:
+
+1. the logits match the masked original, as in output-level forgetting;
+2. so do those that the frozen *original* last layer gives on the new features: whoever puts it
+   back (the un-mask test) still gets no forgotten class;
+3. the features shrink: what the retained classes do not need fades;
+4. a ridge regression, fitted anew on each batch, must not find the original's forgotten logits in
+   the features: a linear probe then has little to go by (its explained variance is what
+   Belrose et al., "LEACE", 2023, bring to 0 in closed form; here the layers learn to).
+
+Features are only kept where they are seen, and impressions lie far from any real image: so the
+rows are mostly *scenes* (`draw_scenes`), as drawn and pushed to each class by a few ascent steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from . import tail as tails
+from .ascent import AscentSettings
+from .classifier import InputSpec, LogitsModel
+from .errors import ArgumentError, ModelError
+from .impressions import ClassImpressions, ascend
+from .loop import Check, Fit, LoopSettings, natural_rate
+from .objective import Masked, Rows, RowSettings
+from .progress import Reporter, Stopped
+from .responsive import layer_names
+from .scenes import draw_scenes
+from .spaces import input_space
+from .tail import Split
+
+Depth = Literal["output", "deep"]
+DEPTHS: tuple[str, ...] = get_args(Depth)
+
+_SCENE_VALUES = 32 * 1024 * 1024  # pixel values drawn at most: 10,922 scenes of 3x32x32
+_SHARE = 0.1  # of the layers with weights are trained beside the last one, and at least one
+
+
+@dataclass(frozen=True)
+class DeepSettings:
+    """Constants of deep forgetting, chosen on training images (benchmarks/results).
+
+    Attributes:
+        scenes: drawn images; fewer where they are large, 256 at least.
+        pushed: of them, started an ascent to a class from.
+        steps, batch: optimiser steps, and rows in each.
+        unmask: weight of the frozen original last layer's divergence.
+        shrink: weight of the features' mean square, in units of the original's.
+        erase: weight of the explained variance of the forgotten logits.
+        ridge: of that regression, in units of the features' mean variance.
+    """
+
+    scenes: int = 3000
+    pushed: int = 1000
+    steps: int = 300
+    batch: int = 256
+    unmask: float = 0.3
+    shrink: float = 0.5
+    erase: float = 0.5
+    ridge: float = 0.1
+
+    def fit_to(self, spec: InputSpec) -> tuple[int, int]:
+        """(scenes, pushed) for images of this size."""
+        share = min(1.0, _SCENE_VALUES / (self.scenes * math.prod(spec.shape)))
+        return max(256, int(share * self.scenes)), max(256, int(share * self.pushed))
+
+
+def check_depth(depth: str, objective: str, space: str) -> None:
+    """Raises where there is no such depth, or the objective does not go with it.
+
+    Raises:
+        ArgumentError: as said.
+    """
+    if depth not in DEPTHS:
+        raise ArgumentError("depth", f"got {depth!r}", f"Pass one of {', '.join(DEPTHS)}.")
+    if depth == "deep" and space != "input":
+        raise ArgumentError(
+            "space", f"got {space!r} with depth='deep', which needs images", "Pass space='input'."
+        )
+    if depth == "deep" and objective != "masked":
+        raise ArgumentError(
+            "objective",
+            f"got {objective!r} with depth='deep', which has an objective of its own",
+            "Leave objective out, or pass depth='output'.",
+        )
+
+
+def find_deep_split(model: LogitsModel, at: str | int, images: Tensor) -> Split:
+    """Cuts ``model`` ahead of its last layers: one in ten of those with weights, one at least.
+
+    Args:
+        model: from `working_copy`.
+        at: "auto", or the module at which the tail starts.
+        images: some valid images.
+
+    Raises:
+        ArgumentError: nothing but the last layer would be trained.
+    """
+    names = layer_names(model.model, images[:4])
+    if at == "auto":
+        start = len(names) - 1 - max(1, round(_SHARE * len(names)))
+        if start < 0:
+            raise ArgumentError(
+                "depth",
+                "got 'deep', and the model has a single layer with weights: no features",
+                "Pass depth='output'.",
+            )
+        at, reason = names[start], f"deep: {len(names) - start} of {len(names)} layers"
+    else:
+        reason = "named by the caller"
+    cut = tails.find_split(model, at, images, torch.zeros(len(images), dtype=torch.int64))
+    if cut.output_level:
+        raise ArgumentError(
+            "tail",
+            f"got {at!r} with depth='deep', and only the last layer follows it",
+            f"Name an earlier module, such as {names[max(0, len(names) - 2)]!r}, or leave it out.",
+        )
+    cut.reason = reason
+    return cut
+
+
+def forget_deeply(
+    model: LogitsModel,
+    spec: InputSpec,
+    cut: Split,
+    made: ClassImpressions,
+    forget: Tensor,
+    rows: RowSettings,
+    loop: LoopSettings,
+    seed: int,
+    report: Reporter,
+    settings: DeepSettings | None = None,
+) -> tuple[Fit, dict[str, Any]]:
+    """Trains the tail of ``cut`` until the classes are gone from its features.
+
+    Args:
+        model: the working copy that ``cut`` shares its parameters with; changed in place.
+        spec: of its images.
+        cut: from `find_deep_split`.
+        made: impressions of all classes; one in four is held out, as is one scene in four.
+        forget: bool [C].
+        rows: for the margin.
+        loop: its learning rate, where given, and whether fewer ``steps`` are wanted.
+        seed: everything random.
+        report: told after every check; a stop asked for keeps the state of then.
+        settings: the constants.
+
+    Returns:
+        The fit, and what is worth a line in the record, on held-out rows: ``unmask_leak``, the
+        share answered with a forgotten class once the original last layer is back, and
+        ``evidence``, the share of the forgotten logits' variance that a ridge regression on the
+        features explains; each before and after.
+
+    Raises:
+        ModelError: the model's last layer takes more than one tensor from the others.
+    """
+    settings = settings or DeepSettings()
+    device = forget.device
+    tail = _TwoHeads(model, cut, made.images[:4].to(device))
+    train, held_out, impressions = _make_rows(model, spec, cut, made, forget, seed, settings)
+    margin = rows.margin_for(train.teacher[:impressions], train.label[:impressions])
+    objective = _Objective(tail, train, forget, margin, settings)
+    named = dict(model.model.named_parameters())
+    parameters = [named[name] for name in cut.parameters]
+    steps = min(settings.steps, loop.steps or settings.steps)
+    start = [p.detach().clone() for p in parameters]
+    fit = Fit(learning_rate=loop.learning_rate or natural_rate(parameters))
+    before = objective.look(held_out)
+    while not _descend(fit, steps, objective, parameters, train, held_out, seed, report):
+        with torch.no_grad():  # values blew up: from the start, more slowly
+            for parameter, saved in zip(parameters, start, strict=True):
+                parameter.copy_(saved)
+        fit.learning_rate *= 0.3
+        if fit.history[-1].attempt >= 3:
+            fit.stopped += "; given up"
+            break
+    after = objective.look(held_out)
+    facts = {"scenes": settings.fit_to(spec)[0], "rows": len(train), "held_out": len(held_out)}
+    return fit, facts | {k: {"before": before[k], "after": after[k]} for k in before}
+
+
+class _TwoHeads(nn.Module):
+    """The tail, the features at its last layer, and the frozen original last layer on them."""
+
+    def __init__(self, model: LogitsModel, cut: Split, images: Tensor) -> None:
+        super().__init__()
+        names = layer_names(model.model, images)
+        last = tails.split_at(model, names[-1], images, "the last layer")
+        self.tail, self.frozen = cut.tail, copy.deepcopy(last.tail).eval()
+        self.frozen.requires_grad_(False)
+        self.last = dict(model.model.named_modules())[names[-1]]
+        with torch.no_grad():
+            logits, _, unmasked = self(*cut.head(images))
+        if len(last.head(images)) != 1 or not torch.allclose(logits, unmasked, 1e-3, 1e-3):
+            raise ModelError(
+                f"its last layer {names[-1]!r} is not the only way from the features to the logits",
+                "Pass depth='output'.",
+            )
+
+    def forward(self, *crossing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [N, C]; features [N, ...] at the last layer; the original last layer's logits."""
+        seen: list[Tensor] = []
+        hook = self.last.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        try:
+            logits = self.tail(*crossing)
+        finally:
+            hook.remove()
+        return logits, seen[-1], self.frozen(seen[-1])
+
+
+def _make_rows(
+    model: LogitsModel,
+    spec: InputSpec,
+    cut: Split,
+    made: ClassImpressions,
+    forget: Tensor,
+    seed: int,
+    settings: DeepSettings,
+) -> tuple[Rows, Rows, int]:
+    """Training rows, held-out rows, and how many of the former, the first ones, are impressions."""
+    device = forget.device
+    classes = len(forget)
+    scenes, pushed = settings.fit_to(spec)
+    drawn = draw_scenes(scenes, spec.shape, seed)
+    per_class = max(1, pushed // classes)
+    starts = spec.normalise(drawn[torch.arange(classes * per_class) % scenes] * 255)
+    few = AscentSettings(per_class, (0.3, 0.99), 40, 0, 0.02, 0.0, seed, "float32")
+    space = input_space(model, spec, "float32")
+    ascended = ascend(model, space, spec, range(classes), few, Reporter(False), starts=starts)
+    images = [made.images, ascended.images, spec.normalise(drawn * 255)]
+    parts: list[list[Rows]] = [[], []]
+    for index, group in enumerate(images):
+        features = cut.features(group.to(device))
+        with torch.no_grad():
+            split = [f.split(256) for f in features]
+            teacher = torch.cat([cut.tail(*chunk) for chunk in zip(*split, strict=True)])
+        label = made.labels.to(device) if index == 0 else teacher.argmax(1)
+        rows = Rows(features, teacher, label, forget[label])
+        held = torch.empty(len(label), dtype=torch.bool, device=device)
+        held[label.argsort(stable=True)] = torch.arange(len(label), device=device) % 4 == 3
+        for side, chosen in zip(parts, (~held, held), strict=True):
+            side.append(rows.pick(chosen.nonzero()[:, 0]))
+    train, held_out = (_join(side) for side in parts)
+    return train, held_out, len(parts[0][0])
+
+
+def _join(parts: list[Rows]) -> Rows:
+    features = zip(*[p.features for p in parts], strict=True)
+    return Rows(
+        tuple(torch.cat(column) for column in features),
+        torch.cat([p.teacher for p in parts]),
+        torch.cat([p.label for p in parts]),
+        torch.cat([p.forgotten for p in parts]),
+    )
+
+
+class _Objective:
+    """The four terms, and how held-out rows fare."""
+
+    def __init__(
+        self, tail: _TwoHeads, rows: Rows, forget: Tensor, margin: float, settings: DeepSettings
+    ) -> None:
+        self.tail, self.forget, self.settings = tail, forget, settings
+        self.masked = Masked(forget, margin)
+        with torch.no_grad():
+            energy = torch.cat([part[1].square().flatten(1).mean(1) for part in self._parts(rows)])
+        self.energy = energy.mean().clamp(min=1e-12)
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """The loss of a batch, with autograd."""
+        logits, features, unmasked = self.tail(*rows.features)
+        s = self.settings
+        return (
+            self.masked.divergence(logits, rows)
+            + s.unmask * self.masked.divergence(unmasked, rows)
+            + s.shrink * features.square().mean() / self.energy
+            + s.erase * self.evidence(features, rows.teacher)
+        )
+
+    def evidence(self, features: Tensor, teacher: Tensor) -> Tensor:
+        """Share of the forgotten logits' variance that ridge regression on ``features`` explains.
+
+        In its dual form, so that the system has the size of the batch however wide the features.
+        """
+        relative = teacher[:, self.forget] - teacher.mean(1, keepdim=True)
+        target = relative - relative.mean(0)
+        target = target / target.square().mean(0).sqrt().clamp(min=1e-6)
+        centred = features.flatten(1)
+        centred = centred - centred.mean(0)
+        gram = centred @ centred.T
+        count, width = centred.shape
+        ridge = self.settings.ridge * gram.diagonal().mean() * count / width + 1e-12
+        damped = gram + ridge * torch.eye(count, device=gram.device)
+        explained: Tensor = (target * (gram @ torch.linalg.solve(damped, target))).sum()
+        return explained / target.square().sum().clamp(min=1e-12)
+
+    @torch.no_grad()
+    def look(self, rows: Rows) -> dict[str, float]:
+        """`forget_deeply`'s facts."""
+        _, features, unmasked = (torch.cat(c) for c in zip(*self._parts(rows), strict=True))
+        some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:1024]
+        some = some.to(unmasked.device)
+        return {
+            "unmask_leak": float(self.forget[unmasked.argmax(1)].float().mean()),
+            "evidence": float(self.evidence(features[some], rows.teacher[some])),
+        }
+
+    @torch.no_grad()
+    def check(self, rows: Rows, step: int, attempt: int, rate: float, loss: float) -> Check:
+        logits = torch.cat([part[0] for part in self._parts(rows)])
+        divergence = float(self.masked.divergence(logits, rows))
+        answer, kept = logits.argmax(1), ~rows.forgotten
+        wanted = rows.teacher.masked_fill(self.forget, -torch.inf).argmax(1)
+        agreement = float((answer == wanted)[kept].float().mean()) if bool(kept.any()) else 1.0
+        leak = float(self.forget[answer].float().mean())
+        if not bool(logits.isfinite().all()):
+            divergence = math.nan
+        return Check(step, attempt, rate, loss, divergence, leak, agreement)
+
+    def _parts(self, rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:
+        chunks = zip(*[f.split(256) for f in rows.features], strict=True)
+        return [self.tail(*chunk) for chunk in chunks]
+
+
+def _descend(
+    fit: Fit,
+    steps: int,
+    objective: _Objective,
+    parameters: list[nn.Parameter],
+    rows: Rows,
+    held_out: Rows,
+    seed: int,
+    report: Reporter,
+) -> bool:
+    """One run over all steps at ``fit.learning_rate``; False if values stopped being finite."""
+    draw = torch.Generator().manual_seed(seed)
+    device = rows.label.device
+    attempt = fit.history[-1].attempt + 1 if fit.history else 0
+    fit.history.append(objective.check(held_out, 0, attempt, fit.learning_rate, math.nan))
+    optimiser = torch.optim.AdamW(parameters, weight_decay=0.0)
+    every = max(1, steps // 10)
+    batch = min(objective.settings.batch, len(rows))
+    for step in range(steps):
+        picked = torch.randint(len(rows), (batch,), generator=draw).to(device)
+        rate = fit.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        loss = objective(rows.pick(picked))
+        for parameter, grad in zip(
+            parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+        ):
+            parameter.grad = grad
+        optimiser.step()
+        if (step + 1) % every and step + 1 < steps:
+            continue
+        check = objective.check(held_out, step + 1, attempt, rate, float(loss.detach()))
+        fit.history.append(check)
+        if not math.isfinite(check.divergence):
+            fit.stopped = f"non-finite values at step {step + 1}, rolled back to the start"
+            fit.best = fit.history[0]
+            return False
+        fit.best = check
+        try:
+            report(
+                "fit", step + 1, steps, divergence=check.divergence, leak=check.leak,
+                agreement=check.agreement,
+            )  # fmt: skip
+        except Stopped as stop:
+            fit.stopped = str(stop)
+            return True
+    fit.stopped = f"all {steps} steps taken"
+    return True
