@@ -1,6 +1,6 @@
 """The paper's Table 1 on real data, against every baseline that a reader would ask for.
 
-    python benchmarks/table1.py                  # all rows, about 40 minutes on 2 cores
+    python benchmarks/table1.py                  # all rows, about 90 minutes on 2 cores
     python benchmarks/table1.py mnist cifar10    # some of them
     python benchmarks/table1.py --check          # exit 1 if a bar of the project is missed
 
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import platform
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -37,7 +39,10 @@ Data = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """A block of runs: a model, its data, class sets, seeds, the bars it has to meet."""
+    """A block of runs: a model, its data, class sets, seeds, the bars it has to meet.
+
+    ``mean_gap`` and ``worst_gap`` are how far RA may lie below that of ``against``.
+    """
 
     key: str
     model: str
@@ -51,6 +56,8 @@ class Setting:
     published: str = ""
     golden: str | None = None
     paper_per_class: int = 32
+    against: str = "mask"
+    methods: tuple[str, ...] = ("random embeddings", "paper_preset", "differential", "default")
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class Run:
     ra: float
     overall: float
     mask_ra: float
+    original_ra: float
     seconds: float | None
 
 
@@ -73,6 +81,17 @@ def random_sets(count: int, most: int, seed: int) -> tuple[tuple[int, ...], ...]
     draw = random.Random(seed)
     return tuple(tuple(sorted(draw.sample(range(10), draw.randint(1, most)))) for _ in range(count))
 
+
+def hundreds(count: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    """``count`` sets of 100 of a thousand classes."""
+    draw = random.Random(seed)
+    return tuple(tuple(sorted(draw.sample(range(1000), 100))) for _ in range(count))
+
+
+# The set that the paper's ImageNet tables fit: 150 classes, not 100.
+PUBLISHED_150 = (*range(50), *range(390, 440), *range(950, 1000))
+
+IMAGENET = ("random embeddings", "tail-input", "default")
 
 SETTINGS = [
     Setting("mnist", "lenet5", "mnist", ((1, 2, 3, 4),), (0, 1, 2, 3, 4), 0.05, 0.1, 0.2, 5,
@@ -83,6 +102,13 @@ SETTINGS = [
             None, 60, paper_per_class=4),
     Setting("resnet56", "resnet56_cifar", "cifar10", random_sets(3, 3, 56), (0, 1, 2), 0.5, 0.4,
             None, 180, paper_per_class=4),
+    Setting("vit", "vit_cifar", "cifar10", ((3, 4, 8), *random_sets(2, 3, 77)), (0, 1, 2), 0.5, 0.7,
+            None, 120, paper_per_class=4),
+    Setting("lite0", "tf_efficientnet_lite0", "imagenet", (*hundreds(5, 1), PUBLISHED_150), (0,),
+            1.0, 0.0, 0.5, 360, "AlexNet 56.55 / 48.55 / 0.01 / 57.11, ResNet50 76.14 / 65.31 / "
+            "0.01 / 76.83", against="original", methods=IMAGENET),
+    Setting("squeezenet", "squeezenet1_0", "imagenet", hundreds(5, 2), (0,), 1.0, 0.0, 0.5, 1800,
+            against="original", methods=IMAGENET),
     Setting("mnist-sets", "lenet5", "mnist", random_sets(10, 5, 5), (0,), 0.5, 0.5, None, 5),
     Setting("cifar10-sets", "karpathynet", "cifar10", random_sets(10, 5, 3), (0,), 0.5, 0.5, None,
             10),
@@ -91,6 +117,8 @@ SETTINGS = [
 
 def load_model(name: str) -> nn.Module:
     """A zoo model with the weights that ship, or the public ones in the shared data."""
+    if name not in zoo.ZOO:
+        return zsu_fast.models.load_model(name, str(SHARED / "models" / f"{name}.safetensors"))
     if zoo.ZOO[name].weights is not None:
         return zoo.load(name)
     model = zoo.build(name)
@@ -104,12 +132,26 @@ def load_data(model: nn.Module, name: str) -> Data:
     sys.path.insert(0, str(SHARED))
     import load
 
-    images, labels = getattr(load, name)("test")
-    return model.input_spec.normalise(images), labels
+    spec = zsu_fast.classifier.resolve_spec(model)
+    images, labels = load.imagenet_sample() if name == "imagenet" else getattr(load, name)("test")
+    return spec.normalise(images), labels
 
 
-def default(model: nn.Module, forget: tuple[int, ...], seed: int, _setting: Setting) -> nn.Module:
-    return zsu_fast.unlearn(model, forget, seed=seed)
+@functools.cache
+def cache_folder() -> str:
+    """Impressions depend on no class set: those of a large model are made once a seed."""
+    return tempfile.mkdtemp(prefix="zsu-fast-table1-")
+
+
+def default(model: nn.Module, forget: tuple[int, ...], seed: int, setting: Setting) -> nn.Module:
+    cache = cache_folder() if setting.data == "imagenet" else None
+    return zsu_fast.unlearn(model, forget, seed=seed, cache=cache)
+
+
+def tail_input(
+    model: nn.Module, forget: tuple[int, ...], seed: int, _setting: Setting
+) -> nn.Module:
+    return zsu_fast.unlearn(model, forget, seed=seed, space="tail-input")
 
 
 def differential(
@@ -134,17 +176,19 @@ def random_embeddings(
     """
     run = ZeroShotUnlearner(model, forget, seed=seed, tail="last")
     grey = torch.zeros(4, *run.spec.shape)
+    classes = run.classes
     cut = zsu_fast.tail.find_split(run.work, "last", grey, torch.zeros(4, dtype=torch.int64))
     (feature,) = cut.features(grey)
     draw = torch.Generator().manual_seed(seed)
     halves = []
-    for count in (2048 + 240, 2048 + 80):
+    most = run.rows.count(240, classes) if classes < 100 else 12 * classes
+    for count in (most + 240, 2048 + 80):
         rows = torch.randn(count, *feature.shape[1:], generator=draw).abs()
         with torch.no_grad():
             label = cut.tail(rows).argmax(1)
         halves.append(make_rows(cut.tail, (rows,), label, run.forget_mask, 0, draw))
     train, held_out = halves
-    margin = RowSettings().margin_for(train, len(train))
+    margin = RowSettings().margin_for(train.teacher, train.label)
     yardstick = Masked(run.forget_mask, margin)
     named = dict(run.work.model.named_parameters())
     parameters = [named[n] for n in cut.parameters]
@@ -159,6 +203,7 @@ METHODS: dict[str, Method] = {
     "random embeddings": random_embeddings,
     "paper_preset": paper,
     "differential": differential,
+    "tail-input": tail_input,
     "default": default,
 }
 
@@ -176,39 +221,53 @@ def measure(setting: Setting) -> Iterable[Run]:
         seconds: float | None,
         mask_ra: float,
     ) -> Run:
-        e = zsu_fast.evaluate(candidate, data, forget, batch=1000)
+        e = zsu_fast.evaluate(candidate, data, forget, batch=batch)
         assert e.forget_accuracy is not None
         assert e.retain_accuracy is not None
         assert e.overall_accuracy is not None
         run = Run(
             setting.key, method, forget, seed, e.forget_accuracy, e.retain_accuracy,
-            e.overall_accuracy, mask_ra, seconds,
+            e.overall_accuracy, mask_ra, original_ra or e.retain_accuracy, seconds,
         )  # fmt: skip
         print(
-            f"{setting.key:13}{method:18}{forget!s:17} seed {seed}  FA {run.fa:6.2f}  "
+            f"{setting.key:13}{method:18}{named(forget):17} seed {seed}  FA {run.fa:6.2f}  "
             f"RA {run.ra:6.2f}  overall {run.overall:6.2f}"
             + ("" if seconds is None else f"  {seconds:.1f} s"),
             flush=True,
         )
         return run
 
-    zsu_fast.unlearn(model, [0], impressions_per_class=4, steps=5)  # warm up
+    batch = 50 if setting.data == "imagenet" else 1000
+    if setting.data != "imagenet":
+        zsu_fast.unlearn(model, [0], impressions_per_class=4, steps=5)  # warm up
     for forget in setting.sets:
+        original_ra = 0.0
         masked = zsu_fast.mask(model, forget)
-        mask_ra = zsu_fast.evaluate(masked, data, forget, batch=1000).retain_accuracy or 0.0
-        yield score("original", model, forget, 0, None, mask_ra)
+        mask_ra = zsu_fast.evaluate(masked, data, forget, batch=batch).retain_accuracy or 0.0
+        original = score("original", model, forget, 0, None, mask_ra)
+        original_ra = original.ra
+        yield original
         yield score("mask", masked, forget, 0, None, mask_ra)
         if setting.golden:
             yield score("golden", zoo.load(setting.golden), forget, 0, None, mask_ra)
         for method, make in METHODS.items():
+            if method not in setting.methods:
+                continue
             seeds = setting.seeds
-            if setting.model.startswith("resnet") and method == "paper_preset":
+            if setting.model.startswith(("resnet", "vit")) and method == "paper_preset":
                 seeds = seeds[:1]  # 200 steps of every impression: minutes a run
             for seed in seeds:
                 started = time.perf_counter()
                 made = make(model, forget, seed, setting)
                 seconds = time.perf_counter() - started
                 yield score(method, made, forget, seed, seconds, mask_ra)
+
+
+def named(forget: tuple[int, ...]) -> str:
+    """A class set, short."""
+    if len(forget) <= 10:
+        return "{" + ",".join(map(str, forget)) + "}"
+    return "{0-49, 390-439, 950-999}" if forget == PUBLISHED_150 else f"{len(forget)} random"
 
 
 def summarise(runs: list[Run]) -> list[str]:
@@ -218,14 +277,14 @@ def summarise(runs: list[Run]) -> list[str]:
         mine = [r for r in runs if r.setting == setting.key]
         if not mine:
             continue
-        sets = ", ".join("{" + ",".join(map(str, s)) + "}" for s in setting.sets)
+        sets = ", ".join(map(named, setting.sets))
         lines += ["", f"### {setting.model} on {setting.data}: {sets}", ""]
         if setting.published:
             lines += [f"Published (overall before / after, FA, RA): {setting.published}", ""]
         lines += [
             "| method | runs | FA mean | FA worst | RA mean | RA worst | RA - mask, mean | "
-            "RA - mask, worst | overall | seconds |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+            "RA - mask, worst | RA - original, mean | worst | overall | seconds |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for method in dict.fromkeys(r.method for r in mine):
             of = [r for r in mine if r.method == method]
@@ -236,6 +295,8 @@ def summarise(runs: list[Run]) -> list[str]:
                 f"| {method} | {len(of)} | {mean(r.fa for r in of):.2f} | "
                 f"{max(r.fa for r in of):.2f} | {mean(r.ra for r in of):.2f} | "
                 f"{min(r.ra for r in of):.2f} | {mean(gaps):+.2f} | {min(gaps):+.2f} | "
+                f"{mean(r.ra - r.original_ra for r in of):+.2f} | "
+                f"{min(r.ra - r.original_ra for r in of):+.2f} | "
                 f"{mean(r.overall for r in of):.2f} | "
                 + (f"{statistics.median(seconds):.1f} |" if seconds else "- |")
             )
@@ -249,15 +310,16 @@ def missed(runs: list[Run]) -> list[str]:
         of = [r for r in runs if r.setting == setting.key and r.method == "default"]
         if not of:
             continue
-        gaps = [r.ra - r.mask_ra for r in of]
+        masked = setting.against == "mask"
+        gaps = [r.ra - (r.mask_ra if masked else r.original_ra) for r in of]
         slowest = max(r.seconds for r in of if r.seconds is not None)
         checks = [
             ("worst FA", max(r.fa for r in of), setting.worst_fa),
-            ("mean RA below mask", -statistics.mean(gaps), setting.mean_gap),
+            (f"mean RA below {setting.against}", -statistics.mean(gaps), setting.mean_gap),
             ("slowest run, s", slowest, setting.seconds),
         ]
         if setting.worst_gap is not None:
-            checks.append(("worst RA below mask", -min(gaps), setting.worst_gap))
+            checks.append((f"worst RA below {setting.against}", -min(gaps), setting.worst_gap))
         told += [
             f"{setting.key}: {what} is {value:.2f}, the bar {bar}"
             for what, value, bar in checks
@@ -287,7 +349,8 @@ def main() -> None:
         for run in runs:
             forget = " ".join(map(str, run.forget))
             seconds = "" if run.seconds is None else f"{run.seconds:.2f}"
-            figures = [f"{v:.4f}" for v in (run.fa, run.ra, run.overall, run.mask_ra)]
+            measured = (run.fa, run.ra, run.overall, run.mask_ra, run.original_ra)
+            figures = [f"{v:.4f}" for v in measured]
             writer.writerow([run.setting, run.method, forget, run.seed, *figures, seconds])
     failures = missed(runs)
     head = [
@@ -295,7 +358,10 @@ def main() -> None:
         "",
         "Made by `python benchmarks/table1.py`. FA: accuracy on test images of the forgotten "
         "classes; RA: on those of the others; overall: on all, forgotten ones included, in per "
-        "cent. Seconds: median from call to result. `mask` sets the forgotten logits to -inf.",
+        "cent. Seconds: median from call to result; of the ImageNet models' default, whose "
+        "impressions are made once a seed and then found on disk, the slowest run is the cold one. "
+        "`mask` sets the forgotten logits to -inf. ImageNet: 1,000 images, one a class, so 100 "
+        "classes are 100 images and one image is 1 % of FA.",
         "",
         f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}.",

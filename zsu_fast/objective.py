@@ -138,6 +138,38 @@ class RowSettings:
         return 2 * math.log10(max(10, logits.shape[1])) * max(0.0, lead)
 
 
+def training_rows(
+    tail: nn.Module,
+    features: tuple[Tensor, ...],
+    label: Tensor,
+    forget: Tensor,
+    settings: RowSettings,
+    generator: torch.Generator,
+) -> tuple[Rows, Rows, float]:
+    """Rows to train on, rows to watch, and the margin.
+
+    Those watched are made of other impressions where there are enough to hold some out, else they
+    are other mixtures of the same.
+
+    Args:
+        tail, features, label, forget, generator: as for `make_rows`, of all impressions.
+        settings: how many mixtures, and what margin.
+    """
+    held = held_out(label)
+    count = int((~held).sum())
+
+    def rows(part: Tensor, mixtures: int, impressions: bool = True) -> Rows:
+        chosen = tuple(f[part] for f in features)
+        return make_rows(tail, chosen, label[part], forget, mixtures, generator, impressions)
+
+    train = rows(~held, settings.count(count, len(forget)))
+    if bool(held.any()):
+        watched = rows(held, settings.count(int(held.sum()), 0))
+    else:
+        watched = rows(~held, max(1024, len(forget)), impressions=False)
+    return train, watched, settings.margin_for(train.teacher[:count], train.label[:count])
+
+
 def held_out(label: Tensor) -> Tensor:
     """Which impressions are to be kept for the checks: one in four of each class, bool [N]."""
     held = torch.zeros(len(label), dtype=torch.bool, device=label.device)

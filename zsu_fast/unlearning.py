@@ -27,12 +27,10 @@ from .impressions import ClassImpressions
 from .loop import Fit, LoopSettings, train_tail
 from .objective import (
     Masked,
-    Rows,
     RowSettings,
     check_objective,
-    held_out,
     make_objective,
-    make_rows,
+    training_rows,
 )
 from .progress import Callback, Reporter
 from .record import Record
@@ -279,24 +277,10 @@ class ZeroShotUnlearner:
                 features = tail_input_space(cut, self.spec, self.device).parts(points)
             else:
                 features = cut.features(points)
-            held = held_out(labels)
-            mixtures = self.rows.count(int((~held).sum()), self.classes)
             generator = torch.Generator().manual_seed(self.seed)
-
-            def rows(part: Tensor, mixtures: int, impressions: bool = True) -> Rows:
-                chosen = tuple(f[part] for f in features)
-                return make_rows(
-                    cut.tail, chosen, labels[part], self.forget_mask, mixtures, generator,
-                    impressions,
-                )  # fmt: skip
-
-            train = rows(~held, mixtures)
-            if bool(held.any()):
-                watched = rows(held, self.rows.count(int(held.sum()), 0))
-            else:  # too few impressions to do without any: other mixtures of the same
-                watched = rows(~held, max(1024, self.classes), impressions=False)
-            count = int((~held).sum())
-            margin = self.rows.margin_for(train.teacher[:count], train.label[:count])
+            train, watched, margin = training_rows(
+                cut.tail, features, labels, self.forget_mask, self.rows, generator
+            )
             yardstick = Masked(self.forget_mask, margin)
             named = dict(self.work.model.named_parameters())
             self.result = train_tail(
