@@ -9,7 +9,7 @@ to the images alone, Adam in plain torch ops. `ours` is what `synthesize` runs: 
 
 *Tail epoch*: the last layer (2048 or 4096 to 1,000) over 25,000 rows of features, what the
 published run had (25 impressions of each of 1,000 classes), forward, loss, gradient, AdamW. Timed
-on 2,560 rows and scaled to 25,000. `eager, batch 16` takes the published batch, `eager` the batch
+on 1,024 rows and scaled to 25,000. `eager, batch 16` takes the published batch, `eager` the batch
 of 512 that `unlearn` takes, both with autograd and AdamW in plain torch ops. `ours` is the loop's
 own stepper. The published ResNet50 run took 1.85 s an epoch (30:47 for 1,000) on a GPU that it does
 not name. The *floor* is the two matrix products that an epoch cannot avoid, fp32, nothing else.
@@ -33,7 +33,7 @@ from zsu_fast.steppers import make_stepper
 
 SPEC = InputSpec((3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
 IMAGES = 8 if DEVICE == "cpu" else 128
-ROWS, EPOCH_ROWS, BATCH = 2_560, 25_000, 512
+ROWS, EPOCH_ROWS, BATCH = 1_024, 25_000, 512
 PUBLISHED = 1.85  # seconds an epoch of ResNet50's tail
 LR, B1, B2, EPS = 0.05, 0.9, 0.999, 1e-8
 

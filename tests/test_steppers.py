@@ -11,7 +11,7 @@ from support import QUICK, same_bits, tiny
 from torch import Tensor, nn
 
 import zsu_fast
-from zsu_fast import ops
+from zsu_fast import ops, steppers
 from zsu_fast.errors import ArgumentError
 from zsu_fast.objective import Masked, Rows
 from zsu_fast.steppers import CompiledStepper, EagerStepper, GraphStepper, make_stepper
@@ -134,3 +134,23 @@ def test_graph_equals_eager_and_replays_bit_for_bit() -> None:
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
         assert torch.equal(b, c)
     assert torch.allclose(loss, graph_loss, rtol=1e-4)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_products_of_large_tails_are_quick_within_a_block(
+    monkeypatch: pytest.MonkeyPatch, quick: bool
+) -> None:
+    monkeypatch.setattr(steppers, "has_bfloat16", lambda _device: True)
+    monkeypatch.setattr(steppers, "SMALL", 8 * 4 * 3 - 1 if quick else 8 * 4 * 3)
+    settings: Any = torch.backends.mkldnn.matmul
+    before, seen = settings.fp32_precision, []
+    tail = nn.Linear(4, 3)
+    tail.register_forward_hook(lambda *_: seen.append(settings.fp32_precision))
+    forget = torch.tensor([True, False, False])
+    features = torch.rand(8, 4)
+    rows = Rows((features,), tail(features).detach(), torch.zeros(8).long(), torch.ones(8).bool())
+    stepper = steppers.EagerStepper(tail, list(tail.parameters()), rows, Masked(forget, 1.0))
+    seen.clear()
+    stepper.run(torch.arange(8).view(1, 8), [1e-3])
+    assert seen == ["bf16" if quick else before]
+    assert settings.fp32_precision == before

@@ -7,13 +7,17 @@ block of steps at a time and looks at the held-out rows between blocks.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError
+from .fast_copy import has_bfloat16
 from .objective import Objective, Rows
+from .threads import SMALL, multiply_adds
 
 Loop = Literal["auto", "eager", "compiled", "graph"]
 LOOPS = ("auto", "eager", "compiled", "graph")
@@ -82,6 +86,8 @@ class EagerStepper:
     ) -> None:
         self.tail, self.parameters, self.rows, self.objective = tail, parameters, rows, objective
         self.device = rows.label.device
+        plain = getattr(tail, "_orig_mod", tail)  # counting would compile it with its hooks
+        self.row_work = multiply_adds(plain, *(f[:1] for f in rows.features))
         self.reset()
 
     def reset(self) -> None:
@@ -93,10 +99,11 @@ class EagerStepper:
 
     def run(self, index: Tensor, rates: list[float]) -> Tensor:
         loss = torch.zeros((), device=self.device)
-        for picked, rate in zip(index.to(self.device), rates, strict=True):
-            for group in self.optimiser.param_groups:
-                group["lr"] = rate
-            loss = self.step(picked)
+        with _quick_products(self.device, self.row_work * index.shape[1]):
+            for picked, rate in zip(index.to(self.device), rates, strict=True):
+                for group in self.optimiser.param_groups:
+                    group["lr"] = rate
+                loss = self.step(picked)
         return loss
 
     def step(self, picked: Tensor) -> Tensor:
@@ -139,6 +146,26 @@ class _FusedAdam:
             lr=self.param_groups[0]["lr"], beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8,
             amsgrad=False, maximize=False,
         )  # fmt: skip
+
+
+@contextmanager
+def _quick_products(device: torch.device, work: int) -> Iterator[None]:
+    """Products of float32 matrices in bfloat16, sums in float32, where a CPU has units for that.
+
+    Twice to four times as fast with AMX for the last layer of an ImageNet model, and steps from
+    gradients that are 0.3 % off are as good. Weights, optimiser and checks stay float32. Below
+    ``SMALL`` multiply-adds a step it would gain nothing.
+    """
+    if device.type != "cpu" or work <= SMALL or not has_bfloat16(device):
+        yield
+        return
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 class CompiledStepper(EagerStepper):
