@@ -72,6 +72,7 @@ class Levers:
     cached: bool = False
     input_only: bool = False
     folded: bool = False
+    pooled: bool = False
     channels_last: bool = False
     bfloat16: bool = False
     native: bool = False
@@ -88,10 +89,11 @@ def ladder() -> dict[str, Levers]:
         "cached": "(c) + cached head, mixtures, stop rule",
         "input_only": "+ no weight gradients",
         "folded": "+ folded batch norms",
+        "pooled": "+ pooling before relu",
         "channels_last": "+ channels-last",
         "bfloat16": "+ bfloat16",
         "native": "+ native kernels",
-        "fused": "ours: + fused AdamW",
+        "fused": "ours: + fused AdamW, called directly",
         "compiled": "+ compiled tail (not the default)",
     }
     levers = Levers()
@@ -230,6 +232,8 @@ def copier(levers: Levers) -> Callable[..., FastCopy]:
         copied = copy.deepcopy(model)
         folded = copies._folded(copied) if levers.folded else None
         copied = copied if folded is None else folded
+        if levers.pooled:
+            copied = copies._pooled_first(copied) or copied
         copied.requires_grad_(not levers.input_only)
         return FastCopy(copied, False, torch.float32, folded is not None)
 
