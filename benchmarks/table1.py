@@ -188,8 +188,8 @@ def random_embeddings(
             label = cut.tail(rows).argmax(1)
         halves.append(make_rows(cut.tail, (rows,), label, run.forget_mask, 0, draw))
     train, held_out = halves
-    margin = RowSettings().margin_for(train.teacher, train.label)
-    yardstick = Masked(run.forget_mask, margin)
+    margin = RowSettings().margin_for(train.teacher, train.label, alone=True)
+    yardstick = Masked(run.forget_mask, margin, alone=True)
     named = dict(run.work.model.named_parameters())
     parameters = [named[n] for n in cut.parameters]
     zsu_fast.loop.train_tail(

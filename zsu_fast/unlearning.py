@@ -110,7 +110,8 @@ class ZeroShotUnlearner:
         learning_rate: None lets it scale itself.
         weights: (w_f, w_r) of the differential objective.
         margin: how far, in logits, forgotten ones are pushed below what the mask asks for; None
-            for the impressions' mean lead times 2 log10(classes).
+            for the impressions' mean lead times 4 log10(classes), or half of it where more than
+            the last layer is trained.
         early_stop: stop on held-out impressions and keep the best state.
         loop: "eager", "compiled" (the tail through torch.compile), "graph" (a captured CUDA graph),
             or "auto": graph on a GPU, eager on a CPU.
@@ -278,14 +279,17 @@ class ZeroShotUnlearner:
             else:
                 features = cut.features(points)
             generator = torch.Generator().manual_seed(self.seed)
+            trained = dict(self.work.model.named_parameters())
+            parameters = [trained[name] for name in cut.parameters]
+            # one layer, with weights of its own for each class
+            alone = cut.output_level and all(len(p) == self.classes for p in parameters)
             train, watched, margin = training_rows(
-                cut.tail, features, labels, self.forget_mask, self.rows, generator
+                cut.tail, features, labels, self.forget_mask, self.rows, generator, alone
             )
-            yardstick = Masked(self.forget_mask, margin)
-            named = dict(self.work.model.named_parameters())
+            yardstick = Masked(self.forget_mask, margin, alone)
             self.result = train_tail(
                 cut.tail,
-                [named[name] for name in cut.parameters],
+                parameters,
                 train,
                 watched,
                 make_objective(self.objective, self.weights, yardstick),
