@@ -18,6 +18,9 @@ from .progress import Reporter, Stopped
 from .steppers import LOOPS, Loop, make_stepper
 from .threads import multiply_adds, threads_for
 
+# A step moves the bias of a logit by this share of the logits' spread. By the rate of the weights
+# it would hardly move; yet it alone acts on images that are like no impression.
+_BIAS_RATE = 0.05
 # Multiply-adds that a step's forward pass may take by default.
 _STEP_WORK = 4_000_000_000
 
@@ -138,15 +141,19 @@ def train_tail(
     """
     one = rows.pick(torch.zeros(1, dtype=torch.int64, device=rows.label.device))
     work = multiply_adds(tail, *one.features)
+    rate = settings.learning_rate or objective.learning_rate or natural_rate(parameters)
+    scales = [1.0] * len(parameters)
+    if yardstick.alone and settings.learning_rate is objective.learning_rate is None:
+        biases = [p.ndim == 1 for p in parameters]
+        scales = [_BIAS_RATE * float(rows.teacher.std()) / rate if b else 1.0 for b in biases]
     attempt = _Attempt(
-        tail, parameters, rows, held_out, objective, yardstick, settings, work, generator
+        tail, parameters, rows, held_out, objective, yardstick, settings, work, scales, generator
     )
     fit = Fit()
     start = attempt.save()
     first = attempt.check(0, 0, 0.0, math.nan)
     fit.history.append(first)
     fit.best, best_state = first, start
-    rate = settings.learning_rate or objective.learning_rate or natural_rate(parameters)
     scales, number = [1.0], 0
     try:
         while number < len(scales):
@@ -205,6 +212,7 @@ class _Attempt:
         yardstick: Masked,
         settings: LoopSettings,
         work: int,
+        scales: list[float],
         generator: torch.Generator,
     ) -> None:
         self.tail, self.parameters = tail, parameters
@@ -215,7 +223,7 @@ class _Attempt:
         self.batch = min(settings.batch_for(work), len(rows))
         self.generator = generator
         self.order, self.at = torch.empty(0, dtype=torch.int64), 0
-        self.stepper = make_stepper(settings.loop, tail, parameters, rows, objective)
+        self.stepper = make_stepper(settings.loop, tail, parameters, rows, objective, scales)
         self.best: Check | None = None
         self.best_state: list[Tensor] = []
 

@@ -7,7 +7,7 @@ block of steps at a time and looks at the held-out rows between blocks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
@@ -44,19 +44,25 @@ class Stepper(Protocol):
 
 
 def make_stepper(
-    loop: Loop, tail: nn.Module, parameters: list[nn.Parameter], rows: Rows, objective: Objective
+    loop: Loop,
+    tail: nn.Module,
+    parameters: list[nn.Parameter],
+    rows: Rows,
+    objective: Objective,
+    scales: Sequence[float] | None = None,
 ) -> Stepper:
     """The stepper that ``loop`` names; "auto" is a graph on a GPU and eager on a CPU.
 
     On a CPU a compiled tail does not pay for itself within a run: compiling costs 2 to 12 s, a
-    whole run of a small tail less than 1 s.
+    whole run of a small tail less than 1 s. ``scales`` has a factor on the learning rate for each
+    parameter; None is 1 for all.
 
     Raises:
         ArgumentError: "graph" without a GPU, or a tail that can't be captured.
     """
     on_gpu = rows.label.device.type == "cuda"
     if loop == "compiled":
-        return CompiledStepper(tail, parameters, rows, objective)
+        return CompiledStepper(tail, parameters, rows, objective, scales)
     if loop == "graph" and not on_gpu:
         raise ArgumentError(
             "loop",
@@ -64,16 +70,16 @@ def make_stepper(
             "CUDA graphs need a CUDA device: pass device='cuda', or loop='auto'.",
         )
     if loop == "eager" or not on_gpu:
-        return EagerStepper(tail, parameters, rows, objective)
+        return EagerStepper(tail, parameters, rows, objective, scales)
     try:
-        return GraphStepper(tail, parameters, rows, objective)
+        return GraphStepper(tail, parameters, rows, objective, scales)
     except RuntimeError as error:
         if loop == "graph":
             raise ArgumentError(
                 "loop", f"got 'graph', and capture failed: {error}", "Pass loop='auto'."
             ) from error
         _log.warning("the tail loop runs eagerly, its capture in a CUDA graph failed: %s", error)
-        return EagerStepper(tail, parameters, rows, objective)
+        return EagerStepper(tail, parameters, rows, objective, scales)
 
 
 class EagerStepper:
@@ -82,9 +88,15 @@ class EagerStepper:
     name = "eager"
 
     def __init__(
-        self, tail: nn.Module, parameters: list[nn.Parameter], rows: Rows, objective: Objective
+        self,
+        tail: nn.Module,
+        parameters: list[nn.Parameter],
+        rows: Rows,
+        objective: Objective,
+        scales: Sequence[float] | None = None,
     ) -> None:
         self.tail, self.parameters, self.rows, self.objective = tail, parameters, rows, objective
+        self.scales = [1.0] * len(parameters) if scales is None else list(scales)
         self.device = rows.label.device
         plain = getattr(tail, "_orig_mod", tail)  # counting would compile it with its hooks
         self.row_work = multiply_adds(plain, *(f[:1] for f in rows.features))
@@ -92,17 +104,24 @@ class EagerStepper:
 
     def reset(self) -> None:
         self.optimiser: Any = (
-            _FusedAdam(self.parameters)
+            _FusedAdam(self.parameters, self.scales)
             if self._fused()
-            else torch.optim.AdamW(self.parameters, weight_decay=0.0)
+            else torch.optim.AdamW(self._groups(), weight_decay=0.0)
         )
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by the factor on their learning rate, for torch.optim."""
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for parameter, scale in zip(self.parameters, self.scales, strict=True):
+            by_scale.setdefault(scale, []).append(parameter)
+        return [{"params": some, "scale": scale} for scale, some in by_scale.items()]
 
     def run(self, index: Tensor, rates: list[float]) -> Tensor:
         loss = torch.zeros((), device=self.device)
         with _quick_products(self.device, self.row_work * index.shape[1]):
             for picked, rate in zip(index.to(self.device), rates, strict=True):
                 for group in self.optimiser.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["scale"]
                 loss = self.step(picked)
         return loss
 
@@ -132,20 +151,31 @@ class _FusedAdam:
     checks: 6 % of a whole call on a small network.
     """
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = [p.detach() for p in parameters]
-        self.moments = [torch.zeros_like(p) for p in self.parameters]
-        self.variances = [torch.zeros_like(p) for p in self.parameters]
-        self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
-        self.param_groups: list[dict[str, Any]] = [{"lr": 1e-3}]  # as in torch.optim
+    def __init__(self, parameters: list[nn.Parameter], scales: list[float]) -> None:
+        self.param_groups: list[dict[str, Any]] = []  # as in torch.optim
+        for scale in dict.fromkeys(scales):
+            places = [i for i, s in enumerate(scales) if s == scale]
+            values = [parameters[i].detach() for i in places]
+            self.param_groups.append(
+                {
+                    "scale": scale,
+                    "lr": 1e-3,
+                    "places": places,
+                    "params": values,
+                    "moments": [torch.zeros_like(p) for p in values],
+                    "variances": [torch.zeros_like(p) for p in values],
+                    "steps": [torch.zeros((), device=p.device) for p in values],
+                }
+            )
 
     def step(self, grads: tuple[Tensor, ...]) -> None:
-        torch._foreach_add_(self.steps, 1)
-        torch._fused_adamw_(
-            self.parameters, list(grads), self.moments, self.variances, [], self.steps,
-            lr=self.param_groups[0]["lr"], beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8,
-            amsgrad=False, maximize=False,
-        )  # fmt: skip
+        for group in self.param_groups:
+            torch._foreach_add_(group["steps"], 1)
+            torch._fused_adamw_(
+                group["params"], [grads[i] for i in group["places"]], group["moments"],
+                group["variances"], [], group["steps"], lr=group["lr"], beta1=0.9, beta2=0.999,
+                weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
+            )  # fmt: skip
 
 
 @contextmanager
@@ -174,10 +204,15 @@ class CompiledStepper(EagerStepper):
     name = "compiled"
 
     def __init__(
-        self, tail: nn.Module, parameters: list[nn.Parameter], rows: Rows, objective: Objective
+        self,
+        tail: nn.Module,
+        parameters: list[nn.Parameter],
+        rows: Rows,
+        objective: Objective,
+        scales: Sequence[float] | None = None,
     ) -> None:
         compiled: Any = torch.compile(tail, dynamic=False)
-        super().__init__(compiled, parameters, rows, objective)
+        super().__init__(compiled, parameters, rows, objective, scales)
 
 
 class GraphStepper(EagerStepper):
@@ -190,16 +225,19 @@ class GraphStepper(EagerStepper):
     name = "graph"
 
     def __init__(
-        self, tail: nn.Module, parameters: list[nn.Parameter], rows: Rows, objective: Objective
+        self,
+        tail: nn.Module,
+        parameters: list[nn.Parameter],
+        rows: Rows,
+        objective: Objective,
+        scales: Sequence[float] | None = None,
     ) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
-        super().__init__(tail, parameters, rows, objective)
+        super().__init__(tail, parameters, rows, objective, scales)
 
     def reset(self) -> None:
-        self.rate = torch.zeros((), device=self.device)
-        self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=self.rate, weight_decay=0.0, capturable=True
-        )
+        groups = [g | {"lr": torch.zeros((), device=self.device)} for g in self._groups()]
+        self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0, capturable=True)
         self.graph = None
 
     def run(self, index: Tensor, rates: list[float]) -> Tensor:
@@ -211,13 +249,17 @@ class GraphStepper(EagerStepper):
         if index.shape != self.index.shape:
             loss = torch.zeros((), device=self.device)
             for picked, rate in zip(index, wanted, strict=True):
-                self.rate.copy_(rate)
+                self._set_rate(rate)
                 loss = self.step(picked)
             return loss
         self.index.copy_(index)
         self.rates.copy_(wanted)
         self.graph.replay()
         return self.losses[-1]
+
+    def _set_rate(self, rate: Tensor) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"].copy_(rate * group["scale"])
 
     def _capture(self, index: Tensor, rates: Tensor) -> None:
         self.index, self.rates = index.clone(), rates.clone()
@@ -240,5 +282,5 @@ class GraphStepper(EagerStepper):
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             for at in range(len(rates)):
-                self.rate.copy_(self.rates[at])
+                self._set_rate(self.rates[at])
                 self.losses[at].copy_(self.step(self.index[at]))
