@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -210,7 +211,10 @@ def ascend(
     start = space.start(torch.zeros(1, *space.shape, device=device))
     width = min(most, memory.rows_that_fit(memory.bytes_a_row(space.climbed, start), device))
     shards = torch.arange(len(labels)).split(_BATCHES_A_SHARD * most)
-    kept = None if cache is None else Cache(cache, _facts(model, space, spec, labels, settings))
+    kept = None
+    if cache is not None:
+        facts = _facts(model, space, spec, labels, settings)
+        kept = Cache(cache, facts | {"rows a shard": _BATCHES_A_SHARD * most})
     parts: list[Climbed] = []
     done = 0
     with threads_for(multiply_adds(space.exact, start), device):
@@ -230,10 +234,10 @@ def ascend(
                 except Stopped:
                     parts.append(climb.result())
                     return _joined(parts, spec, space)
-                except RuntimeError as error:
-                    if not memory.is_out_of_memory(error) or width == 1:
+                except (RuntimeError, MemoryError) as error:
+                    if not memory.is_out_of_memory(error) or climb.width == 1:
                         raise
-                    width = max(1, width // 2)
+                    width = max(1, climb.width // 2)
                     _log.warning("out of memory: impressions go on with %d rows at a time", width)
                     continue
                 break
@@ -257,6 +261,7 @@ def _facts(
     return {
         "format": 1,
         "weights": weights_hash(model),
+        "layers": re.sub(r" at 0x[0-9a-f]+", "", repr(model)),  # less the addresses of functions
         "space": [space.name, list(space.shape), space.cut],
         "computed": [str(space.climbed.dtype), space.climbed.channels_last, space.climbed.folded],
         "spec": [spec.shape, spec.mean, spec.std],
