@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, memory
+from . import checkpoint, memory, priors
 from .ascent import Ascent, AscentSettings, Climbed
 from .cache import Cache
 from .classifier import (
@@ -139,6 +139,9 @@ def synthesize(
     seed: int = 0,
     precision: Precision = "auto",
     device: str | torch.device | None = None,
+    jitter: float = 0.0,
+    total_variation: float = 0.0,
+    batch_norm: float = 0.0,
     cache: str | Path | None = None,
     progress: bool | None = None,
     callback: Callback | None = None,
@@ -160,6 +163,11 @@ def synthesize(
         precision: of convolutions and products: "float32", "bfloat16", or "auto": bfloat16
             where the device computes in it.
         device: where to compute; None for the model's own.
+        jitter: uniform noise of this half-width added at every step, in units of the valid pixel
+            range; it depends on an impression's place in its batch too.
+        total_variation: weight of the images' anisotropic total variation, which is descended on.
+        batch_norm: weight of the distance of the batch's feature statistics from those that the
+            model's BatchNorm layers saw in training (`priors.BatchNormDistance`).
         cache: folder in which finished impressions are kept; a run that was cut off goes on
             there, and the same call finds them all. None keeps nothing.
         progress, callback: see `Reporter`.
@@ -171,8 +179,9 @@ def synthesize(
         ArgumentError: an argument can't be used (a `ValueError`).
     """
     settings = AscentSettings(
-        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision
-    )
+        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision,
+        jitter, total_variation, batch_norm,
+    )  # fmt: skip
     where = resolve_device(model, device)
     spec = resolve_spec(model, input_shape, mean, std)
     copied = working_copy(model, where)
@@ -203,6 +212,9 @@ def ascend(
     All classes of a shard share one batch; rows that are done leave it. How many rows go at once
     is measured (`memory.rows_that_fit`), and halved where memory runs out all the same.
     """
+    priors.check(space, settings.total_variation, settings.batch_norm)
+    if settings.batch_norm:
+        space = priors.with_statistics(space)
     device = space.low.device
     labels = torch.tensor(list(classes)).repeat_interleave(settings.per_class)
     number = torch.arange(settings.per_class).repeat(len(classes))
