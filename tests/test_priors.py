@@ -136,7 +136,7 @@ def test_a_model_without_batchnorm() -> None:
 # --- jitter ----------------------------------------------------------------------------------
 
 
-def test_jitter_is_in_units_of_the_pixel_range(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jitter_is_in_units_of_the_pixel_range() -> None:
     options: dict[str, Any] = {"max_steps": 2, "restarts": 0, "confidence": None}
     plain, shaken = make(**options), make(jitter=0.05, **options)
     inside = (shaken.images > shaken.spec.low.view(3, 1, 1)) & (
