@@ -16,6 +16,7 @@ from zsu_fast.objective import (
     Rows,
     RowSettings,
     check_objective,
+    held_out,
     make_objective,
     make_rows,
 )
@@ -102,7 +103,7 @@ def test_all_crossing_values_are_mixed_alike() -> None:
 def test_no_mixtures() -> None:
     tail, features, rows = case(mixtures=0)
     assert len(rows) == 12
-    assert rows.features[0] is features
+    assert torch.equal(rows.features[0], features)
     assert torch.equal(rows.teacher, tail(features))
 
 
@@ -127,20 +128,120 @@ def test_picked_rows_belong_together() -> None:
         assert torch.equal(getattr(picked, name), getattr(rows, name)[index])
 
 
-@pytest.mark.parametrize(("impressions", "count"), [(10, 2048), (1000, 4000)])
-def test_default_number_of_mixtures(impressions: int, count: int) -> None:
-    assert RowSettings().count(impressions) == count
-    assert RowSettings(mixtures=7).count(impressions) == 7
+@pytest.mark.parametrize(
+    ("impressions", "classes", "count"),
+    [(10, 10, 2048), (1000, 10, 4000), (1000, 1000, 12000), (1000, 0, 4000)],
+)
+def test_default_number_of_mixtures(impressions: int, classes: int, count: int) -> None:
+    assert RowSettings().count(impressions, classes) == count
+    assert RowSettings(mixtures=7).count(impressions, classes) == 7
 
 
-def test_default_margin_is_twice_the_mean_lead() -> None:
-    _, _, rows = case()
-    rows.teacher[:12] = torch.zeros(12, 4)
-    rows.teacher[torch.arange(12), rows.label[:12]] = torch.arange(12.0)
-    assert RowSettings().margin_for(rows, 12) == pytest.approx(2 * 5.5)
-    assert RowSettings(margin=1.5).margin_for(rows, 12) == 1.5
-    rows.teacher[torch.arange(12), rows.label[:12]] = -5
-    assert RowSettings().margin_for(rows, 12) == 0
+@pytest.mark.parametrize(("classes", "times"), [(4, 2), (10, 2), (100, 4), (1000, 6)])
+def test_default_margin_is_the_mean_lead_times_a_factor_of_the_classes(
+    classes: int, times: float
+) -> None:
+    label = torch.arange(12) % classes
+    logits = torch.zeros(12, classes)
+    logits[torch.arange(12), label] = torch.arange(12.0)
+    assert RowSettings().margin_for(logits, label) == pytest.approx(times * 5.5)
+    assert RowSettings(margin=1.5).margin_for(logits, label) == 1.5
+    logits[torch.arange(12), label] = -5
+    assert RowSettings().margin_for(logits, label) == 0
+
+
+# --- rows mixed when they are picked ---------------------------------------------------------
+
+
+def kept_and_lazy(monkeypatch: pytest.MonkeyPatch) -> tuple[Rows, Rows]:
+    """The same rows, of two tensors each, made at once and made when they are picked."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 4)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.fc(a) + b.mean((2, 3))
+
+    tail, features = Two(), (torch.rand(12, 5), torch.randn(12, 4, 3, 3))
+    made = []
+    for kept in (1024**3, 0):
+        monkeypatch.setattr("zsu_fast.objective._KEPT", kept)
+        generator = torch.Generator().manual_seed(4)
+        made.append(make_rows(tail, features, torch.arange(12) % 4, FORGET, 300, generator))
+    return made[0], made[1]
+
+
+def test_lazily_mixed_rows_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, lazy = kept_and_lazy(monkeypatch)
+    assert kept.mixing is None
+    assert lazy.mixing is not None
+    assert [len(f) for f in kept.features] == [312, 312]
+    assert [len(f) for f in lazy.features] == [12, 12]  # no more than the impressions is held
+    assert len(kept) == len(lazy) == 312
+    for index in (torch.arange(312), torch.tensor([311, 0, 7, 7, 150])):
+        first, second = kept.pick(index), lazy.pick(index)
+        for a, b in zip(first.features, second.features, strict=True):
+            assert torch.equal(a, b)
+        for name in ("teacher", "label", "forgotten"):
+            assert torch.equal(getattr(first, name), getattr(second, name))
+    assert (lazy.pick(torch.arange(312)).features[0] >= 0).all()
+    assert (lazy.pick(torch.arange(312)).features[1] < 0).any()
+
+
+def test_lazy_rows_start_with_the_impressions(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, lazy = kept_and_lazy(monkeypatch)
+    picked = lazy.pick(torch.arange(12))
+    assert all(torch.equal(a, b) for a, b in zip(picked.features, lazy.features, strict=True))
+    assert torch.equal(picked.label, torch.arange(12) % 4)
+
+
+@pytest.mark.parametrize("room", [1, 1000, 10**9])
+def test_chunks_are_bounded_and_in_order(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    row = 4 * (5 + 4 * 3 * 3)
+    for rows in kept_and_lazy(monkeypatch):
+        monkeypatch.setattr("zsu_fast.objective._CHUNK", room)
+        chunks = list(rows.chunks())
+        sizes = [len(first) for first, _ in chunks]
+        assert max(sizes) <= max(1, room // row)
+        assert sizes == sorted(sizes, reverse=True)
+        whole = rows.pick(torch.arange(len(rows))).features
+        for got, want in zip(zip(*chunks, strict=True), whole, strict=True):
+            assert torch.equal(torch.cat(got), want)
+
+
+def test_rows_without_the_impressions_themselves() -> None:
+    tail, features = nn.Linear(6, 4), torch.rand(12, 6)
+    made = make_rows(
+        tail, (features,), torch.arange(12) % 4, FORGET, 100, torch.Generator(), impressions=False
+    )
+    assert len(made) == 100
+    assert torch.equal(made.label, made.teacher.argmax(1))
+    assert not (made.features[0][:, None] == features).all(2).any()
+
+
+# --- which impressions are held out ----------------------------------------------------------
+
+
+def test_one_in_four_of_each_class_is_held_out() -> None:
+    label = torch.tensor([0] * 8 + [1] * 4 + [2] * 3 + [3] + [5] * 11)  # none of class 4
+    held = held_out(label)
+    assert held.dtype == torch.bool
+    assert torch.bincount(label[held], minlength=6).tolist() == [2, 1, 0, 0, 0, 2]
+    assert held[:8].nonzero()[:, 0].tolist() == [3, 7]
+
+
+def test_held_out_whatever_the_order() -> None:
+    label = torch.arange(40) % 5
+    shuffled = label[torch.randperm(40)]
+    assert torch.bincount(label[held_out(label)]).tolist() == [2] * 5
+    assert torch.bincount(shuffled[held_out(shuffled)]).tolist() == [2] * 5
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 3])
+def test_few_impressions_are_not_held_out(per_class: int) -> None:
+    assert not held_out(torch.arange(40).repeat_interleave(per_class)).any()
 
 
 @pytest.mark.parametrize(

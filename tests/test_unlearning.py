@@ -245,8 +245,30 @@ def test_given_impressions_that_do_not_fit(change: str) -> None:
     else:
         made = synthesize(model, per_class=4, progress=False)
         made.labels[-1] = 5
-    with untouched(model), pytest.raises(ArgumentError, match=r"impressions: got .* Give 4"):
+    with untouched(model), pytest.raises(ArgumentError, match=r"impressions: got .* Give some of"):
         unlearn(model, FORGET, impressions=made, **QUICK)
+
+
+def test_one_impression_of_each_of_forty_classes() -> None:
+    draw = torch.Generator().manual_seed(0)
+    patterns = torch.rand(40, 3, 8, 8, generator=draw)
+    labels = torch.arange(400) % 40
+    noisy = patterns[labels] + 0.1 * torch.randn(400, 3, 8, 8, generator=draw)
+    images, forget = SPEC.normalise(noisy.clamp(0, 1) * 255), [7, 11, 30]
+    model = TinyNet(40)
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    model.eval()  # neither dropout nor BatchNorm's batches: it learns faster
+    for _ in range(150):
+        optimiser.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimiser.step()
+    assert evaluate(model, (images, labels), forget).overall_accuracy > 97
+    few = QUICK | {"impressions_per_class": 1, "mixtures": None}
+    runner = ZeroShotUnlearner(model, forget, **few)
+    result = evaluate(runner.run(), (images, labels), forget)
+    assert len(runner.impressions) == 40
+    assert result.forget_accuracy <= 5, str(result)
+    assert result.retain_accuracy >= 90, str(result)
 
 
 # --- bad input: forget -----------------------------------------------------------------------
@@ -287,7 +309,8 @@ def test_one_class_as_a_plain_int() -> None:
     [
         ("tail", "nowhere"), ("tail", ""), ("tail", 3.0), ("tail", None),
         ("objective", "best"), ("objective", None),
-        ("impressions_per_class", 3), ("impressions_per_class", 0), ("impressions_per_class", True),
+        ("impressions_per_class", 0), ("impressions_per_class", -1),
+        ("impressions_per_class", True), ("space", "output"), ("space", None),
         ("impressions_per_class", 8.0), ("impressions_per_class", "8"),
         ("confidence", (0.9, 0.5)), ("confidence", (0, 0.5)), ("confidence", (0.5, 1.0)),
         ("confidence", 0.9), ("confidence", (0.5,)), ("confidence", ("a", "b")),

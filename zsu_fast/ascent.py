@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from . import ops
 from .errors import ArgumentError, is_number
 from .fast_copy import PRECISIONS, Precision
+from .priors import Observed, total_variation_gradient
 from .progress import Reporter
 from .spaces import Space
 
@@ -34,6 +36,9 @@ class AscentSettings:
     beta: float = 1e-4
     seed: int = 0
     precision: Precision = "auto"
+    jitter: float = 0.0
+    total_variation: float = 0.0
+    batch_norm: float = 0.0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -57,8 +62,10 @@ class AscentSettings:
                 )
         if not is_number(self.step_size) or not 0 < self.step_size <= 1:
             raise ArgumentError("step_size", f"got {self.step_size!r}", "Pass a number in (0, 1].")
-        if not is_number(self.beta) or self.beta < 0:
-            raise ArgumentError("beta", f"got {self.beta!r}", "Pass a number that is 0 or more.")
+        for name in ("beta", "jitter", "total_variation", "batch_norm"):
+            value = getattr(self, name)
+            if not is_number(value) or value < 0:
+                raise ArgumentError(name, f"got {value!r}", "Pass a number that is 0 or more.")
 
 
 @dataclass
@@ -108,6 +115,11 @@ class Ascent:
         self.rate = settings.step_size * space.step
         self.beta = torch.tensor(settings.beta, device=self.device)
         self.labels, self.number, self.starts = labels, number, starts
+        self.noise: dict[str, Any] = {}
+        if settings.jitter:
+            shard = _mix(settings.seed, int(labels[0]), int(number[0]))
+            self.noise["jitter"] = settings.jitter * space.step
+            self.noise["seed"] = torch.tensor(shard, device=self.device)
         count = len(labels)
         self.width = min(count, width)
         self.points = torch.empty(count, *space.shape)
@@ -170,7 +182,12 @@ class Ascent:
         x = rows.x.detach().requires_grad_(True)
         logits = self.model(x)
         own = logits.gather(1, rows.label[:, None])[:, 0]
-        (grad,) = torch.autograd.grad(own.sum(), x)
+        goal = own.sum()
+        if isinstance(self.model.model, Observed):  # times the rows: as hard a pull in any width
+            goal = goal - self.settings.batch_norm * len(x) * self.model.model.distance()
+        (grad,) = torch.autograd.grad(goal, x)
+        if self.settings.total_variation:
+            grad = grad - self.settings.total_variation * total_variation_gradient(rows.x)
         probability = logits.detach().softmax(1)
         rows.confidence.copy_(probability.gather(1, rows.label[:, None])[:, 0])
         leads = probability.argmax(1) == rows.label
@@ -181,7 +198,7 @@ class Ascent:
         rows.active.logical_and_(finite & ~rows.reached & ~tired)
         ops.ascent_step_(
             rows.x, grad, rows.moment, rows.variance, rows.step, rows.active,
-            self.space.low, self.space.high, self.rate, self.beta,
+            self.space.low, self.space.high, self.rate, self.beta, **self.noise,
         )  # fmt: skip
 
     def _retire(self, rows: _Rows, gone: list[bool]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, memory
+from . import checkpoint, memory, priors
 from .ascent import Ascent, AscentSettings, Climbed
 from .cache import Cache
 from .classifier import (
@@ -138,6 +139,9 @@ def synthesize(
     seed: int = 0,
     precision: Precision = "auto",
     device: str | torch.device | None = None,
+    jitter: float = 0.0,
+    total_variation: float = 0.0,
+    batch_norm: float = 0.0,
     cache: str | Path | None = None,
     progress: bool | None = None,
     callback: Callback | None = None,
@@ -159,6 +163,11 @@ def synthesize(
         precision: of convolutions and products: "float32", "bfloat16", or "auto": bfloat16
             where the device computes in it.
         device: where to compute; None for the model's own.
+        jitter: uniform noise of this half-width added at every step, in units of the valid pixel
+            range; it depends on an impression's place in its batch too.
+        total_variation: weight of the images' anisotropic total variation, which is descended on.
+        batch_norm: weight of the distance of the batch's feature statistics from those that the
+            model's BatchNorm layers saw in training (`priors.BatchNormDistance`).
         cache: folder in which finished impressions are kept; a run that was cut off goes on
             there, and the same call finds them all. None keeps nothing.
         progress, callback: see `Reporter`.
@@ -170,8 +179,9 @@ def synthesize(
         ArgumentError: an argument can't be used (a `ValueError`).
     """
     settings = AscentSettings(
-        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision
-    )
+        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision,
+        jitter, total_variation, batch_norm,
+    )  # fmt: skip
     where = resolve_device(model, device)
     spec = resolve_spec(model, input_shape, mean, std)
     copied = working_copy(model, where)
@@ -202,6 +212,9 @@ def ascend(
     All classes of a shard share one batch; rows that are done leave it. How many rows go at once
     is measured (`memory.rows_that_fit`), and halved where memory runs out all the same.
     """
+    priors.check(space, settings.total_variation, settings.batch_norm)
+    if settings.batch_norm:
+        space = priors.with_statistics(space)
     device = space.low.device
     labels = torch.tensor(list(classes)).repeat_interleave(settings.per_class)
     number = torch.arange(settings.per_class).repeat(len(classes))
@@ -210,7 +223,10 @@ def ascend(
     start = space.start(torch.zeros(1, *space.shape, device=device))
     width = min(most, memory.rows_that_fit(memory.bytes_a_row(space.climbed, start), device))
     shards = torch.arange(len(labels)).split(_BATCHES_A_SHARD * most)
-    kept = None if cache is None else Cache(cache, _facts(model, space, spec, labels, settings))
+    kept = None
+    if cache is not None:
+        facts = _facts(model, space, spec, labels, settings)
+        kept = Cache(cache, facts | {"rows a shard": _BATCHES_A_SHARD * most})
     parts: list[Climbed] = []
     done = 0
     with threads_for(multiply_adds(space.exact, start), device):
@@ -230,10 +246,10 @@ def ascend(
                 except Stopped:
                     parts.append(climb.result())
                     return _joined(parts, spec, space)
-                except RuntimeError as error:
-                    if not memory.is_out_of_memory(error) or width == 1:
+                except (RuntimeError, MemoryError) as error:
+                    if not memory.is_out_of_memory(error) or climb.width == 1:
                         raise
-                    width = max(1, width // 2)
+                    width = max(1, climb.width // 2)
                     _log.warning("out of memory: impressions go on with %d rows at a time", width)
                     continue
                 break
@@ -257,6 +273,7 @@ def _facts(
     return {
         "format": 1,
         "weights": weights_hash(model),
+        "layers": re.sub(r" at 0x[0-9a-f]+", "", repr(model)),  # less the addresses of functions
         "space": [space.name, list(space.shape), space.cut],
         "computed": [str(space.climbed.dtype), space.climbed.channels_last, space.climbed.folded],
         "spec": [spec.shape, spec.mean, spec.std],

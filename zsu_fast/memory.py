@@ -35,7 +35,8 @@ def bytes_a_row(run: Callable[[Tensor], Tensor], row: Tensor) -> int:
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not tensor.is_leaf:  # weights are there anyway, however many rows there are
+        owner = tensor if tensor._base is None else tensor._base
+        if not owner.is_leaf:  # weights are there anyway, however many rows there are
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .classifier import InputSpec, LogitsModel
+from .errors import ArgumentError
 from .fast_copy import FastCopy, Precision, fast_copy
 from .tail import Split
 
 SpaceName = Literal["input", "tail-input"]
 SPACES = ("input", "tail-input")
 
+# The starting points' deviation, in steps of size 1.
+_NOISE = 0.1
 # Noise images whose activations give the scale of the space at the cut.
 _NOISE_IMAGES = 32
 
@@ -64,14 +67,17 @@ def input_space(model: LogitsModel, spec: InputSpec, precision: Precision) -> Sp
     probe = noise_images(spec, 2).to(device)
     middle, span = (low + high) / 2, high - low
     fast = fast_copy(model, probe, precision)
-    return Space("input", "", spec.shape, low, high, middle, 0.1 * span, span.mean(), fast, model)
+    return Space(
+        "input", "", spec.shape, low, high, middle, _NOISE * span, span.mean(), fast, model
+    )
 
 
 def tail_input_space(cut: Split, spec: InputSpec, device: torch.device) -> Space:
     """Activations at the cut, flattened: the head is not run for them, only the tail is.
 
     Their scale comes from the activations of a few noise images; where none of these is negative
-    (after a ReLU), none becomes so.
+    (after a ReLU), none becomes so. They start near zero: from those activations themselves, which
+    mean a class of their own, LeNet5 on MNIST kept FA 39 (on training images; from zero: 0).
     """
     features = cut.features(noise_images(spec, _NOISE_IMAGES).to(device))
     flat = torch.cat([f.flatten(1) for f in features], 1)
@@ -81,7 +87,8 @@ def tail_input_space(cut: Split, spec: InputSpec, device: torch.device) -> Space
     return Space(
         "tail-input", cut.name, (flat.shape[1],),
         torch.zeros((), device=device) if bool((flat >= 0).all()) else -nothing,
-        nothing, flat.mean(0), size, size, FastCopy(tail, False, torch.float32, False), tail,
+        nothing, torch.zeros_like(size), _NOISE * size, size,
+        FastCopy(tail, False, torch.float32, False), tail,
     )  # fmt: skip
 
 
@@ -103,6 +110,12 @@ class FlatTail(nn.Module):
 
     def split(self, points: Tensor) -> tuple[Tensor, ...]:
         """Points [N, D] -> the tensors that cross the cut."""
+        if points.shape[1] != sum(self.sizes):
+            raise ArgumentError(
+                "impressions",
+                f"got points of {points.shape[1]} values, and {sum(self.sizes)} cross the cut",
+                "Give some that were made at the same tail=.",
+            )
         parts = points.split(self.sizes, 1)
         return tuple(p.reshape(-1, *s) for p, s in zip(parts, self.shapes, strict=True))
 

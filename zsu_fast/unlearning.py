@@ -101,6 +101,7 @@ class ZeroShotUnlearner:
         impressions_per_class: of 4 or more, one in four is held out to decide when to stop, of
             fewer none: fresh mixtures are held out then. None for 32, or fewer for many classes.
         confidence, max_steps, restarts, step_size, beta, precision: see `synthesize`.
+        jitter, total_variation, batch_norm: priors on images, see `synthesize`.
         input_shape, mean, std: see `synthesize`.
         mixtures: training rows mixed from impressions at the cut; None for four an impression, at
             least twelve a class and 2,048.
@@ -158,6 +159,9 @@ class ZeroShotUnlearner:
         early_stop: bool = True,
         loop: Loop = "auto",
         precision: Precision = "auto",
+        jitter: float = 0.0,
+        total_variation: float = 0.0,
+        batch_norm: float = 0.0,
         seed: int = 0,
         device: str | torch.device | None = None,
         inplace: bool = False,
@@ -197,8 +201,9 @@ class ZeroShotUnlearner:
                 "Pass a whole number, 1 or more, or None.",
             )
         self.ascent = AscentSettings(
-            per_class, confidence, max_steps, restarts, step_size, beta, seed, precision
-        )
+            per_class, confidence, max_steps, restarts, step_size, beta, seed, precision,
+            jitter, total_variation, batch_norm,
+        )  # fmt: skip
         check_objective(objective, weights)
         check_depth(depth, objective, space)
         self.objective, self.weights, self.depth = objective, weights, depth
