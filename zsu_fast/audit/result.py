@@ -195,7 +195,8 @@ class Audit:
 
 # The rows of the short table.
 MAIN = (
-    "fa", "ra", "overall", "impressions_fa", "unmask_fa", "unmask_impressions_fa", "agreement_kl",
+    "fa", "ra", "overall", "impressions_fa", "unmask_fa", "whole_head_fa", "unmask_impressions_fa",
+    "whole_head_impressions_fa", "agreement_kl",
     "drift_features_forget", "resynthesis_hit", "resynthesis_steps", "probe_forget", "knn_forget",
     "cka_original_forget", "mia_forget_confidence", "mia_retain_confidence",
     "relearn_head_steps", "relearn_full_steps", "ain_full",

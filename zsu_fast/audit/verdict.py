@@ -112,17 +112,29 @@ def _findings(e: Evidence) -> Iterator[Finding]:
             f"only, class {e.top} for {pct(e.get('top_answer'))} of the images of classes to keep",
         )
     if e.same_features and e.last.kind == "shuffled":
-        yield Finding("shuffled head", f"Only the output was hidden, and spoilt: {e.last.says}, "
-                      f"a shuffled head on the original's features{back}")  # fmt: skip
+        yield Finding(
+            "shuffled head",
+            f"Only the output was hidden, and spoilt, by a shuffled head: {e.last.says}; the "
+            f"features before it are the original's{back}",
+        )
     elif e.same_features and e.last.kind == "noise":
-        yield Finding("noise in the head", f"Only the output was disturbed, by noise in the head: "
-                      f"{e.last.says}, and the features are the original's{back}")  # fmt: skip
+        yield Finding(
+            "noise in the head",
+            f"Only the output was hidden, and spoilt, by noise in the head: {e.last.says}; the "
+            f"features before it are the original's{back}",
+        )
     elif e.same_features and e.last.kind == "masked":
-        yield Finding("mask", f"Only the output was hidden: {e.last.says}, and everything before "
-                      f"the last layer is as it was: a mask{back}")  # fmt: skip
+        yield Finding(
+            "mask",
+            f"Only the output was hidden, as by a mask: {e.last.says}; the features before the "
+            f"last layer are the original's{back}",
+        )
     elif e.same_features:
-        yield Finding("output level", f"Forgotten at the output level only: the last layer was "
-                      f"changed, the features before it are the original's{back}")  # fmt: skip
+        yield Finding(
+            "output level",
+            f"Output-level forgetting: only the last layer was changed, the features before it "
+            f"are the original's{back}",
+        )
     elif _hidden_behind_head(e):
         yield Finding("hidden behind the head", "Only the output was hidden: with the original's "
                       f"last layer back the model works as before{back}")  # fmt: skip
