@@ -185,4 +185,10 @@ def test_charts_survive_odd_values() -> None:
     assert "nan" not in flat
     gap = [(0, 1.0), (1, float("nan")), (2, 5.0)]
     assert "nan" not in charts.lines([charts.Series("a", "original", gap)], "t<", "x", "y")
-    assert charts.changes([], "none", "lost").count("<rect") == 0
+    assert charts.changes([], "none", "lost")[0].count("<rect") == 0
+
+
+def test_changes_fill_the_axis_they_need() -> None:
+    assert charts.changes([-83.0, -70.0], "t", "lost")[1] == [-100, 0]
+    assert charts.changes([-1.5, 0.0, 4.0], "t", "kept")[1] == [-2, 5]
+    assert charts.changes([0.0], "t", "kept")[1] == [0, 1]

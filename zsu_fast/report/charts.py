@@ -124,24 +124,39 @@ def key(number: int, style: str) -> Markup:
     )
 
 
-def changes(values: Sequence[float], title: str, style: str) -> Markup:
-    """Bars of change in accuracy, one a class, sorted: readable for a thousand of them."""
+def changes(values: Sequence[float], title: str, style: str) -> tuple[Markup, list[float]]:
+    """Bars of change in accuracy, one a class, in the order given: readable for a thousand.
+
+    Args:
+        values: points of a per cent, -100 to 100.
+        title: for screen readers.
+        style: CSS class of the bars.
+
+    Returns:
+        The chart, and the lowest and highest value of its vertical axis (0 is between them).
+    """
     width, height = 1000, 200
+    low, high = -_round_up(-min([0.0, *values])), _round_up(max([0.0, *values]))
+    if low == high:
+        high = 1.0
+    scale = height / (high - low)
     step = width / max(1, len(values))
+    zero = high * scale
     parts = [
         f'<svg class="changes" viewBox="0 0 {width} {height}" preserveAspectRatio="none" '
         f'role="img"><title>{escape(title)}</title>'
     ]
-    for percent in (50, -50):
-        y = height / 2 - percent
-        parts.append(f'<line class="grid" x1="0" x2="{width}" y1="{y}" y2="{y}"/>')
     for i, value in enumerate(values):
-        top = height / 2 - max(value, 0)
+        top = zero - max(value, 0) * scale
         parts.append(f'<rect class="bar {style}" x="{i * step:.2f}" width="{step * 0.86:.2f}" '
-                     f'y="{top:.1f}" height="{max(abs(value), 0.8):.1f}"/>')  # fmt: skip
-    parts.append(f'<line class="axis" x1="0" x2="{width}" y1="{height / 2}" y2="{height / 2}"/>')
-    parts.append("</svg>")
-    return Markup("".join(parts))
+                     f'y="{top:.1f}" height="{max(abs(value) * scale, 0.8):.1f}"/>')  # fmt: skip
+    parts.append(f'<line class="axis" x1="0" x2="{width}" y1="{zero:.1f}" y2="{zero:.1f}"/></svg>')
+    return Markup("".join(parts)), [low, high]
+
+
+def _round_up(value: float) -> float:
+    """0, or the next of 1, 2, 5, 10, 20, 50, 100."""
+    return next((s for s in (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0) if value <= s + 1e-9), 100.0)
 
 
 def _open(title: str) -> str:

@@ -79,6 +79,7 @@ def render(
         "styles": STYLES,
         "main": [BY_KEY[k] for k in MAIN if any(k in r.values for r in audit.rows)],
         "metrics": METRICS,
+        "ordered": _rows(audit, *STYLES),
         "legend": [(n, charts.key(i, s)) for i, (n, s) in enumerate(STYLES.items())
                    if n in present],
         "bars": _bars(audit, name),
@@ -166,17 +167,21 @@ def _changes(audit: Audit, name: Any) -> list[dict[str, Any]]:
             continue
         order = sorted(delta, key=lambda c: (delta[c], c))
         values = [delta[c] for c in order]
+        chart, (low, high) = charts.changes(
+            values,
+            f"Change in accuracy of {len(values)} {words}, sorted",
+            "lost" if wanted else "kept",
+        )
+        levels = [(100 * (high - v) / (high - low), f"{v:+.0f}" if v else "0")
+                  for v in dict.fromkeys((high, 0.0, low))]  # fmt: skip
         panels.append({
             "words": words,
             "count": len(values),
             "mean": sum(values) / len(values),
             "down": sum(v < 0 for v in values),
             "up": sum(v > 0 for v in values),
-            "chart": charts.changes(
-                values,
-                f"Change in accuracy of {len(values)} {words}, sorted",
-                "lost" if wanted else "kept",
-            ),
+            "chart": chart,
+            "levels": levels,
             "extremes": [(name(c), before.per_class[c], after.per_class[c], delta[c])
                          for c in (order if len(order) <= 8 else order[:5] + order[-3:])],
         })  # fmt: skip
