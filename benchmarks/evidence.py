@@ -3,6 +3,7 @@
     python benchmarks/evidence.py                       # all settings, 3 seeds
     python benchmarks/evidence.py karpathynet lenet5    # some of them
     python benchmarks/evidence.py --seeds 1 --images 2000
+    python benchmarks/evidence.py --summary             # the table anew, from the CSV file
     python benchmarks/evidence.py resnet20 --train-golden 6   # trains one, 6 epochs, no default
 
 Rows: original, mask, random embeddings, default, deep (where `unlearn` has it), golden. Images are
@@ -190,39 +191,47 @@ def _cell(values: list[float]) -> str:
     return text
 
 
+def stored(file: Path) -> list[list[Any]]:
+    """The numbers of earlier runs."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as old:
+        return [[a, b, int(c), *rest] for a, b, c, *rest in list(csv.reader(old))[1:]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("settings", nargs="*", help=", ".join(s.key for s in SETTINGS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, help="of each set, at most")
     parser.add_argument("--train-golden", type=int, default=0, metavar="EPOCHS")
+    parser.add_argument(
+        "--summary", action="store_true", help="write evidence.md anew, run nothing"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     known = [s.key for s in SETTINGS]
     if wrong := [k for k in arguments.settings if k not in known]:
         parser.error(f"no setting {wrong}; there are {known}")
     chosen = [s for s in SETTINGS if not arguments.settings or s.key in arguments.settings]
-    numbers: list[list[Any]] = []
-    for setting in chosen:
-        numbers += measure(setting, arguments.seeds, arguments.images, arguments.train_golden)
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "evidence.csv"
-    if file.exists():  # settings that were not run again keep their lines
-        with file.open(newline="") as old:
-            rows = list(csv.reader(old))[1:]
-        numbers = [[a, b, int(c), *rest] for a, b, c, *rest in rows
-                   if a not in {s.key for s in chosen}] + numbers  # fmt: skip
-    with file.open("w", newline="") as new:
-        writer = csv.writer(new)
-        writer.writerow(["setting", "model", "seed", "metric", "value", "reason"])
-        writer.writerows(numbers)
+    for setting in [] if arguments.summary else chosen:
+        lines = measure(setting, arguments.seeds, arguments.images, arguments.train_golden)
+        # settings that were not run again keep their lines
+        lines = [n for n in stored(file) if n[0] != setting.key] + lines
+        with file.open("w", newline="") as new:
+            writer = csv.writer(new)
+            writer.writerow(["setting", "model", "seed", "metric", "value", "reason"])
+            writer.writerows(lines)
+    numbers = stored(file)
     sizes = ", ".join(f"{s.key} {min(s.images, arguments.images or s.images):,}" for s in SETTINGS)
     head = [
         "# Evidence",
         "",
         "Made by `python benchmarks/evidence.py`: `zsu_fast.audit` of each model, mean over seeds, "
         "lowest and highest where they differ by more than 5 %. Accuracies in per cent; "
-        "`zsu_fast.audit.METRICS` defines every number, `evidence.csv` has all of them and the "
+        "`zsu_fast/audit/metrics.py` defines every number, `evidence.csv` has all of them and the "
         f"reasons of those that are missing. Test and training images used for measuring: {sizes} "
         "each.",
         "",

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support import SPEC, tiny, tiny_data
+from support import SPEC, snapshot, tiny, tiny_data
 
 from zsu_fast.audit import distances, drift, membership, probe, representation
 from zsu_fast.audit.last_layer import examine
@@ -175,6 +175,7 @@ def test_relearning_ends_at_the_goal_and_starts_alike() -> None:
     def lesson(goal: float) -> Lesson:
         return Lesson(images, labels, test_images[mine], test_labels[mine], [1], goal, 60, 0, SPEC)
 
+    before = snapshot(original.model)
     for everything in (False, True):
         done = relearn(original, lesson(90), everything)
         assert done.steps is not None
@@ -185,4 +186,17 @@ def test_relearning_ends_at_the_goal_and_starts_alike() -> None:
         never = relearn(original, lesson(101), everything)
         assert never.steps is None
         assert never.curve[-1][0] == 60
-    assert float(original.last.bias[1].detach()) != -1e9
+    assert snapshot(original.model) == before
+
+
+def test_variants_share_what_lies_before_the_last_layer() -> None:
+    original = make_subject("original", tiny(), SPEC, torch.device("cpu"))
+    shared = variant(original, "shared", SPEC)
+    assert shared.model.model.fc1.weight is original.model.model.fc1.weight
+    assert shared.last.weight is not original.last.weight
+    own = variant(original, "own", SPEC, own=True)
+    assert own.model.model.fc1.weight is not original.model.model.fc1.weight
+    assert own.backbone == shared.backbone == original.backbone
+    with torch.no_grad():
+        own.model.model.fc1.weight.add_(1)
+    assert make_subject("own", own.model.model, SPEC, torch.device("cpu")).backbone != own.backbone

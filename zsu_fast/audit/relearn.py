@@ -73,7 +73,7 @@ def relearn(subject: Subject, lesson: Lesson, everything: bool) -> Relearned:
         lesson: shots, test images, goal.
         everything: train all weights; False trains the last layer alone.
     """
-    pupil = variant(subject, subject.name, lesson.spec)
+    pupil = variant(subject, subject.name, lesson.spec, own=True)
     _fresh_rows(pupil.last, lesson.forget)
     device = next(pupil.model.parameters()).device
     shots, test = lesson.images.to(device), lesson.test_images.to(device)

@@ -15,9 +15,12 @@ _RELEARN_WORK = 2e12
 # At 0.5 to 0.7 the first steps, which all models need, hide the difference between a model that
 # saw the classes and one that did not; at 0.9 the original itself needs luck (on CIFAR-10).
 GOAL = 0.8
+# Forgotten and other classes that take part at most, drawn by the seed.
+RELEARNED = 20
 
 
 def relearn_all(case: Case, at: Labelled, one_set: bool) -> None:
+    """Puts relearn times and Anamnesis Indices on every row."""
     most = case.settings["relearn_steps"]
     keys = [f"{a}_{b}" for a in ("relearn_head", "relearn_full") for b in ("steps", "fa")]
     keys += ["ain_head", "ain_full"]
@@ -80,7 +83,7 @@ def _anamnesis(case: Case, kind: str, counted: dict[str, int | None], most: int)
 
 def _lesson(case: Case, at: Labelled, most: int, one_set: bool) -> Lesson | str:
     """What relearning is taught and tested on, or why there is nothing."""
-    shots = case.settings["shots"]
+    shots, wanted = case.settings["shots"], case.some(case.forget, RELEARNED)
     source, target = at.train, at.test
     source_labels, target_labels = (
         source.labels[source.pictured],
@@ -99,14 +102,14 @@ def _lesson(case: Case, at: Labelled, most: int, one_set: bool) -> Lesson | str:
     if not one_set:
         test = [case.gone[target_labels].nonzero()[:, 0]]
     taught = source_labels[torch.cat(teach)] if teach else torch.zeros(0, dtype=torch.int64)
-    if not set(case.forget) <= set(taught.tolist()) or not test or not len(torch.cat(test)):
+    if not set(wanted) <= set(taught.tolist()) or not test or not len(torch.cat(test)):
         return "too few images: it takes shots of each forgotten class and others to test on"
-    before = case.rows[ORIGINAL].get("fa")
+    evaluation = case.rows[ORIGINAL].evaluation
+    assert evaluation is not None  # there are images
+    before = sum(evaluation.per_class.get(c, 0.0) for c in wanted) / len(wanted)
     if not before:
         return "the original has no FA to get back to"
-    case.settings["shots_used"] = min(
-        int(n) for n in torch.bincount(taught)[torch.tensor(case.forget)]
-    )
+    case.settings["shots_used"] = min(int(n) for n in torch.bincount(taught)[torch.tensor(wanted)])
     tested = torch.cat(test)
     return Lesson(
         source.images[torch.cat(teach)], taught, target.images[tested], target_labels[tested],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Subject:
         """The last layer with weights."""
         return self.model.model.get_submodule(self.layers[-1])
 
-    @property
+    @cached_property
     def backbone(self) -> str:
         """SHA-256 of everything before the last layer: equal for subjects with equal features."""
         digest = hashlib.sha256(type(self.model.model).__qualname__.encode())
@@ -88,9 +89,21 @@ def make_subject(name: str, model: nn.Module, spec: InputSpec, device: torch.dev
     return _cut(name, _finite_copy(inner, device), spec, hidden)
 
 
-def variant(subject: Subject, name: str, spec: InputSpec) -> Subject:
-    """A copy of ``subject`` that nothing hides and that may be changed freely."""
-    return _cut(name, copy.deepcopy(subject.model), spec, [])
+def variant(subject: Subject, name: str, spec: InputSpec, own: bool = False) -> Subject:
+    """A copy of ``subject`` that nothing hides and whose last layer may be changed freely.
+
+    Args:
+        subject: what is copied.
+        name: of the copy.
+        spec: the images it takes.
+        own: copy all weights; otherwise those before the last layer are shared, not copied.
+    """
+    shared: dict[int, object] = {}
+    if not own:
+        last = f"{subject.layers[-1]}."
+        kept = state(subject.model.model).items()
+        shared = {id(tensor): tensor for key, tensor in kept if not key.startswith(last)}
+    return _cut(name, copy.deepcopy(subject.model, shared), spec, [])
 
 
 def _finite_copy(model: nn.Module, device: torch.device) -> LogitsModel:

@@ -19,6 +19,10 @@ WAY = 0.25
 MEMBERSHIP = 0.05
 # Features that moved less than this are the original's.
 UNMOVED = 1e-3
+# CKA above which features differ by rotation and scale alone (units in another order, say).
+ROTATED = 0.9995
+# RA so many points below the mask's is called damage.
+DAMAGED = 15.0
 # Relearning at least this share of the golden model's steps.
 AIN = 0.5
 
@@ -79,6 +83,12 @@ class Evidence:
         return self.get("drift_backbone") == 0 or (moved is not None and moved < UNMOVED)
 
     @property
+    def only_turned(self) -> bool:
+        """Whether the features of the forgotten classes are the original's but for a rotation."""
+        alike = self.get("cka_impressions")
+        return alike is not None and alike > ROTATED
+
+    @property
     def answers_as_before(self) -> bool:
         now, kind = self.both("fa", "impressions_fa")
         before = self.get("fa" if kind == "images" else "impressions_fa", "original")
@@ -101,9 +111,16 @@ def findings(e: Evidence) -> list[Finding]:
 def _findings(e: Evidence) -> Iterator[Finding]:
     back = _back(e)
     if e.same_features and e.last.kind == "same":
-        yield Finding(
-            "untouched", "Nothing was forgotten: the weights are the original's, untouched"
-        )
+        if e.answers_as_before:
+            yield Finding(
+                "untouched", "Nothing was forgotten: the weights are the original's, untouched"
+            )
+        else:
+            yield Finding(
+                "mask",
+                f"Only the output was hidden, as by a mask: all weights are the original's, and "
+                f"what hides the classes lies behind the last layer (FA {pct(e.forgets)})",
+            )
         return
     if e.collapsed:
         yield Finding(
@@ -140,6 +157,15 @@ def _findings(e: Evidence) -> Iterator[Finding]:
                       f"last layer back the model works as before{back}")  # fmt: skip
     elif (e.unmasked()[0] or 0) > _unmask_limit(e):
         yield Finding("features kept", f"The features still serve the forgotten classes{back}")
+    elif e.only_turned:
+        yield Finding(
+            "features kept",
+            f"The features are the original's up to rotation and scale (CKA "
+            f"{e.get('cka_impressions'):.4f} on impressions of the forgotten classes){back}",
+        )
+    ra, base = e.get("ra"), e.get("ra", "mask")
+    if ra is not None and base is not None and ra < base - DAMAGED and not e.collapsed:
+        yield Finding("damaged", f"The model is damaged: RA is {pct(ra)}, the mask's {pct(base)}")
     if e.answers_as_before and not e.collapsed:
         now, kind = e.both("fa", "impressions_fa")
         yield Finding("not forgotten", f"The forgotten classes are answered as before: FA "
@@ -220,6 +246,10 @@ def _check_features(e: Evidence) -> Check:
     moved = e.get("drift_features_forget")
     if e.same_features:
         return Check("features changed", False, "the last layer's input is the original's")
+    if e.only_turned:
+        cka = e.get("cka_impressions")
+        says = f"they are the original's up to rotation and scale (CKA {cka:.4f})"
+        return Check("features changed", False, says)
     if moved is None:
         backbone = e.get("drift_backbone")
         if backbone is None:

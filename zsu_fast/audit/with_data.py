@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,15 +11,22 @@ from torch import Tensor
 from . import distances, membership, probe, representation
 from .case import Case, Labelled, confusion, evaluation_of, share
 from .observe import Observer, Seen, batches_of
+from .relearning import RELEARNED
 from .result import GOLDEN, MASK, ORIGINAL
 
 # Features are kept of so many images at most, divided among the classes.
 _FEATURES = 20_000
+# Values of the images that are kept for relearning: 1,783 of 3x224x224.
+_KEPT_VALUES = 1 << 28
 
 
 def look(case: Case, data: Any, train_data: Any) -> tuple[Seen, Labelled]:
-    shots, per_test = case.settings["shots"], max(10, 200 // len(case.forget))
-    taught = [*case.forget, *case.some(case.kept, 20)]
+    """Runs all models on the images, and says which are for learning and which for measuring."""
+    relearned = case.some(case.forget, RELEARNED)
+    taught = [*relearned, *case.some(case.kept, RELEARNED)]
+    per_test = max(10, 200 // len(relearned))
+    most = _KEPT_VALUES // max(1, math.prod(case.spec.shape)) // len(taught)
+    shots = max(1, min(case.settings["shots"], most - per_test))
     variants = list(case.variants.values())
     each = max(2, _FEATURES // case.classes)
     images = {c: (per_test if case.gone[c] else 0) for c in taught}
@@ -42,6 +50,7 @@ def look(case: Case, data: Any, train_data: Any) -> tuple[Seen, Labelled]:
 
 
 def on_images(case: Case, seen: Seen) -> None:
+    """Puts accuracies, un-mask accuracies, confusion and output distances on every row."""
     gone = case.gone[seen.labels]
     none = "no image of the forgotten classes is in the data"
     for subject in case.subjects:
@@ -72,6 +81,7 @@ def on_images(case: Case, seen: Seen) -> None:
 
 
 def separability(case: Case, at: Labelled) -> None:
+    """Puts linear probe, k-NN and CKA on every row."""
     train_labels = at.train.labels[at.train.kept][at.train_rows]
     test_labels = at.test.labels[at.test.kept][at.test_rows]
     gone = case.gone[test_labels]
@@ -136,6 +146,7 @@ def separability(case: Case, at: Labelled) -> None:
 
 
 def membership_of(case: Case, train: Seen, test: Seen) -> None:
+    """Puts the membership attacks on every row."""
     for subject in case.subjects:
         row, name = case.rows[subject.name], subject.name
         for part, wanted in (("forget", True), ("retain", False)):

@@ -17,6 +17,7 @@ from .unmask import rows_of
 
 
 def on_impressions(case: Case, held: Seen) -> LastLayer:
+    """Puts what held-out impressions and weights tell on every row; examines the last layer."""
     gone = case.gone[held.labels]
     base = held.features[ORIGINAL]
     masked = held.logits[MASK][~gone]
@@ -86,7 +87,8 @@ def _weight_drift(case: Case, subject: Subject, row: Row) -> None:
 
 
 def resynthesise(case: Case) -> None:
-    classes = case.some(case.forget, 16)
+    """Puts the ascent towards forgotten classes on every row, as it is and un-masked."""
+    classes = case.some(case.forget, 16 if case.classes <= 50 else 8)
     per_class = 8 if case.classes <= 50 else 2
     for subject in case.subjects:
         row = case.rows[subject.name]
