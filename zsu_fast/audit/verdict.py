@@ -152,17 +152,17 @@ def _findings(e: Evidence) -> Iterator[Finding]:
             f"Output-level forgetting: only the last layer was changed, the features before it "
             f"are the original's{back}",
         )
-    elif _hidden_behind_head(e):
-        yield Finding("hidden behind the head", "Only the output was hidden: with the original's "
-                      f"last layer back the model works as before{back}")  # fmt: skip
-    elif (e.unmasked()[0] or 0) > _unmask_limit(e):
-        yield Finding("features kept", f"The features still serve the forgotten classes{back}")
     elif e.only_turned:
         yield Finding(
             "features kept",
             f"The features are the original's up to rotation and scale (CKA "
             f"{e.get('cka_impressions'):.4f} on impressions of the forgotten classes){back}",
         )
+    elif _hidden_behind_head(e):
+        yield Finding("hidden behind the head", "Only the output was hidden: with the original's "
+                      f"last layer back the model works as before{back}")  # fmt: skip
+    elif (e.unmasked()[0] or 0) > _unmask_limit(e):
+        yield Finding("features kept", f"The features still serve the forgotten classes{back}")
     ra, base = e.get("ra"), e.get("ra", "mask")
     if ra is not None and base is not None and ra < base - DAMAGED and not e.collapsed:
         yield Finding("damaged", f"The model is damaged: RA is {pct(ra)}, the mask's {pct(base)}")
