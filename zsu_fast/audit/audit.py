@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from .. import classifier
+from ..ascent import AscentSettings
 from ..errors import ArgumentError, ZsuFastError
-from ..impressions import AscentSettings, ClassImpressions, ascend
+from ..impressions import ClassImpressions, ascend
 from ..progress import Reporter
+from ..spaces import input_space
 from ..threads import multiply_adds, threads_for
 from . import baselines, with_data, without_data
 from .case import Case
@@ -212,10 +214,14 @@ def _add_baselines(case: Case) -> None:
 
 def _held_out(case: Case, given: ClassImpressions | None) -> ClassImpressions:
     if given is not None:
-        if given.spec.shape != case.spec.shape or not bool(case.gone[given.labels].any()):
+        if (
+            given.space != "input"
+            or given.spec.shape != case.spec.shape
+            or not bool(case.gone[given.labels].any())
+        ):
             raise ArgumentError(
                 "impressions",
-                f"got {len(given)} of shape {given.spec.shape}",
+                f"got {len(given)} of shape {given.spec.shape} in the space {given.space!r}",
                 f"Pass some of shape {case.spec.shape}, of forgotten classes among them.",
             )
         return given
@@ -227,7 +233,8 @@ def _held_out(case: Case, given: ClassImpressions | None) -> ClassImpressions:
             f"impressions of {len(chosen)} of {case.classes} classes, {per_class} each"
         )
     settings = AscentSettings(per_class=per_class, seed=_HELD_OUT_SEED + case.seed)
-    made = ascend(case.original.model, case.spec, sorted(chosen), settings, Reporter(False))
+    space = input_space(case.original.model, case.spec, settings.precision)
+    made = ascend(case.original.model, space, case.spec, sorted(chosen), settings, Reporter(False))
     case.counts["impressions"] = len(made)
     if made.hit_rate < 0.5:
         case.notes.append(

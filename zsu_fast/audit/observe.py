@@ -91,7 +91,7 @@ class Observer:
             x = batch.to(device)
             for key, group in groups.items():
                 needs = any(s.name in wanted for s in group)
-                with _inputs_of(group[0], pooled[key] if needs else None, keep):
+                with _inputs_of(group[0], pooled[key] if needs else None, keep, len(label)):
                     crossing = group[0].cut.head(x)
                     out = group[0].logits(crossing)
                 for subject in group:
@@ -213,7 +213,7 @@ def summary(x: Tensor, most: int) -> Tensor:
 
 @contextmanager
 def _inputs_of(
-    subject: Subject, store: dict[str, list[Tensor]] | None, rows: Tensor
+    subject: Subject, store: dict[str, list[Tensor]] | None, rows: Tensor, batch: int
 ) -> Iterator[None]:
     """Collects the pooled input of each looked-at layer, of the batch's ``rows``, in ``store``."""
     if store is None or not len(rows):
@@ -225,7 +225,8 @@ def _inputs_of(
     for name in looked_at(subject.layers):
 
         def note(_module: nn.Module, args: Any, name: str = name) -> None:
-            if args and isinstance(args[0], Tensor) and name not in seen:
+            # not where dimension 0 counts something else, as windows or tokens
+            if args and isinstance(args[0], Tensor) and name not in seen and len(args[0]) == batch:
                 seen.add(name)
                 part = args[0][rows.to(args[0].device)]
                 store.setdefault(name, []).append(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..classifier import InputSpec, own_modes
-from ..tail import Features
+from ..cut import Features
 from .subject import Subject, variant
 
 # Adam's learning rate, and rows a step, half of them of forgotten classes.

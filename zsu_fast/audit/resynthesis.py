@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..ascent import AscentSettings
 from ..classifier import InputSpec
-from ..impressions import AscentSettings, ClassImpressions, ascend
+from ..impressions import ClassImpressions, ascend
 from ..progress import Reporter
+from ..spaces import input_space
 from .subject import Subject
 
 
@@ -40,6 +42,7 @@ def reach(
     if set(classes) <= set(subject.hidden):
         return Reached(0.0, float(MOST), None)
     settings = AscentSettings(per_class=per_class, max_steps=MOST, restarts=0, seed=seed)
-    made = ascend(subject.model, spec, classes, settings, Reporter(False))
+    space = input_space(subject.model, spec, settings.precision)
+    made = ascend(subject.model, space, spec, classes, settings, Reporter(False))
     steps = made.steps.float().masked_fill(~made.hit, MOST)
     return Reached(100 * made.hit_rate, float(steps.mean()), made)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..classifier import InputSpec, LogitsModel, state, unwrap, working_copy
+from ..cut import Features
 from ..errors import ModelError
 from ..evaluation import Masked
-from ..tail import Features, Split, layer_names, split_at
+from ..responsive import layer_names
+from ..tail import Split, split_at
 
 
 @dataclass
