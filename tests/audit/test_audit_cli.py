@@ -15,7 +15,7 @@ from zsu_fast.cli import app
 def call(*arguments: str, code: int = 0) -> str:
     result = CliRunner().invoke(app, list(arguments))
     assert result.exit_code == code, result.output
-    return result.output
+    return result.stdout if "--json" in arguments else result.output  # warnings go to stderr
 
 
 def test_audit_of_a_mask_from_files(tmp_path: Path) -> None:
