@@ -155,6 +155,7 @@ def summarise(numbers: list[list[Any]], settings: list[Setting]) -> list[str]:
     for setting in settings:
         mine = [n for n in numbers if n[0] == setting.key]
         if not mine:
+            lines += ["", f"## {setting.model} on {setting.data}", "", "Not measured yet."]
             continue
         forget = ",".join(map(str, setting.forget))
         lines += ["", f"## {setting.model} on {setting.data}, forgetting {{{forget}}}", ""]

@@ -9,10 +9,12 @@ import torch
 from support import SPEC, snapshot, tiny, tiny_data
 
 from zsu_fast.audit import distances, drift, membership, probe, representation
-from zsu_fast.audit.last_layer import examine
+from zsu_fast.audit.last_layer import LastLayer, examine
 from zsu_fast.audit.observe import looked_at, summary
 from zsu_fast.audit.relearn import Lesson, relearn
+from zsu_fast.audit.result import Row
 from zsu_fast.audit.subject import make_subject, variant
+from zsu_fast.audit.verdict import Evidence, checks, sentences
 
 
 def test_cka_is_one_for_rotations_and_small_for_noise() -> None:
@@ -200,3 +202,23 @@ def test_variants_share_what_lies_before_the_last_layer() -> None:
     with torch.no_grad():
         own.model.model.fc1.weight.add_(1)
     assert make_subject("own", own.model.model, SPEC, torch.device("cpu")).backbone != own.backbone
+
+
+@pytest.mark.parametrize(
+    ("probe_forget", "words"),
+    [
+        (56.0, "Forgotten in outputs and features"),
+        (62.0, "Outputs forgotten, features in part"),
+        (67.0, "Outputs forgotten; features still separable"),
+    ],
+)
+def test_the_headline_does_not_flatter(probe_forget: float, words: str) -> None:
+    rows = [Row(n) for n in ("original", "mask", "unlearned", "golden")]
+    levels = (68.0, 68.0, probe_forget, 56.0)
+    for row, level in zip(rows, levels, strict=True):
+        row.put("probe_forget", level)
+        row.put("fa", 71.0 if row.name == "original" else 0.0)
+        row.put("drift_features_forget", 0.0 if row.name in ("original", "mask") else 2.0)
+        row.put("drift_backbone", 0.0 if row.name in ("original", "mask") else 1.0)
+    evidence = Evidence(rows, LastLayer("trained", ""), 0, 10, [1])
+    assert sentences(evidence, [], checks(evidence))[0].startswith(words)

@@ -15,6 +15,8 @@ from .result import Check, Finding, Row
 FORGOTTEN, UNMASK, COLLAPSED, RETAIN_LOSS = 5.0, 10.0, 90.0, 5.0
 # The share of the way from the original's to the golden model's level that a probe has to move.
 WAY = 0.25
+# The share from which on features are called forgotten, not forgotten in part.
+MOST_OF_THE_WAY = 0.75
 # How far from the golden model's AUC a membership attack may be.
 MEMBERSHIP = 0.05
 # Features that moved less than this are the original's.
@@ -375,8 +377,13 @@ def _headline(e: Evidence) -> str:
             f"Outputs forgotten, and with {e.unmasked()[1]}, FA is {pct(e.unmasked()[0])}; "
             f"whether features are still separable can't be told: {e.why('probe_forget')}."
         )
-    level = _check_level(e, "", "probe_forget")
-    if level.passed:
+    now, before, aim = (e.get("probe_forget", n) for n in ("unlearned", "original", "golden"))
+    if _check_level(e, "", "probe_forget").passed and None not in (now, before, aim):
+        assert now is not None
+        assert before is not None
+        assert aim is not None
+        if now - aim > (1 - MOST_OF_THE_WAY) * max(before - aim, 2):
+            return f"Outputs forgotten, features in part: {_probe(e)}."
         return f"Forgotten in outputs and features: {_probe(e)}."
     return f"Outputs forgotten; features still separable: {_probe(e)}."
 
