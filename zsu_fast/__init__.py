@@ -1,5 +1,6 @@
 """zsu_fast: make a trained image classifier forget classes, without any training data."""
 
+from .audit import Audit, audit
 from .classifier import InputSpec
 from .doctor import doctor
 from .errors import ArgumentError, CheckpointError, ModelError, OutputError, ZsuFastError
@@ -14,6 +15,7 @@ __version__ = VERSION
 
 __all__ = [
     "ArgumentError",
+    "Audit",
     "CheckpointError",
     "ClassImpressions",
     "Evaluation",
@@ -25,6 +27,7 @@ __all__ = [
     "ZeroShotUnlearner",
     "ZsuFastError",
     "__version__",
+    "audit",
     "doctor",
     "evaluate",
     "mask",

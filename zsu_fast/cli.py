@@ -1,7 +1,8 @@
-"""The command ``zsu-fast``: demo, unlearn, evaluate, doctor."""
+"""The command ``zsu-fast``: demo, unlearn, evaluate, audit, doctor."""
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -18,12 +19,15 @@ from rich.console import Console
 from rich.table import Table
 
 from . import checkpoint
+from .audit import audit as run_audit
+from .audit.cli_audit import check_report, class_names, print_audit, report_run
 from .classifier import InputSpec, resolve_spec
 from .demo import mnist_test, run as run_demo
 from .doctor import doctor as examine, render
 from .errors import ArgumentError, ZsuFastError
 from .evaluation import Evaluation, evaluate as measure
 from .models import load_model
+from .report import write_report
 from .unlearning import ZeroShotUnlearner, paper_preset
 
 app = typer.Typer(
@@ -54,6 +58,10 @@ Std = Annotated[str | None, typer.Option(help="Per-channel std of the same.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Everything random depends on it alone.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+Report = Annotated[
+    Path | None,
+    typer.Option(help="Write an HTML report here, and its numbers as .json beside it."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 
 
@@ -84,6 +92,8 @@ def demo(
         console.print(_count_line(rows[0].evaluation))
         console.print(f"Tail: {record['split']['at']} ({record['split']['reason']}).")
         console.print(_level(record))
+        for sentence in facts["verdict"]:
+            console.print(sentence, highlight=False)
         for what, path in facts["written"].items():
             console.print(f"{what}: {path}", soft_wrap=True, highlight=False)
 
@@ -97,6 +107,10 @@ def unlearn(
     ],
     weights: Weights = None,
     record: Annotated[Path | None, typer.Option(help="Write the run's record (JSON).")] = None,
+    report: Report = None,
+    report_data: Annotated[
+        str | None, typer.Option(help="Labelled images for the report alone, as for evaluate.")
+    ] = None,
     tail: Annotated[
         str, typer.Option(help="auto, last, a module's name, or a number of last layers.")
     ] = "auto",
@@ -120,7 +134,9 @@ def unlearn(
         for path in (out, record):
             if path is not None:
                 checkpoint.check_writable(path, force)
+        check_report(report, force)
         loaded = load_model(model, weights, classes)
+        before = copy.deepcopy(loaded) if report is not None else loaded
         at = int(tail) if tail.isdigit() else tail
         options: dict[str, Any] = {"tail": at, "depth": depth, "objective": objective}
         if paper:
@@ -146,8 +162,13 @@ def unlearn(
         if record is not None:
             content = run.record.to_json().encode()
             checkpoint.write_atomically(record, lambda file: file.write(content), force)
+        verdict: list[str] = []
+        if report is not None:
+            seen = None if report_data is None else read_images(report_data, run.spec)
+            progress = _progress(as_json)
+            verdict = report_run(report, before, run, result, seen, force, progress).verdict
         if as_json:
-            _print_json({"out": str(out), "record": facts})
+            _print_json({"out": str(out), "record": facts, "verdict": verdict})
             return
         console = Console()
         best, total = facts["fit"]["best"], facts["timings"]["total"]
@@ -162,7 +183,81 @@ def unlearn(
             f"{100 * best['agreement']:.2f} % of the others as the masked original answers."
         )
         console.print(_level(facts))
-        console.print(f"Written: {out}", soft_wrap=True, highlight=False)
+        for sentence in verdict:
+            console.print(sentence, highlight=False)
+        for path in (out, report):
+            if path is not None:
+                console.print(f"Written: {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def audit(
+    model: Model,
+    unlearned: Annotated[
+        str, typer.Option(help="The unlearned model's weights file.", show_default=False)
+    ],
+    forget: Forget,
+    weights: Weights = None,
+    data: Annotated[
+        str | None, typer.Option(help="Labelled images not trained on, as for evaluate.")
+    ] = None,
+    train_data: Annotated[
+        str | None, typer.Option(help="Labelled images that were trained on.")
+    ] = None,
+    golden: Annotated[
+        str | None, typer.Option(help="Weights of a model trained without the classes.")
+    ] = None,
+    report: Report = None,
+    relearn_steps: Annotated[
+        int | None, typer.Option(help="Most steps of relearning; 0 leaves it out.")
+    ] = None,
+    classes: Classes = None,
+    input_shape: Shape = None,
+    mean: Mean = None,
+    std: Std = None,
+    seed: Seed = 0,
+    device: Device = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Says what an unlearned model has forgotten, and what it only hides."""
+    with _errors(as_json):
+        check_report(report, force)
+        original = load_model(model, weights, classes)
+        shape, means = _numbers("input_shape", input_shape, int), _numbers("mean", mean, float)
+        stds = _numbers("std", std, float)
+        spec = resolve_spec(original, shape, means, stds)
+        images = None if data is None else read_images(data, spec)
+        result = run_audit(
+            original,
+            load_model(model, unlearned, classes),
+            parse_classes(forget),
+            images,
+            None if golden is None else load_model(model, golden, classes),
+            train_data=None if train_data is None else read_images(train_data, spec),
+            relearn_steps=relearn_steps,
+            input_shape=shape,
+            mean=means,
+            std=stds,
+            seed=seed,
+            device=device,
+            progress=_progress(as_json),
+        )
+        if report is not None:
+            write_report(
+                report,
+                result,
+                title=f"{model}: what was forgotten",
+                names=class_names(images),
+                force=force,
+            )
+        if as_json:
+            _print_json(result.to_dict())
+            return
+        console = Console()
+        print_audit(console, result)
+        if report is not None:
+            console.print(f"Written: {report}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, plots, zoo
+from .audit import audit
 from .errors import ZsuFastError
 from .evaluation import Evaluation, evaluate, mask
 from .progress import Callback
+from .report import write_report
 from .unlearning import ZeroShotUnlearner
 
 FORGET = [1, 2, 3, 4]
-FILES = ("lenet5_unlearned.safetensors", "record.json", "class_accuracy.png")
+FILES = (
+    "lenet5_unlearned.safetensors", "record.json", "class_accuracy.png", "report.html",
+    "report.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,23 +53,23 @@ def run(
     """Forgets {1, 2, 3, 4} of the embedded LeNet5 and writes the result into the folder ``out``.
 
     Args:
-        out: a folder, made if need be; gets the model, the record and the chart.
+        out: a folder, made if need be; gets the model, the record, the chart and the report.
         seed: of the run.
         force: replace files of an earlier demo.
         progress, callback: see `Reporter`.
 
     Returns:
-        The table (original, mask, unlearned) and the run's record with the paths written; the
-        key "chart" says why where there is no chart.
+        The table (original, mask, unlearned), and the run's record, the audit's verdict and the
+        paths written; "chart" and "report" say why where there is none.
 
     Raises:
         OutputError: a file exists (without ``force``) or can't be written; checked first.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    model_path, record_path, chart_path = (folder / name for name in FILES)
-    for path in (model_path, record_path, chart_path):
-        checkpoint.check_writable(path, force)
+    model_path, record_path, chart_path, page_path, _ = (folder / name for name in FILES)
+    for name in FILES:
+        checkpoint.check_writable(folder / name, force)
     model, data = zoo.load("lenet5"), mnist_test()
     rows = [Row("original", evaluate(model, data, FORGET), None)]
     started = time.perf_counter()
@@ -90,5 +95,17 @@ def run(
         )
     except ZsuFastError as error:
         chart = f"not drawn. {error}"
-    written = {"model": str(model_path), "record": str(record_path), "chart": chart}
-    return rows, {"record": run.record.to_dict(), "written": written}
+    page, verdict = str(page_path), []
+    try:
+        told = audit(
+            model, unlearned, FORGET, data, zoo.load("lenet5_golden"), seed=seed, progress=progress
+        )
+        verdict = told.verdict
+        title = "LeNet5 on MNIST: what was forgotten"
+        write_report(page_path, told, title=title, record=run.record.to_dict(), force=force)
+    except ZsuFastError as error:
+        page = f"not written. {error}"
+    written = {
+        "model": str(model_path), "record": str(record_path), "chart": chart, "report": page,
+    }  # fmt: skip
+    return rows, {"record": run.record.to_dict(), "verdict": verdict, "written": written}
