@@ -42,9 +42,7 @@ def _leaves(count: int, channels: int, height: int, width: int, draw: torch.Gene
 
     image = _coloured_noise(count, channels, height, width, draw)
     texture = _coloured_noise(count, channels, height, width, draw)
-    y, x = torch.meshgrid(
-        torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij"
-    )
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     for number in range(_SHAPES):
         mix = uniform(0, 1, 1, 1)
         radius = (_SMALLEST**-2 * (1 - mix) + _LARGEST**-2 * mix).rsqrt()
