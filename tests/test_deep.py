@@ -59,7 +59,7 @@ def unmasked_leak(model: nn.Module, case: Run) -> float:
 
 def test_original_last_layer_finds_no_forgotten_class(karpathynet: Run) -> None:
     assert unmasked_leak(karpathynet.output, karpathynet) > 0.9
-    assert unmasked_leak(karpathynet.deep, karpathynet) < 0.05
+    assert unmasked_leak(karpathynet.deep, karpathynet) < 0.02
 
 
 def test_outputs_forget_and_keep_the_rest(karpathynet: Run) -> None:
@@ -122,7 +122,7 @@ def test_each_term_does_its_part(tiny: nn.Module, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(unlearning, "forget_deeply", one)
         run = ZeroShotUnlearner(tiny, [1], depth="deep", **QUICK)
         made = run.run()
-        size = made.fc1(tiny_features(made)).relu().square().mean()
+        size = made.fc1(tiny_features(made)).relu().square().mean().detach()
         return {k: v["after"] for k, v in run.record.depth.items() if isinstance(v, dict)}, float(
             size
         )
