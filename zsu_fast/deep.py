@@ -11,14 +11,15 @@ The last layer *and* the layers ahead of it are trained, on four terms:
    Belrose et al., "LEACE", 2023, bring to 0 in closed form; here the layers learn to).
 
 Features are only kept where they are seen, and impressions lie far from any real image: so the
-rows are mostly *scenes* (`draw_scenes`), as drawn and pushed to each class by a few ascent steps.
+rows are mostly *scenes* (`draw_scenes`), as drawn and pushed to each class by a few ascent steps,
+beside the impressions and mixtures of them.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,7 +31,7 @@ from .classifier import InputSpec, LogitsModel
 from .errors import ArgumentError, ModelError
 from .impressions import ClassImpressions, ascend
 from .loop import Check, Fit, LoopSettings, natural_rate
-from .objective import Masked, Rows, RowSettings
+from .objective import Masked, Rows, RowSettings, make_rows
 from .progress import Reporter, Stopped
 from .responsive import layer_names
 from .scenes import draw_scenes
@@ -40,7 +41,7 @@ from .tail import Split
 Depth = Literal["output", "deep"]
 DEPTHS: tuple[str, ...] = get_args(Depth)
 
-_SCENE_VALUES = 32 * 1024 * 1024  # pixel values drawn at most: 10,922 scenes of 3x32x32
+_SCENE_VALUES = 32 * 1024 * 1024  # pixel values drawn at most: 10,922 images of 3x32x32
 _SHARE = 0.1  # of the layers with weights are trained beside the last one, and at least one
 
 
@@ -51,6 +52,8 @@ class DeepSettings:
     Attributes:
         scenes: drawn images; fewer where they are large, 256 at least.
         pushed: of them, started an ascent to a class from.
+        mixtures: of impressions at the cut (`make_rows`), which say what no scene does where
+            images are no photographs.
         steps, batch: optimiser steps, and rows in each.
         unmask: weight of the frozen original last layer's divergence.
         shrink: weight of the features' mean square, in units of the original's.
@@ -58,13 +61,14 @@ class DeepSettings:
         ridge: of that regression, in units of the features' mean variance.
     """
 
-    scenes: int = 3000
+    scenes: int = 4000
     pushed: int = 1000
+    mixtures: int = 512
     steps: int = 300
     batch: int = 256
     unmask: float = 0.3
-    shrink: float = 0.5
-    erase: float = 0.5
+    shrink: float = 0.25
+    erase: float = 0.35
     ridge: float = 0.1
 
     def fit_to(self, spec: InputSpec) -> tuple[int, int]:
@@ -138,14 +142,16 @@ def forget_deeply(
     seed: int,
     report: Reporter,
     settings: DeepSettings | None = None,
-) -> tuple[Fit, dict[str, Any]]:
+) -> dict[str, Any]:
     """Trains the tail of ``cut`` until the classes are gone from its features.
+
+    The last layer is then to be fitted as in output-level forgetting, which looks farther out.
 
     Args:
         model: the working copy that ``cut`` shares its parameters with; changed in place.
         spec: of its images.
         cut: from `find_deep_split`.
-        made: impressions of all classes; one in four is held out, as is one scene in four.
+        made: impressions of all classes; one in four is held out, as is one scene in eight.
         forget: bool [C].
         rows: for the margin.
         loop: its learning rate, where given, and whether fewer ``steps`` are wanted.
@@ -154,8 +160,8 @@ def forget_deeply(
         settings: the constants.
 
     Returns:
-        The fit, and what is worth a line in the record, on held-out rows: ``unmask_leak``, the
-        share answered with a forgotten class once the original last layer is back, and
+        What the record is to tell: how the fit went; ``unmask_leak``, the share of held-out
+        rows answered with a forgotten class once the original last layer is back, and
         ``evidence``, the share of the forgotten logits' variance that a ridge regression on the
         features explains; each before and after.
 
@@ -173,7 +179,7 @@ def forget_deeply(
     steps = min(settings.steps, loop.steps or settings.steps)
     start = [p.detach().clone() for p in parameters]
     fit = Fit(learning_rate=loop.learning_rate or natural_rate(parameters))
-    before = objective.look(held_out)
+    before = objective.look(train, held_out)
     while not _descend(fit, steps, objective, parameters, train, held_out, seed, report):
         with torch.no_grad():  # values blew up: from the start, more slowly
             for parameter, saved in zip(parameters, start, strict=True):
@@ -182,9 +188,16 @@ def forget_deeply(
         if fit.history[-1].attempt >= 3:
             fit.stopped += "; given up"
             break
-    after = objective.look(held_out)
-    facts = {"scenes": settings.fit_to(spec)[0], "rows": len(train), "held_out": len(held_out)}
-    return fit, facts | {k: {"before": before[k], "after": after[k]} for k in before}
+    after = objective.look(train, held_out)
+    return {
+        "stopped": fit.stopped,
+        "learning_rate": fit.learning_rate,
+        "history": [asdict(check) for check in fit.history],
+        "scenes": settings.fit_to(spec)[0],
+        "rows": len(train),
+        "held_out": len(held_out),
+        **{k: {"before": before[k], "after": after[k]} for k in before},
+    }
 
 
 class _TwoHeads(nn.Module):
@@ -231,25 +244,35 @@ def _make_rows(
     scenes, pushed = settings.fit_to(spec)
     drawn = draw_scenes(scenes, spec.shape, seed)
     per_class = max(1, pushed // classes)
-    starts = spec.normalise(drawn[torch.arange(classes * per_class) % scenes] * 255)
+    bounds = (1, -1, 1, 1) if len(spec.shape) == 3 else (1, -1)
+    low, high = spec.low.view(bounds), spec.high.view(bounds)
+    drawn = low + drawn * (high - low)
+    starts = drawn[torch.arange(classes * per_class) % scenes]
     few = AscentSettings(per_class, (0.3, 0.99), 40, 0, 0.02, 0.0, seed, "float32")
     space = input_space(model, spec, "float32")
     ascended = ascend(model, space, spec, range(classes), few, Reporter(False), starts=starts)
-    images = [made.images, ascended.images, spec.normalise(drawn * 255)]
-    parts: list[list[Rows]] = [[], []]
-    for index, group in enumerate(images):
-        features = cut.features(group.to(device))
+    labels = made.labels.to(device)
+    impressions = cut.features(made.images.to(device))
+    scenery = cut.features(torch.cat([ascended.images, drawn]).to(device))
+    held = torch.empty(len(labels), dtype=torch.bool, device=device)
+    held[labels.argsort(stable=True)] = torch.arange(len(labels), device=device) % 4 == 3
+    held_scenes = torch.arange(len(scenery[0]), device=device) % 8 == 7
+    generator = torch.Generator().manual_seed(seed)
+    sides = []
+    for one, other, mixtures in (
+        (~held, ~held_scenes, settings.mixtures),
+        (held, held_scenes, settings.mixtures // 4),
+    ):
+        picked = tuple(f[one] for f in impressions)
+        near = make_rows(cut.tail, picked, labels[one], forget, mixtures, generator)
+        near = near.pick(torch.arange(len(near), device=device))
+        far = tuple(f[other] for f in scenery)
         with torch.no_grad():
-            split = [f.split(256) for f in features]
-            teacher = torch.cat([cut.tail(*chunk) for chunk in zip(*split, strict=True)])
-        label = made.labels.to(device) if index == 0 else teacher.argmax(1)
-        rows = Rows(features, teacher, label, forget[label])
-        held = torch.empty(len(label), dtype=torch.bool, device=device)
-        held[label.argsort(stable=True)] = torch.arange(len(label), device=device) % 4 == 3
-        for side, chosen in zip(parts, (~held, held), strict=True):
-            side.append(rows.pick(chosen.nonzero()[:, 0]))
-    train, held_out = (_join(side) for side in parts)
-    return train, held_out, len(parts[0][0])
+            chunks = zip(*[f.split(256) for f in far], strict=True)
+            teacher = torch.cat([cut.tail(*chunk) for chunk in chunks])
+        top = teacher.argmax(1)
+        sides.append(_join([near, Rows(far, teacher, top, forget[top])]))
+    return sides[0], sides[1], int((~held).sum())
 
 
 def _join(parts: list[Rows]) -> Rows:
@@ -303,14 +326,15 @@ class _Objective:
         return explained / target.square().sum().clamp(min=1e-12)
 
     @torch.no_grad()
-    def look(self, rows: Rows) -> dict[str, float]:
-        """`forget_deeply`'s facts."""
-        _, features, unmasked = (torch.cat(c) for c in zip(*self._parts(rows), strict=True))
-        some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:1024]
-        some = some.to(unmasked.device)
+    def look(self, rows: Rows, held_out: Rows) -> dict[str, float]:
+        """`forget_deeply`'s facts; the evidence needs more rows than are held out."""
+        _, _, unmasked = _columns(self._parts(held_out))
+        some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:2048]
+        some_rows = rows.pick(some.to(rows.label.device))
+        _, features, _ = _columns(self._parts(some_rows))
         return {
             "unmask_leak": float(self.forget[unmasked.argmax(1)].float().mean()),
-            "evidence": float(self.evidence(features[some], rows.teacher[some])),
+            "evidence": float(self.evidence(features, some_rows.teacher)),
         }
 
     @torch.no_grad()
@@ -328,6 +352,10 @@ class _Objective:
     def _parts(self, rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:
         chunks = zip(*[f.split(256) for f in rows.features], strict=True)
         return [self.tail(*chunk) for chunk in chunks]
+
+
+def _columns(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def _descend(

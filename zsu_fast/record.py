@@ -132,6 +132,11 @@ class Record:
                 f"never answer it, or input_shape, mean and std are not the model's. Raise "
                 f"max_steps if they are."
             )
+        if "given up" in self.depth.get("stopped", ""):
+            notes.append(
+                f"the features were left as they are, only outputs forget: "
+                f"{self.depth['stopped']}. Leave learning_rate out, or pass a smaller one."
+            )
         if fit.best is None or fit.best.leak > 0.01:
             leak = 100 * fit.best.leak if fit.best else 100
             notes.append(

@@ -31,8 +31,8 @@ def draw_scenes(count: int, shape: Sequence[int], seed: int) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     if len(shape) == 1:
         return torch.randn(count, *shape, generator=draw).mul(0.25).add(0.5).clamp(0, 1)
-    sizes = [min(_CHUNK, count - at) for at in range(0, count, _CHUNK)]
     channels, height, width = shape
+    sizes = [min(_CHUNK, count - at) for at in range(0, count, _CHUNK)]
     chunks = [_leaves(n, channels, height, width, draw) for n in sizes]
     return torch.cat(chunks) if chunks else torch.empty(0, *shape)
 

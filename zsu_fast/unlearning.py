@@ -270,13 +270,13 @@ class ZeroShotUnlearner:
         cut = self.split_point or self.split()
         made = self._made()
         if self.depth == "deep":
-            with self._stage("fit"):
-                self.result, facts = forget_deeply(
+            with self._stage("deepen"):
+                self.record.depth |= forget_deeply(
                     self.work, self.spec, cut, made, self.forget_mask, self.rows, self.loop,
                     self.seed, self.report,
                 )  # fmt: skip
-            self.record.depth |= facts
-            return self.result
+                images, labels = made.images.to(self.device), made.labels.to(self.device)
+                cut = tails.find_split(self.work, "last", images, labels)
         with self._stage("fit"):
             points, labels = made.images.to(self.device), made.labels.to(self.device)
             if self.space == "tail-input":

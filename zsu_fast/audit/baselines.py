@@ -58,7 +58,8 @@ def random_embeddings(
             label = torch.cat([tail(part) for part in x.split(512)]).argmax(1)
         halves.append(make_rows(tail, (x,), label, gone, 0, draw))
     train, held_out = halves
-    yardstick = Masked(gone, RowSettings().margin_for(train.teacher, train.label))
+    margin = RowSettings().margin_for(train.teacher, train.label, alone=True)
+    yardstick = Masked(gone, margin, alone=True)
     named = dict(made.model.model.named_parameters())
     train_tail(
         tail,

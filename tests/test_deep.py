@@ -1,0 +1,186 @@
+"""Deep forgetting: the features lose the classes, the user loses nothing."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support import QUICK, TinyNet, tiny_data, train
+from torch import Tensor, nn
+
+import zsu_fast
+from zsu_fast import unlearning, zoo
+from zsu_fast.classifier import weights_hash
+from zsu_fast.deep import DeepSettings, forget_deeply
+from zsu_fast.errors import ArgumentError
+from zsu_fast.impressions import ClassImpressions, synthesize
+from zsu_fast.scenes import draw_scenes
+from zsu_fast.unlearning import ZeroShotUnlearner
+
+FORGET = [3, 4, 8]
+SMALL = DeepSettings(scenes=768, pushed=200, steps=120, batch=128)
+
+
+@dataclass
+class Run:
+    original: zoo.KarpathyNet
+    deep: zoo.KarpathyNet
+    output: nn.Module
+    run: ZeroShotUnlearner
+    fresh: ClassImpressions  # of the original, from another seed
+
+
+@pytest.fixture(scope="module")
+def karpathynet() -> Run:
+    original = zoo.load("karpathynet")
+    made = synthesize(original, per_class=8, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        small = functools.partial(forget_deeply, settings=SMALL)
+        patch.setattr(unlearning, "forget_deeply", small)
+        run = ZeroShotUnlearner(original, FORGET, depth="deep", impressions=made, progress=False)
+        deep = run.run()
+    output = zsu_fast.unlearn(original, FORGET, impressions=made, progress=False)
+    fresh = synthesize(original, per_class=16, seed=99, progress=False)
+    return Run(original, deep, output, run, fresh)
+
+
+def unmasked_leak(model: nn.Module, case: Run) -> float:
+    """Share of fresh forget impressions that the original last layer still gives away."""
+    images = case.fresh.images[torch.isin(case.fresh.labels, torch.tensor(FORGET))]
+    head, model.fc1 = model.fc1, case.original.fc1
+    try:
+        answers = model(images).argmax(1)
+    finally:
+        model.fc1 = head
+    return float(torch.isin(answers, torch.tensor(FORGET)).float().mean())
+
+
+def test_original_last_layer_finds_no_forgotten_class(karpathynet: Run) -> None:
+    assert unmasked_leak(karpathynet.output, karpathynet) > 0.9
+    assert unmasked_leak(karpathynet.deep, karpathynet) < 0.02
+
+
+def test_outputs_forget_and_keep_the_rest(karpathynet: Run) -> None:
+    answers = karpathynet.deep(karpathynet.fresh.images).argmax(1)
+    gone = torch.isin(karpathynet.fresh.labels, torch.tensor(FORGET))
+    assert not torch.isin(answers, torch.tensor(FORGET)).any()
+    assert float((answers == karpathynet.fresh.labels)[~gone].float().mean()) > 0.9
+
+
+def test_record_tells_what_was_seen(karpathynet: Run) -> None:
+    told = karpathynet.run.record.to_dict()["depth"]
+    assert told["depth"] == "deep"
+    assert told["unmask_leak"]["before"] > 0.1
+    assert told["unmask_leak"]["after"] < 0.02
+    assert told["evidence"]["after"] < told["evidence"]["before"] - 0.05
+
+
+def test_only_the_last_layers_are_trained(karpathynet: Run) -> None:
+    before, after = karpathynet.original.state_dict(), karpathynet.deep.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"conv3.weight", "conv3.bias", "fc1.weight", "fc1.bias"}
+    record = karpathynet.run.record.to_dict()
+    assert set(record["split"]["trained"]) == changed
+    assert not record["split"]["output_level"]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    return train(TinyNet())
+
+
+def test_batchnorm_statistics_stay_and_seeds_decide(tiny: nn.Module) -> None:
+    before = weights_hash(tiny)
+    quick = QUICK | {"steps": 30}
+    first, again, other = (
+        zsu_fast.unlearn(tiny, [1], depth="deep", seed=seed, **quick) for seed in (0, 0, 1)
+    )
+    assert weights_hash(tiny) == before
+    assert weights_hash(first) == weights_hash(again) != weights_hash(other)
+    for name, buffer in tiny.named_buffers():
+        assert torch.equal(buffer, dict(first.named_buffers())[name])
+
+
+def test_tiny_model_forgets(tiny: nn.Module) -> None:
+    data = tiny_data()
+    made = zsu_fast.unlearn(tiny, [1], depth="deep", **QUICK)
+    result = zsu_fast.evaluate(made, data, [1])
+    mask = zsu_fast.evaluate(zsu_fast.mask(tiny, [1]), data, [1])
+    assert result.forget_accuracy is not None
+    assert result.retain_accuracy is not None
+    assert mask.retain_accuracy is not None
+    assert result.forget_accuracy < 1
+    assert result.retain_accuracy > mask.retain_accuracy - 5
+
+
+def test_each_term_does_its_part(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def facts(**weights: float) -> tuple[dict[str, float], float]:
+        settings = DeepSettings(scenes=512, pushed=256, **weights)
+        one = functools.partial(forget_deeply, settings=settings)
+        monkeypatch.setattr(unlearning, "forget_deeply", one)
+        run = ZeroShotUnlearner(tiny, [1], depth="deep", **QUICK)
+        made = run.run()
+        size = made.fc1(tiny_features(made)).relu().square().mean().detach()
+        return {k: v["after"] for k, v in run.record.depth.items() if isinstance(v, dict)}, float(
+            size
+        )
+
+    plain, plain_size = facts(unmask=0, shrink=0, erase=0)
+    erased, _ = facts(unmask=0, shrink=0, erase=3)
+    _, small_size = facts(unmask=0, shrink=1, erase=0)
+    assert erased["evidence"] < plain["evidence"] - 0.1
+    assert small_size < 0.7 * plain_size
+
+
+def tiny_features(model: nn.Module) -> Tensor:
+    """What fc1 takes."""
+    images, _ = tiny_data(100)
+    return model.act(model.bn(model.conv(images))).flatten(1)
+
+
+def test_vectors_have_no_scenes_but_can_be_forgotten() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    run = ZeroShotUnlearner(model, 2, depth="deep", input_shape=(12,), mean=0.5, std=0.25, **QUICK)
+    run.run()
+    assert set(run.record.split["trained"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert run.record.depth["unmask_leak"]["after"] < run.record.depth["unmask_leak"]["before"]
+
+
+def test_values_that_blow_up_leave_the_features(tiny: nn.Module) -> None:
+    run = ZeroShotUnlearner(tiny, [1], depth="deep", learning_rate=1e30, **QUICK)
+    with pytest.warns(UserWarning, match="features were left as they are"):
+        made = run.run()
+    assert "given up" in run.record.depth["stopped"]
+    before, after = tiny.state_dict(), made.state_dict()
+    assert all(torch.equal(before[n], after[n]) for n in before if not n.startswith("fc2"))
+    assert all(bool(t.isfinite().all()) for t in after.values())
+
+
+def test_refuses_what_it_cannot_do(tiny: nn.Module) -> None:
+    with pytest.raises(ArgumentError, match="depth") as caught:
+        zsu_fast.unlearn(tiny, [1], depth="abyss")
+    assert "output, deep" in str(caught.value)
+    with pytest.raises(ArgumentError, match="objective of its own"):
+        zsu_fast.unlearn(tiny, [1], depth="deep", objective="differential")
+    with pytest.raises(ArgumentError, match="only the last layer follows"):
+        zsu_fast.unlearn(tiny, [1], depth="deep", tail="fc2", **QUICK)
+    single = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    with pytest.raises(ArgumentError, match="single layer"):
+        zsu_fast.unlearn(single, [1], depth="deep", input_shape=(3, 8, 8), **QUICK)
+
+
+def test_scenes_are_images_of_their_seed() -> None:
+    scenes = draw_scenes(20, (3, 32, 32), 5)
+    assert scenes.shape == (20, 3, 32, 32)
+    assert 0 <= float(scenes.min()) < 0.1
+    assert 0.9 < float(scenes.max()) <= 1
+    assert torch.equal(scenes, draw_scenes(20, (3, 32, 32), 5))
+    assert not torch.equal(scenes, draw_scenes(20, (3, 32, 32), 6))
+    # smooth as photographs are: neighbours differ by far less than pixels at large
+    step = (scenes[..., 1:] - scenes[..., :-1]).square().mean()
+    assert float(step) < 0.5 * float(scenes.var())
+    assert float((scenes[0] - scenes[1]).abs().mean()) > 0.05
+    assert draw_scenes(0, (1, 8, 8), 0).shape == (0, 1, 8, 8)
