@@ -1,6 +1,7 @@
 """zsu_fast: make a trained image classifier forget classes, without any training data."""
 
 from .classifier import InputSpec
+from .delta import apply_delta, save_delta
 from .doctor import doctor
 from .errors import ArgumentError, CheckpointError, ModelError, OutputError, ZsuFastError
 from .evaluation import Evaluation, evaluate, mask
@@ -25,10 +26,12 @@ __all__ = [
     "ZeroShotUnlearner",
     "ZsuFastError",
     "__version__",
+    "apply_delta",
     "doctor",
     "evaluate",
     "mask",
     "paper_preset",
+    "save_delta",
     "split",
     "synthesize",
     "unlearn",
