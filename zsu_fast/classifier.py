@@ -322,6 +322,36 @@ def check_forget(forget: Any, classes: int) -> list[int]:
     return wanted
 
 
+def check_forgotten(forgotten: Any, forget: Sequence[int], classes: int) -> list[int]:
+    """Classes forgotten before, as a sorted list; None and an empty collection are none.
+
+    Raises:
+        ArgumentError: as `check_classes`, one is to be forgotten again, or none is left to keep.
+    """
+    try:
+        none = forgotten is None or (not isinstance(forgotten, str | bytes) and not len(forgotten))
+    except TypeError:  # a plain int, a generator
+        none = False
+    if none:
+        return []
+    before = check_classes("forgotten", forgotten, classes)
+    twice = sorted(set(before) & set(forget))
+    if twice:
+        raise ArgumentError(
+            "forget",
+            f"{twice} were forgotten before (forgotten={_short(before)})",
+            "Name only classes that the model still answers.",
+        )
+    if len(before) + len(forget) == classes:
+        raise ArgumentError(
+            "forget",
+            f"got {_short(list(forget))}: with those forgotten before ({_short(before)}) that is "
+            f"every class, so nothing is left to keep",
+            "Leave out at least one class.",
+        )
+    return before
+
+
 def check_classes(argument: str, value: Any, classes: int) -> list[int]:
     """``value`` as a sorted list of class indices.
 

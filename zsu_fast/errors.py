@@ -36,6 +36,10 @@ class CheckpointError(ZsuFastError, ValueError):
     """A file of weights is missing, damaged, unsafe to open, or does not fit the model."""
 
 
+class LedgerError(ZsuFastError, ValueError):
+    """A ledger is damaged, or does not belong to the model."""
+
+
 class OutputError(ZsuFastError, OSError):
     """A result could not be written; what was at the path before is untouched."""
 
