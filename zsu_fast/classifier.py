@@ -420,7 +420,7 @@ def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ArgumentError(
             "device", f"got {device!r}: {reason}", "Pass one that torch has here, such as 'cpu'."

@@ -44,6 +44,16 @@ class OutputError(ZsuFastError, OSError):
     """A result could not be written; what was at the path before is untouched."""
 
 
+def check_flag(argument: str, value: Any) -> None:
+    """Raises unless ``value`` is True or False: no other value may stand for one by accident.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise ArgumentError(argument, f"got {value!r}", "Pass True or False.")
+
+
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a finite real number; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -70,6 +70,8 @@ class Ledger:
     other_base: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.path, str | Path) or not str(self.path) or "\0" in str(self.path):
+            raise ArgumentError("ledger", f"got {self.path!r}", "Pass a Ledger, or a path.")
         if self.request is not None and not (isinstance(self.request, str) and self.request):
             raise ArgumentError("request", f"got {self.request!r}", "Pass a text, or None.")
 
@@ -179,9 +181,7 @@ def as_ledger(value: Any) -> Ledger | None:
     """
     if value is None or isinstance(value, Ledger):
         return value
-    if isinstance(value, str | Path) and str(value):
-        return Ledger(value)
-    raise ArgumentError("ledger", f"got {value!r}", "Pass a Ledger, or the path of one.")
+    return Ledger(value)
 
 
 def verify(path: str | Path, head: str | None = None, model: nn.Module | None = None) -> list[str]:

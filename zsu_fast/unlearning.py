@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import classifier, impressions as synthesis, tail as tails
 from .ascent import AscentSettings
 from .deep import Depth, check_depth, find_deep_split, forget_deeply
-from .errors import ArgumentError, ModelError
+from .errors import ArgumentError, ModelError, check_flag
 from .fast_copy import Precision
 from .impressions import ClassImpressions
 from .ledger import Ledger, as_ledger
@@ -175,7 +175,8 @@ class ZeroShotUnlearner:
             if k not in ("self", "model", "forget", "forgotten", "ledger", "impressions",
                          "progress", "callback")
         }  # fmt: skip
-        if space not in SPACES:
+        check_flag("inplace", inplace)
+        if not isinstance(space, str) or space not in SPACES:
             raise ArgumentError("space", f"got {space!r}", f"Pass one of {', '.join(SPACES)}.")
         self.loop = LoopSettings(steps, batch, learning_rate, early_stop, loop)
         self.rows = RowSettings(mixtures, margin)
@@ -353,6 +354,10 @@ class ZeroShotUnlearner:
     def _check_impressions(self, given: ClassImpressions | None) -> ClassImpressions | None:
         if given is None:
             return None
+        if not isinstance(given, ClassImpressions):
+            raise ArgumentError(
+                "impressions", f"got {given!r:.80}", "Pass what synthesize() made, or None."
+            )
         counts = torch.bincount(given.labels, minlength=self.classes)
         few = int(counts[self.answered].min())
         if given.spec.shape != self.spec.shape or len(counts) > self.classes or few < 1:
