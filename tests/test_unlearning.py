@@ -287,7 +287,7 @@ def test_one_class_as_a_plain_int() -> None:
     [
         ("tail", "nowhere"), ("tail", ""), ("tail", 3.0), ("tail", None),
         ("objective", "best"), ("objective", None),
-        ("impressions_per_class", 3), ("impressions_per_class", 0), ("impressions_per_class", True),
+        ("impressions_per_class", 0), ("impressions_per_class", True),
         ("impressions_per_class", 8.0), ("impressions_per_class", "8"),
         ("confidence", (0.9, 0.5)), ("confidence", (0, 0.5)), ("confidence", (0.5, 1.0)),
         ("confidence", 0.9), ("confidence", (0.5,)), ("confidence", ("a", "b")),
