@@ -133,8 +133,9 @@ def main() -> None:
 
 `python benchmarks/kill_and_resume.py --kills {options.kills}`: {kills} kills by SIGKILL at
 uniformly random moments of a run that takes {seconds:.1f} s, seed {options.seed}.
-{through + 1} runs got through between and after them. Up to {shards} shards were found in the cache by the next run.
-Broken files visible, other results, runs that did not resume: **{len(wrong)}**.
+{through + 1} runs got through between and after them. Up to {shards} shards were found in
+the cache by the next run. Broken files visible, other results, runs that did not resume:
+**{len(wrong)}**.
 """
     print(text)
     for problem in wrong[:10]:
