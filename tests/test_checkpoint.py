@@ -378,3 +378,9 @@ def test_a_torch_file_is_readable_by_torch(tmp_path: Path) -> None:
     save_weights(tmp_path / "a.pt", tiny())
     state = torch.load(io.BytesIO((tmp_path / "a.pt").read_bytes()), weights_only=True)
     TinyNet().load_state_dict(state)
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    for call in (check_writable, lambda path: save_weights(path, tiny())):
+        with pytest.raises(OutputError, match="name of a file"):
+            call(str(tmp_path / "a\0b.safetensors"))

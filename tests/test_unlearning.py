@@ -316,6 +316,9 @@ def test_one_class_as_a_plain_int() -> None:
         ("confidence", 0.9), ("confidence", (0.5,)), ("confidence", ("a", "b")),
         ("max_steps", 0), ("max_steps", 1.5), ("restarts", -1),
         ("step_size", 0), ("step_size", 2), ("step_size", float("nan")), ("step_size", "fast"),
+        ("inplace", 1), ("early_stop", "no"), ("progress", 1), ("callback", "f"), ("cache", 3),
+        ("cache", "a\0b"), ("seed", 1 << 63), ("impressions", [1]), ("device", 10**30),
+        ("objective", ["masked"]), ("space", ["input"]), ("precision", []), ("loop", {}),
         ("beta", -1), ("beta", float("nan")), ("beta", "none"),
         ("input_shape", (3, 8)), ("input_shape", (3, 9, 9)), ("mean", (1, 2)), ("std", 0),
         ("mixtures", -1), ("mixtures", 1.5), ("steps", 0), ("steps", True), ("batch", 0),
@@ -330,7 +333,7 @@ def test_one_class_as_a_plain_int() -> None:
 def test_a_refused_option_is_named(name: str, value: Any) -> None:
     model = tiny()
     with untouched(model), pytest.raises(ArgumentError) as caught:
-        unlearn(model, FORGET, inplace=True, **(QUICK | {name: value}))
+        unlearn(model, FORGET, **(QUICK | {"inplace": True, name: value}))
     assert caught.value.argument == name
     shown = repr(value) if name != "tail" or value != "nowhere" else "nowhere"
     assert shown in str(caught.value)

@@ -2,10 +2,19 @@
 
 from .audit import Audit, audit
 from .classifier import InputSpec
+from .delta import apply_delta, save_delta
 from .doctor import doctor
-from .errors import ArgumentError, CheckpointError, ModelError, OutputError, ZsuFastError
+from .errors import (
+    ArgumentError,
+    CheckpointError,
+    LedgerError,
+    ModelError,
+    OutputError,
+    ZsuFastError,
+)
 from .evaluation import Evaluation, evaluate, mask
 from .impressions import ClassImpressions, synthesize
+from .ledger import Ledger
 from .progress import Event
 from .tail import Split
 from .unlearning import ZeroShotUnlearner, paper_preset, split, unlearn
@@ -21,17 +30,21 @@ __all__ = [
     "Evaluation",
     "Event",
     "InputSpec",
+    "Ledger",
+    "LedgerError",
     "ModelError",
     "OutputError",
     "Split",
     "ZeroShotUnlearner",
     "ZsuFastError",
     "__version__",
+    "apply_delta",
     "audit",
     "doctor",
     "evaluate",
     "mask",
     "paper_preset",
+    "save_delta",
     "split",
     "synthesize",
     "unlearn",

@@ -41,7 +41,7 @@ class AscentSettings:
     batch_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
+        if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
             raise ArgumentError(
                 "precision", f"got {self.precision!r}", f"Pass one of {', '.join(PRECISIONS)}."
             )
@@ -51,6 +51,8 @@ class AscentSettings:
                 raise ArgumentError(
                     name, f"got {value!r}", f"Pass a whole number, {least} or more."
                 )
+        if self.seed >= 1 << 63:
+            raise ArgumentError("seed", f"got {self.seed}", "Pass one below 2**63.")
         if self.confidence is not None:
             given = self.confidence
             pair = isinstance(given, Sequence) and len(given) == 2 and all(map(is_number, given))
@@ -113,7 +115,7 @@ class Ascent:
         self.space, self.settings = space, settings
         self.model, self.device = space.climbed, space.low.device
         self.rate = settings.step_size * space.step
-        self.beta = torch.tensor(settings.beta, device=self.device)
+        self.beta = torch.tensor(float(settings.beta), device=self.device)
         self.labels, self.number, self.starts = labels, number, starts
         self.noise: dict[str, Any] = {}
         if settings.jitter:

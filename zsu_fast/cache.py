@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from . import checkpoint
-from .errors import CheckpointError, OutputError
+from .errors import ArgumentError, CheckpointError, OutputError
 
 
 class Cache:
@@ -25,9 +25,14 @@ class Cache:
     Args:
         folder: where caches live; made if it is not there.
         facts: everything that the impressions depend on, as plain values.
+
+    Raises:
+        ArgumentError: ``folder`` is no path.
     """
 
     def __init__(self, folder: str | Path, facts: dict[str, Any]) -> None:
+        if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
+            raise ArgumentError("cache", f"got {folder!r}", "Pass the path of a folder, or None.")
         text = json.dumps(facts, sort_keys=True)
         self.facts = text
         self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -175,6 +175,8 @@ def write_atomically(
         OutputError: exists, read-only, no space, no such folder.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise OutputError(f"out: {str(path)!r} can't be the name of a file. Name another.")
     draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,23 +30,43 @@ ANY_NUMBER = 1 << 31
 _COMMON_SIZES = (32, 224, 28, 64, 96, 128, 160, 192, 240, 256, 288, 299, 384, 48, 16, 8)
 
 
+class _Turn:
+    """What threads wait for: the right to set what belongs to the whole process.
+
+    The default dtype, the number of threads, how matrices are multiplied, and torch.fx's tracing:
+    two threads that set and restored these in turn would compute in each other's modes.
+    """
+
+    def __init__(self) -> None:
+        self.renew()
+        os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        """A forked child has only the thread that forked: nobody else gives the turn back."""
+        self.lock = threading.RLock()
+
+
+_turn = _Turn()
+
+
 @contextmanager
 def own_modes() -> Iterator[None]:
     """Gradients on, inference mode and autocast off, float32 as the default dtype, whatever the
-    caller's are; put back afterwards. A decorator too.
+    caller's are; put back afterwards. A decorator too. One thread at a time is inside.
     """
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+    with _turn.lock:
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.autocast("cpu", enabled=False),
+                torch.autocast("cuda", enabled=False),
+            ):
+                yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -322,6 +344,36 @@ def check_forget(forget: Any, classes: int) -> list[int]:
     return wanted
 
 
+def check_forgotten(forgotten: Any, forget: Sequence[int], classes: int) -> list[int]:
+    """Classes forgotten before, as a sorted list; None and an empty collection are none.
+
+    Raises:
+        ArgumentError: as `check_classes`, one is to be forgotten again, or none is left to keep.
+    """
+    try:
+        none = forgotten is None or (not isinstance(forgotten, str | bytes) and not len(forgotten))
+    except TypeError:  # a plain int, a generator
+        none = False
+    if none:
+        return []
+    before = check_classes("forgotten", forgotten, classes)
+    twice = sorted(set(before) & set(forget))
+    if twice:
+        raise ArgumentError(
+            "forget",
+            f"{twice} were forgotten before (forgotten={_short(before)})",
+            "Name only classes that the model still answers.",
+        )
+    if len(before) + len(forget) == classes:
+        raise ArgumentError(
+            "forget",
+            f"got {_short(list(forget))}: with those forgotten before ({_short(before)}) that is "
+            f"every class, so nothing is left to keep",
+            "Leave out at least one class.",
+        )
+    return before
+
+
 def check_classes(argument: str, value: Any, classes: int) -> list[int]:
     """``value`` as a sorted list of class indices.
 
@@ -390,7 +442,7 @@ def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ArgumentError(
             "device", f"got {device!r}: {reason}", "Pass one that torch has here, such as 'cpu'."

@@ -1,4 +1,4 @@
-"""The command ``zsu-fast``: demo, unlearn, evaluate, audit, doctor."""
+"""The command ``zsu-fast``: demo, unlearn, apply, ledger, evaluate, audit, doctor."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import checkpoint
+from . import checkpoint, ledger as ledgers
 from .audit import audit as run_audit
 from .audit.cli_audit import check_report, class_names, print_audit, report_run
-from .classifier import InputSpec, resolve_spec
+from .classifier import InputSpec, resolve_spec, weights_hash
+from .delta import apply_delta, save_delta
 from .demo import mnist_test, run as run_demo
 from .doctor import doctor as examine, render
-from .errors import ArgumentError, ZsuFastError
+from .errors import ArgumentError, LedgerError, ZsuFastError
 from .evaluation import Evaluation, evaluate as measure
 from .models import load_model
 from .report import write_report
@@ -37,6 +38,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+ledger_app = typer.Typer(help="The ledger of requests to forget.", no_args_is_help=True)
+app.add_typer(ledger_app, name="ledger")
 
 _MODEL_HELP = (
     "A zoo name (lenet5, karpathynet, resnet20_cifar, ...), a torchvision or timm name "
@@ -103,9 +106,19 @@ def unlearn(
     model: Model,
     forget: Forget,
     out: Annotated[
-        Path, typer.Option(help=".safetensors, .pt or .pth to write.", show_default=False)
-    ],
+        Path | None, typer.Option(help=".safetensors, .pt or .pth to write.", show_default=False)
+    ] = None,
     weights: Weights = None,
+    delta: Annotated[Path | None, typer.Option(help="Write what changed, for `apply`.")] = None,
+    forgotten: Annotated[
+        str | None,
+        typer.Option(help="Classes forgotten before, as for --forget; else the ledger's."),
+    ] = None,
+    ledger: Annotated[Path | None, typer.Option(help="Ledger to add this request to.")] = None,
+    request: Annotated[str | None, typer.Option(help="The request's id in the ledger.")] = None,
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Not the result of the ledger's last entry.")
+    ] = False,
     record: Annotated[Path | None, typer.Option(help="Write the run's record (JSON).")] = None,
     report: Report = None,
     report_data: Annotated[
@@ -129,14 +142,21 @@ def unlearn(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Forgets classes of a model and writes the new weights."""
+    """Forgets classes of a model and writes the new weights, or what changed of them."""
     with _errors(as_json):
-        for path in (out, record):
-            if path is not None:
-                checkpoint.check_writable(path, force)
+        if out is None and delta is None:
+            raise ArgumentError("out", "neither --out nor --delta was given", "Name a file.")
+        outputs = [path for path in (out, delta, record) if path is not None]
+        for path in outputs:
+            checkpoint.check_writable(path, force)
         check_report(report, force)
         loaded = load_model(model, weights, classes)
-        before = copy.deepcopy(loaded) if report is not None else loaded
+        original = copy.deepcopy(loaded) if report is not None else loaded
+        before = None if forgotten is None else parse_classes(forgotten)
+        book = None if ledger is None else ledgers.Ledger(ledger, request, other_base)
+        if book is not None:
+            book.check(weights_hash(loaded))
+            before = book.forgotten() if before is None else before
         at = int(tail) if tail.isdigit() else tail
         options: dict[str, Any] = {"tail": at, "depth": depth, "objective": objective}
         if paper:
@@ -144,6 +164,7 @@ def unlearn(
         run = ZeroShotUnlearner(
             loaded,
             parse_classes(forget),
+            forgotten=before,
             **options,
             impressions_per_class=impressions_per_class,
             input_shape=_numbers("input_shape", input_shape, int),
@@ -151,14 +172,17 @@ def unlearn(
             std=_numbers("std", std, float),
             seed=seed,
             device=device,
-            inplace=True,
+            inplace=delta is None,
             progress=_progress(as_json),
         )
         result = run.run()
         facts = run.record.to_dict()
         hashes = {k: facts[k] for k in ("weights_before", "weights_after")}
         metadata = {"zsu_fast.forget": json.dumps(run.forget), **hashes}
-        checkpoint.save_weights(out, result, metadata, force)
+        if out is not None:
+            checkpoint.save_weights(out, result, metadata, force)
+        if delta is not None:
+            save_delta(loaded, result, delta, force)
         if record is not None:
             content = run.record.to_json().encode()
             checkpoint.write_atomically(record, lambda file: file.write(content), force)
@@ -166,9 +190,26 @@ def unlearn(
         if report is not None:
             seen = None if report_data is None else read_images(report_data, run.spec)
             progress = _progress(as_json)
-            verdict = report_run(report, before, run, result, seen, force, progress).verdict
+            verdict = report_run(report, original, run, result, seen, force, progress).verdict
+        entry = None
+        if book is not None:
+            try:
+                entry = book.append(run.record)
+            except BaseException:  # no result without its entry
+                for path in outputs:
+                    path.unlink(missing_ok=True)
+                raise
         if as_json:
-            _print_json({"out": str(out), "record": facts, "verdict": verdict})
+            told: dict[str, Any] = {
+                "out": None if out is None else str(out),
+                "record": facts,
+                "verdict": verdict,
+            }
+            if delta is not None:
+                told["delta"] = str(delta)
+            if entry is not None:
+                told["ledger"] = {"request": entry["request"], "head": entry["hash"]}
+            _print_json(told)
             return
         console = Console()
         best, total = facts["fit"]["best"], facts["timings"]["total"]
@@ -185,9 +226,97 @@ def unlearn(
         console.print(_level(facts))
         for sentence in verdict:
             console.print(sentence, highlight=False)
-        for path in (out, report):
-            if path is not None:
-                console.print(f"Written: {path}", soft_wrap=True, highlight=False)
+        if entry is not None:
+            console.print(f"Request {entry['request']}, ledger head {entry['hash']}.")
+        written = ", ".join(str(path) for path in (*outputs, report) if path)
+        console.print(f"Written: {written}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def apply(
+    model: Model,
+    delta: Annotated[Path, typer.Argument(help="What --delta wrote.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help=".safetensors, .pt or .pth to write.", show_default=False)
+    ],
+    weights: Weights = None,
+    classes: Classes = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Puts a delta into the weights that it was made from: the unlearned model, bit for bit."""
+    with _errors(as_json):
+        checkpoint.check_writable(out, force)
+        base = load_model(model, weights, classes)
+        result = apply_delta(base, delta)
+        hashes = {"weights_before": weights_hash(base), "weights_after": weights_hash(result)}
+        checkpoint.save_weights(out, result, hashes, force)
+        if as_json:
+            _print_json({"out": str(out), **hashes})
+            return
+        Console().print(f"Written: {out}", soft_wrap=True, highlight=False)
+
+
+@ledger_app.command("verify")
+def ledger_verify(
+    path: Annotated[Path, typer.Argument(help="The ledger.", show_default=False)],
+    head: Annotated[
+        str | None, typer.Option(help="Hash of its last entry, kept elsewhere: finds cut-off ends.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help=f"Model in use. {_MODEL_HELP}")] = None,
+    weights: Weights = None,
+    classes: Classes = None,
+    as_json: AsJson = False,
+) -> None:
+    """Checks every entry and the chain; exit code 2 where something is wrong."""
+    with _errors(as_json):
+        used = None if model is None else load_model(model, weights, classes)
+        problems = ledgers.verify(path, head, used)
+        if problems:
+            raise LedgerError(f"ledger: {path} is not what was written: {'; '.join(problems)}.")
+        book = ledgers.Ledger(path)
+        entries = book.entries()
+        if as_json:
+            told = {"entries": len(entries), "head": book.head, "forgotten": book.forgotten()}
+            _print_json(told)
+            return
+        typer.echo(f"{len(entries)} entries, all intact. Head: {book.head}")
+
+
+@ledger_app.command("show")
+def ledger_show(
+    path: Annotated[Path, typer.Argument(help="The ledger.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Lists the requests."""
+    with _errors(as_json):
+        entries = ledgers.Ledger(path).entries()
+        if as_json:
+            _print_json(entries)
+            return
+        table = Table(title=_escape(str(path)))
+        for name in (
+            "number",
+            "request",
+            "time",
+            "forget",
+            "forgotten before",
+            "weights",
+            "leak %",
+        ):
+            table.add_column(name)
+        for e in entries:
+            leak = e["metrics"].get("leak")
+            table.add_row(
+                str(e["number"]),
+                _escape(e["request"]),
+                _escape(e["time"]),
+                _few(e["forget"]),
+                _few(e["forgotten"]),
+                f"{_escape(e['hash_before'][:8])} to {_escape(e['hash_after'][:8])}",
+                f"{100 * leak:.2f}" if isinstance(leak, float) else "-",
+            )
+        Console().print(table)
 
 
 @app.command()
@@ -422,6 +551,11 @@ def _errors(as_json: bool) -> Iterator[None]:
 
 def _escape(text: str) -> str:
     return text.replace("[", r"\[")
+
+
+def _few(classes: list[int]) -> str:
+    shown = ", ".join(map(str, classes[:12]))
+    return shown + (f" and {len(classes) - 12} more" if len(classes) > 12 else "")
 
 
 def _progress(as_json: bool) -> bool | None:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .classifier import LogitsModel
 from .errors import ArgumentError, ModelError
 from .rows import Multiple, Rule, Varying, find_rule, find_value
+from .tracing import Tracer
 
 Features = tuple[Tensor, ...]
 Halves = tuple[nn.Module, nn.Module]
@@ -61,7 +62,7 @@ class _PackedTail(nn.Module):
 # --- by torch.fx: exact, and the tail is a graph that compiles --------------------------------
 
 
-class _Around(torch.fx.Tracer):
+class _Around(Tracer):
     """Traces through the modules that contain the one at ``path``, and through no other."""
 
     def __init__(self, path: str) -> None:

@@ -36,8 +36,22 @@ class CheckpointError(ZsuFastError, ValueError):
     """A file of weights is missing, damaged, unsafe to open, or does not fit the model."""
 
 
+class LedgerError(ZsuFastError, ValueError):
+    """A ledger is damaged, or does not belong to the model."""
+
+
 class OutputError(ZsuFastError, OSError):
     """A result could not be written; what was at the path before is untouched."""
+
+
+def check_flag(argument: str, value: Any) -> None:
+    """Raises unless ``value`` is True or False: no other value may stand for one by accident.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise ArgumentError(argument, f"got {value!r}", "Pass True or False.")
 
 
 def is_number(value: Any) -> bool:

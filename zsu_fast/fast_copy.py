@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx import symbolic_trace
 from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from .classifier import LogitsModel
+from .tracing import trace
 
 Precision = Literal["auto", "float32", "bfloat16"]
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -102,7 +102,7 @@ def _folded(model: nn.Module) -> nn.Module | None:
     if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         return None
     try:
-        return fuse(model)
+        return fuse(trace(model), no_trace=True)
     except Exception as error:  # noqa: BLE001  what torch.fx can't trace is left as it is
         _log.info("batch norms are not folded: %s", error)
         return None
@@ -113,7 +113,7 @@ def _pooled_first(model: nn.Module) -> nn.Module | None:
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
         return None
     try:
-        traced = model if isinstance(model, torch.fx.GraphModule) else symbolic_trace(model)
+        traced = model if isinstance(model, torch.fx.GraphModule) else trace(model)
     except Exception as error:  # noqa: BLE001  what torch.fx can't trace is left as it is
         _log.info("pooling stays behind relu: %s", error)
         return None

@@ -109,14 +109,21 @@ class ClassImpressions:
         tensors, metadata = checkpoint.load_tensors(path)
         if metadata.get("format") != "zsu_fast.impressions/1" or set(tensors) != set(_TENSORS):
             raise CheckpointError(f"{path} holds no class impressions. Make them by synthesize().")
-        spec = json.loads(metadata["spec"])
-        return cls(
-            **tensors,
-            spec=InputSpec(
-                tuple(spec["shape"]), tuple(spec["mean"]), tuple(spec["std"]), spec["source"]
-            ),
-            space=metadata.get("space", "input"),
-        )
+        try:
+            spec = json.loads(metadata["spec"])
+            made = cls(
+                **tensors,
+                spec=InputSpec(
+                    tuple(spec["shape"]), tuple(spec["mean"]), tuple(spec["std"]), spec["source"]
+                ),
+                space=metadata.get("space", "input"),
+            )
+            rows = {len(tensor) for tensor in tensors.values()}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}). Copy or save it anew.") from error
+        if len(rows) > 1 or made.labels.dtype != torch.int64 or made.labels.ndim != 1:
+            raise CheckpointError(f"{path} is damaged: its columns do not fit. Save it anew.")
+        return made
 
 
 _TENSORS = ("images", "labels", "confidence", "target", "steps", "hit")

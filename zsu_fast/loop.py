@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, is_number
+from .errors import ArgumentError, check_flag, is_number
 from .objective import Masked, Objective, Rows
 from .progress import Reporter, Stopped
 from .steppers import LOOPS, Loop, make_stepper
@@ -51,8 +51,9 @@ class LoopSettings:
     loop: Loop = "auto"
 
     def __post_init__(self) -> None:
-        if self.loop not in LOOPS:
+        if not isinstance(self.loop, str) or self.loop not in LOOPS:
             raise ArgumentError("loop", f"got {self.loop!r}", f"Pass one of {', '.join(LOOPS)}.")
+        check_flag("early_stop", self.early_stop)
         for name, value in (("steps", self.steps), ("batch", self.batch)):
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if value is not None and not whole:

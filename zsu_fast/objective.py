@@ -335,7 +335,7 @@ def check_objective(name: str, weights: Sequence[float]) -> None:
         good = False
     if not good:
         raise ArgumentError("weights", f"got {weights!r}", "Pass two positive numbers (w_f, w_r).")
-    if name not in ("masked", "differential"):
+    if not isinstance(name, str) or name not in ("masked", "differential"):
         raise ArgumentError("objective", f"got {name!r}", "Pass 'masked' or 'differential'.")
 
 

@@ -11,6 +11,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from .errors import ArgumentError, check_flag
+
 
 @dataclass(frozen=True)
 class Event:
@@ -41,9 +43,16 @@ class Reporter:
     Args:
         progress: True or False; None shows the bar only where stderr is a terminal.
         callback: called with each `Event`; returning True ends the stage early.
+
+    Raises:
+        ArgumentError: neither of these.
     """
 
     def __init__(self, progress: bool | None = None, callback: Callback | None = None) -> None:
+        if progress is not None:
+            check_flag("progress", progress)
+        if callback is not None and not callable(callback):
+            raise ArgumentError("callback", f"got {callback!r}", "Pass a function, or None.")
         self.show = sys.stderr.isatty() if progress is None else progress
         self.callback = callback
         self._bar: Progress | None = None

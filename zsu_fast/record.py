@@ -26,6 +26,7 @@ class Record:
     Attributes:
         model: class name of the user's model.
         forget: the forgotten classes.
+        forgotten: classes that the model had forgotten before.
         classes: the number of logits.
         settings: the options of the run.
         input: shape, mean, std, and where they are known from.
@@ -48,6 +49,7 @@ class Record:
     versions: dict[str, str]
     started: str
     weights_before: str
+    forgotten: list[int] = field(default_factory=list)
     weights_after: str = ""
     impressions: dict[str, Any] = field(default_factory=dict)
     depth: dict[str, Any] = field(default_factory=dict)
@@ -88,11 +90,13 @@ class Record:
     def finish(self, model: nn.Module, made: ClassImpressions, cut: Split, fit: Fit) -> None:
         """Adds what came out."""
         self.weights_after = weights_hash(model)
-        rates = [made.hit_rate_of(c) for c in range(self.classes)]
+        # nothing was made of classes that the model does not answer any more
+        before = set(self.forgotten)
+        rates = {c: made.hit_rate_of(c) for c in range(self.classes) if c not in before}
         self.impressions = {
             "count": len(made),
             "hit_rate": made.hit_rate,
-            "worst_class_hit_rate": min(rates),
+            "worst_class_hit_rate": min(rates.values()),
             "mean_confidence": float(made.confidence.mean()),
             "mean_steps": float(made.steps.float().mean()),
             "most_steps": int(made.steps.max()),
@@ -112,7 +116,7 @@ class Record:
         self.timings["total"] = time.perf_counter() - self._clock
         self.warnings = list(self._warnings(fit, rates))
 
-    def _warnings(self, fit: Fit, rates: list[float]) -> list[str]:
+    def _warnings(self, fit: Fit, rates: dict[int, float]) -> list[str]:
         notes = []
         if self.input.get("assumed"):
             notes.append(
@@ -125,7 +129,7 @@ class Record:
                 f"forget, the features of the forgotten classes are still inside. Name an "
                 f"earlier module by tail= to train more."
             )
-        empty = [c for c, rate in enumerate(rates) if rate == 0]
+        empty = [c for c, rate in rates.items() if rate == 0]
         if empty:
             notes.append(
                 f"no impression reached its confidence for class {_few(empty)}: the model may "

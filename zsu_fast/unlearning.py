@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from . import classifier, impressions as synthesis, tail as tails
 from .ascent import AscentSettings
 from .deep import Depth, check_depth, find_deep_split, forget_deeply
-from .errors import ArgumentError, ModelError
+from .errors import ArgumentError, ModelError, check_flag
 from .fast_copy import Precision
 from .impressions import ClassImpressions
+from .ledger import Ledger, as_ledger
 from .loop import Fit, LoopSettings, train_tail
 from .objective import (
     Masked,
@@ -93,6 +94,9 @@ class ZeroShotUnlearner:
             last layers with weights it has.
         depth: "output" (the outputs forget), or "deep" (the features too: slower, and at a cost of
             RA; see `deep`).
+        forgotten: classes that ``model`` has forgotten in earlier calls (as ``forget``): they stay
+            forgotten. None for those in the ledger, or for none.
+        ledger: a `Ledger`, or the path of one: the run becomes its next entry.
         objective: "masked" (match the original with the forgotten classes taken out; bounded) or
             "differential" (the paper's signed cross-entropy).
         impressions: `ClassImpressions` made before, of all classes; None makes them.
@@ -136,6 +140,8 @@ class ZeroShotUnlearner:
         model: nn.Module,
         forget: Any,
         *,
+        forgotten: Any = None,
+        ledger: Ledger | str | Path | None = None,
         tail: str | int = "auto",
         depth: Depth = "output",
         objective: str = "masked",
@@ -171,9 +177,11 @@ class ZeroShotUnlearner:
     ) -> None:
         settings = {
             k: v for k, v in locals().items()
-            if k not in ("self", "model", "forget", "impressions", "progress", "callback")
+            if k not in ("self", "model", "forget", "forgotten", "ledger", "impressions",
+                         "progress", "callback")
         }  # fmt: skip
-        if space not in SPACES:
+        check_flag("inplace", inplace)
+        if not isinstance(space, str) or space not in SPACES:
             raise ArgumentError("space", f"got {space!r}", f"Pass one of {', '.join(SPACES)}.")
         self.loop = LoopSettings(steps, batch, learning_rate, early_stop, loop)
         self.rows = RowSettings(mixtures, margin)
@@ -187,10 +195,16 @@ class ZeroShotUnlearner:
         self.work = classifier.working_copy(model, self.device)
         self.classes = classifier.count_classes(self.work, self.spec, self.device)
         self.forget = classifier.check_forget(forget, self.classes)
+        self.ledger = as_ledger(ledger)
+        if forgotten is None and self.ledger is not None:
+            forgotten = self.ledger.forgotten()
+        self.forgotten = classifier.check_forgotten(forgotten, self.forget, self.classes)
+        # classes of which impressions are made: those that the model still answers
+        self.answered = sorted({*range(self.classes)} - {*self.forgotten})
         grey = torch.zeros(1, *self.spec.shape, device=self.device)
         self.multiply_adds = multiply_adds(self.work, grey)
         self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
-        self.forget_mask[self.forget] = True
+        self.forget_mask[self.forget + self.forgotten] = True
         per_class = impressions_per_class
         if per_class is None:
             per_class = synthesis.default_per_class(self.classes)
@@ -214,6 +228,9 @@ class ZeroShotUnlearner:
         self.result: Fit | None = None
         self.record = Record.begin(model, self.spec, self.forget, self.classes, settings)
         self.record.depth["depth"] = depth
+        self.record.forgotten = self.forgotten
+        if self.ledger is not None:
+            self.ledger.check(self.record.weights_before)
 
     def run(self) -> nn.Module:
         """All steps; the unlearned model."""
@@ -226,7 +243,7 @@ class ZeroShotUnlearner:
 
     @classifier.own_modes()
     def synthesise(self) -> ClassImpressions:
-        """Makes impressions of every class, forget and retain, in one batch."""
+        """Makes impressions of every class but those forgotten before, in one batch."""
         space: Space
         if self.space == "tail-input":
             cut = self.split_point or self.split()
@@ -235,10 +252,10 @@ class ZeroShotUnlearner:
             space = input_space(self.work, self.spec, self.ascent.precision)
         with self._stage("synthesise"):
             self.impressions = synthesis.ascend(
-                self.work, space, self.spec, range(self.classes), self.ascent, self.report,
-                self.cache,
+                self.work, space, self.spec, self.answered, self.ascent, self.report, self.cache,
             )  # fmt: skip
         counts = torch.bincount(self.impressions.labels, minlength=self.classes)
+        counts = counts[self.answered]
         if not bool(counts.min()):
             raise ArgumentError(
                 "callback",
@@ -320,6 +337,8 @@ class ZeroShotUnlearner:
             self.record.finish(target, self._made(), self.split_point, self.result)
             for note in self.record.warnings:
                 warnings.warn(note, stacklevel=3)
+            if self.ledger is not None:  # last, so that nothing is recorded of a run that fails
+                self.ledger.append(self.record)
         return target
 
     @contextmanager
@@ -344,12 +363,17 @@ class ZeroShotUnlearner:
     def _check_impressions(self, given: ClassImpressions | None) -> ClassImpressions | None:
         if given is None:
             return None
+        if not isinstance(given, ClassImpressions):
+            raise ArgumentError(
+                "impressions", f"got {given!r:.80}", "Pass what synthesize() made, or None."
+            )
         counts = torch.bincount(given.labels, minlength=self.classes)
-        if given.spec.shape != self.spec.shape or len(counts) > self.classes or counts.min() < 1:
+        few = int(counts[self.answered].min())
+        if given.spec.shape != self.spec.shape or len(counts) > self.classes or few < 1:
             raise ArgumentError(
                 "impressions",
-                f"got {len(given)} of shape {given.spec.shape}, at least {int(counts.min())} a "
-                f"class of {len(counts)}",
+                f"got {len(given)} of shape {given.spec.shape}, at least {few} a class of "
+                f"{len(counts)}",
                 f"Give some of shape {self.spec.shape} for each of {self.classes} classes.",
             )
         if given.space != self.space:
