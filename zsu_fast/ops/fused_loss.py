@@ -59,7 +59,8 @@ class FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, op: Callable[..., tuple[Tensor, Tensor]], total: bool, *inputs: Tensor
     ) -> Tensor:
-        if isinstance(op, torch._ops.OpOverload):
+        ctx.native = isinstance(op, torch._ops.OpOverload)
+        if ctx.native:
             with torch._C._AutoDispatchBelowAutograd():  # past the op's own registration
                 loss, dlogits = op(*inputs)
         else:
@@ -71,7 +72,14 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dlogits, coef = ctx.saved_tensors
-        return (None, None, _hand_out(dlogits, coef, grads[0]), *ctx.nothing)
+        if ctx.native and not torch.is_grad_enabled() and not graph_is_kept():
+            _scale_rows_(dlogits, coef, grads[0])  # `_hand_out` in the usual case
+        else:
+            dlogits = _hand_out(dlogits, coef, grads[0])
+        return (None, None, dlogits, *ctx.nothing)
+
+
+_scale_rows_ = torch.ops.zsu_fast.scale_rows_.default
 
 
 def fused_loss(
@@ -86,3 +94,17 @@ def fused_loss(
         return loss
     loss = op(*inputs)[0]
     return loss.sum() if total else loss
+
+
+def loss_and_grad(
+    name: str, inputs: tuple[Tensor, ...], backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """What op ``name`` returns, past autograd."""
+    op = backends.choose(name, inputs[0].device, backend)
+    if isinstance(op, torch._ops.OpOverload) and not torch.compiler.is_compiling():
+        with torch._C._AutoDispatchBelowAutograd():  # a third of what no_grad() costs
+            loss, dlogits = op(*inputs)
+    else:
+        with torch.no_grad():
+            loss, dlogits = op(*inputs)
+    return loss, dlogits

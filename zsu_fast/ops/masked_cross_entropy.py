@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, fused_loss
+from . import fused_loss
 
 
 def masked_cross_entropy(
@@ -34,10 +34,8 @@ def masked_cross_entropy_and_grad(
     logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """The loss of `masked_cross_entropy` (scalar) and its gradient [B, C], without autograd."""
-    with torch.no_grad():
-        op = backends.choose("masked_cross_entropy", logits.device, backend)
-        loss, dlogits = op(logits, teacher, forget, coef)
-    return loss, dlogits
+    inputs = (logits, teacher, forget, coef)
+    return fused_loss.loss_and_grad("masked_cross_entropy", inputs, backend)
 
 
 @torch.library.register_fake("zsu_fast::masked_cross_entropy")

@@ -57,10 +57,7 @@ def signed_cross_entropy_and_grad(
         losses: [2].
         dlogits: [B, C] in the dtype of ``logits``.
     """
-    with torch.no_grad():
-        op = backends.choose("signed_cross_entropy", logits.device, backend)
-        losses, dlogits = op(logits, target, coef)
-    return losses, dlogits
+    return fused_loss.loss_and_grad("signed_cross_entropy", (logits, target, coef), backend)
 
 
 def signed_cross_entropy_(
