@@ -54,7 +54,7 @@ def test_activations_at_the_cut_are_not_made_of_them_either() -> None:
 
 
 def test_impressions_reach_every_class_that_is_left() -> None:
-    """Others lead by far once a class is forgotten; a class's logit alone does not get past them."""
+    """Others lead by far once a class is forgotten; a logit alone does not get past them."""
     first = zsu_fast.unlearn(zoo.load("lenet5"), 3, impressions_per_class=8, progress=False)
     left = [c for c in range(10) if c != 3]
     made = zsu_fast.synthesize(first, left, per_class=4, progress=False)
