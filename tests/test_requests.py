@@ -53,6 +53,16 @@ def test_activations_at_the_cut_are_not_made_of_them_either() -> None:
     assert run.result.best.leak <= 0.01
 
 
+def test_impressions_reach_every_class_that_is_left() -> None:
+    """Others lead by far once a class is forgotten; a logit alone does not get past them."""
+    first = zsu_fast.unlearn(zoo.load("lenet5"), 3, impressions_per_class=8, progress=False)
+    left = [c for c in range(10) if c != 3]
+    made = zsu_fast.synthesize(first, left, per_class=4, progress=False)
+    assert made.hit_rate == 1.0
+    alone = zsu_fast.synthesize(first, left, per_class=4, restarts=0, progress=False)
+    assert alone.hit_rate < 0.9
+
+
 def test_without_it_they_are_asked_for_again() -> None:
     first = zsu_fast.unlearn(tiny(), 3, **QUICK, tail="last")
     run = ZeroShotUnlearner(first, 0, **QUICK, tail="last", max_steps=20, restarts=0)

@@ -184,7 +184,8 @@ class Ascent:
         x = rows.x.detach().requires_grad_(True)
         logits = self.model(x)
         own = logits.gather(1, rows.label[:, None])[:, 0]
-        goal = own.sum()
+        others = logits.scatter(1, rows.label[:, None], -torch.inf).logsumexp(1)
+        goal = (own - rows.rivalry * others).sum()
         if isinstance(self.model.model, Observed):  # times the rows: as hard a pull in any width
             goal = goal - self.settings.batch_norm * len(x) * self.model.model.distance()
         (grad,) = torch.autograd.grad(goal, x)
@@ -272,6 +273,9 @@ class Ascent:
             zero.clone(),
             ~false,
             false,
+            # A class that its logit alone did not reach, as where others lead by far since classes
+            # were forgotten: from the second attempt on, the others' logits are pushed down too.
+            torch.tensor([float(self.attempt[i] > 0) for i in new], device=self.device),
         )
 
 
@@ -281,6 +285,7 @@ class _Rows:
 
     TENSORS = (
         "x", "moment", "variance", "step", "label", "target", "confidence", "active", "reached",
+        "rivalry",
     )  # fmt: skip
     index: list[int]
     x: Tensor
@@ -292,6 +297,7 @@ class _Rows:
     confidence: Tensor
     active: Tensor
     reached: Tensor
+    rivalry: Tensor
 
 
 def _bucket(rows: int, device: torch.device) -> int:

@@ -162,7 +162,8 @@ def synthesize(
         confidence: each impression stops at a target drawn from this uniform range; None runs
             all ``max_steps`` steps (the published recipe).
         max_steps: most ascent steps of one attempt.
-        restarts: further attempts, from new noise, of an impression that misses its target.
+        restarts: further attempts, from new noise, of an impression that misses its target; they
+            push the other classes' logits down too.
         step_size: Adam's learning rate, in units of the valid pixel range.
         beta: weight of the squared norm.
         input_shape, mean, std: see `resolve_spec`; inferred where None.
