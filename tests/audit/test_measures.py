@@ -147,6 +147,15 @@ def test_last_layer_is_recognised() -> None:
     trained = old.clone()
     trained[:, :-1] += torch.randn(8, 8) @ features
     assert kind(trained) == "trained"
+    forgotten = old.clone()
+    forgotten[1:3, :-1] += torch.randn(2, 8) @ features
+    assert kind(forgotten) == "trained"
+    emptied = old.clone()
+    emptied[1:3, :-1] = 0
+    assert kind(emptied) == "masked"
+    noisy = old.clone()
+    noisy[1:3, :-1] += torch.randn(2, 40)
+    assert kind(noisy) == "noise"
     assert examine(None, old, [1], False, features).kind == "unknown"
 
 

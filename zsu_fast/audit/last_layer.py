@@ -18,7 +18,8 @@ class LastLayer:
     """The last layer against the original's.
 
     Attributes:
-        kind: "same", "masked" (only rows of forgotten classes differ, or a mask lies on them),
+        kind: "same", "masked" (rows of forgotten classes were emptied or their biases lowered,
+            or a mask lies on them),
             "shuffled" (rows are those of other classes), "noise" (the change has no direction),
             "trained", or "unknown" (no row a class, or other shapes).
         says: what was seen, in words.
@@ -72,10 +73,16 @@ def examine(
                 f"({100 * aligned:.0f} % of the change lies along features, {100 * chance:.0f} % "
                 f"by chance)",
             )
+        emptied = new[gone, : features.shape[1]].norm() <= _SAME * old[gone].norm()
+        if aligned is None or bool(emptied) or not _weights_moved(new, old, gone):
+            return LastLayer(
+                "masked",
+                "the last layer's rows of the forgotten classes were overwritten, all other rows "
+                "are the original's",
+            )
         return LastLayer(
-            "masked",
-            "the last layer's rows of the forgotten classes were overwritten, all other rows are "
-            "the original's",
+            "trained",
+            "only the last layer was changed, and there only the rows of the forgotten classes",
         )
     if aligned is not None and aligned < chance + _ALIGNED:
         return LastLayer(
@@ -83,7 +90,7 @@ def examine(
             f"random numbers were added to the last layer ({100 * aligned:.0f} % of the change "
             f"lies along features, {100 * chance:.0f} % by chance)",
         )
-    return LastLayer("trained", "the last layer was trained")
+    return LastLayer("trained", "only the last layer was changed")
 
 
 def _swaps(new: Tensor, old: Tensor, moved: Tensor) -> list[tuple[int, int]]:

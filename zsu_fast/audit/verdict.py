@@ -151,8 +151,8 @@ def _findings(e: Evidence) -> Iterator[Finding]:
     elif e.same_features:
         yield Finding(
             "output level",
-            f"Output-level forgetting: only the last layer was changed, the features before it "
-            f"are the original's{back}",
+            f"Output-level forgetting: {e.last.says}; the features before it are the "
+            f"original's{back}",
         )
     elif e.only_turned:
         yield Finding(
