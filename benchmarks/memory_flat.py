@@ -41,10 +41,9 @@ def main() -> None:
     rows = [i for i in (1, 2, 5, 10, 20, 50, 100, 150, 200) if i <= len(used)]
     text = f"""# Memory over many calls
 
-`python benchmarks/memory_flat.py`: {options.calls} calls of `unlearn` on LeNet5, two classes
-each, 8 impressions a class and 60 steps, {time.perf_counter() - started:.0f} s in all. Most after
-call {SETTLED}, against call {SETTLED}:
-**{100 * growth:+.2f} %** (bar: {100 * GROWTH:.0f} %).
+`python benchmarks/memory_flat.py`: {options.calls} calls of `unlearn` on LeNet5, two classes each,
+8 impressions a class and 60 steps, {time.perf_counter() - started:.0f} s in all. Most after call
+{SETTLED}, against call {SETTLED}: **{100 * growth:+.2f} %** (bar: {100 * GROWTH:.0f} %).
 
 | after call | resident, MiB |
 |---:|---:|
