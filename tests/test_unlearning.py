@@ -267,6 +267,8 @@ def test_one_impression_of_each_of_forty_classes() -> None:
     runner = ZeroShotUnlearner(model, forget, **few)
     result = evaluate(runner.run(), (images, labels), forget)
     assert len(runner.impressions) == 40
+    assert runner.split_point.name == "fc2"
+    assert "with one impression a class" in runner.split_point.reason
     assert result.forget_accuracy <= 5, str(result)
     assert result.retain_accuracy >= 90, str(result)
 

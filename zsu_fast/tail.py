@@ -81,11 +81,19 @@ def find_split(model: LogitsModel, at: str | int, images: Tensor, labels: Tensor
     if at == "auto":
         layers = responsiveness(model, images, labels)
         best = max(ratio for _, ratio in layers)
-        chosen = next(i for i, (_, ratio) in enumerate(layers) if ratio >= 0.9 * best)
-        reason = (
-            f"first responsive layer: variance between classes over that within them is "
-            f"{layers[chosen][1]:.3g} at its input, {best:.3g} at the best of {len(layers)} layers"
-        )
+        if best > 0:
+            chosen = next(i for i, (_, ratio) in enumerate(layers) if ratio >= 0.9 * best)
+            reason = (
+                f"first responsive layer: variance between classes over that within them is "
+                f"{layers[chosen][1]:.3g} at its input, {best:.3g} at the best of {len(layers)} "
+                f"layers"
+            )
+        else:
+            chosen = len(layers) - 1
+            reason = (
+                "the last layer with weights: with one impression a class there is no variance "
+                "within classes to search the responsive layer by"
+            )
     else:
         layers = [(name, 1.0) for name in layer_names(model.model, probe)]
         depth = 1 if at == "last" else at
