@@ -5,7 +5,7 @@
     python benchmarks/table1.py --check          # exit 1 if a bar of the project is missed
 
 Test images are used for measuring only. Writes one line a run into ``results/table1.csv`` and the
-summary into ``results/table1.md``.
+summary into ``results/table1.md``; settings and methods that are not run keep their earlier lines.
 """
 
 from __future__ import annotations
@@ -272,6 +272,25 @@ def named(forget: tuple[int, ...]) -> str:
     return "{0-49, 390-439, 950-999}" if forget == PUBLISHED_150 else f"{len(forget)} random"
 
 
+def earlier(path: Path, runs: list[Run]) -> list[Run]:
+    """The runs in ``path`` whose setting and method are not among ``runs``."""
+    if not path.exists():
+        return []
+    now = {(r.setting, r.method) for r in runs}
+    with open(path, newline="") as file:
+        lines = [line for line in csv.DictReader(file) if "original_ra" in line]
+    kept = []
+    for line in lines:
+        if (line["setting"], line["method"]) not in now:
+            figures = [float(line[k]) for k in ("fa", "ra", "overall", "mask_ra", "original_ra")]
+            seconds = float(line["seconds"]) if line["seconds"] else None
+            forget = tuple(map(int, line["forget"].split()))
+            kept.append(
+                Run(line["setting"], line["method"], forget, int(line["seed"]), *figures, seconds)
+            )
+    return kept
+
+
 def summarise(runs: list[Run]) -> list[str]:
     """Markdown: a table a setting, mean and worst of each method."""
     lines = []
@@ -345,6 +364,7 @@ def main() -> None:
     chosen = [s for s in SETTINGS if not arguments.settings or s.key in arguments.settings]
     runs = [run for setting in chosen for run in measure(setting)]
     arguments.out.mkdir(parents=True, exist_ok=True)
+    runs = earlier(arguments.out / "table1.csv", runs) + runs
     with open(arguments.out / "table1.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Run.__dataclass_fields__)
