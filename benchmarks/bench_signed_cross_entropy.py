@@ -136,8 +136,8 @@ def test_signed_cross_entropy(
             " name -1 us; short rows and their logarithms in whole vectors -2 us; the saved"
             " coefficients as an attribute instead of a saved tensor, less than 1 us (not kept);"
             " past Function.apply's own Python, nothing (not kept). Autograd in C++ is not to be"
-            " had: the stable ABI has no autograd header. Beside busy processes the engine costs every"
-            " contender some 60 us more, and the ratio falls from 2.3 to 2.9 towards 1.8.",
+            " had: the stable ABI has no autograd header. Beside busy processes the engine costs"
+            " every contender some 60 us more, and the ratio falls from 2.3 to 2.9 towards 1.8.",
             "At 1000 classes, a row in cache went from about 360 to 280 ns. One pass for maximum"
             " and exponentials, and 14 instead of 18 vector operations an exponential, gave nothing"
             " alone: the loop that was split at the target, its branches guessed wrong, hid it."
