@@ -133,7 +133,7 @@ def test_signed_cross_entropy(
             " x.sum() alone takes 18 us of the 40 us that ours takes at best. Tried there, CPU time"
             " of one call at best, from 52 us: one loss instead of two terms, so that no sum and no"
             " expand run in the backward pass, -3 to -10 us; outputs allocated without looking an"
-            " op up by name -1 us; short rows and their logarithms in whole vectors -2 us; the saved"
+            " op up by name -1 us; short rows and their logarithms in whole vectors -2 us; saved"
             " coefficients as an attribute instead of a saved tensor, less than 1 us (not kept);"
             " past Function.apply's own Python, nothing (not kept). Autograd in C++ is not to be"
             " had: the stable ABI has no autograd header. Beside busy processes the engine costs"

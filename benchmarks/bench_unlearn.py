@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zsu_fast
-from zsu_fast import fast_copy as copies, impressions as synthesis, ops, steppers
+from zsu_fast import ascent, fast_copy as copies, ops, spaces, steppers
 from zsu_fast.fast_copy import FastCopy
+from zsu_fast.impressions import joined
 from zsu_fast.unlearning import ZeroShotUnlearner
 
 ASCENT_STEPS = 200  # (a), (b): of every impression
@@ -141,14 +142,18 @@ def fixed_ascent(run: ZeroShotUnlearner, batched: bool, steps: int) -> Any:
     An image is kept as it was when it reached its confidence: pushed on, it teaches nothing and
     the quality would differ. The steps behind that point are taken all the same.
     """
-    made = synthesis._Ascent(run.work, run.spec, range(run.classes), run.ascent)
+    space = spaces.input_space(run.work, run.spec, run.ascent.precision)
+    per_class = run.ascent.per_class
+    labels = torch.arange(run.classes).repeat_interleave(per_class)
+    number = torch.arange(per_class).repeat(run.classes)
+    made = ascent.Ascent(space, labels, number, run.ascent, len(labels))
     rows = made._fill([])
     index = torch.arange(len(rows.index))
     for part in index.split(len(index) if batched else 1):
         x, label, target = rows.x[part].clone(), rows.label[part], rows.target[part]
         x.requires_grad_(True)
         kept, reached = x.detach().clone(), torch.zeros(len(part), dtype=torch.bool)
-        optimiser = torch.optim.Adam([x], lr=float(made.lr))
+        optimiser = torch.optim.Adam([x], lr=float(made.rate))
         for _ in range(steps):
             logits = made.model(x)
             own = logits.gather(1, label[:, None])[:, 0]
@@ -162,13 +167,13 @@ def fixed_ascent(run: ZeroShotUnlearner, batched: bool, steps: int) -> Any:
                 kept = torch.where(going, x, kept)
                 reached |= confidence >= target
                 optimiser.step()
-                x.copy_(torch.minimum(torch.maximum(x, made.low), made.high))
+                x.copy_(torch.minimum(torch.maximum(x, space.low), space.high))
         with torch.no_grad():
             kept = torch.where(reached.view(-1, 1, 1, 1), kept, x)
         for at, number in enumerate(part.tolist()):
-            made.images[rows.index[number]] = kept[at]
+            made.points[rows.index[number]] = kept[at]
             made.hit[rows.index[number]] = bool(reached[at])
-    return made._result(torch.arange(len(made.labels)))
+    return joined([made.result(torch.arange(len(labels)))], run.spec, space)
 
 
 def whole_model_epochs(run: ZeroShotUnlearner, layers: list[str]) -> nn.Module:
@@ -209,11 +214,11 @@ def switched(levers: Levers) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, value))
 
         if not levers.bfloat16:
-            put(synthesis, "fast_copy", copier(levers))
+            put(spaces, "fast_copy", copier(levers))
         if not levers.input_only:
-            put(synthesis._Ascent, "_step", step_with_weight_gradients)
+            put(ascent.Ascent, "_step", step_with_weight_gradients)
         if not levers.compact:
-            put(synthesis, "_bucket", lambda rows: sys.maxsize if rows else 0)
+            put(ascent, "_bucket", lambda rows, _d: sys.maxsize if rows else 0)
         if not levers.native:
             put(ops, "ascent_step_", plain_ascent_step_)
             put(steppers.EagerStepper, "step", plain_tail_step)
@@ -241,7 +246,7 @@ def copier(levers: Levers) -> Callable[..., FastCopy]:
 
 
 def step_with_weight_gradients(self: Any, rows: Any) -> None:
-    """`_Ascent._step` by ``loss.backward()``."""
+    """`Ascent._step` by ``loss.backward()``."""
     x = rows.x.detach().requires_grad_(True)
     logits = self.model(x)
     own = logits.gather(1, rows.label[:, None])[:, 0]
@@ -256,7 +261,7 @@ def step_with_weight_gradients(self: Any, rows: Any) -> None:
         rows.active &= ~rows.reached & ~tired
         ops.ascent_step_(
             rows.x, x.grad, rows.moment, rows.variance, rows.step, rows.active,
-            self.low, self.high, self.lr, self.beta,
+            self.space.low, self.space.high, self.rate, self.beta,
         )  # fmt: skip
 
 

@@ -253,7 +253,7 @@ def ascend(
                     parts.append(climb.run(report, done, len(labels)))
                 except Stopped:
                     parts.append(climb.result())
-                    return _joined(parts, spec, space)
+                    return joined(parts, spec, space)
                 except (RuntimeError, MemoryError) as error:
                     if not memory.is_out_of_memory(error) or climb.width == 1:
                         raise
@@ -264,10 +264,10 @@ def ascend(
             done += len(shard)
             if kept:
                 kept.save(at, vars(parts[-1]))
-    return _joined(parts, spec, space)
+    return joined(parts, spec, space)
 
 
-def _joined(parts: list[Climbed], spec: InputSpec, space: Space) -> ClassImpressions:
+def joined(parts: list[Climbed], spec: InputSpec, space: Space) -> ClassImpressions:
     columns = {
         name: torch.cat([getattr(p, name) for p in parts]) for name in Climbed.__dataclass_fields__
     }
