@@ -67,17 +67,24 @@ def test_the_steps_are_adam_on_the_objective() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fused_steps_are_those_of_torchs_optimiser(dtype: torch.dtype) -> None:
-    """float32 goes past `torch.optim` to its fused kernel; other types go through it."""
+    """float32 goes past `torch.optim` to its fused kernel; other types go through it. Biases have
+    a rate of their own.
+    """
     torch.manual_seed(0)
     tail, rows, index = case()
     tail.to(dtype)
     rows = Rows(tuple(f.to(dtype) for f in rows.features), rows.teacher.to(dtype), rows.label,
                 rows.forgotten)  # fmt: skip
     other = copy.deepcopy(tail)
-    steppers = [EagerStepper(t, list(t.parameters()), rows, Masked(FORGET, 2.0))
+    scales = [5.0 if p.ndim == 1 else 1.0 for p in tail.parameters()]
+    steppers = [EagerStepper(t, list(t.parameters()), rows, Masked(FORGET, 2.0), scales)
                 for t in (tail, other)]  # fmt: skip
+    groups = [
+        {"params": [p for p in other.parameters() if (p.ndim == 1) == bias], "scale": scale}
+        for bias, scale in ((False, 1.0), (True, 5.0))
+    ]
     steppers[1].optimiser = torch.optim.AdamW(
-        other.parameters(), weight_decay=0.0, fused=dtype == torch.float32
+        groups, weight_decay=0.0, fused=dtype == torch.float32
     )
     for stepper in steppers:
         stepper.run(index, RATES)

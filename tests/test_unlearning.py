@@ -229,7 +229,7 @@ def test_given_impressions_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None
         seen.append(label)
         return make_rows(tail, features, label, *rest)
 
-    monkeypatch.setattr(zsu_fast.unlearning, "make_rows", spy)
+    monkeypatch.setattr(zsu_fast.objective, "make_rows", spy)
     assert_forgets(unlearn(model, FORGET, impressions=shuffled, **QUICK), FORGET)
     assert [torch.bincount(label).tolist() for label in seen] == [[6] * 5, [2] * 5]
 

@@ -303,8 +303,12 @@ class ZeroShotUnlearner:
             generator = torch.Generator().manual_seed(self.seed)
             trained = dict(self.work.model.named_parameters())
             parameters = [trained[name] for name in cut.parameters]
-            # one layer, with weights of its own for each class
-            alone = cut.output_level and all(len(p) == self.classes for p in parameters)
+            # only one layer, with weights of its own for each class
+            alone = (
+                self.objective == "masked"
+                and cut.output_level
+                and all(len(p) == self.classes for p in parameters)
+            )
             train, watched, margin = training_rows(
                 cut.tail, features, labels, self.forget_mask, self.rows, generator, alone
             )
