@@ -48,7 +48,8 @@ class Cache:
         except CheckpointError as error:
             warnings.warn(f"cache: {error} It is made anew.", stacklevel=2)
             return None
-        return tensors if metadata.get("facts") == self.facts else None
+        own = metadata.get("facts") == self.facts and metadata.get("shard") == str(shard)
+        return tensors if own else None
 
     def save(self, shard: int, tensors: dict[str, Tensor]) -> None:
         """Keeps a shard, atomically. Where that fails, the run goes on without the cache."""
@@ -56,7 +57,9 @@ class Cache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_tensors(self._path(shard), tensors, {"facts": self.facts}, force=True)
+            checkpoint.save_tensors(
+                self._path(shard), tensors, {"facts": self.facts, "shard": str(shard)}, force=True
+            )
         except (OSError, OutputError) as error:
             self._writing = False
             warnings.warn(
