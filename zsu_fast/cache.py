@@ -48,8 +48,7 @@ class Cache:
         except CheckpointError as error:
             warnings.warn(f"cache: {error} It is made anew.", stacklevel=2)
             return None
-        own = metadata.get("facts") == self.facts and metadata.get("shard") == str(shard)
-        return tensors if own else None
+        return tensors if metadata.get("facts") == f"{self.facts} {shard}" else None
 
     def save(self, shard: int, tensors: dict[str, Tensor]) -> None:
         """Keeps a shard, atomically. Where that fails, the run goes on without the cache."""
@@ -57,9 +56,8 @@ class Cache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_tensors(
-                self._path(shard), tensors, {"facts": self.facts, "shard": str(shard)}, force=True
-            )
+            own = {"facts": f"{self.facts} {shard}"}  # one entry: the order of two is by chance
+            checkpoint.save_tensors(self._path(shard), tensors, own, force=True)
         except (OSError, OutputError) as error:
             self._writing = False
             warnings.warn(
