@@ -169,7 +169,7 @@ class Doubling(torch.autograd.Function):
 class Custom(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = tiny()
+        self.inner = Pooling()
 
     def forward(self, x: Tensor) -> Tensor:
         return Doubling.apply(self.inner(x))
@@ -177,9 +177,10 @@ class Custom(nn.Module):
 
 def test_a_copy_with_another_gradient_is_not_used() -> None:
     work = working_copy(Custom().eval(), CPU)
-    x = images()
+    x = images(4, (3, 32, 32))
     made = fast_copy(work, x, "float32")
-    assert folds(made.model) == 1
+    assert made.channels_last
+    assert not isinstance(made.model, torch.fx.GraphModule)
     got, want = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
     (a,) = torch.autograd.grad(made(made.layout(got)).sum(), got)
     (b,) = torch.autograd.grad(work(want).sum(), want)
