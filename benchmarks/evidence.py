@@ -79,7 +79,7 @@ def train_golden(setting: Setting, model: nn.Module, epochs: int) -> nn.Module:
     keep = ~torch.isin(labels, torch.tensor(setting.forget))
     images, labels = images[keep], labels[keep]
     torch.manual_seed(0)
-    made = zoo.build(setting.model).train()
+    made = zoo.build(setting.model).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.SGD(made.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     total = epochs * (len(labels) // 128)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.2, total_steps=total)
@@ -88,7 +88,9 @@ def train_golden(setting: Setting, model: nn.Module, epochs: int) -> nn.Module:
         x = model.input_spec.normalise(images[rows])
         x = torch.where(torch.rand(128, 1, 1, 1) < 0.5, x.flip(3), x)
         optimiser.zero_grad()
-        nn.functional.cross_entropy(made(x), labels[rows]).backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = made(x.contiguous(memory_format=torch.channels_last))
+        nn.functional.cross_entropy(logits.float(), labels[rows]).backward()
         optimiser.step()
         schedule.step()
     return made.eval()
