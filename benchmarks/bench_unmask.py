@@ -1,0 +1,192 @@
+"""Deep forgetting against random embeddings with a tail as deep: what the un-mask test finds.
+
+    python benchmarks/bench_unmask.py                        # all models
+    python benchmarks/bench_unmask.py tf_efficientnet_lite0
+    python benchmarks/bench_unmask.py --check                # exit 1 if random embeddings do better
+
+Both train the same layers. "random embeddings": half-normal activations at the cut, as large as
+those of noise images, in place of impressions and scenes; the masked objective, loop and stop of
+the default. Un-mask: the original's whole last layer put back. Test images are used for measuring
+only. Writes ``results/unmask.csv`` and ``unmask.md``; models not run keep their earlier lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import torch
+from table1 import RESULTS, hundreds, load_data, load_model, processor
+from torch import Tensor, nn
+
+import zsu_fast
+from zsu_fast.objective import Masked, RowSettings, make_rows
+from zsu_fast.responsive import layer_names
+from zsu_fast.spaces import noise_images
+from zsu_fast.unlearning import ZeroShotUnlearner
+
+Sets = tuple[tuple[int, ...], ...]
+TENS: Sets = ((3, 4, 8), *(tuple(sorted(random.Random(s).sample(range(10), s))) for s in (2, 3)))
+MODELS: dict[str, tuple[str, Sets]] = {
+    "karpathynet": ("cifar10", TENS),
+    "resnet20_cifar": ("cifar10", TENS),
+    "tf_efficientnet_lite0": ("imagenet", hundreds(1, 1)),
+    "squeezenet1_0": ("imagenet", hundreds(1, 2)),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured model; accuracies in per cent of the test images."""
+
+    model: str
+    classes: str
+    method: str
+    fa: float
+    ra: float
+    mask_ra: float
+    unmask_fa: float
+    unmask_ra: float
+    seconds: float
+
+
+def random_embeddings(model: nn.Module, forget: tuple[int, ...]) -> nn.Module:
+    """The tail that deep forgetting trains, trained on half-normal activations at its cut."""
+    run = ZeroShotUnlearner(model, forget, depth="deep", progress=False)
+    noise = noise_images(run.spec, 32)
+    cut = zsu_fast.deep.find_deep_split(run.work, "auto", noise)
+    scales = [f.square().mean().sqrt() for f in cut.features(noise)]
+    shapes = [f.shape[1:] for f in cut.features(noise[:1])]
+    draw = torch.Generator().manual_seed(0)
+
+    def rows(count: int) -> zsu_fast.objective.Rows:
+        drawn = tuple(
+            torch.randn(count, *shape, generator=draw).abs() * scale
+            for shape, scale in zip(shapes, scales, strict=True)
+        )
+        with torch.no_grad():
+            chunks = zip(*[d.split(64) for d in drawn], strict=True)
+            label = torch.cat([cut.tail(*chunk).argmax(1) for chunk in chunks])
+        return make_rows(cut.tail, drawn, label, run.forget_mask, 0, draw)
+
+    train, held_out = rows(2288), rows(512)
+    margin = RowSettings().margin_for(train.teacher, train.label)
+    yardstick = Masked(run.forget_mask, margin)
+    named = dict(run.work.model.named_parameters())
+    zsu_fast.loop.train_tail(
+        cut.tail, [named[n] for n in cut.parameters], train, held_out, yardstick, yardstick,
+        run.loop, draw, run.report,
+    )  # fmt: skip
+    return run.work.model
+
+
+@torch.no_grad()
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([model(part) for part in images.split(50)])
+
+
+def measure(name: str) -> Iterator[Row]:
+    source, sets = MODELS[name]
+    original = load_model(name)
+    images, labels = load_data(original, source)
+    before = logits(original, images)
+    last = layer_names(original, images[:2])[-1]
+    for forget in sets:
+        gone = torch.zeros(before.shape[1], dtype=torch.bool)
+        gone[list(forget)] = True
+        of = gone[labels]
+
+        def accuracy(of_logits: Tensor, rows: Tensor) -> float:
+            return 100 * float((of_logits.argmax(1) == labels)[rows].float().mean())
+
+        mask_ra = accuracy(before.masked_fill(gone, -torch.inf), ~of)
+        for method in ("deep", "random embeddings"):
+            started = time.perf_counter()
+            if method == "deep":
+                made = zsu_fast.unlearn(original, forget, depth="deep", progress=False)
+            else:
+                made = random_embeddings(original, forget)
+            seconds = time.perf_counter() - started
+            own = logits(made, images)
+            made.set_submodule(last, original.get_submodule(last))
+            back = logits(made, images)
+            row = Row(
+                name, ",".join(map(str, forget)) if len(forget) < 10 else f"{len(forget)} random",
+                method, accuracy(own, of), accuracy(own, ~of), mask_ra, accuracy(back, of),
+                accuracy(back, ~of), seconds,
+            )  # fmt: skip
+            print(row, flush=True)
+            yield row
+
+
+def missed(rows: list[Row]) -> list[str]:
+    """Where random embeddings do better, in words."""
+    told = []
+    for row in rows:
+        if row.method != "deep":
+            continue
+        (other,) = [r for r in rows if r.method != "deep" and r.classes == row.classes
+                    and r.model == row.model]  # fmt: skip
+        where = f"{row.model} {{{row.classes}}}"
+        if row.unmask_fa > other.unmask_fa:
+            told.append(f"{where}: un-mask FA {row.unmask_fa:.2f}, random {other.unmask_fa:.2f}")
+        if row.fa > other.fa or row.ra < other.ra:
+            told.append(
+                f"{where}: FA / RA {row.fa:.2f} / {row.ra:.2f}, random {other.fa:.2f} / "
+                f"{other.ra:.2f}"
+            )
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("--check", action="store_true", help="exit 1 if random embeddings win")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = [row for name in arguments.models for row in measure(name)]
+    file = arguments.out / "unmask.csv"
+    if file.exists():
+        with file.open(newline="") as old:
+            rows = (
+                [
+                    Row(*r[:3], *map(float, r[3:]))  # type: ignore[call-arg]
+                    for r in list(csv.reader(old))[1:]
+                    if r[0] not in arguments.models
+                ]
+                + rows
+            )
+    with file.open("w", newline="") as new:
+        csv.writer(new).writerows([[f.name for f in fields(Row)], *map(astuple, rows)])
+    failures = missed(rows)
+    lines = [
+        "# The un-mask test with a deeper tail", "",
+        "Made by `python benchmarks/bench_unmask.py`: deep forgetting and random embeddings, which "
+        "train the same layers. Un-mask: the original's whole last layer put back; per cent of the "
+        "test images (ImageNet: 1,000, one a class).", "",
+        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}.", "",
+        "| model | forget | method | FA | RA | RA of the mask | un-mask FA | un-mask RA | s |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for r in rows:
+        cells = [f"{v:.2f}" if isinstance(v, float) else str(v) for v in astuple(r)]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *([f"- random embeddings do better: {f}" for f in failures] or ["Deep forgetting "
+              "does better or as well everywhere."])]  # fmt: skip
+    (arguments.out / "unmask.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    if arguments.check and failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
