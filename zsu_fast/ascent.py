@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -184,8 +184,10 @@ class Ascent:
         x = rows.x.detach().requires_grad_(True)
         logits = self.model(x)
         own = logits.gather(1, rows.label[:, None])[:, 0]
-        others = logits.scatter(1, rows.label[:, None], -torch.inf).logsumexp(1)
-        goal = (own - rows.rivalry * others).sum()
+        goal = own.sum()
+        if rows.rivals:
+            others = logits.scatter(1, rows.label[:, None], -torch.inf).logsumexp(1)
+            goal = (own - rows.rivalry * others).sum()
         if isinstance(self.model.model, Observed):  # times the rows: as hard a pull in any width
             goal = goal - self.settings.batch_norm * len(x) * self.model.model.distance()
         (grad,) = torch.autograd.grad(goal, x)
@@ -245,6 +247,7 @@ class Ascent:
             fresh = _Rows(index + new, *joined)
         for name in ("x", "moment", "variance"):
             setattr(fresh, name, self.model.layout(getattr(fresh, name)))
+        fresh.rivals = any(self.attempt[i] > 0 for i in fresh.index if i >= 0)
         return fresh
 
     def _noise(self, new: list[int]) -> _Rows:
@@ -298,6 +301,7 @@ class _Rows:
     active: Tensor
     reached: Tensor
     rivalry: Tensor
+    rivals: bool = field(default=True, init=False)  # whether any rivalry is not 0
 
 
 def _bucket(rows: int, device: torch.device) -> int:

@@ -39,6 +39,8 @@ from .threads import multiply_adds, threads_for
 
 # A working batch holds at most this many values: 1,365 images of 3x32x32, 27 of 3x224x224.
 _BATCH_VALUES = 4 * 1024 * 1024
+# And at most this many logits: of 100,000 classes 167 rows.
+_BATCH_LOGITS = 16 * 1024 * 1024
 # A shard, made without a look at any other, is at most this many working batches.
 _BATCHES_A_SHARD = 4
 
@@ -227,8 +229,10 @@ def ascend(
     labels = torch.tensor(list(classes)).repeat_interleave(settings.per_class)
     number = torch.arange(settings.per_class).repeat(len(classes))
     values = max(1, int(torch.tensor(space.shape).prod()))
-    most = max(16, _BATCH_VALUES // values)
     start = space.start(torch.zeros(1, *space.shape, device=device))
+    with torch.no_grad():
+        logits = space.exact(start).shape[1]
+    most = max(16, min(_BATCH_VALUES // values, _BATCH_LOGITS // logits))
     width = min(most, memory.rows_that_fit(memory.bytes_a_row(space.climbed, start), device))
     shards = torch.arange(len(labels)).split(_BATCHES_A_SHARD * most)
     kept = None
