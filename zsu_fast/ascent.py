@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,6 +157,23 @@ class Ascent:
                     rows = self._compact(rows, alive)
             report("synthesise", before + finished, total, in_flight=float(sum(alive)))
         return self.result(torch.arange(len(self.labels)))
+
+    def time_steps(self, steps: int = 3) -> tuple[float, float]:
+        """Seconds that setting a batch up takes, and a step of it; the fastest of ``steps``."""
+        took = []
+        rows: _Rows | None = None
+        for _ in range(steps + 2):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            started = time.perf_counter()
+            if rows is None:
+                rows = self._fill([])
+            else:
+                self._step(rows)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            took.append(time.perf_counter() - started)
+        return took[0], min(took[2:])
 
     def result(self, keep: Tensor | None = None) -> Climbed:
         """The points at ``keep``; None for those that have reached their target so far."""

@@ -252,7 +252,6 @@ class _Attempt:
             self.at += self.batch
         return torch.stack(batches)
 
-    @torch.no_grad()
     def check(self, step: int, attempt: int, rate: float, loss: float) -> Check:
         return Check(step, attempt, rate, loss, *self.yardstick.score(self.tail, self.held_out))
 

@@ -396,6 +396,7 @@ class Masked:
         loss, dlogits = ops.masked_cross_entropy_and_grad(shifted, rows.teacher, self.forget, coef)
         return loss, dlogits * self.forget if self.alone else dlogits
 
+    @torch.no_grad()
     def score(self, tail: nn.Module, rows: Rows) -> tuple[float, float, float]:
         """How ``tail`` does on ``rows``: (divergence, leak, agreement), see `loop.Check`.
 

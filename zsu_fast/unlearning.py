@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from .loop import Fit, LoopSettings, train_tail
 from .objective import (
     Alone,
     Masked,
+    Objective,
+    Rows,
     RowSettings,
     check_objective,
     make_objective,
@@ -310,40 +313,13 @@ class ZeroShotUnlearner:
                 features = tail_input_space(cut, self.spec, self.device).parts(points)
             else:
                 features = cut.features(points)
-            generator = torch.Generator().manual_seed(self.seed)
-            trained = dict(self.work.model.named_parameters())
-            parameters = [trained[name] for name in cut.parameters]
-            # only one layer, with weights of its own for each class
-            alone = (
-                self.objective == "masked"
-                and cut.output_level
-                and all(len(p) == self.classes for p in parameters)
-            )
-            names: list[str] = []
-            if (
-                alone
-                and self.classes > _NARROW
-                and narrow.can_narrow(cut.tail, parameters, features)
-            ):
-                names = narrow.row_names(cut.tail, parameters)
-            train, watched, margin = training_rows(
-                cut.tail, features, labels, self.forget_mask, self.rows, generator, alone, names
-            )
-            loop = (self.loop, generator, self.report)
-            if names:  # the retained logits are never computed again
-                gone = self.forget_mask.nonzero()[:, 0]
-                few = narrow.NarrowTail(cut.tail, names, gone, copied=True)
-                objective = Alone(self.forget_mask, margin)
-                self.result = train_tail(
-                    few, list(few.parameters()), train, watched, objective, objective, *loop
-                )
-                few.write_back()
-            else:
-                yardstick = Masked(self.forget_mask, margin, alone)
-                chosen = make_objective(self.objective, self.weights, yardstick)
-                self.result = train_tail(
-                    cut.tail, parameters, train, watched, chosen, yardstick, *loop
-                )
+            lesson = self.lesson(cut, features, labels)
+            self.result = train_tail(
+                lesson.tail, lesson.parameters, lesson.rows, lesson.watched, lesson.objective,
+                lesson.yardstick, self.loop, lesson.generator, self.report,
+            )  # fmt: skip
+            if isinstance(lesson.tail, narrow.NarrowTail):
+                lesson.tail.write_back()
         return self.result
 
     @classifier.own_modes()
@@ -365,6 +341,32 @@ class ZeroShotUnlearner:
             if self.ledger is not None:  # last, so that nothing is recorded of a run that fails
                 self.ledger.append(self.record)
         return target
+
+    def lesson(self, cut: Split, features: tuple[Tensor, ...], labels: Tensor) -> Lesson:
+        """What is trained on what, from the impressions' features at the cut."""
+        generator = torch.Generator().manual_seed(self.seed)
+        trained = dict(self.work.model.named_parameters())
+        parameters = [trained[name] for name in cut.parameters]
+        # only one layer, with weights of its own for each class
+        alone = (
+            self.objective == "masked"
+            and cut.output_level
+            and all(len(p) == self.classes for p in parameters)
+        )
+        names: list[str] = []
+        if alone and self.classes > _NARROW and narrow.can_narrow(cut.tail, parameters, features):
+            names = narrow.row_names(cut.tail, parameters)
+        train, watched, margin = training_rows(
+            cut.tail, features, labels, self.forget_mask, self.rows, generator, alone, names
+        )
+        if names:  # the retained logits are never computed again
+            gone = self.forget_mask.nonzero()[:, 0]
+            few = narrow.NarrowTail(cut.tail, names, gone, copied=True)
+            goal = Alone(self.forget_mask, margin)
+            return Lesson(few, list(few.parameters()), train, watched, goal, goal, generator)
+        yardstick = Masked(self.forget_mask, margin, alone)
+        objective = make_objective(self.objective, self.weights, yardstick)
+        return Lesson(cut.tail, parameters, train, watched, objective, yardstick, generator)
 
     def _sample(self, retain_sample: int | None, seed: int) -> list[int]:
         """Classes to make impressions of, sorted; not of those forgotten before."""
@@ -423,6 +425,19 @@ class ZeroShotUnlearner:
                 "Pass the space that they were made in.",
             )
         return given
+
+
+@dataclass
+class Lesson:
+    """What `train_tail` takes: see there."""
+
+    tail: nn.Module
+    parameters: list[nn.Parameter]
+    rows: Rows
+    watched: Rows
+    objective: Objective
+    yardstick: Masked
+    generator: torch.Generator
 
 
 def replace_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
