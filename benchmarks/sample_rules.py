@@ -103,7 +103,8 @@ def write(found: dict[tuple[str, int], list[tuple[float, float]]], having: int) 
         f"`python benchmarks/sample_rules.py`: {MODEL}, {FORGET} classes forgotten out of "
         f"{having:,} that have an impression, {SETS} sets of them by lot, the same impressions "
         "throughout. FA on 100 images, RA on 900; mean and worst. *nearest*: by the cosine of "
-        "the last layer's weights with those of a forgotten class; *half and half* is `sampling`'s rule.", "",
+        "the last layer's weights with those of a forgotten class; *half and half* is the "
+        "package's rule (`zsu_fast.sampling`).", "",
         "| retained classes with impressions | how many | FA % (worst) | RA % (worst) |",
         "|---|---:|---:|---:|",
     ]  # fmt: skip

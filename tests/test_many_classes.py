@@ -107,6 +107,21 @@ def test_a_run_makes_impressions_of_the_sample_alone_and_says_so() -> None:
     assert_forgets(result, [1])
     whole = ZeroShotUnlearner(tiny(), [1], input_shape=(3, 8, 8), **QUICK)
     assert whole.answered == [0, 1, 2, 3, 4]
+    assert whole.sampled == sampling.ALL
+
+
+def test_without_weights_a_class_the_sample_is_by_lot_and_says_so() -> None:
+    class Summed(nn.Module):  # two layers' halves of the logits
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(192, 3), nn.Linear(192, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.one(x.flatten(1)), self.two(x.flatten(1))], 1)
+
+    run = ZeroShotUnlearner(Summed(), [5], retain_sample=2, input_shape=(3, 8, 8), progress=False)
+    assert len(run.answered) == 3
+    assert run.sampled == sampling.BY_LOT
 
 
 def test_impressions_given_with_a_sample_need_the_forgotten_and_one_more() -> None:

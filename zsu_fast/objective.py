@@ -200,13 +200,16 @@ def training_rows(
         watched = rows(held, settings.count(int(held.sum()), 0))
     else:
         watched = rows(~held, max(1024, classes), impressions=False)
-    lead = _lead(tail, train, count, len(forget))
+    lead = mean_lead(tail, train, count, len(forget))
     return train, watched, settings.margin_of(lead, len(forget), alone)
 
 
 @torch.no_grad()
-def _lead(tail: nn.Module, rows: Rows, count: int, classes: int) -> float:
-    """By how much the first ``count`` rows' own logits lead, on average."""
+def mean_lead(tail: nn.Module, rows: Rows, count: int, classes: int) -> float:
+    """By how much the logits of the first ``count`` rows' labels lead, on average.
+
+    ``tail`` is still the original one.
+    """
     total = 0.0
     for part in rows.chunks(classes):
         part = part[part < count]

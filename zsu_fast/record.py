@@ -95,9 +95,9 @@ class Record:
         made: ClassImpressions,
         cut: Split,
         fit: Fit,
-        sampled: bool = False,
+        sampled: str = sampling.ALL,
     ) -> None:
-        """Adds what came out; ``sampled`` where only some retained classes have impressions."""
+        """Adds what came out; ``sampled`` says which classes have impressions, in words."""
         self.weights_after = weights_hash(model)
         # nothing was made of classes that the model does not answer any more, or were left out
         before = set(self.forgotten)
@@ -106,7 +106,7 @@ class Record:
         self.impressions = {
             "count": len(made),
             "classes": len(having),
-            "rule": sampling.RULE if sampled else "all classes",
+            "rule": sampled,
             "hit_rate": made.hit_rate,
             "worst_class_hit_rate": min(rates.values()),
             "mean_confidence": float(made.confidence.mean()),

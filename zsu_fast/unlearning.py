@@ -373,11 +373,12 @@ class ZeroShotUnlearner:
         sampling.check_retain_sample(retain_sample)
         retained = sorted({*range(self.classes)} - {*self.forget, *self.forgotten})
         size = sampling.sample_size(len(retained), retain_sample)
-        self.sampled = size < len(retained)
-        if not self.sampled:
+        self.sampled = sampling.ALL
+        if size == len(retained):
             return sorted([*self.forget, *retained])
         last = layer_names(self.work.model, noise_images(self.spec, 2).to(self.device))[-1]
         weight = sampling.class_weights(self.work.model, last, self.classes)
+        self.sampled = sampling.BY_LOT if weight is None else sampling.RULE
         return sampling.sample_classes(weight, self.forget, retained, size, seed)
 
     @contextmanager
@@ -408,8 +409,9 @@ class ZeroShotUnlearner:
             )
         counts = torch.bincount(given.labels, minlength=self.classes)
         # where a sample is enough, any that has the classes to forget and one to keep will do
-        few = int(counts[self.forget if self.sampled else self.answered].min())
-        if self.sampled and len(given.labels.unique()) <= len(self.forget):
+        sampled = self.sampled != sampling.ALL
+        few = int(counts[self.forget if sampled else self.answered].min())
+        if sampled and len(given.labels.unique()) <= len(self.forget):
             few = 0
         if given.spec.shape != self.spec.shape or len(counts) > self.classes or few < 1:
             raise ArgumentError(
