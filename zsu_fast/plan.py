@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import resource
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -330,6 +329,8 @@ def _shards(work: _Work) -> list[int]:
 
 def _batches(rows: int, work: _Work) -> float:
     """How often a batch steps until so many impressions are done: refilled while there are more."""
+    if rows <= work.width:
+        return work.most_steps
     return max(work.most_steps, rows * work.steps / work.width + work.most_steps / 2)
 
 
@@ -408,7 +409,12 @@ class _Meter:
     def _peak(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = _status("VmHWM")
+        if peak is None:  # macOS, in bytes there
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak
 
     def _reset(self) -> None:
         if self.device.type == "cuda":
