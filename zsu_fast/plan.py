@@ -177,7 +177,7 @@ def plan(
         gpus = _cards_needed(seconds, within)
     else:
         gpus = 0
-        notes.append(f"{torch.get_num_threads()} threads; no GPU is needed")
+        notes.append(f"threads: {torch.get_num_threads()}; no GPU is needed")
     assert run.split_point is not None
     return Plan(
         device=card.name if card else str(device),
