@@ -203,12 +203,12 @@ def test_chunks_are_bounded_and_in_order(monkeypatch: pytest.MonkeyPatch, room: 
     for rows in kept_and_lazy(monkeypatch):
         monkeypatch.setattr("zsu_fast.objective._CHUNK", room)
         chunks = list(rows.chunks())
-        sizes = [len(first) for first, _ in chunks]
+        sizes = [len(index) for index in chunks]
         assert max(sizes) <= max(1, room // row)
         assert sizes == sorted(sizes, reverse=True)
-        whole = rows.pick(torch.arange(len(rows))).features
-        for got, want in zip(zip(*chunks, strict=True), whole, strict=True):
-            assert torch.equal(torch.cat(got), want)
+        assert torch.equal(torch.cat(chunks), torch.arange(len(rows)))
+        monkeypatch.setattr("zsu_fast.narrow.TILE_VALUES", 50)
+        assert max(len(index) for index in rows.chunks(classes=10)) <= 5
 
 
 def test_rows_without_the_impressions_themselves() -> None:

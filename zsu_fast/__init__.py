@@ -15,6 +15,7 @@ from .errors import (
 from .evaluation import Evaluation, evaluate, mask
 from .impressions import ClassImpressions, synthesize
 from .ledger import Ledger
+from .plan import Plan, plan
 from .progress import Event
 from .tail import Split
 from .unlearning import ZeroShotUnlearner, paper_preset, split, unlearn
@@ -34,6 +35,7 @@ __all__ = [
     "LedgerError",
     "ModelError",
     "OutputError",
+    "Plan",
     "Split",
     "ZeroShotUnlearner",
     "ZsuFastError",
@@ -44,6 +46,7 @@ __all__ = [
     "evaluate",
     "mask",
     "paper_preset",
+    "plan",
     "save_delta",
     "split",
     "synthesize",

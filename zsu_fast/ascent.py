@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -157,6 +158,23 @@ class Ascent:
             report("synthesise", before + finished, total, in_flight=float(sum(alive)))
         return self.result(torch.arange(len(self.labels)))
 
+    def time_steps(self, steps: int = 3) -> tuple[float, float]:
+        """Seconds that setting a batch up takes, and a step of it; the fastest of ``steps``."""
+        took = []
+        rows: _Rows | None = None
+        for _ in range(steps + 2):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            started = time.perf_counter()
+            if rows is None:
+                rows = self._fill([])
+            else:
+                self._step(rows)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            took.append(time.perf_counter() - started)
+        return took[0], min(took[2:])
+
     def result(self, keep: Tensor | None = None) -> Climbed:
         """The points at ``keep``; None for those that have reached their target so far."""
         if keep is None:
@@ -184,8 +202,10 @@ class Ascent:
         x = rows.x.detach().requires_grad_(True)
         logits = self.model(x)
         own = logits.gather(1, rows.label[:, None])[:, 0]
-        others = logits.scatter(1, rows.label[:, None], -torch.inf).logsumexp(1)
-        goal = (own - rows.rivalry * others).sum()
+        goal = own.sum()
+        if rows.rivals:
+            others = logits.scatter(1, rows.label[:, None], -torch.inf).logsumexp(1)
+            goal = (own - rows.rivalry * others).sum()
         if isinstance(self.model.model, Observed):  # times the rows: as hard a pull in any width
             goal = goal - self.settings.batch_norm * len(x) * self.model.model.distance()
         (grad,) = torch.autograd.grad(goal, x)
@@ -245,6 +265,7 @@ class Ascent:
             fresh = _Rows(index + new, *joined)
         for name in ("x", "moment", "variance"):
             setattr(fresh, name, self.model.layout(getattr(fresh, name)))
+        fresh.rivals = any(self.attempt[i] > 0 for i in fresh.index if i >= 0)
         return fresh
 
     def _noise(self, new: list[int]) -> _Rows:
@@ -298,6 +319,7 @@ class _Rows:
     active: Tensor
     reached: Tensor
     rivalry: Tensor
+    rivals: bool = field(default=True, init=False)  # whether any rivalry is not 0
 
 
 def _bucket(rows: int, device: torch.device) -> int:

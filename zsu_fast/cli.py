@@ -1,4 +1,4 @@
-"""The command ``zsu-fast``: demo, unlearn, apply, ledger, evaluate, audit, doctor."""
+"""The command ``zsu-fast``: demo, plan, unlearn, apply, ledger, evaluate, audit, doctor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from .demo import mnist_test, run as run_demo
 from .doctor import doctor as examine, render
 from .errors import ArgumentError, LedgerError, ZsuFastError
 from .evaluation import Evaluation, evaluate as measure
+from .hardware import ACCELERATORS
 from .models import load_model
+from .plan import plan as make_plan
 from .report import write_report
 from .unlearning import ZeroShotUnlearner, paper_preset
 
@@ -64,6 +66,17 @@ Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 Report = Annotated[
     Path | None,
     typer.Option(help="Write an HTML report here, and its numbers as .json beside it."),
+]
+Tail = Annotated[str, typer.Option(help="auto, last, a module's name, or a number of last layers.")]
+PerClass = Annotated[
+    int | None, typer.Option(help="4 or more; else 32, or fewer for many classes.")
+]
+RetainSample = Annotated[
+    int | None,
+    typer.Option(
+        help="Make impressions of so many retained classes; else of all, or of more than 4,096 "
+        "for 1,024."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 
@@ -102,6 +115,51 @@ def demo(
 
 
 @app.command()
+def plan(
+    model: Model,
+    forget: Forget,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help=f"A card that is not here: {', '.join(ACCELERATORS)}; on paper."),
+    ] = None,
+    within: Annotated[
+        float | None, typer.Option(help="Seconds the run may take: how many GPUs does it need?")
+    ] = None,
+    weights: Weights = None,
+    tail: Tail = "auto",
+    impressions_per_class: PerClass = None,
+    retain_sample: RetainSample = None,
+    classes: Classes = None,
+    input_shape: Shape = None,
+    mean: Mean = None,
+    std: Std = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Says what unlearning will cost: seconds, peak memory, GPUs. Takes some seconds itself."""
+    with _errors(as_json):
+        expected = make_plan(
+            load_model(model, weights, classes),
+            parse_classes(forget),
+            hardware=hardware,
+            within=within,
+            tail=int(tail) if tail.isdigit() else tail,
+            impressions_per_class=impressions_per_class,
+            retain_sample=retain_sample,
+            input_shape=_numbers("input_shape", input_shape, int),
+            mean=_numbers("mean", mean, float),
+            std=_numbers("std", std, float),
+            seed=seed,
+            device=device,
+        )
+        if as_json:
+            _print_json(expected.to_dict())
+            return
+        typer.echo(expected.render())
+
+
+@app.command()
 def unlearn(
     model: Model,
     forget: Forget,
@@ -124,15 +182,14 @@ def unlearn(
     report_data: Annotated[
         str | None, typer.Option(help="Labelled images for the report alone, as for evaluate.")
     ] = None,
-    tail: Annotated[
-        str, typer.Option(help="auto, last, a module's name, or a number of last layers.")
-    ] = "auto",
+    tail: Tail = "auto",
     depth: Annotated[
         str, typer.Option(help="output, or deep: the features forget too, at a cost of RA.")
     ] = "output",
     objective: Annotated[str, typer.Option(help="masked or differential.")] = "masked",
     paper: Annotated[bool, typer.Option("--paper", help="The published recipe.")] = False,
-    impressions_per_class: Annotated[int, typer.Option(help="4 or more.")] = 32,
+    impressions_per_class: PerClass = None,
+    retain_sample: RetainSample = None,
     classes: Classes = None,
     input_shape: Shape = None,
     mean: Mean = None,
@@ -167,6 +224,7 @@ def unlearn(
             forgotten=before,
             **options,
             impressions_per_class=impressions_per_class,
+            retain_sample=retain_sample,
             input_shape=_numbers("input_shape", input_shape, int),
             mean=_numbers("mean", mean, float),
             std=_numbers("std", std, float),

@@ -34,6 +34,7 @@ from .loop import Check, Fit, LoopSettings, natural_rate
 from .objective import Masked, Rows, RowSettings, make_rows
 from .progress import Reporter, Stopped
 from .responsive import layer_names
+from .sampling import MANY
 from .scenes import draw_scenes
 from .spaces import input_space
 from .tail import Split
@@ -42,6 +43,7 @@ Depth = Literal["output", "deep"]
 DEPTHS: tuple[str, ...] = get_args(Depth)
 
 _SCENE_VALUES = 32 * 1024 * 1024  # pixel values drawn at most: 10,922 images of 3x32x32
+_SCENE_LOGITS = 128 * 1024 * 1024  # of them that are kept: 1,342 scenes for 100,000 classes
 _SHARE = 0.1  # of the layers with weights are trained beside the last one, and at least one
 
 
@@ -71,10 +73,11 @@ class DeepSettings:
     erase: float = 0.35
     ridge: float = 0.1
 
-    def fit_to(self, spec: InputSpec) -> tuple[int, int]:
-        """(scenes, pushed) for images of this size."""
+    def fit_to(self, spec: InputSpec, classes: int) -> tuple[int, int]:
+        """(scenes, pushed) for images of this size and so many logits."""
         share = min(1.0, _SCENE_VALUES / (self.scenes * math.prod(spec.shape)))
-        return max(256, int(share * self.scenes)), max(256, int(share * self.pushed))
+        scenes = min(int(share * self.scenes), _SCENE_LOGITS // classes)
+        return max(256, scenes), max(256, int(share * self.pushed))
 
 
 def check_depth(depth: str, objective: str, space: str) -> None:
@@ -193,7 +196,7 @@ def forget_deeply(
         "stopped": fit.stopped,
         "learning_rate": fit.learning_rate,
         "history": [asdict(check) for check in fit.history],
-        "scenes": settings.fit_to(spec)[0],
+        "scenes": settings.fit_to(spec, len(forget))[0],
         "rows": len(train),
         "held_out": len(held_out),
         **{k: {"before": before[k], "after": after[k]} for k in before},
@@ -241,16 +244,17 @@ def _make_rows(
     """Training rows, held-out rows, and how many of the former, the first ones, are impressions."""
     device = forget.device
     classes = len(forget)
-    scenes, pushed = settings.fit_to(spec)
+    scenes, pushed = settings.fit_to(spec, classes)
+    targets = list(range(classes)) if classes <= MANY else made.labels.unique().tolist()
+    per_class = max(1, pushed // len(targets))
     drawn = draw_scenes(scenes, spec.shape, seed)
-    per_class = max(1, pushed // classes)
     bounds = (1, -1, 1, 1) if len(spec.shape) == 3 else (1, -1)
     low, high = spec.low.view(bounds), spec.high.view(bounds)
     drawn = low + drawn * (high - low)
-    starts = drawn[torch.arange(classes * per_class) % scenes]
+    starts = drawn[torch.arange(len(targets) * per_class) % scenes]
     few = AscentSettings(per_class, (0.3, 0.99), 40, 0, 0.02, 0.0, seed, "float32")
     space = input_space(model, spec, "float32")
-    ascended = ascend(model, space, spec, range(classes), few, Reporter(False), starts=starts)
+    ascended = ascend(model, space, spec, targets, few, Reporter(False), starts=starts)
     labels = made.labels.to(device)
     impressions = cut.features(made.images.to(device))
     scenery = cut.features(torch.cat([ascended.images, drawn]).to(device))

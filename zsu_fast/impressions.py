@@ -39,6 +39,8 @@ from .threads import multiply_adds, threads_for
 
 # A working batch holds at most this many values: 1,365 images of 3x32x32, 27 of 3x224x224.
 _BATCH_VALUES = 4 * 1024 * 1024
+# And at most this many logits: of 100,000 classes 167 rows.
+_BATCH_LOGITS = 16 * 1024 * 1024
 # A shard, made without a look at any other, is at most this many working batches.
 _BATCHES_A_SHARD = 4
 
@@ -205,6 +207,16 @@ def default_per_class(classes: int) -> int:
     return max(1, min(32, 1024 // classes))
 
 
+def batch_rows(space: Space) -> tuple[int, int]:
+    """Rows of a shard, by the space alone, and of a working batch, by what memory is free too."""
+    start = space.start(torch.zeros(1, *space.shape, device=space.low.device))
+    with torch.no_grad():
+        logits = space.exact(start).shape[1]
+    most = max(16, min(_BATCH_VALUES // start.numel(), _BATCH_LOGITS // logits))
+    fit = memory.rows_that_fit(memory.bytes_a_row(space.climbed, start), space.low.device)
+    return _BATCHES_A_SHARD * most, min(most, fit)
+
+
 def ascend(
     model: nn.Module,
     space: Space,
@@ -226,15 +238,13 @@ def ascend(
     device = space.low.device
     labels = torch.tensor(list(classes)).repeat_interleave(settings.per_class)
     number = torch.arange(settings.per_class).repeat(len(classes))
-    values = max(1, int(torch.tensor(space.shape).prod()))
-    most = max(16, _BATCH_VALUES // values)
     start = space.start(torch.zeros(1, *space.shape, device=device))
-    width = min(most, memory.rows_that_fit(memory.bytes_a_row(space.climbed, start), device))
-    shards = torch.arange(len(labels)).split(_BATCHES_A_SHARD * most)
+    shard_rows, width = batch_rows(space)
+    shards = torch.arange(len(labels)).split(shard_rows)
     kept = None
     if cache is not None:
         facts = _facts(model, space, spec, labels, settings)
-        kept = Cache(cache, facts | {"rows a shard": _BATCHES_A_SHARD * most})
+        kept = Cache(cache, facts | {"rows a shard": shard_rows})
     parts: list[Climbed] = []
     done = 0
     with threads_for(multiply_adds(space.exact, start), device):

@@ -146,7 +146,8 @@ def train_tail(
     scales = [1.0] * len(parameters)
     if yardstick.alone and settings.learning_rate is objective.learning_rate is None:
         biases = [p.ndim == 1 for p in parameters]
-        scales = [_BIAS_RATE * float(rows.teacher.std()) / rate if b else 1.0 for b in biases]
+        spread = float(rows.teacher.std()) if rows.spread is None else rows.spread
+        scales = [_BIAS_RATE * spread / rate if b else 1.0 for b in biases]
     attempt = _Attempt(
         tail, parameters, rows, held_out, objective, yardstick, settings, work, scales, generator
     )
@@ -218,8 +219,8 @@ class _Attempt:
     ) -> None:
         self.tail, self.parameters = tail, parameters
         self.rows, self.held_out = rows, held_out
-        self.objective, self.yardstick, self.forget = objective, yardstick, yardstick.forget
-        self.steps = settings.steps_for(rows.teacher.shape[1])
+        self.objective, self.yardstick = objective, yardstick
+        self.steps = settings.steps_for(len(yardstick.forget))
         self.early_stop = settings.early_stop
         self.batch = min(settings.batch_for(work), len(rows))
         self.generator = generator
@@ -251,19 +252,8 @@ class _Attempt:
             self.at += self.batch
         return torch.stack(batches)
 
-    @torch.no_grad()
     def check(self, step: int, attempt: int, rate: float, loss: float) -> Check:
-        rows = self.held_out
-        logits = torch.cat([self.tail(*part) for part in rows.chunks()])
-        divergence = self.yardstick.divergence(logits, rows)
-        answer = logits.argmax(1)
-        masked = rows.teacher.masked_fill(self.forget, -torch.inf).argmax(1)
-        kept = ~rows.forgotten
-        agreement = (answer == masked)[kept].float().mean() if bool(kept.any()) else torch.ones(())
-        leak = self.forget[answer].float().mean()
-        if not bool(logits.isfinite().all()):
-            divergence = torch.tensor(math.nan)
-        return Check(step, attempt, rate, loss, float(divergence), float(leak), float(agreement))
+        return Check(step, attempt, rate, loss, *self.yardstick.score(self.tail, self.held_out))
 
     def run(
         self, number: int, rate: float, history: list[Check], report: Reporter

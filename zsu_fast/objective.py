@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import narrow, ops
 from .errors import ArgumentError, is_number
 
 # Mixtures are this many times as far from the mean as the impressions they are made of.
@@ -19,6 +20,8 @@ _REACH = (0.5, 4.0)
 _KEPT = 128 * 1024**2
 # Features that go through the tail at once where no gradient is needed.
 _CHUNK = 32 * 1024**2
+# Teacher's logits that take more bytes than this are computed when rows are picked, not kept.
+_KEPT_TEACHER = 512 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,15 @@ class Rows:
     Attributes:
         features: the tensors that cross the cut, each [N, ...]; or, with ``mixing``, what the
             rows are made of when they are picked.
-        teacher: the original tail's logits, float32 [N, C].
+        teacher: the original tail's logits, float32 [N, C]; [N, 0] where they are not kept.
         label: int64 [N], the class of an impression, or the teacher's top class of a mixture.
         forgotten: bool [N], whether the label is to be forgotten.
         mixing: None where ``features`` are the rows.
+        original: a copy of the original tail, which gives the teacher's logits of picked rows
+            where they are too many to keep.
+        rest: float32 [N, 2], logsumexp and maximum of the teacher's retained logits, where only
+            the forgotten ones are computed (`Alone`); teacher is [N, 0] then.
+        spread: standard deviation of all the teacher's logits; None to take it from them.
     """
 
     features: tuple[Tensor, ...]
@@ -70,27 +78,37 @@ class Rows:
     label: Tensor
     forgotten: Tensor
     mixing: Mixing | None = None
+    original: nn.Module | None = None
+    rest: Tensor | None = None
+    spread: float | None = None
 
     def __len__(self) -> int:
         return len(self.label)
 
     def pick(self, index: Tensor) -> Rows:
         """The rows at ``index``, int64 [n]."""
+        features = self.features_at(index)
+        if self.original is None:
+            teacher = self.teacher.index_select(0, index)
+        else:
+            with torch.no_grad():
+                teacher = self.original(*features)
         return Rows(
-            self._features(index),
-            self.teacher.index_select(0, index),
+            features,
+            teacher,
             self.label.index_select(0, index),
             self.forgotten.index_select(0, index),
+            rest=None if self.rest is None else self.rest.index_select(0, index),
         )
 
-    def chunks(self) -> Iterator[tuple[Tensor, ...]]:
-        """The features of all rows, in order, in chunks of bounded size."""
+    def chunks(self, classes: int = 1) -> Iterator[Tensor]:
+        """All rows in order, as indices in chunks of bounded size: features and logits."""
         index = torch.arange(len(self), device=self.label.device)
         row = sum(f[0].numel() * f.element_size() for f in self.features)
-        for part in index.split(max(1, min(1024, _CHUNK // row))):
-            yield self._features(part)
+        most = min(1024, _CHUNK // row, narrow.TILE_VALUES // classes)
+        yield from index.split(max(1, most))
 
-    def _features(self, index: Tensor) -> tuple[Tensor, ...]:
+    def features_at(self, index: Tensor) -> tuple[Tensor, ...]:
         if self.mixing is not None:
             return self.mixing(self.features, index)
         return tuple(f.index_select(0, index) for f in self.features)
@@ -127,7 +145,7 @@ class RowSettings:
             raise ArgumentError("margin", f"got {margin!r}", "Pass a number that is 0 or more.")
 
     def count(self, impressions: int, classes: int) -> int:
-        """Mixtures to make of so many impressions."""
+        """Mixtures to make of so many impressions of so many classes."""
         return max(2048, 4 * impressions, 12 * classes) if self.mixtures is None else self.mixtures
 
     def margin_for(self, logits: Tensor, label: Tensor, alone: bool = False) -> float:
@@ -139,7 +157,13 @@ class RowSettings:
             return self.margin
         rival = logits.scatter(1, label[:, None], -torch.inf).amax(1)
         lead = float((logits.gather(1, label[:, None])[:, 0] - rival).mean())
-        return (4 if alone else 2) * math.log10(max(10, logits.shape[1])) * max(0.0, lead)
+        return self.margin_of(lead, logits.shape[1], alone)
+
+    def margin_of(self, lead: float, classes: int, alone: bool) -> float:
+        """The margin, from the mean lead of impressions of a model of so many classes."""
+        if self.margin is not None:
+            return self.margin
+        return (4 if alone else 2) * math.log10(max(10, classes)) * max(0.0, lead)
 
 
 def training_rows(
@@ -150,6 +174,7 @@ def training_rows(
     settings: RowSettings,
     generator: torch.Generator,
     alone: bool = False,
+    names: Sequence[str] = (),
 ) -> tuple[Rows, Rows, float]:
     """Rows to train on, rows to watch, and the margin.
 
@@ -160,20 +185,42 @@ def training_rows(
         tail, features, label, forget, generator: as for `make_rows`, of all impressions.
         settings: how many mixtures, and what margin.
         alone: whether only the forgotten logits are to move.
+        names: as for `make_rows`.
     """
     held = held_out(label)
     count = int((~held).sum())
+    classes = len(label.unique())
 
     def rows(part: Tensor, mixtures: int, impressions: bool = True) -> Rows:
         chosen = tuple(f[part] for f in features)
-        return make_rows(tail, chosen, label[part], forget, mixtures, generator, impressions)
+        return make_rows(tail, chosen, label[part], forget, mixtures, generator, impressions, names)
 
-    train = rows(~held, settings.count(count, len(forget)))
+    train = rows(~held, settings.count(count, classes))
     if bool(held.any()):
         watched = rows(held, settings.count(int(held.sum()), 0))
     else:
-        watched = rows(~held, max(1024, len(forget)), impressions=False)
-    return train, watched, settings.margin_for(train.teacher[:count], train.label[:count], alone)
+        watched = rows(~held, max(1024, classes), impressions=False)
+    lead = mean_lead(tail, train, count, len(forget))
+    return train, watched, settings.margin_of(lead, len(forget), alone)
+
+
+@torch.no_grad()
+def mean_lead(tail: nn.Module, rows: Rows, count: int, classes: int) -> float:
+    """By how much the logits of the first ``count`` rows' labels lead, on average.
+
+    ``tail`` is still the original one.
+    """
+    total = 0.0
+    for part in rows.chunks(classes):
+        part = part[part < count]
+        if not len(part):
+            break
+        kept = rows.teacher.shape[1] > 0
+        logits = rows.teacher[part] if kept else tail(*rows.features_at(part))
+        label = rows.label[part][:, None]
+        rival = logits.scatter(1, label, -torch.inf).amax(1)
+        total += float((logits.gather(1, label)[:, 0] - rival).sum())
+    return total / max(1, count)
 
 
 def held_out(label: Tensor) -> Tensor:
@@ -194,6 +241,7 @@ def make_rows(
     mixtures: int,
     generator: torch.Generator,
     impressions: bool = True,
+    names: Sequence[str] = (),
 ) -> Rows:
     """Impressions at the cut and mixtures of them, labelled by the (still original) tail.
 
@@ -211,6 +259,8 @@ def make_rows(
         mixtures: how many to add.
         generator: on the CPU.
         impressions: False leaves out the impressions themselves.
+        names: parameters of the tail with a row a class, where only the forgotten logits are to
+            be computed: the rows then have `Rows.rest` in place of the teacher's logits.
     """
     count, device = len(label), label.device
     forget_rows = forget[label].nonzero()[:, 0].cpu()
@@ -239,13 +289,49 @@ def make_rows(
     rows = Rows(features, torch.empty(total, 0), torch.empty(total), torch.empty(total), mixing)
     if total * sum(f[0].numel() * f.element_size() for f in features) <= _KEPT:
         rows.features, rows.mixing = mixing(features, torch.arange(total, device=device)), None
-    with torch.no_grad():
-        rows.teacher = torch.cat([tail(*part) for part in rows.chunks()])
-    rows.label = rows.teacher.argmax(1)
+    _label(rows, tail, forget, names)
     if impressions:
         rows.label[:count] = label
     rows.forgotten = forget[rows.label]
     return rows
+
+
+@torch.no_grad()
+def _label(rows: Rows, tail: nn.Module, forget: Tensor, names: Sequence[str]) -> None:
+    """Fills in what the original tail says of the rows: all its logits where they are few.
+
+    Else what has to be known of them is taken from a tile at a time.
+    """
+    classes, device, total = len(forget), forget.device, len(rows)
+    if not names and 4 * total * classes <= _KEPT_TEACHER:
+        rows.teacher = torch.cat([tail(*rows.features_at(part)) for part in rows.chunks()])
+        rows.label = rows.teacher.argmax(1)
+        return
+    rows.teacher = torch.empty(total, 0, device=device)
+    rows.label = torch.zeros(total, dtype=torch.int64, device=device)
+    rest = torch.full((total, 2), -torch.inf, device=device)
+    moments = torch.zeros(2, dtype=torch.float64, device=device)
+    for part in rows.chunks(min(classes, narrow.TILE_CLASSES) if names else classes):
+        features = rows.features_at(part)
+        top = torch.full((len(part),), -torch.inf, device=device)
+        tiles: Iterable[tuple[slice, Tensor]] = (
+            narrow.tiles(tail, names, classes, features) if names
+            else [(slice(0, classes), tail(*features))]
+        )  # fmt: skip
+        for where, logits in tiles:
+            value, at = logits.max(1)
+            rows.label[part] = torch.where(value > top, at + where.start, rows.label[part])
+            top = torch.maximum(top, value)
+            moments += torch.stack([logits.sum(), logits.square().sum()])
+            retained = logits.masked_fill(forget[where], -torch.inf)
+            rest[part, 0] = torch.logaddexp(rest[part, 0], retained.logsumexp(1))
+            rest[part, 1] = torch.maximum(rest[part, 1], retained.amax(1))
+    mean, square = (moments / (total * classes)).tolist()
+    rows.spread = math.sqrt(max(0.0, square - mean * mean))
+    if names:
+        rows.rest = rest
+    else:
+        rows.original = copy.deepcopy(tail).requires_grad_(False)
 
 
 class Objective(Protocol):
@@ -313,6 +399,31 @@ class Masked:
         loss, dlogits = ops.masked_cross_entropy_and_grad(shifted, rows.teacher, self.forget, coef)
         return loss, dlogits * self.forget if self.alone else dlogits
 
+    @torch.no_grad()
+    def score(self, tail: nn.Module, rows: Rows) -> tuple[float, float, float]:
+        """How ``tail`` does on ``rows``: (divergence, leak, agreement), see `loop.Check`.
+
+        The divergence is NaN where a logit is not finite.
+        """
+        divergence = leaks = agree = torch.zeros((), device=self.forget.device)
+        for index in rows.chunks(len(self.forget)):
+            part = rows.pick(index)
+            logits = tail(*part.features)
+            bad = torch.where(logits.isfinite().all(), 0.0, torch.nan)
+            divergence = divergence + len(index) * (self.divergence(logits, part) + bad)
+            leaked, same = self._answers(logits, part)
+            leaks = leaks + leaked.sum()
+            agree = agree + (same & ~part.forgotten).sum()
+        kept = int((~rows.forgotten).sum())
+        agreement = float(agree) / kept if kept else 1.0
+        return float(divergence) / len(rows), float(leaks) / len(rows), agreement
+
+    def _answers(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Whether each row is answered with a forgotten class, and as by the masked original."""
+        answer = logits.argmax(1)
+        masked = rows.teacher.masked_fill(self.forget, -torch.inf).argmax(1)
+        return self.forget[answer], answer == masked
+
     def divergence(self, logits: Tensor, rows: Rows) -> Tensor:
         """Mean KL from the masked original to ``logits``, margin included, in nats.
 
@@ -320,6 +431,43 @@ class Masked:
         """
         coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
         return ops.masked_cross_entropy(logits + self.shift, rows.teacher, self.forget, coef)
+
+
+class Alone(Masked):
+    """`Masked` with ``alone``, from the forgotten logits and two numbers a row.
+
+    The retained logits are the original's, so that all they do in the loss is to add up: their
+    logsumexp stands for them as one more logit, and loss and gradient are the same as ever. No
+    tensor has a column a class, however many there are.
+
+    Logits are float32 [N, F] here, those of the forgotten classes in order.
+    """
+
+    def __init__(self, forget: Tensor, margin: float) -> None:
+        super().__init__(forget, margin, alone=True)
+        gone = int(forget.sum())
+        self.last = torch.arange(gone + 1, device=forget.device) == gone
+        self.margin = margin
+
+    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        every, coef = self._joined(logits, rows)
+        loss, dlogits = ops.masked_cross_entropy_and_grad(every, every, ~self.last, coef)
+        return loss, dlogits[:, :-1]
+
+    def divergence(self, logits: Tensor, rows: Rows) -> Tensor:
+        every, coef = self._joined(logits, rows)
+        return ops.masked_cross_entropy(every, every.detach(), ~self.last, coef)
+
+    def _joined(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Logits with the margin and, as the last column, what stands for the retained ones."""
+        assert rows.rest is not None
+        coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
+        return torch.cat([logits + self.margin, rows.rest[:, :1]], 1), coef
+
+    def _answers(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        assert rows.rest is not None
+        leaked = logits.amax(1) > rows.rest[:, 1]
+        return leaked, ~leaked  # the best of the retained is who it was
 
 
 def check_objective(name: str, weights: Sequence[float]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import sampling
 from .classifier import InputSpec, unwrap, weights_hash
 from .impressions import ClassImpressions
 from .loop import Fit
@@ -32,7 +33,8 @@ class Record:
         input: shape, mean, std, and where they are known from.
         versions: of zsu_fast, torch, python; the platform; threads.
         weights_before, weights_after: `classifier.weights_hash`.
-        impressions: count, hit rate, worst class's hit rate, mean confidence, steps.
+        impressions: count, of how many classes, chosen by what rule where not all have some, hit
+            rate, worst class's hit rate, mean confidence, steps.
         depth: "output" or "deep"; of a deep run also what its held-out rows showed before and
             after (`deep.forget_deeply`).
         split: where, why, what was trained, whether only outputs can forget.
@@ -87,14 +89,24 @@ class Record:
         record._clock = time.perf_counter()
         return record
 
-    def finish(self, model: nn.Module, made: ClassImpressions, cut: Split, fit: Fit) -> None:
-        """Adds what came out."""
+    def finish(
+        self,
+        model: nn.Module,
+        made: ClassImpressions,
+        cut: Split,
+        fit: Fit,
+        sampled: str = sampling.ALL,
+    ) -> None:
+        """Adds what came out; ``sampled`` says which classes have impressions, in words."""
         self.weights_after = weights_hash(model)
-        # nothing was made of classes that the model does not answer any more
+        # nothing was made of classes that the model does not answer any more, or were left out
         before = set(self.forgotten)
-        rates = {c: made.hit_rate_of(c) for c in range(self.classes) if c not in before}
+        having = [c for c in made.labels.unique().tolist() if c not in before]
+        rates = {c: made.hit_rate_of(c) for c in having}
         self.impressions = {
             "count": len(made),
+            "classes": len(having),
+            "rule": sampled,
             "hit_rate": made.hit_rate,
             "worst_class_hit_rate": min(rates.values()),
             "mean_confidence": float(made.confidence.mean()),

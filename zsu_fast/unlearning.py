@@ -12,13 +12,14 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import classifier, impressions as synthesis, tail as tails
+from . import classifier, impressions as synthesis, narrow, sampling, tail as tails
 from .ascent import AscentSettings
 from .deep import Depth, check_depth, find_deep_split, forget_deeply
 from .errors import ArgumentError, ModelError, check_flag
@@ -27,7 +28,10 @@ from .impressions import ClassImpressions
 from .ledger import Ledger, as_ledger
 from .loop import Fit, LoopSettings, train_tail
 from .objective import (
+    Alone,
     Masked,
+    Objective,
+    Rows,
     RowSettings,
     check_objective,
     make_objective,
@@ -35,10 +39,14 @@ from .objective import (
 )
 from .progress import Callback, Reporter
 from .record import Record
+from .responsive import layer_names
 from .spaces import SPACES, Space, SpaceName, input_space, noise_images, tail_input_space
 from .steppers import Loop
 from .tail import Split
 from .threads import multiply_adds, threads_for
+
+# Of more classes than this, the forgotten ones' logits alone are computed, where they alone move.
+_NARROW = 256
 
 
 def unlearn(model: nn.Module, forget: Any, **options: Any) -> nn.Module:
@@ -99,11 +107,15 @@ class ZeroShotUnlearner:
         ledger: a `Ledger`, or the path of one: the run becomes its next entry.
         objective: "masked" (match the original with the forgotten classes taken out; bounded) or
             "differential" (the paper's signed cross-entropy).
-        impressions: `ClassImpressions` made before, of all classes; None makes them.
+        impressions: `ClassImpressions` made before, of all classes (but with ``retain_sample``);
+            None makes them.
         space: "input" makes impressions that are images; "tail-input" makes activations at the
             cut, far cheaper since the head is never run on them.
         impressions_per_class: of 4 or more, one in four is held out to decide when to stop, of
             fewer none: fresh mixtures are held out then. None for 32, or fewer for many classes.
+        retain_sample: of so many retained classes impressions are made, beside those of all that
+            are forgotten: half of them nearest by the last layer's weights, half by lot
+            (`sampling`). None for all, or of more than 4,096 for 1,024.
         confidence, max_steps, restarts, step_size, beta, precision: see `synthesize`.
         jitter, total_variation, batch_norm: priors on images, see `synthesize`.
         input_shape, mean, std: see `synthesize`.
@@ -148,6 +160,7 @@ class ZeroShotUnlearner:
         impressions: ClassImpressions | None = None,
         space: SpaceName = "input",
         impressions_per_class: int | None = None,
+        retain_sample: int | None = None,
         confidence: tuple[float, float] | None = (0.55, 0.99),
         max_steps: int = 100,
         restarts: int = 2,
@@ -199,15 +212,15 @@ class ZeroShotUnlearner:
         if forgotten is None and self.ledger is not None:
             forgotten = self.ledger.forgotten()
         self.forgotten = classifier.check_forgotten(forgotten, self.forget, self.classes)
-        # classes of which impressions are made: those that the model still answers
-        self.answered = sorted({*range(self.classes)} - {*self.forgotten})
         grey = torch.zeros(1, *self.spec.shape, device=self.device)
         self.multiply_adds = multiply_adds(self.work, grey)
         self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
         self.forget_mask[self.forget + self.forgotten] = True
+        # classes of which impressions are made: those that the model still answers, or some
+        self.answered = self._sample(retain_sample, seed)
         per_class = impressions_per_class
         if per_class is None:
-            per_class = synthesis.default_per_class(self.classes)
+            per_class = synthesis.default_per_class(len(self.answered))
         elif isinstance(per_class, bool) or not isinstance(per_class, int) or per_class < 1:
             raise ArgumentError(
                 "impressions_per_class",
@@ -300,30 +313,13 @@ class ZeroShotUnlearner:
                 features = tail_input_space(cut, self.spec, self.device).parts(points)
             else:
                 features = cut.features(points)
-            generator = torch.Generator().manual_seed(self.seed)
-            trained = dict(self.work.model.named_parameters())
-            parameters = [trained[name] for name in cut.parameters]
-            # only one layer, with weights of its own for each class
-            alone = (
-                self.objective == "masked"
-                and cut.output_level
-                and all(len(p) == self.classes for p in parameters)
-            )
-            train, watched, margin = training_rows(
-                cut.tail, features, labels, self.forget_mask, self.rows, generator, alone
-            )
-            yardstick = Masked(self.forget_mask, margin, alone)
+            lesson = self.lesson(cut, features, labels)
             self.result = train_tail(
-                cut.tail,
-                parameters,
-                train,
-                watched,
-                make_objective(self.objective, self.weights, yardstick),
-                yardstick,
-                self.loop,
-                generator,
-                self.report,
-            )
+                lesson.tail, lesson.parameters, lesson.rows, lesson.watched, lesson.objective,
+                lesson.yardstick, self.loop, lesson.generator, self.report,
+            )  # fmt: skip
+            if isinstance(lesson.tail, narrow.NarrowTail):
+                lesson.tail.write_back()
         return self.result
 
     @classifier.own_modes()
@@ -338,12 +334,52 @@ class ZeroShotUnlearner:
         values = {n: changed[n].detach() for n in self.split_point.parameters}
         with restored_on_failure(target, values):
             replace_parameters(target, values)
-            self.record.finish(target, self._made(), self.split_point, self.result)
+            made = self._made()
+            self.record.finish(target, made, self.split_point, self.result, self.sampled)
             for note in self.record.warnings:
                 warnings.warn(note, stacklevel=3)
             if self.ledger is not None:  # last, so that nothing is recorded of a run that fails
                 self.ledger.append(self.record)
         return target
+
+    def lesson(self, cut: Split, features: tuple[Tensor, ...], labels: Tensor) -> Lesson:
+        """What is trained on what, from the impressions' features at the cut."""
+        generator = torch.Generator().manual_seed(self.seed)
+        trained = dict(self.work.model.named_parameters())
+        parameters = [trained[name] for name in cut.parameters]
+        # only one layer, with weights of its own for each class
+        alone = (
+            self.objective == "masked"
+            and cut.output_level
+            and all(len(p) == self.classes for p in parameters)
+        )
+        names: list[str] = []
+        if alone and self.classes > _NARROW and narrow.can_narrow(cut.tail, parameters, features):
+            names = narrow.row_names(cut.tail, parameters)
+        train, watched, margin = training_rows(
+            cut.tail, features, labels, self.forget_mask, self.rows, generator, alone, names
+        )
+        if names:  # the retained logits are never computed again
+            gone = self.forget_mask.nonzero()[:, 0]
+            few = narrow.NarrowTail(cut.tail, names, gone, copied=True)
+            goal = Alone(self.forget_mask, margin)
+            return Lesson(few, list(few.parameters()), train, watched, goal, goal, generator)
+        yardstick = Masked(self.forget_mask, margin, alone)
+        objective = make_objective(self.objective, self.weights, yardstick)
+        return Lesson(cut.tail, parameters, train, watched, objective, yardstick, generator)
+
+    def _sample(self, retain_sample: int | None, seed: int) -> list[int]:
+        """Classes to make impressions of, sorted; not of those forgotten before."""
+        sampling.check_retain_sample(retain_sample)
+        retained = sorted({*range(self.classes)} - {*self.forget, *self.forgotten})
+        size = sampling.sample_size(len(retained), retain_sample)
+        self.sampled = sampling.ALL
+        if size == len(retained):
+            return sorted([*self.forget, *retained])
+        last = layer_names(self.work.model, noise_images(self.spec, 2).to(self.device))[-1]
+        weight = sampling.class_weights(self.work.model, last, self.classes)
+        self.sampled = sampling.BY_LOT if weight is None else sampling.RULE
+        return sampling.sample_classes(weight, self.forget, retained, size, seed)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -372,7 +408,11 @@ class ZeroShotUnlearner:
                 "impressions", f"got {given!r:.80}", "Pass what synthesize() made, or None."
             )
         counts = torch.bincount(given.labels, minlength=self.classes)
-        few = int(counts[self.answered].min())
+        # where a sample is enough, any that has the classes to forget and one to keep will do
+        sampled = self.sampled != sampling.ALL
+        few = int(counts[self.forget if sampled else self.answered].min())
+        if sampled and len(given.labels.unique()) <= len(self.forget):
+            few = 0
         if given.spec.shape != self.spec.shape or len(counts) > self.classes or few < 1:
             raise ArgumentError(
                 "impressions",
@@ -387,6 +427,19 @@ class ZeroShotUnlearner:
                 "Pass the space that they were made in.",
             )
         return given
+
+
+@dataclass
+class Lesson:
+    """What `train_tail` takes: see there."""
+
+    tail: nn.Module
+    parameters: list[nn.Parameter]
+    rows: Rows
+    watched: Rows
+    objective: Objective
+    yardstick: Masked
+    generator: torch.Generator
 
 
 def replace_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..classifier import InputSpec
 from ..errors import ModelError
 from ..loop import LoopSettings, train_tail
-from ..objective import Masked, RowSettings, make_rows
+from ..objective import Masked, RowSettings, make_rows, mean_lead
 from ..progress import Reporter
 from .subject import Subject, variant
 
@@ -55,10 +55,11 @@ def random_embeddings(
     for count in (_TRAIN, _HELD_OUT):
         x = rows(count)
         with torch.no_grad():
-            label = torch.cat([tail(part) for part in x.split(512)]).argmax(1)
+            label = torch.cat([tail(part).argmax(1) for part in x.split(256)])
         halves.append(make_rows(tail, (x,), label, gone, 0, draw))
     train, held_out = halves
-    margin = RowSettings().margin_for(train.teacher, train.label, alone=True)
+    lead = mean_lead(tail, train, len(train), classes)
+    margin = RowSettings().margin_of(lead, classes, alone=True)
     yardstick = Masked(gone, margin, alone=True)
     named = dict(made.model.model.named_parameters())
     train_tail(
