@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import zsu_fast
 from zsu_fast import unlearning, zoo
 from zsu_fast.classifier import weights_hash
-from zsu_fast.deep import DeepSettings, forget_deeply
+from zsu_fast.deep import DeepSettings, _targets, forget_deeply
 from zsu_fast.errors import ArgumentError
 from zsu_fast.impressions import ClassImpressions, synthesize
 from zsu_fast.scenes import draw_scenes
@@ -184,3 +184,17 @@ def test_scenes_are_images_of_their_seed() -> None:
     assert float(step) < 0.5 * float(scenes.var())
     assert float((scenes[0] - scenes[1]).abs().mean()) > 0.05
     assert draw_scenes(0, (1, 8, 8), 0).shape == (0, 1, 8, 8)
+
+
+def test_scenes_are_pushed_to_few_of_many_classes() -> None:
+    forget = torch.zeros(1000, dtype=torch.bool)
+    forget[100:900] = True
+    classes = torch.arange(0, 1000, 2)
+    got = _targets(classes, forget, 100)
+    assert len(set(got)) == 100
+    assert set(got) <= set(classes.tolist())
+    assert sum(bool(forget[c]) for c in got) == 50
+    assert _targets(classes, forget, 500) == classes.tolist()
+    few_gone = _targets(torch.arange(1000), torch.arange(1000) == 7, 100)
+    assert 7 in few_gone
+    assert len(few_gone) == 100

@@ -34,7 +34,6 @@ from .loop import Check, Fit, LoopSettings, natural_rate
 from .objective import Masked, Rows, RowSettings, make_rows
 from .progress import Reporter, Stopped
 from .responsive import layer_names
-from .sampling import MANY
 from .scenes import draw_scenes
 from .spaces import input_space
 from .tail import Split
@@ -245,15 +244,15 @@ def _make_rows(
     device = forget.device
     classes = len(forget)
     scenes, pushed = settings.fit_to(spec, classes)
-    targets = list(range(classes)) if classes <= MANY else made.labels.unique().tolist()
-    per_class = max(1, pushed // len(targets))
+    targets = _targets(made.labels.unique(), forget.cpu(), pushed)
+    per_class = pushed // len(targets)
     drawn = draw_scenes(scenes, spec.shape, seed)
     bounds = (1, -1, 1, 1) if len(spec.shape) == 3 else (1, -1)
     low, high = spec.low.view(bounds), spec.high.view(bounds)
     drawn = low + drawn * (high - low)
     starts = drawn[torch.arange(len(targets) * per_class) % scenes]
-    few = AscentSettings(per_class, (0.3, 0.99), 40, 0, 0.02, 0.0, seed, "float32")
-    space = input_space(model, spec, "float32")
+    few = AscentSettings(per_class, (0.3, 0.99), 40, 0, 0.02, 0.0, seed)
+    space = input_space(model, spec, few.precision)
     ascended = ascend(model, space, spec, targets, few, Reporter(False), starts=starts)
     labels = made.labels.to(device)
     impressions = cut.features(made.images.to(device))
@@ -277,6 +276,19 @@ def _make_rows(
         top = teacher.argmax(1)
         sides.append(_join([near, Rows(far, teacher, top, forget[top])]))
     return sides[0], sides[1], int((~held).sum())
+
+
+def _targets(classes: Tensor, forget: Tensor, most: int) -> list[int]:
+    """Classes to push scenes to: all, or as many; half of them forgotten ones, if there are."""
+
+    def evenly(some: Tensor, count: int) -> Tensor:
+        return some[torch.linspace(0, len(some) - 1, min(count, len(some))).long()]
+
+    if len(classes) <= most:
+        return sorted(classes.tolist())
+    gone = evenly(classes[forget[classes]], most // 2)
+    kept = evenly(classes[~forget[classes]], most - len(gone))
+    return sorted([*gone.tolist(), *kept.tolist()])
 
 
 def _join(parts: list[Rows]) -> Rows:

@@ -59,8 +59,8 @@ def random_embeddings(
         halves.append(make_rows(tail, (x,), label, gone, 0, draw))
     train, held_out = halves
     lead = mean_lead(tail, train, len(train), classes)
-    margin = RowSettings().margin_of(lead, classes, alone=True)
-    yardstick = Masked(gone, margin, alone=True)
+    # all logits move: that serves random rows better than the forgotten ones alone
+    yardstick = Masked(gone, RowSettings().margin_of(lead, classes, alone=False))
     named = dict(made.model.model.named_parameters())
     train_tail(
         tail,
