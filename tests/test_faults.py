@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import tempfile
 import sys
 import threading
 import time
@@ -248,8 +249,9 @@ def test_a_read_only_home(tmp_path: Path) -> None:
         checkpoint.save_weights(out, result)
 
     tiny()  # trained here, where it may take its time
+    temporary = Path(tempfile.gettempdir())
     for folder in tmp_path.parents:
-        if folder.owner() == "root" and folder != Path("/") and "pytest" in folder.name:
+        if folder != temporary and folder.is_relative_to(temporary) and folder.owner() == "root":
             folder.chmod(0o755)
     assert in_child(work) == 0
     assert list(home.iterdir()) == []
