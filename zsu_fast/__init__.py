@@ -10,6 +10,7 @@ from .errors import (
     LedgerError,
     ModelError,
     OutputError,
+    RankError,
     ZsuFastError,
 )
 from .evaluation import Evaluation, evaluate, mask
@@ -36,6 +37,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "Plan",
+    "RankError",
     "Split",
     "ZeroShotUnlearner",
     "ZsuFastError",

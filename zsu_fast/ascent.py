@@ -91,6 +91,12 @@ class Climbed:
     steps: Tensor
     hit: Tensor
 
+    @classmethod
+    def none(cls, shape: Sequence[int]) -> Climbed:
+        """No points of this shape."""
+        whole, number = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        return cls(number.view(0, *shape), whole, number, number, whole.int(), whole.bool())
+
 
 class Ascent:
     """The working batch: rows in flight, refilled from the queue as rows finish.

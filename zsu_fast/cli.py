@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import checkpoint, ledger as ledgers
+from . import checkpoint, distributed as ranks, ledger as ledgers
 from .audit import audit as run_audit
 from .audit.cli_audit import check_report, class_names, print_audit, report_run
 from .classifier import InputSpec, resolve_spec, weights_hash
@@ -199,21 +199,35 @@ def unlearn(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Forgets classes of a model and writes the new weights, or what changed of them."""
-    with _errors(as_json):
+    """Forgets classes of a model and writes the new weights, or what changed of them.
+
+    Under torchrun all processes make the impressions together.
+    """
+    with (
+        _errors(as_json),
+        ranks.launched(device) as team,
+        _errors(as_json, quiet=not team.leads),
+        team.together(),
+    ):
         if out is None and delta is None:
             raise ArgumentError("out", "neither --out nor --delta was given", "Name a file.")
         outputs = [path for path in (out, delta, record) if path is not None]
-        for path in outputs:
-            checkpoint.check_writable(path, force)
-        check_report(report, force)
+        if team.leads:
+            for path in outputs:
+                checkpoint.check_writable(path, force)
+            check_report(report, force)
         loaded = load_model(model, weights, classes)
-        original = copy.deepcopy(loaded) if report is not None else loaded
+        original = copy.deepcopy(loaded) if report is not None and team.leads else loaded
         before = None if forgotten is None else parse_classes(forgotten)
-        book = None if ledger is None else ledgers.Ledger(ledger, request, other_base)
+        book = (
+            None
+            if ledger is None or not team.leads
+            else ledgers.Ledger(ledger, request, other_base)
+        )
         if book is not None:
             book.check(weights_hash(loaded))
             before = book.forgotten() if before is None else before
+        before = team.first(before)
         at = int(tail) if tail.isdigit() else tail
         options: dict[str, Any] = {"tail": at, "depth": depth, "objective": objective}
         if paper:
@@ -234,6 +248,8 @@ def unlearn(
             progress=_progress(as_json),
         )
         result = run.run()
+        if not team.leads:
+            return
         facts = run.record.to_dict()
         hashes = {k: facts[k] for k in ("weights_before", "weights_after")}
         metadata = {"zsu_fast.forget": json.dumps(run.forget), **hashes}
@@ -586,15 +602,18 @@ def main() -> None:
 
 
 @contextmanager
-def _errors(as_json: bool) -> Iterator[None]:
-    """Turns the package's errors into one line on stderr and exit code 2; Ctrl-C into 130."""
-    console = Console(stderr=True)
+def _errors(as_json: bool, quiet: bool = False) -> Iterator[None]:
+    """Turns the package's errors into one line on stderr and exit code 2; Ctrl-C into 130.
+
+    ``quiet`` prints neither these nor warnings: another rank does.
+    """
+    console = Console(stderr=True, quiet=quiet)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
             yield
         except ZsuFastError as error:
-            if as_json:
+            if as_json and not quiet:
                 _print_json({"error": str(error), "type": type(error).__name__})
             else:
                 console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)

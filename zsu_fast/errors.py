@@ -24,6 +24,10 @@ class ArgumentError(ZsuFastError, ValueError):
         self.argument, self.got, self.remedy = argument, got, remedy
         super().__init__(f"{argument}: {got}. {remedy}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As pickle needs it, where other processes are to see it: not by ``__init__``."""
+        return type(self).__new__, (type(self), *self.args), self.__dict__
+
 
 class ModelError(ArgumentError):
     """The model can't be unlearned as it is."""
@@ -38,6 +42,10 @@ class CheckpointError(ZsuFastError, ValueError):
 
 class LedgerError(ZsuFastError, ValueError):
     """A ledger is damaged, or does not belong to the model."""
+
+
+class RankError(ZsuFastError, RuntimeError):
+    """Another rank of the process group failed, or is gone; the message names it."""
 
 
 class OutputError(ZsuFastError, OSError):

@@ -31,6 +31,7 @@ from .classifier import (
     weights_hash,
     working_copy,
 )
+from .distributed import Team, pieces, ranks_here
 from .errors import CheckpointError
 from .fast_copy import Precision
 from .progress import Callback, Reporter, Stopped
@@ -207,13 +208,19 @@ def default_per_class(classes: int) -> int:
     return max(1, min(32, 1024 // classes))
 
 
-def batch_rows(space: Space) -> tuple[int, int]:
-    """Rows of a shard, by the space alone, and of a working batch, by what memory is free too."""
+def batch_rows(space: Space, processes: int = 1) -> tuple[int, int]:
+    """Rows of a shard, by the space alone, and of a working batch, by what memory is free too.
+
+    Args:
+        space: where they climb.
+        processes: so many share a CPU's memory.
+    """
     start = space.start(torch.zeros(1, *space.shape, device=space.low.device))
     with torch.no_grad():
         logits = space.exact(start).shape[1]
     most = max(16, min(_BATCH_VALUES // start.numel(), _BATCH_LOGITS // logits))
-    fit = memory.rows_that_fit(memory.bytes_a_row(space.climbed, start), space.low.device)
+    row = memory.bytes_a_row(space.climbed, start)
+    fit = memory.rows_that_fit(row, space.low.device, processes)
     return _BATCHES_A_SHARD * most, min(most, fit)
 
 
@@ -226,11 +233,13 @@ def ascend(
     report: Reporter,
     cache: str | Path | None = None,
     starts: Tensor | None = None,
+    team: Team | None = None,
 ) -> ClassImpressions:
     """`synthesize` in a `Space`, shard by shard; from ``starts`` [N, ...] instead of noise.
 
     All classes of a shard share one batch; rows that are done leave it. How many rows go at once
-    is measured (`memory.rows_that_fit`), and halved where memory runs out all the same.
+    is measured (`memory.rows_that_fit`), and halved where memory runs out all the same. The ranks
+    of a ``team`` share the work, in smaller shards, and each gets all impressions.
     """
     priors.check(space, settings.total_variation, settings.batch_norm)
     if settings.batch_norm:
@@ -239,20 +248,27 @@ def ascend(
     labels = torch.tensor(list(classes)).repeat_interleave(settings.per_class)
     number = torch.arange(settings.per_class).repeat(len(classes))
     start = space.start(torch.zeros(1, *space.shape, device=device))
-    shard_rows, width = batch_rows(space)
-    shards = torch.arange(len(labels)).split(shard_rows)
+    team = team or Team()
+    shard_rows, width = batch_rows(space, 1 if team.alone else ranks_here())
+    work = multiply_adds(space.exact, start)
+    if team.alone:
+        layout = {"rows a shard": shard_rows}
+        shards = list(torch.arange(len(labels)).split(shard_rows))
+    else:
+        shards = pieces(len(labels), shard_rows, work, device)
+        layout = {"pieces": len(shards)}
     kept = None
     if cache is not None:
         facts = _facts(model, space, spec, labels, settings)
-        kept = Cache(cache, facts | {"rows a shard": shard_rows})
-    parts: list[Climbed] = []
-    done = 0
-    with threads_for(multiply_adds(space.exact, start), device):
-        for at, shard in enumerate(shards):
+        kept = Cache(cache, facts | layout)
+    parts, rows = [Climbed.none(space.shape)], [torch.empty(0, dtype=torch.int64)]
+    with threads_for(work, device):
+        for at in team.deal(len(shards)):
+            shard, done = shards[at], sum(map(len, shards[:at]))
             found = kept.load(at) if kept else None
             if found is not None:
                 parts.append(Climbed(**found))
-                done += len(shard)
+                rows.append(shard)
                 continue
             while True:
                 climb = Ascent(
@@ -261,9 +277,11 @@ def ascend(
                 )  # fmt: skip
                 try:
                     parts.append(climb.run(report, done, len(labels)))
+                    rows.append(shard)
                 except Stopped:
                     parts.append(climb.result())
-                    return joined(parts, spec, space)
+                    rows.append(shard[climb.hit])
+                    return joined(parts, rows, spec, space, team)
                 except (RuntimeError, MemoryError) as error:
                     if not memory.is_out_of_memory(error) or climb.width == 1:
                         raise
@@ -271,16 +289,22 @@ def ascend(
                     _log.warning("out of memory: impressions go on with %d rows at a time", width)
                     continue
                 break
-            done += len(shard)
             if kept:
                 kept.save(at, vars(parts[-1]))
-    return joined(parts, spec, space)
+    return joined(parts, rows, spec, space, team)
 
 
-def joined(parts: list[Climbed], spec: InputSpec, space: Space) -> ClassImpressions:
+def joined(
+    parts: list[Climbed], rows: list[Tensor], spec: InputSpec, space: Space, team: Team
+) -> ClassImpressions:
+    """All parts of all ranks, in the order of their ``rows``."""
     columns = {
         name: torch.cat([getattr(p, name) for p in parts]) for name in Climbed.__dataclass_fields__
     }
+    if not team.alone:
+        columns = team.gather(columns | {"rows": torch.cat(rows)})
+        order = columns.pop("rows").argsort()
+        columns = {name: column[order] for name, column in columns.items()}
     return ClassImpressions(images=columns.pop("points"), **columns, spec=spec, space=space.name)
 
 

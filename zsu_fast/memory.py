@@ -53,9 +53,16 @@ def free_bytes(device: torch.device) -> int:
     return min(left, default=_UNKNOWN)
 
 
-def rows_that_fit(row: int, device: torch.device) -> int:
-    """Rows of ``row`` bytes each in a quarter of the free memory, 1 or more."""
-    return max(1, int(free_bytes(device) * _SHARE / max(1, row)))
+def rows_that_fit(row: int, device: torch.device, processes: int = 1) -> int:
+    """Rows of ``row`` bytes each in a quarter of the free memory, 1 or more.
+
+    Args:
+        row: bytes.
+        device: where they go.
+        processes: so many share a CPU's memory.
+    """
+    share = _SHARE / (processes if device.type == "cpu" else 1)
+    return max(1, int(free_bytes(device) * share / max(1, row)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

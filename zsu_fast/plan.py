@@ -207,6 +207,7 @@ def _pilot(model: nn.Module, forget: Any, options: dict[str, Any], meter: _Meter
     """Runs the procedure on a few impressions, stage by stage, and times its parts."""
     seconds: dict[str, float] = {}
     quiet = {"progress": False, "callback": None, "inplace": False, "cache": None}
+    quiet |= {"distributed": False}  # one rank may plan while the others do not
     run = ZeroShotUnlearner(model, forget, **options | quiet)
     device, clock = run.device, _Clock(run.device)
     if run.space == "tail-input":

@@ -7,11 +7,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from .errors import ArgumentError, check_flag
+
+if TYPE_CHECKING:
+    from .distributed import Team
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,25 @@ class Reporter:
     Args:
         progress: True or False; None shows the bar only where stderr is a terminal.
         callback: called with each `Event`; returning True ends the stage early.
+        team: ranks that end it early together; rank 0 alone shows a bar.
 
     Raises:
         ArgumentError: neither of these.
     """
 
-    def __init__(self, progress: bool | None = None, callback: Callback | None = None) -> None:
+    def __init__(
+        self,
+        progress: bool | None = None,
+        callback: Callback | None = None,
+        team: Team | None = None,
+    ) -> None:
         if progress is not None:
             check_flag("progress", progress)
         if callback is not None and not callable(callback):
             raise ArgumentError("callback", f"got {callback!r}", "Pass a function, or None.")
         self.show = sys.stderr.isatty() if progress is None else progress
-        self.callback = callback
+        self.show = self.show and (team is None or team.leads)
+        self.callback, self.team = callback, team
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._started = time.monotonic()
@@ -77,11 +88,15 @@ class Reporter:
         """Reports progress.
 
         Raises:
-            Stopped: the callback returned True.
+            Stopped: the callback returned True, here or on another rank.
         """
+        if self.team is not None:
+            self.team.listen()
         if self.show and time.monotonic() - self._started > 1:
             self._draw(stage, done, total)
         if self.callback is not None and self.callback(Event(stage, done, total, metrics)) is True:
+            if self.team is not None:
+                self.team.stop()
             raise Stopped(f"the callback asked to stop in {stage} at {done} of {total}")
 
     def _draw(self, stage: str, done: int, total: int) -> None:

@@ -40,6 +40,7 @@ class Record:
         split: where, why, what was trained, whether only outputs can forget.
         fit: why it stopped, the best check and the history.
         timings: seconds by stage, and in all.
+        distributed: ranks, backend, and the rows that each rank made; {} without a process group.
         warnings: what the user should know, in words.
     """
 
@@ -58,6 +59,7 @@ class Record:
     split: dict[str, Any] = field(default_factory=dict)
     fit: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    distributed: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @classmethod

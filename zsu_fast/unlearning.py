@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import classifier, impressions as synthesis, narrow, sampling, tail as tails
+from . import (
+    classifier,
+    distributed as ranks,
+    impressions as synthesis,
+    narrow,
+    sampling,
+    tail as tails,
+)
 from .ascent import AscentSettings
 from .deep import Depth, check_depth, find_deep_split, forget_deeply
 from .errors import ArgumentError, ModelError, check_flag
@@ -137,6 +144,9 @@ class ZeroShotUnlearner:
         inplace: change ``model`` itself: all tensors at the very end, or none.
         progress: True, False, or None for "if stderr is a terminal".
         callback: called with an `Event`; return True to end the stage early.
+        distributed: share the synthesis with the other ranks of torch.distributed's default group,
+            each of which has to make the same call (see `zsu_fast.distributed`); None for "if it is
+            initialised", False for this process alone.
 
     Attributes:
         impressions: `ClassImpressions` or None.
@@ -144,9 +154,13 @@ class ZeroShotUnlearner:
         split_point: the `Split` or None.
         stopped: why the fit ended, in words.
         record: the `Record` of the run, for JSON.
+        team: the ranks that make the call.
     """
 
+    team: ranks.Team
+
     @classifier.own_modes()
+    @ranks.starting_together
     def __init__(
         self,
         model: nn.Module,
@@ -187,11 +201,12 @@ class ZeroShotUnlearner:
         cache: str | Path | None = None,
         progress: bool | None = None,
         callback: Callback | None = None,
+        distributed: bool | None = None,
     ) -> None:
         settings = {
             k: v for k, v in locals().items()
             if k not in ("self", "model", "forget", "forgotten", "ledger", "impressions",
-                         "progress", "callback")
+                         "progress", "callback", "distributed")
         }  # fmt: skip
         check_flag("inplace", inplace)
         if not isinstance(space, str) or space not in SPACES:
@@ -202,15 +217,17 @@ class ZeroShotUnlearner:
             raise ArgumentError(
                 "tail", f"got {tail!r}", "Pass 'auto', 'last', a module's name, or a whole number."
             )
+        if device is None and self.team.device.type == "cuda":
+            device = self.team.device
         self.device = classifier.resolve_device(model, device)
         self.spec = classifier.resolve_spec(model, input_shape, mean, std)
         self.original, self.inplace = model, inplace
         self.work = classifier.working_copy(model, self.device)
         self.classes = classifier.count_classes(self.work, self.spec, self.device)
         self.forget = classifier.check_forget(forget, self.classes)
-        self.ledger = as_ledger(ledger)
-        if forgotten is None and self.ledger is not None:
-            forgotten = self.ledger.forgotten()
+        self.ledger = as_ledger(ledger) if self.team.leads else None
+        if forgotten is None:
+            forgotten = self.team.first(self.ledger.forgotten() if self.ledger else None)
         self.forgotten = classifier.check_forgotten(forgotten, self.forget, self.classes)
         grey = torch.zeros(1, *self.spec.shape, device=self.device)
         self.multiply_adds = multiply_adds(self.work, grey)
@@ -235,7 +252,7 @@ class ZeroShotUnlearner:
         check_depth(depth, objective, space)
         self.objective, self.weights, self.depth = objective, weights, depth
         self.tail, self.seed, self.space, self.cache = tail, seed, space, cache
-        self.report = Reporter(progress, callback)
+        self.report = Reporter(progress, callback, self.team)
         self.impressions = self._check_impressions(impressions)
         self.split_point: Split | None = None
         self.result: Fit | None = None
@@ -244,6 +261,12 @@ class ZeroShotUnlearner:
         self.record.forgotten = self.forgotten
         if self.ledger is not None:
             self.ledger.check(self.record.weights_before)
+        own = ("device", "cache", "inplace", "ledger")
+        self.team.agree(
+            {k: v for k, v in self.record.settings.items() if k not in own}
+            | {"model": self.record.weights_before, "forget": self.forget}
+            | {"forgotten": self.forgotten}
+        )
 
     def run(self) -> nn.Module:
         """All steps; the unlearned model."""
@@ -255,6 +278,7 @@ class ZeroShotUnlearner:
         return self.apply()
 
     @classifier.own_modes()
+    @ranks.together
     def synthesise(self) -> ClassImpressions:
         """Makes impressions of every class but those forgotten before, in one batch."""
         space: Space
@@ -266,6 +290,7 @@ class ZeroShotUnlearner:
         with self._stage("synthesise"):
             self.impressions = synthesis.ascend(
                 self.work, space, self.spec, self.answered, self.ascent, self.report, self.cache,
+                team=self.team,
             )  # fmt: skip
         counts = torch.bincount(self.impressions.labels, minlength=self.classes)
         counts = counts[self.answered]
@@ -278,6 +303,7 @@ class ZeroShotUnlearner:
         return self.impressions
 
     @classifier.own_modes()
+    @ranks.together
     def split(self) -> Split:
         """Cuts the model at ``tail``; "auto" is "last" where impressions need the cut first."""
         if self.space == "tail-input":
@@ -292,9 +318,12 @@ class ZeroShotUnlearner:
                 self.split_point = find_deep_split(self.work, at, images)
             else:
                 self.split_point = tails.find_split(self.work, at, images, labels)
-        return self.split_point
+        cut = self.split_point
+        self.team.agree({"tail": cut.name, "parameters": cut.parameters})
+        return cut
 
     @classifier.own_modes()
+    @ranks.together
     def fit(self) -> Fit:
         """Trains the tail on the cached features of the impressions that are not held out."""
         cut = self.split_point or self.split()
@@ -305,6 +334,9 @@ class ZeroShotUnlearner:
                     self.work, self.spec, cut, made, self.forget_mask, self.rows, self.loop,
                     self.seed, self.report,
                 )  # fmt: skip
+                trained = dict(self.work.model.named_parameters())
+                self.team.exchange()  # a stop ends what was, not the fit to come
+                self.team.copy_from_first([trained[name] for name in cut.parameters])
                 images, labels = made.images.to(self.device), made.labels.to(self.device)
                 cut = tails.find_split(self.work, "last", images, labels)
         with self._stage("fit"):
@@ -320,9 +352,13 @@ class ZeroShotUnlearner:
             )  # fmt: skip
             if isinstance(lesson.tail, narrow.NarrowTail):
                 lesson.tail.write_back()
+            trained = dict(self.work.model.named_parameters())
+            self.result = self.team.first(self.result)
+            self.team.copy_from_first([trained[name] for name in cut.parameters])
         return self.result
 
     @classifier.own_modes()
+    @ranks.together
     def apply(self) -> nn.Module:
         """The user's model, or a copy, with the tail's weights replaced."""
         if self.split_point is None or self.result is None:
@@ -332,12 +368,14 @@ class ZeroShotUnlearner:
         target = self.original if self.inplace else _copy(self.original)
         changed = dict(self.work.model.named_parameters())
         values = {n: changed[n].detach() for n in self.split_point.parameters}
-        with restored_on_failure(target, values):
+        with restored_on_failure(target, values), self.team.together():
             replace_parameters(target, values)
+            self.record.distributed = self.team.facts()
             made = self._made()
             self.record.finish(target, made, self.split_point, self.result, self.sampled)
-            for note in self.record.warnings:
-                warnings.warn(note, stacklevel=3)
+            self.team.agree({"result": self.record.weights_after})
+            for note in self.record.warnings if self.team.leads else ():
+                warnings.warn(note, stacklevel=4)
             if self.ledger is not None:  # last, so that nothing is recorded of a run that fails
                 self.ledger.append(self.record)
         return target
