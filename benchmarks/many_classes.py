@@ -205,10 +205,10 @@ def main() -> None:
 
 
 def met(run: dict[str, Any]) -> bool:
-    """Memory, time, nothing forgotten answered, everything else as the mask answers."""
+    """Memory, CPU time, nothing forgotten answered, everything else as the mask answers."""
     return (
         run["peak"] <= MOST_BYTES
-        and run["seconds"] <= MOST_SECONDS
+        and run["cpu_seconds"] <= MOST_SECONDS
         and run["retained_rows_equal"]
         and all(j["leak"] == 0 and j["agreement"] == 100 for j in run["judged"].values())
     )
@@ -249,7 +249,8 @@ def write(runs: list[dict[str, Any]]) -> None:
         for name, j in r["judged"].items()
     ]
     lines += [
-        "", f"Bars: {MOST_BYTES / 1e9:.0f} GB, {MOST_SECONDS:.0f} s on 2 cores, no leak, agreement "
+        "", f"Bars: {MOST_BYTES / 1e9:.0f} GB, {MOST_SECONDS:.0f} s (of the process's "
+        "CPU time, which is at least what it takes on an idle machine), no leak, agreement "
         "100 %, and the weights of the retained classes bit for bit the original's.", "",
     ]  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)
