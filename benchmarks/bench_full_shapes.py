@@ -10,9 +10,11 @@ to the images alone, Adam in plain torch ops. `ours` is what `synthesize` runs: 
 *Tail epoch*: the last layer (2048 or 4096 to 1,000) over 25,000 rows of features, what the
 published run had (25 impressions of each of 1,000 classes), forward, loss, gradient, AdamW. Timed
 on 1,024 rows and scaled to 25,000. `eager, batch 16` takes the published batch, `eager` the batch
-of 512 that `unlearn` takes, both with autograd and AdamW in plain torch ops. `ours` is the loop's
-own stepper. The published ResNet50 run took 1.85 s an epoch (30:47 for 1,000) on a GPU that it does
-not name. The *floor* is the two matrix products that an epoch cannot avoid, fp32, nothing else.
+of 512 that `unlearn` takes, both with autograd and AdamW in plain torch ops. `ours, all logits` is
+the loop's own stepper at the same work; `ours` is what `unlearn` runs by default: only the 100
+forgotten classes' logits move, so that only these are computed. The published ResNet50 run took
+1.85 s an epoch (30:47 for 1,000) on a GPU that it does not name. The *floor* is the two matrix
+products of an epoch over all classes, fp32, nothing else.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from torch.nn import functional as F
 from zsu_fast import ops
 from zsu_fast.classifier import IMAGENET_MEAN, IMAGENET_STD, InputSpec, working_copy
 from zsu_fast.fast_copy import fast_copy
-from zsu_fast.objective import Masked, Rows
-from zsu_fast.steppers import make_stepper
+from zsu_fast.narrow import NarrowTail
+from zsu_fast.objective import Alone, Masked, Rows, make_rows
+from zsu_fast.steppers import Stepper, make_stepper
 
 SPEC = InputSpec((3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
 IMAGES = 8 if DEVICE == "cpu" else 128
@@ -107,9 +110,11 @@ def test_tail_epoch(table: Table, name: str, width: int) -> None:
     features = torch.rand(ROWS, width, device=DEVICE)
     forget = torch.zeros(1000, dtype=torch.bool, device=DEVICE)
     forget[:100] = True
-    layers = {key: nn.Linear(width, 1000, device=DEVICE) for key in ("eager 16", "eager", "ours")}
+    layers = {
+        key: nn.Linear(width, 1000, device=DEVICE) for key in ("eager 16", "eager", "all", "ours")
+    }
     with torch.no_grad():
-        teacher = layers["ours"](features)
+        teacher = layers["all"](features)
     wanted = teacher.masked_fill(forget, -torch.inf).softmax(1)
     label = teacher.argmax(1)
     rows = Rows((features,), teacher, label, forget[label])
@@ -129,12 +134,23 @@ def test_tail_epoch(table: Table, name: str, width: int) -> None:
 
         return epoch
 
-    tail = layers["ours"]
-    stepper = make_stepper("auto", tail, list(tail.parameters()), rows, Masked(forget, 0.0))
+    tail = layers["all"]
+    every = make_stepper("auto", tail, list(tail.parameters()), rows, Masked(forget, 0.0))
+    names = ["weight", "bias"]
+    some_rows = make_rows(
+        layers["ours"], (features,), label, forget, 0, torch.Generator().manual_seed(0), True, names
+    )
+    some_tail = NarrowTail(layers["ours"], names, forget.nonzero()[:, 0], copied=True)
+    some = make_stepper(
+        "auto", some_tail, list(some_tail.parameters()), some_rows, Alone(forget, 0.0)
+    )
 
-    def ours() -> None:
-        index = torch.randperm(ROWS).view(-1, BATCH)
-        stepper.run(index, [1e-4] * len(index))
+    def ours(stepper: Stepper) -> Any:
+        def epoch() -> None:
+            index = torch.randperm(ROWS).view(-1, BATCH)
+            stepper.run(index, [1e-4] * len(index))
+
+        return epoch
 
     out, weight = torch.empty(BATCH, 1000, device=DEVICE), layers["eager"].weight.detach().clone()
     grad = torch.empty_like(weight)
@@ -152,7 +168,8 @@ def test_tail_epoch(table: Table, name: str, width: int) -> None:
         [
             Contender("eager", eager("eager", BATCH)),
             Contender("eager, batch 16", eager("eager 16", 16)),
-            Contender("ours", ours),
+            Contender("ours, all logits", ours(every)),
+            Contender("ours", ours(some)),
             Contender("floor: 2 products a step", floor),
         ],
         floor="floor: 2 products a step",
@@ -164,9 +181,10 @@ def test_tail_epoch(table: Table, name: str, width: int) -> None:
     flops = 2 * 2 * EPOCH_ROWS * width * 1000
     peak = flops / (medians["floor: 2 products a step"] * EPOCH_ROWS / ROWS)
     told = (
-        f"{name}, tail epoch: ours {epoch:.2f} s; {medians['eager'] / medians['ours']:.2f}x eager "
-        f"at the same batch, {medians['eager, batch 16'] / medians['ours']:.1f}x at the published "
-        f"batch of 16 (bar 2x). The two products are {flops / 1e9:.0f} GFLOP, "
+        f"{name}, tail epoch: ours {epoch:.3f} s; {medians['eager'] / medians['ours']:.1f}x eager "
+        f"at the same batch ({medians['eager'] / medians['ours, all logits']:.2f}x with all "
+        f"logits), {medians['eager, batch 16'] / medians['ours']:.0f}x at the published batch of "
+        f"16 (bar 2x). The two products over all classes are {flops / 1e9:.0f} GFLOP, "
         f"{peak / 1e9:.0f} GFLOP/s here."
     )
     if name == "resnet50":
