@@ -3,6 +3,7 @@
     python benchmarks/table1.py                  # all rows, about 90 minutes on 2 cores
     python benchmarks/table1.py mnist cifar10    # some of them
     python benchmarks/table1.py --check          # exit 1 if a bar of the project is missed
+    python benchmarks/table1.py --summary        # the summary anew, from the CSV file
 
 Test images are used for measuring only. Writes one line a run into ``results/table1.csv`` and the
 summary into ``results/table1.md``; settings and methods that are not run keep their earlier lines.
@@ -357,6 +358,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("settings", nargs="*", help=", ".join(s.key for s in SETTINGS))
     parser.add_argument("--check", action="store_true", help="exit 1 if a bar is missed")
+    parser.add_argument("--summary", action="store_true", help="run nothing")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -366,7 +368,7 @@ def main() -> None:
     if wrong := [k for k in arguments.settings if k not in known]:
         parser.error(f"no setting {wrong}; there are {known}")
     chosen = [s for s in SETTINGS if not arguments.settings or s.key in arguments.settings]
-    runs = [run for setting in chosen for run in measure(setting)]
+    runs = [] if arguments.summary else [run for setting in chosen for run in measure(setting)]
     arguments.out.mkdir(parents=True, exist_ok=True)
     runs = earlier(arguments.out / "table1.csv", runs) + runs
     with open(arguments.out / "table1.csv", "w", newline="") as file:
