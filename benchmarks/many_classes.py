@@ -9,9 +9,9 @@ of Python to the result, the model and imports included. The model is a stand-in
 public weights of such a head here): a small convolutional trunk of random weights to 512 features,
 and prototypes in groups of ten similar classes. Judged on impressions that the run never saw: of
 another seed, of all forgotten classes and of retained ones with and without impressions of their
-own; and on drawn scenes, which no impression was made from. Bars (100,000 classes): 4 GB, 3 minutes
-on 2 cores, no held-out impression answered with a forgotten class. Writes
-``results/many_classes.md`` and ``.csv``.
+own; and on drawn scenes, which no impression was made from. Bars (100,000 classes): 4 GB, 3 minutes, no held-out impression answered with a forgotten class. The
+time is judged by the process's CPU time, as other work may share the machine; the wall clock's is
+told beside it. Writes ``results/many_classes.md`` and ``.csv``.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def write(runs: list[dict[str, Any]]) -> None:
         "peak resident memory of the process, Python, torch and the model included (*before*: the "
         "same ahead of the call).", "",
         "| classes | with impressions | impressions | mean steps | synthesise s | fit s | total s "
-        "| CPU s | before GB | peak GB | bars |",
+        "| CPU s | before GB | peak GB | bars, CPU |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]  # fmt: skip
     lines += [
@@ -249,9 +249,17 @@ def write(runs: list[dict[str, Any]]) -> None:
         for name, j in r["judged"].items()
     ]
     lines += [
-        "", f"Bars: {MOST_BYTES / 1e9:.0f} GB, {MOST_SECONDS:.0f} s (of the process's "
-        "CPU time, which is at least what it takes on an idle machine), no leak, agreement "
-        "100 %, and the weights of the retained classes bit for bit the original's.", "",
+        "", f"Bars: {MOST_BYTES / 1e9:.0f} GB, {MOST_SECONDS:.0f} s, no leak, agreement 100 %, and "
+        "the weights of the retained classes bit for bit the original's. Time is judged by *CPU s*, "
+        "since the machine was shared: about what one thread takes on an idle machine. By the wall "
+        "clock, as the project states its bar, "
+        + "; ".join(
+            f"{r['classes']:,} classes took {r['seconds']:.0f} s: "
+            f"{'met' if r['seconds'] <= MOST_SECONDS else 'missed'}, with "
+            f"{100 * r['cpu_seconds'] / r['seconds']:.0f} % of a core"
+            for r in runs
+        )
+        + ".", "",
     ]  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "many_classes.md").write_text("\n".join(lines))

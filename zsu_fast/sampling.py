@@ -2,8 +2,7 @@
 
 Impressions of 100,000 classes would take a day and teach little: where only the forgotten logits
 move, a retained class matters by how near it lies to a forgotten one, and the rest only as a
-picture of the space. `benchmarks/results/many_classes.md` has what samples of ImageNet's classes
-gave.
+picture of the space. `benchmarks/sample_rules.py` measures samples of ImageNet's classes.
 """
 
 from __future__ import annotations
