@@ -9,9 +9,10 @@ of Python to the result, the model and imports included. The model is a stand-in
 public weights of such a head here): a small convolutional trunk of random weights to 512 features,
 and prototypes in groups of ten similar classes. Judged on impressions that the run never saw: of
 another seed, of all forgotten classes and of retained ones with and without impressions of their
-own; and on drawn scenes, which no impression was made from. Bars (100,000 classes): 4 GB, 3 minutes, no held-out impression answered with a forgotten class. The
-time is judged by the process's CPU time, as other work may share the machine; the wall clock's is
-told beside it. Writes ``results/many_classes.md`` and ``.csv``.
+own; and on drawn scenes, which no impression was made from. Bars (100,000 classes): 4 GB, 3
+minutes, no held-out impression answered with a forgotten class. The time is judged by the
+process's CPU time, as other work may share the machine; the wall clock's is told beside it. Writes
+``results/many_classes.md`` and ``.csv``.
 """
 
 from __future__ import annotations
@@ -250,8 +251,8 @@ def write(runs: list[dict[str, Any]]) -> None:
     ]
     lines += [
         "", f"Bars: {MOST_BYTES / 1e9:.0f} GB, {MOST_SECONDS:.0f} s, no leak, agreement 100 %, and "
-        "the weights of the retained classes bit for bit the original's. Time is judged by *CPU s*, "
-        "since the machine was shared: about what one thread takes on an idle machine. By the wall "
+        "the weights of the retained classes bit for bit the original's. Time is judged by *CPU s* "
+        "as the machine was shared: about what one thread takes on an idle machine. By the wall "
         "clock, as the project states its bar, "
         + "; ".join(
             f"{r['classes']:,} classes took {r['seconds']:.0f} s: "
