@@ -191,7 +191,7 @@ def write(rows: list[tuple[Any, ...]], missed: list[str]) -> None:
         "",
         "Made by `python benchmarks/bench_distributed.py`. One process: no group, one batch where "
         "it fits. Ranks take pieces in turn. Seconds: of the synthesis, gathering included. "
-        "Speed-up: over the faster of one process and one rank. CPU s: of the busiest rank, the fast "
+        "Speed-up: over the faster of one process and one rank. CPU s: of the busiest rank, fast "
         "copy included. Off: largest difference of a weight of the unlearned model from one "
         "process's. Of EfficientNet-Lite0, every 16th class gets an impression.",
         "",
