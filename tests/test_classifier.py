@@ -11,6 +11,7 @@ import torch
 from support import SPEC, Answer, Returning, TinyNet, bits, tiny, untouched
 from torch import Tensor, nn
 
+import zsu_fast
 from zsu_fast import ArgumentError, ModelError, zoo
 from zsu_fast.classifier import (
     InputSpec,
@@ -356,3 +357,12 @@ def test_a_device_that_is_not_here(device: Any) -> None:
 def test_what_is_no_trained_module(model: Any) -> None:
     with pytest.raises(ModelError, match=r"without parameters.*Pass a trained torch\.nn\.Module"):
         resolve_device(model, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"std": 1e-300}, "std"), ({"mean": 1e30}, "mean"), ({"device": "meta"}, "device")],
+)
+def test_what_would_leave_no_numbers_is_refused(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ArgumentError, match=name):
+        zsu_fast.unlearn(tiny(), 1, **options)

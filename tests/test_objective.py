@@ -246,7 +246,7 @@ def test_few_impressions_are_not_held_out(per_class: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("mixtures", -1), ("mixtures", 0.5), ("mixtures", True), ("margin", -0.1),
+    [("mixtures", -1), ("mixtures", 0.5), ("mixtures", True), ("margin", -0.1), ("margin", 10**30),
      ("margin", float("nan")), ("margin", float("inf")), ("margin", "x"), ("margin", True)],
 )  # fmt: skip
 def test_refused_row_settings(name: str, value: Any) -> None:

@@ -24,6 +24,8 @@ from .inputs import InputSpec as InputSpec, stated_shape, stated_spec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# No model is fed with pixels beyond this, and their squares are still finite.
+_LARGEST_PIXEL = 1e6
 # Stands for the number of classes where it is not known yet.
 ANY_NUMBER = 1 << 31
 # Sizes people train classifiers at, the most common first; see `infer_shape`.
@@ -257,7 +259,14 @@ def resolve_spec(
     stds = _check_channels("std", 1.0 if std is None else std, channels)
     if any(s <= 0 for s in stds):
         raise ArgumentError("std", f"got {std!r}", "Every value must be above 0.")
-    return InputSpec(shape, means, stds, f"{source}; mean and std given")
+    spec = InputSpec(shape, means, stds, f"{source}; mean and std given")
+    if float(torch.cat([spec.low, spec.high]).abs().max()) > _LARGEST_PIXEL:
+        raise ArgumentError(
+            "std" if max(map(abs, means)) <= _LARGEST_PIXEL else "mean",
+            f"pixels would be beyond {_LARGEST_PIXEL:.0e} with mean {mean!r} and std {std!r}",
+            "Pass what pixels of 0..1 are normalised by.",
+        )
+    return spec
 
 
 def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
@@ -447,6 +456,8 @@ def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch
         raise ArgumentError(
             "device", f"got {device!r}: {reason}", "Pass one that torch has here, such as 'cpu'."
         ) from error
+    if chosen.type == "meta":
+        raise ArgumentError("device", "got 'meta', which holds no numbers", "Pass 'cpu' or 'cuda'.")
     return chosen
 
 

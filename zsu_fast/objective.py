@@ -141,8 +141,8 @@ class RowSettings:
             raise ArgumentError(
                 "mixtures", f"got {mixtures!r}", "Pass a whole number, 0 or more, or None."
             )
-        if margin is not None and (not is_number(margin) or margin < 0):
-            raise ArgumentError("margin", f"got {margin!r}", "Pass a number that is 0 or more.")
+        if margin is not None and (not is_number(margin) or not 0 <= margin <= 1e6):
+            raise ArgumentError("margin", f"got {margin!r}", "Pass a number from 0 to 1e6.")
 
     def count(self, impressions: int, classes: int) -> int:
         """Mixtures to make of so many impressions of so many classes."""
