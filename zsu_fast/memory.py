@@ -33,14 +33,13 @@ def bytes_a_row(run: Callable[[Tensor], Tensor], row: Tensor) -> int:
         return max(1, torch.cuda.max_memory_allocated(row.device) - before)
     kept: dict[int, int] = {}
 
-    def count(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> None:  # the tensor itself would keep its own graph alive
         storage = tensor.untyped_storage()
         owner = tensor if tensor._base is None else tensor._base
         if not owner.is_leaf:  # weights are there anyway, however many rows there are
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda none: none):
         out = run(x)
     return 2 * row.numel() * row.element_size() + sum(kept.values()) + 2 * out.numel() * 4
 
