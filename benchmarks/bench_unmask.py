@@ -92,7 +92,7 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model(part) for part in images.split(50)])
 
 
-def measure(name: str) -> Iterator[Row]:
+def measure(name: str, cache: Path | None) -> Iterator[Row]:
     source, sets = MODELS[name]
     original = load_model(name)
     images, labels = load_data(original, source)
@@ -110,7 +110,7 @@ def measure(name: str) -> Iterator[Row]:
         for method in ("deep", "random embeddings"):
             started = time.perf_counter()
             if method == "deep":
-                made = zsu_fast.unlearn(original, forget, depth="deep", progress=False)
+                made = zsu_fast.unlearn(original, forget, depth="deep", cache=cache, progress=False)
             else:
                 made = random_embeddings(original, forget)
             seconds = time.perf_counter() - started
@@ -149,10 +149,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--check", action="store_true", help="exit 1 if random embeddings win")
+    parser.add_argument("--cache", type=Path, help="folder of impressions made before")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = [row for name in arguments.models for row in measure(name)]
+    rows = [row for name in arguments.models for row in measure(name, arguments.cache)]
     file = arguments.out / "unmask.csv"
     if file.exists():
         with file.open(newline="") as old:
