@@ -18,11 +18,12 @@ import torch
 from harness import DEVICE, Contender, Table, compare
 from torch import Tensor
 
-from zsu_fast import impressions as synthesis, zoo
+from zsu_fast import ascent, impressions as synthesis, zoo
+from zsu_fast.ascent import AscentSettings
 from zsu_fast.classifier import InputSpec, working_copy
-from zsu_fast.impressions import AscentSettings
 from zsu_fast.objective import Masked, make_rows
 from zsu_fast.progress import Reporter
+from zsu_fast.spaces import input_space
 from zsu_fast.steppers import CompiledStepper, EagerStepper, GraphStepper
 from zsu_fast.tail import split_at
 
@@ -82,14 +83,15 @@ def test_ascent_loop(benchmark: Any, table: Table) -> None:
     torch.manual_seed(0)
     model = working_copy(zoo.build("lenet5"), torch.device(DEVICE))
     spec = InputSpec((1, 28, 28), (0.0,), (1.0,), "benchmark")
+    space = input_space(model, spec, "auto")
     settings = AscentSettings(per_class=32, confidence=None, max_steps=40, restarts=0)
 
     def made() -> Tensor:
         with Reporter(False, None) as report:
-            return synthesis.ascend(model, spec, range(10), settings, report).images
+            return synthesis.ascend(model, space, spec, range(10), settings, report).images
 
     def eager() -> Tensor:
-        with mock.patch.object(synthesis, "_step_many", lambda step, _device: step):
+        with mock.patch.object(ascent, "_step_many", lambda step, _device: step):
             return made()
 
     assert torch.equal(eager(), eager())

@@ -173,7 +173,8 @@ def fixed_ascent(run: ZeroShotUnlearner, batched: bool, steps: int) -> Any:
         for at, number in enumerate(part.tolist()):
             made.points[rows.index[number]] = kept[at]
             made.hit[rows.index[number]] = bool(reached[at])
-    return joined([made.result(torch.arange(len(labels)))], run.spec, space)
+    index = torch.arange(len(labels))
+    return joined([made.result(index)], [index], run.spec, space, run.team)
 
 
 def whole_model_epochs(run: ZeroShotUnlearner, layers: list[str]) -> nn.Module:
@@ -235,7 +236,7 @@ def copier(levers: Levers) -> Callable[..., FastCopy]:
         if levers.channels_last:
             return copies.fast_copy(model, images, "float32")
         copied = copy.deepcopy(model)
-        folded = copies._folded(copied) if levers.folded else None
+        folded = copies._folded(copied, images) if levers.folded else None
         copied = copied if folded is None else folded
         if levers.pooled:
             copied = copies._pooled_first(copied) or copied
