@@ -184,7 +184,8 @@ def random_embeddings(
     draw = torch.Generator().manual_seed(seed)
     halves = []
     most = run.rows.count(240, classes) if classes < 100 else 12 * classes
-    for count in (most + 240, 2048 + 80):
+    fit = max(1024, 2**27 // feature[0].numel())  # a last convolution sees whole maps
+    for count in (min(fit, most + 240), min(fit, 2048 + 80)):
         rows = torch.randn(count, *feature.shape[1:], generator=draw).abs()
         with torch.no_grad():
             label = cut.tail(rows).argmax(1)
