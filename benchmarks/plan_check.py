@@ -137,7 +137,7 @@ def main() -> None:
         if name == "head100k":
             good = abs(time_off) <= MOST_TIME and abs(memory_off) <= MOST_MEMORY
         print(rows[-1], stages[-1], sep="\n", flush=True)
-    if options.cases == list(CASES):
+    if "head100k" in options.cases:
         write(rows, stages, in_child("paper", "head100k"), good)
     print("bars:", "met" if good else "missed")
     sys.exit(0 if good or not options.check else 1)
