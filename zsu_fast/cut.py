@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .classifier import LogitsModel
 from .errors import ArgumentError, ModelError
 from .rows import Multiple, Rule, Varying, find_rule, find_value
-from .tracing import Tracer
+from .tracing import Tracer, loosen
 
 Features = tuple[Tensor, ...]
 Halves = tuple[nn.Module, nn.Module]
@@ -140,6 +140,7 @@ def cut_by_graph(model: LogitsModel, name: str, images: Tensor) -> Halves | None
     for graph in (head_graph, tail_graph):
         graph.lint()
         halves.append(torch.fx.GraphModule(traced, graph))
+    loosen(traced, *halves)
     if all(r.plain for r in rules.values()):
         return halves[0], halves[1]
     listed = list(rules.values())

@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .classifier import LogitsModel
 from .depthwise import DepthwiseMode, has_a_channel_each
-from .tracing import trace
+from .tracing import loosen, trace
 
 Precision = Literal["auto", "float32", "bfloat16"]
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -213,6 +213,7 @@ def _logits_and_gradient(made: FastCopy, images: Tensor) -> tuple[Tensor, Tensor
 
 def _if_same(new: FastCopy, old: FastCopy, images: Tensor, want: tuple[Tensor, Tensor]) -> FastCopy:
     """``new`` if it runs and gives the logits and the input gradient ``want``, else ``old``."""
+    loosen(new.model)
     try:
         logits, gradient = _logits_and_gradient(new, images)
     except RuntimeError as error:  # such as x.view() on channels-last maps

@@ -28,7 +28,26 @@ class Tracer(torch.fx.Tracer):
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
+    def trace(self, *args: Any, **kwargs: Any) -> torch.fx.Graph:
+        """Once only: functions that it patched keep the tracer, which then keeps no model."""
+        try:
+            return super().trace(*args, **kwargs)
+        finally:
+            self.__dict__.clear()
+
 
 def trace(model: nn.Module) -> torch.fx.GraphModule:
     """``torch.fx.symbolic_trace(model)`` by that tracer."""
     return torch.fx.GraphModule(model, Tracer().trace(model), type(model).__name__)
+
+
+def loosen(*models: nn.Module) -> None:
+    """Takes the graphs' references to their modules out of our own ``models``.
+
+    They close circles that keep all weights until Python's garbage collector comes by, which
+    may be many calls later.
+    """
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, torch.fx.GraphModule):
+                module.graph.owning_module = None
