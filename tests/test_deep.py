@@ -77,6 +77,13 @@ def test_record_tells_what_was_seen(karpathynet: Run) -> None:
     assert told["evidence"]["after"] < told["evidence"]["before"] - 0.05
 
 
+def test_the_last_fit_keeps_the_margin_of_the_original(karpathynet: Run) -> None:
+    """After deepening nothing leads, and a margin of that would be none: quickly relearned."""
+    margin = karpathynet.run.record.depth["margin"]
+    assert margin > 1
+    assert karpathynet.run.rows.margin == margin
+
+
 def test_only_the_last_layers_are_trained(karpathynet: Run) -> None:
     before, after = karpathynet.original.state_dict(), karpathynet.deep.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -194,6 +194,7 @@ def forget_deeply(
     return {
         "stopped": fit.stopped,
         "learning_rate": fit.learning_rate,
+        "margin": margin,
         "history": [asdict(check) for check in fit.history],
         "scenes": settings.fit_to(spec, len(forget))[0],
         "rows": len(train),

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +334,8 @@ class ZeroShotUnlearner:
                     self.work, self.spec, cut, made, self.forget_mask, self.rows, self.loop,
                     self.seed, self.report,
                 )  # fmt: skip
+                # nothing leads by now: the margin stays what the original's lead asked for
+                self.rows = replace(self.rows, margin=self.record.depth["margin"])
                 trained = dict(self.work.model.named_parameters())
                 self.team.exchange()  # a stop ends what was, not the fit to come
                 self.team.copy_from_first([trained[name] for name in cut.parameters])
