@@ -31,17 +31,21 @@ def bytes_a_row(run: Callable[[Tensor], Tensor], row: Tensor) -> int:
         with torch.enable_grad():
             torch.autograd.grad(run(x).sum(), x)
         return max(1, torch.cuda.max_memory_allocated(row.device) - before)
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def count(tensor: Tensor) -> None:  # the tensor itself would keep its own graph alive
         storage = tensor.untyped_storage()
         owner = tensor if tensor._base is None else tensor._base
         if not owner.is_leaf:  # weights are there anyway, however many rows there are
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage  # held, so that its address is not used again
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda none: none):
         out = run(x)
-    return 2 * row.numel() * row.element_size() + sum(kept.values()) + 2 * out.numel() * 4
+    return (
+        2 * row.numel() * row.element_size()
+        + sum(s.nbytes() for s in kept.values())
+        + 2 * out.numel() * 4
+    )
 
 
 def free_bytes(device: torch.device) -> int:
