@@ -41,11 +41,8 @@ def bytes_a_row(run: Callable[[Tensor], Tensor], row: Tensor) -> int:
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda none: none):
         out = run(x)
-    return (
-        2 * row.numel() * row.element_size()
-        + sum(s.nbytes() for s in kept.values())
-        + 2 * out.numel() * 4
-    )
+    inner = sum(storage.nbytes() for storage in kept.values())
+    return 2 * row.numel() * row.element_size() + inner + 2 * out.numel() * 4
 
 
 def free_bytes(device: torch.device) -> int:
