@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .classifier import LogitsModel
 from .errors import ArgumentError, ModelError
 from .rows import Multiple, Rule, Varying, find_rule, find_value
-from .tracing import Tracer, loosen
+from .tracing import Tracer, loosen, trace
 
 Features = tuple[Tensor, ...]
 Halves = tuple[nn.Module, nn.Module]
@@ -79,7 +79,7 @@ def cut_by_graph(model: LogitsModel, name: str, images: Tensor) -> Halves | None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            traced = torch.fx.GraphModule(model, _Around(path).trace(model))
+            traced = trace(model, _Around(path))
     except Exception:  # noqa: BLE001  control flow on values: `cut_by_replay` handles those
         return None
     nodes = list(traced.graph.nodes)
@@ -140,7 +140,7 @@ def cut_by_graph(model: LogitsModel, name: str, images: Tensor) -> Halves | None
     for graph in (head_graph, tail_graph):
         graph.lint()
         halves.append(torch.fx.GraphModule(traced, graph))
-    loosen(traced, *halves)
+    loosen(*halves)
     if all(r.plain for r in rules.values()):
         return halves[0], halves[1]
     listed = list(rules.values())

@@ -36,9 +36,12 @@ class Tracer(torch.fx.Tracer):
             self.__dict__.clear()
 
 
-def trace(model: nn.Module) -> torch.fx.GraphModule:
-    """``torch.fx.symbolic_trace(model)`` by that tracer."""
-    return torch.fx.GraphModule(model, Tracer().trace(model), type(model).__name__)
+def trace(model: nn.Module, tracer: Tracer | None = None) -> torch.fx.GraphModule:
+    """``torch.fx.symbolic_trace(model)`` by ``tracer``, or one of that kind; see `loosen`."""
+    graph = (tracer or Tracer()).trace(model)
+    traced = torch.fx.GraphModule(model, graph, type(model).__name__)
+    loosen(traced)
+    return traced
 
 
 def loosen(*models: nn.Module) -> None:
