@@ -489,7 +489,7 @@ def test_responsiveness_of_maps_with_channels_last() -> None:
 
 
 def test_responsiveness_of_many_impressions_takes_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zsu_fast.responsive._MOST_IMAGES", 40)
+    monkeypatch.setattr("zsu_fast.responsive.MOST_IMAGES", 40)
     seen: list[int] = []
     model = working_copy(tiny(), CPU)
     images = torch.rand(160, 3, 8, 8)

@@ -144,12 +144,10 @@ def plan(
             parse_classes(forget),
             hardware=hardware,
             within=within,
-            tail=int(tail) if tail.isdigit() else tail,
+            tail=_tail(tail),
             impressions_per_class=impressions_per_class,
             retain_sample=retain_sample,
-            input_shape=_numbers("input_shape", input_shape, int),
-            mean=_numbers("mean", mean, float),
-            std=_numbers("std", std, float),
+            **_images(input_shape, mean, std),
             seed=seed,
             device=device,
         )
@@ -228,8 +226,7 @@ def unlearn(
             book.check(weights_hash(loaded))
             before = book.forgotten() if before is None else before
         before = team.first(before)
-        at = int(tail) if tail.isdigit() else tail
-        options: dict[str, Any] = {"tail": at, "depth": depth, "objective": objective}
+        options: dict[str, Any] = {"tail": _tail(tail), "depth": depth, "objective": objective}
         if paper:
             options |= paper_preset()
         run = ZeroShotUnlearner(
@@ -239,9 +236,7 @@ def unlearn(
             **options,
             impressions_per_class=impressions_per_class,
             retain_sample=retain_sample,
-            input_shape=_numbers("input_shape", input_shape, int),
-            mean=_numbers("mean", mean, float),
-            std=_numbers("std", std, float),
+            **_images(input_shape, mean, std),
             seed=seed,
             device=device,
             inplace=delta is None,
@@ -427,9 +422,8 @@ def audit(
     with _errors(as_json):
         check_report(report, force)
         original = load_model(model, weights, classes)
-        shape, means = _numbers("input_shape", input_shape, int), _numbers("mean", mean, float)
-        stds = _numbers("std", std, float)
-        spec = resolve_spec(original, shape, means, stds)
+        shaped = _images(input_shape, mean, std)
+        spec = resolve_spec(original, **shaped)
         images = None if data is None else read_images(data, spec)
         result = run_audit(
             original,
@@ -439,9 +433,7 @@ def audit(
             None if golden is None else load_model(model, golden, classes),
             train_data=None if train_data is None else read_images(train_data, spec),
             relearn_steps=relearn_steps,
-            input_shape=shape,
-            mean=means,
-            std=stds,
+            **shaped,
             seed=seed,
             device=device,
             progress=_progress(as_json),
@@ -486,12 +478,7 @@ def evaluate(
     """Measures FA, RA and overall accuracy on labelled images."""
     with _errors(as_json):
         loaded = load_model(model, weights, classes)
-        spec = resolve_spec(
-            loaded,
-            _numbers("input_shape", input_shape, int),
-            _numbers("mean", mean, float),
-            _numbers("std", std, float),
-        )
+        spec = resolve_spec(loaded, **_images(input_shape, mean, std))
         if device is not None:
             loaded = loaded.to(device)
         started = time.perf_counter()
@@ -674,6 +661,19 @@ def _level(record: dict[str, Any]) -> str:
             "forgotten classes are still inside."
         )
     return f"Trained: {', '.join(record['split']['trained'])}."
+
+
+def _tail(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
+
+
+def _images(input_shape: str | None, mean: str | None, std: str | None) -> dict[str, Any]:
+    """What the user says of the images, as arguments."""
+    return {
+        "input_shape": _numbers("input_shape", input_shape, int),
+        "mean": _numbers("mean", mean, float),
+        "std": _numbers("std", std, float),
+    }
 
 
 def _numbers(name: str, text: str | None, kind: type[int] | type[float]) -> list[Any] | None:

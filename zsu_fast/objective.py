@@ -155,9 +155,7 @@ class RowSettings:
         """
         if self.margin is not None:
             return self.margin
-        rival = logits.scatter(1, label[:, None], -torch.inf).amax(1)
-        lead = float((logits.gather(1, label[:, None])[:, 0] - rival).mean())
-        return self.margin_of(lead, logits.shape[1], alone)
+        return self.margin_of(float(leads(logits, label).mean()), logits.shape[1], alone)
 
     def margin_of(self, lead: float, classes: int, alone: bool) -> float:
         """The margin, from the mean lead of impressions of a model of so many classes."""
@@ -204,6 +202,12 @@ def training_rows(
     return train, watched, settings.margin_of(lead, len(forget), alone)
 
 
+def leads(logits: Tensor, label: Tensor) -> Tensor:
+    """By how much each row's logit of its label [N] lies above all others, [N]."""
+    rival = logits.scatter(1, label[:, None], -torch.inf).amax(1)
+    return logits.gather(1, label[:, None])[:, 0] - rival
+
+
 @torch.no_grad()
 def mean_lead(tail: nn.Module, rows: Rows, count: int, classes: int) -> float:
     """By how much the logits of the first ``count`` rows' labels lead, on average.
@@ -217,9 +221,7 @@ def mean_lead(tail: nn.Module, rows: Rows, count: int, classes: int) -> float:
             break
         kept = rows.teacher.shape[1] > 0
         logits = rows.teacher[part] if kept else tail(*rows.features_at(part))
-        label = rows.label[part][:, None]
-        rival = logits.scatter(1, label, -torch.inf).amax(1)
-        total += float((logits.gather(1, label)[:, 0] - rival).sum())
+        total += float(leads(logits, rows.label[part]).sum())
     return total / max(1, count)
 
 

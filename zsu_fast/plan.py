@@ -25,6 +25,7 @@ from .hardware import Accelerator
 from .loop import _Attempt
 from .narrow import NarrowTail
 from .progress import Reporter
+from .responsive import MOST_IMAGES
 from .spaces import Space, input_space, tail_input_space
 from .steppers import make_stepper
 from .threads import multiply_adds, threads_for
@@ -37,8 +38,6 @@ _PILOT_CLASSES = 16
 _PASSES = 2
 # Steps of the tail that are timed.
 _TAIL_STEPS = 10
-# Impressions that the search for the responsive layer looks at.
-_RESPONSIVE = 512
 # Seconds that a GPU needs to get a step going, on paper.
 _LAUNCH = 2e-4
 # Copies of the weights that are there at once: the model, the working one, and those tried.
@@ -309,7 +308,7 @@ def _measured(work: _Work) -> dict[str, float]:
         a_step * _batches(rows, work) + rows * (a_row * work.steps + s["fill wide"] / wide)
         for rows in _shards(work)
     )
-    more = max(0, min(work.count, _RESPONSIVE) - _PILOT)
+    more = max(0, min(work.count, MOST_IMAGES) - _PILOT)
     looks = 1 + _Attempt.CHECKS
     return {
         "prepare": s["prepare"],
@@ -348,7 +347,7 @@ def _on_paper(work: _Work, card: Accelerator) -> dict[str, float]:
     return {
         "prepare": work.seconds["prepare"],
         "synthesise": synthesise + work.count * forward,
-        "split": work.seconds["split"] + min(work.count, _RESPONSIVE) * forward,
+        "split": work.seconds["split"] + min(work.count, MOST_IMAGES) * forward,
         "fit": work.count * forward
         + (work.rows + work.watched) * label
         + work.tail_steps * trained

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .classifier import LogitsModel
 
 # Enough to tell layers apart; impressions of 1,000 classes at 224 pixels would take minutes.
-_MOST_IMAGES = 512
+MOST_IMAGES = 512
 # A head's evaluation in chunks keeps its largest feature maps below this.
 _CHUNK_BYTES = 128 * 1024 * 1024
 
@@ -71,7 +71,7 @@ def responsiveness(model: LogitsModel, images: Tensor, labels: Tensor) -> list[t
 def _sample(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """At most so many images: all of a class, of every k-th class."""
     classes = labels.unique()
-    every = -(-len(labels) // _MOST_IMAGES)
+    every = -(-len(labels) // MOST_IMAGES)
     if every <= 1 or len(classes) < 2 * every:
         return images, labels
     rows = torch.isin(labels, classes[::every])
