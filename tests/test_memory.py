@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from support import bits, tiny
 from torch import Tensor, nn
 
-from zsu_fast import ClassImpressions, memory, synthesize
+import zsu_fast
+from zsu_fast import ClassImpressions, memory, synthesize, zoo
 from zsu_fast.fast_copy import FastCopy
 
 FIELDS = ("images", "labels", "confidence", "target", "steps", "hit")
@@ -177,3 +179,24 @@ def test_other_errors_pass_through_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RuntimeError, match="size mismatch"):
         make()
     assert [w for w in widths if w > 12] == [40]
+
+
+# --- what a call leaves behind -------------------------------------------------------------------
+
+
+def test_a_call_leaves_no_weights_to_the_garbage_collector() -> None:
+    """Circles would keep several copies of the model until it comes by, many calls later."""
+    model = zoo.build("resnet20_cifar").eval()
+    options: dict[str, Any] = {
+        "impressions_per_class": 4, "steps": 2, "max_steps": 2, "restarts": 0, "progress": False,
+    }  # fmt: skip
+    zsu_fast.unlearn(model, 1, **options)  # what torch sets up once
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(o) for o in gc.get_objects()}
+        zsu_fast.unlearn(model, 1, **options)
+        left = [o for o in gc.get_objects() if id(o) not in before and isinstance(o, Tensor)]
+    finally:
+        gc.enable()
+    assert not left
