@@ -72,7 +72,8 @@ def test_tail_loop(benchmark: Any, table: Table, cut: str) -> None:
         torch.testing.assert_close(ends[name, 0], ends["eager", 0], rtol=1e-3, atol=1e-5)
 
     contenders = [Contender(name, steps(kind)[0]) for name, kind in kinds.items()]
-    medians = compare(table, f"LeNet5 from {cut}: {BLOCK} steps of {BATCH} rows", contenders)
+    case = f"LeNet5 from {cut}: {BLOCK} steps of {BATCH} rows"
+    medians = compare(table, case, contenders, capture=False)
     if DEVICE == "cuda" and cut == "fc3":
         gain = medians["eager"] / medians["graph"]
         assert gain >= GRAPH_BAR, f"graph loop {gain:.1f}x the eager one, bar {GRAPH_BAR}x"
@@ -100,7 +101,7 @@ def test_ascent_loop(benchmark: Any, table: Table) -> None:
         assert torch.equal(made(), made()), "two captures differ"
         torch.testing.assert_close(made(), eager(), rtol=1e-2, atol=1e-2)
         contenders.append(Contender("graph", made))
-    compare(table, "LeNet5: 320 impressions, 40 ascent steps", contenders, rounds=7)
+    compare(table, "LeNet5: 320 impressions, 40 ascent steps", contenders, rounds=7, capture=False)
     if not table.notes:
         table.notes = ["Seconds from call to result, the capture of the ascent's graph included."]
     benchmark.pedantic(contenders[-1].run, rounds=1)

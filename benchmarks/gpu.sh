@@ -1,46 +1,54 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: build, gpu tests, compute-sanitizer on every kernel, op
-# benchmarks, captured loops against eager ones. Made for a machine with torch 2.11 and Triton 3.6 and
-# without network: only what is installed there is used. Tables and logs go to $OUT (default:
-# gpu-results); card, clocks and power stand in each table where nvidia-ml-py is installed.
+# benchmarks, captured loops against eager ones, full shapes, whole calls. Made for a machine with
+# torch 2.11 and Triton 3.6 and without network: only what is installed there is used. Tables and
+# logs go to $OUT (default: gpu-results); card, clocks and power stand in each table where
+# nvidia-ml-py is installed.
 #
-#   OUT=/tmp/out benchmarks/gpu.sh [python]
-#   OUT=/tmp/out benchmarks/gpu.sh --cpu [python]    # rehearsal: what runs without a GPU
+#   OUT=/tmp/out benchmarks/gpu.sh                   # all of it
+#   OUT=/tmp/out benchmarks/gpu.sh check             # build, tests, sanitizer
+#   OUT=/tmp/out benchmarks/gpu.sh bench [-k EXPR]   # build, benchmarks (pytest's -k picks cases)
+#   OUT=/tmp/out benchmarks/gpu.sh --cpu             # rehearsal: what runs without a GPU
 #
-# A step that fails does not stop the next; the exit status says whether all went well.
+# PYTHON names the interpreter. A step that fails does not stop the next; the exit status says
+# whether all went well.
 set -uo pipefail
-cpu=
-if [ "${1:-}" = --cpu ]; then
-  cpu=yes
-  shift
-fi
-python=$(command -v "${1:-python}")
+what=${1:-all}
+[ $# -gt 0 ] && shift
+python=$(command -v "${PYTHON:-python3}")
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-$PWD/gpu-results}
 mkdir -p "$OUT"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-failed=()
 
 step() { # step <name> <command...>: run, log, go on
-  local name=$1
+  local name=$1 from=$SECONDS
   shift
-  echo "== $name"
-  if "$@" >"$OUT/$name.log" 2>&1; then tail -n 3 "$OUT/$name.log"; else
-    failed+=("$name")
+  if timeout 300 "$@" >"$OUT/$name.log" 2>&1; then
+    echo "== $name ($((SECONDS - from)) s)"
+    tail -n 2 "$OUT/$name.log"
+  else
+    echo "$name" >>"$OUT/failed.txt"
+    echo "== $name FAILED ($((SECONDS - from)) s)"
     tail -n 30 "$OUT/$name.log"
   fi
 }
+finish() {
+  [ ! -f "$OUT/failed.txt" ] && echo "$1" && exit 0
+  echo "failed: $(tr '\n' ' ' <"$OUT/failed.txt")"
+  exit 1
+}
+pytest=("$python" -m pytest -q -p no:cacheprovider)
+rm -f "$OUT/failed.txt"
 
-if [ -n "$cpu" ]; then
+if [ "$what" = --cpu ]; then
   # the steps of a GPU machine that have a CPU side, short; the gpu tests are only collected
   step doctor "$python" -c 'from zsu_fast.doctor import render; print(render())'
-  step collect-gpu-tests "$python" -m pytest -q -p no:cacheprovider tests -m gpu --collect-only
+  step collect-gpu-tests "${pytest[@]}" tests -m gpu --collect-only
   step touch "$python" benchmarks/touch_every_kernel.py --device cpu
   step gpu-state "$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import harness; print(harness.gpu_state())'
-  step bench-loops "$python" -m pytest -q -p no:cacheprovider benchmarks/bench_loops.py
-  [ ${#failed[@]} -eq 0 ] && echo "rehearsal passed" && exit 0
-  echo "failed: ${failed[*]}"
-  exit 1
+  step bench-loops "${pytest[@]}" benchmarks/bench_loops.py
+  finish "rehearsal passed"
 fi
 
 "$python" - <<'PY' || exit 1
@@ -53,28 +61,28 @@ command -v nvidia-smi >/dev/null && nvidia-smi >"$OUT/nvidia-smi.txt"
 
 # without nvcc the CUDA library is left out and Triton is tested alone
 step build env TORCH_CUDA_ARCH_LIST="$capability" "$python" setup.py build_ext --inplace
-step doctor "$python" -c 'from zsu_fast.doctor import render; print(render())'
-cat "$OUT/doctor.log"
+[ "$what" = bench ] || step doctor "$python" -c 'from zsu_fast.doctor import render; print(render())'
+[ "$what" = bench ] || cat "$OUT/doctor.log"
 
-step tests-gpu "$python" -m pytest -q -p no:cacheprovider tests -m gpu
-step tests-cpu "$python" -m pytest -q -p no:cacheprovider tests/ops -m "not gpu" -x
+if [ "$what" != bench ]; then # side by side: nothing here is timed
+  step tests-gpu "${pytest[@]}" tests -m gpu -n 6 &
+  step tests-cpu "${pytest[@]}" tests/ops -m "not gpu" -n 4 &
+  if sanitizer=$(command -v compute-sanitizer); then
+    for tool in memcheck racecheck initcheck synccheck; do
+      step "sanitizer-$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 \
+        --target-processes all "$python" benchmarks/touch_every_kernel.py &
+    done
+  else
+    echo "no compute-sanitizer on PATH: skipped" | tee "$OUT/sanitizer.log"
+  fi
+  wait
+fi
 
-if sanitizer=$(command -v compute-sanitizer); then
-  for tool in memcheck racecheck initcheck synccheck; do
-    step "sanitizer-$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all \
-      "$python" benchmarks/touch_every_kernel.py
+if [ "$what" != check ]; then
+  for name in signed_cross_entropy masked_cross_entropy ascent_step loops full_shapes; do
+    step "bench-$name" "${pytest[@]}" "benchmarks/bench_$name.py" "$@"
   done
-else
-  echo "no compute-sanitizer on PATH: skipped" | tee "$OUT/sanitizer.log"
+  step whole-calls "$python" benchmarks/bench_gpu_calls.py
+  cat "$OUT"/cuda_*.md 2>/dev/null
 fi
-
-for op in signed_cross_entropy masked_cross_entropy ascent_step loops; do
-  step "bench-$op" "$python" -m pytest -q -p no:cacheprovider "benchmarks/bench_$op.py"
-done
-cat "$OUT"/cuda_*.md 2>/dev/null
-
-if [ ${#failed[@]} -gt 0 ]; then
-  echo "failed: ${failed[*]}"
-  exit 1
-fi
-echo "all steps passed"
+finish "all steps passed"

@@ -3,8 +3,10 @@
 Contenders of one row of a table are timed in turn, round after round, so that a busy machine slows
 all of them alike; the median over rounds counts. On a CPU, where all run on one thread, the clock
 is that thread's CPU time: what other processes take meanwhile does not count, only what they do to
-the caches. Warm-up (and compilation) is left out. Every call that is timed may be checked: `verify`
-sees the output of the last timed call.
+the caches. On a GPU, calls are captured in a CUDA graph and its replays are timed by events, so
+that kernels count and not Python; "(called)" marks what can't be captured. Warm-up (and
+compilation) is left out. Every call that is timed may be checked: `verify` sees the output of the
+last one.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
+GRAPH_CALLS = 6  # inputs rotate among 2 or 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -100,7 +103,7 @@ def machine() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
-        "clock": "CUDA events" if DEVICE == "cuda" else "CPU time of the thread",
+        "clock": "CUDA events, graph replays" if DEVICE == "cuda" else "CPU time of the thread",
         "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
     }
     if DEVICE == "cuda":
@@ -132,25 +135,60 @@ def gpu_state() -> dict[str, str]:
 
 
 def race(
-    contenders: Sequence[Contender], rounds: int = 41, budget: float = 0.01
+    contenders: Sequence[Contender], rounds: int = 41, budget: float = 0.01, capture: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds a call, ``rounds`` times for each contender, in turn; ``budget`` s a measurement."""
-    calls = {}
+    """Seconds a call, ``rounds`` times for each contender, in turn; ``budget`` s a measurement.
+
+    ``capture``: on a GPU, in graphs of ``GRAPH_CALLS`` calls, where that can be done.
+    """
+    rounds = min(rounds, 15) if DEVICE == "cuda" else rounds  # events hardly scatter
+    calls: dict[str, int] = {}
+    run: dict[str, Callable[[], Any]] = {}
+    shares: dict[str, int] = {}  # calls in one run
+    times: dict[str, list[float]] = {}
     for contender in contenders:
         for _ in range(3):
             contender.run()
-        once = measure(contender.run, 1)
-        calls[contender.name] = max(1, min(1000, int(budget / max(once, 1e-7))))
-    times: dict[str, list[float]] = {c.name: [] for c in contenders}
+        graph, output = captured(contender.run) if capture and DEVICE == "cuda" else (None, None)
+        called = capture and DEVICE == "cuda" and graph is None
+        name = f"{contender.name} (called)" if called else contender.name
+        run[name] = graph.replay if graph else contender.run
+        shares[name] = GRAPH_CALLS if graph else 1
+        if graph and contender.verify:
+            graph.replay()
+            torch.cuda.synchronize()
+            contender.verify(output)
+        once = measure(run[name], 1)
+        calls[name] = max(1, min(1000, int(budget / max(once, 1e-7))))
+        times[name] = []
     for _ in range(rounds):
-        for contender in contenders:
+        for name, action in run.items():
             for _ in range(3):  # it finds its own code in cache again, not its rival's
-                contender.run()
-            times[contender.name].append(measure(contender.run, calls[contender.name]))
+                action()
+            times[name].append(measure(action, calls[name]) / shares[name])
     for contender in contenders:
         if contender.verify:
             contender.verify(contender.run())
     return times
+
+
+def captured(run: Callable[[], Any]) -> tuple[Any, Any]:
+    """A CUDA graph of ``GRAPH_CALLS`` calls and the last one's output; twice None if it fails."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(GRAPH_CALLS):
+                output = run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None, None
+    return graph, output
 
 
 def measure(run: Callable[[], Any], calls: int) -> float:
@@ -184,7 +222,9 @@ def compare(
     """
     times = race(contenders, **options)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    base = medians[contenders[0].name]
+    base = next(iter(medians.values()))
+    if floor is not None and floor not in medians:
+        floor += " (called)"
     for name, values in times.items():
         ordered = sorted(values)
         table.rows.append(

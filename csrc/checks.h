@@ -9,6 +9,10 @@
 #include <optional>
 #include <string>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK // its name up to torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace zsu {
 
 using torch::headeronly::ScalarType;

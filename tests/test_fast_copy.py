@@ -194,3 +194,15 @@ def test_layout_keeps_the_values(shape: tuple[int, ...]) -> None:
     x = images(4, shape)
     made = fast_copy(work, x, "float32")
     assert torch.equal(made.layout(x), x)
+
+
+def test_copies_are_compared_in_exact_float32() -> None:
+    """On a GPU, cuDNN's TF32 moves the gradient of a deep network by more than is let pass."""
+    settings: Any = torch.backends.cudnn.conv
+    before, seen = settings.fp32_precision, []
+    model = tiny()
+    model.register_forward_hook(lambda *_: seen.append(settings.fp32_precision))
+    fast_copy(working_copy(model, CPU), images())
+    assert seen
+    assert set(seen) == {"ieee"}
+    assert settings.fp32_precision == before

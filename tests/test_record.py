@@ -84,7 +84,7 @@ def test_what_was_asked_and_what_was_done() -> None:
     assert record.input["mean"] == (0.1, 0.2, 0.3)
     assert "mean and std given" in record.input["source"]
     assert record.versions["torch"] == torch.__version__
-    assert set(record.versions) == {"zsu_fast", "torch", "python", "platform", "threads"}
+    assert set(record.versions) == {"zsu_fast", "torch", "python", "platform", "threads", "device"}
     assert record.impressions["count"] == len(made) == 40
     assert record.impressions["hit_rate"] == made.hit_rate
     assert record.impressions["most_steps"] == int(made.steps.max())

@@ -158,8 +158,12 @@ class Ascent:
             gone = [i >= 0 and not going for i, going in zip(rows.index, alive, strict=True)]
             if any(gone):
                 finished += self._retire(rows, gone)
-                fewer = len(rows.index) > _bucket(sum(alive), self.device)
-                if fewer or (self.queue and not all(alive)):
+                left = min(sum(alive) + len(self.queue), self.width)
+                if len(rows.index) > _bucket(left, self.device):
+                    rows = self._compact(rows, alive)
+                elif self.queue and self.device.type == "cuda":  # the captured graph stays good
+                    self._refill(rows)
+                elif self.queue:
                     rows = self._compact(rows, alive)
             report("synthesise", before + finished, total, in_flight=float(sum(alive)))
         return self.result(torch.arange(len(self.labels)))
@@ -232,23 +236,36 @@ class Ascent:
 
     def _retire(self, rows: _Rows, gone: list[bool]) -> int:
         """Stores rows that are done and sends those that missed back to the queue."""
-        finished = 0
-        reached = rows.reached.tolist()
-        steps = rows.step.tolist()
+        reached, steps = rows.reached.tolist(), rows.step.tolist()
+        places, done = [], []
         for at, i in enumerate(rows.index):
             if not gone[at]:
                 continue
             self.steps[i] += steps[at]
             if reached[at] or self.attempt[i] >= self.settings.restarts:
-                self.points[i] = rows.x[at].cpu()
                 self.hit[i] = reached[at]
-                self.target[i] = float(rows.target[at])
-                finished += 1
+                places.append(at)
+                done.append(i)
             else:
                 self.attempt[i] += 1
                 self.queue.append(i)
             rows.index[at] = -1
-        return finished
+        if done:
+            where = torch.tensor(places, device=self.device)
+            self.points[done] = rows.x[where].cpu()
+            self.target[done] = rows.target[where].cpu()
+        return len(done)
+
+    def _refill(self, rows: _Rows) -> None:
+        """New rows from the queue where others are done, in the same memory."""
+        free = [at for at, i in enumerate(rows.index) if i < 0][: len(self.queue)]
+        fresh = self._noise([self.queue.pop() for _ in free])
+        where = torch.tensor(free, device=self.device)
+        for name in _Rows.TENSORS:
+            getattr(rows, name)[where] = getattr(fresh, name)
+        for place, i in zip(free, fresh.index, strict=True):
+            rows.index[place] = i
+        rows.rivals = any(self.attempt[i] > 0 for i in rows.index if i >= 0)
 
     def _compact(self, rows: _Rows, alive: list[bool]) -> _Rows:
         """Drops rows that are done, but for as many as fill the batch up to a fixed size."""
@@ -345,10 +362,12 @@ def _step_many(step: Callable[[_Rows], None], device: torch.device) -> Callable[
         return step
     graph: torch.cuda.CUDAGraph | None = None
     captured: _Rows | None = None
+    rivals = False
 
     def replay(rows: _Rows) -> None:
-        nonlocal graph, captured
-        if captured is not rows:  # a new batch: its first steps run eagerly and warm up
+        nonlocal graph, captured, rivals
+        if captured is not rows or rivals != rows.rivals:  # its first steps run eagerly and warm up
+            graph = captured = None  # its memory can be had again
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
@@ -359,7 +378,7 @@ def _step_many(step: Callable[[_Rows], None], device: torch.device) -> Callable[
             with torch.cuda.graph(graph):
                 for _ in range(_STEPS_A_GRAPH):
                     step(rows)
-            captured = rows
+            captured, rivals = rows, rows.rivals
         assert graph is not None
         graph.replay()
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -74,6 +75,11 @@ def fast_copy(model: LogitsModel, images: Tensor, precision: Precision = "auto")
         images: two or more, [N, ...], to check with.
         precision: "auto" is bfloat16 where this device computes in it, else float32.
     """
+    with _exact_convolutions():
+        return _fast_copy(model, images, precision)
+
+
+def _fast_copy(model: LogitsModel, images: Tensor, precision: Precision) -> FastCopy:
     plain = FastCopy(copy.deepcopy(model).requires_grad_(False), False, torch.float32, False)
     want = _logits_and_gradient(plain, images)
     made = plain
@@ -96,6 +102,20 @@ def fast_copy(model: LogitsModel, images: Tensor, precision: Precision = "auto")
         half = replace(made, model=halved, dtype=torch.bfloat16)
         made = _if_same(half, made, images, want)
     return made
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Float32 convolutions in float32, also where cuDNN may round to TF32: two copies of a deep
+    model would else look like two functions.
+    """
+    settings: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def has_bfloat16(device: torch.device) -> bool:

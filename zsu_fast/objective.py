@@ -288,7 +288,8 @@ def make_rows(
         tuple(not bool((f < 0).any()) for f in features),
     )
     total = len(first)
-    rows = Rows(features, torch.empty(total, 0), torch.empty(total), torch.empty(total), mixing)
+    unknown = torch.empty(total, device=device)
+    rows = Rows(features, unknown[:, None], unknown, unknown, mixing)
     if total * sum(f[0].numel() * f.element_size() for f in features) <= _KEPT:
         rows.features, rows.mixing = mixing(features, torch.arange(total, device=device)), None
     _label(rows, tail, forget, names)

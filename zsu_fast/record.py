@@ -31,7 +31,7 @@ class Record:
         classes: the number of logits.
         settings: the options of the run.
         input: shape, mean, std, and where they are known from.
-        versions: of zsu_fast, torch, python; the platform; threads.
+        versions: of zsu_fast, torch, python; the platform; threads; the device, a GPU by its name.
         weights_before, weights_after: `classifier.weights_hash`.
         impressions: count, of how many classes, chosen by what rule where not all have some, hit
             rate, worst class's hit rate, mean confidence, steps.
@@ -70,6 +70,7 @@ class Record:
         forget: list[int],
         classes: int,
         settings: dict[str, Any],
+        device: torch.device,
     ) -> Record:
         """The part that is known before the run."""
         record = cls(
@@ -84,6 +85,9 @@ class Record:
                 "python": platform.python_version(),
                 "platform": platform.platform(),
                 "threads": str(torch.get_num_threads()),
+                "device": str(device)
+                if device.type == "cpu"
+                else f"{device} ({torch.cuda.get_device_name(device)})",
             },
             started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             weights_before=weights_hash(model),

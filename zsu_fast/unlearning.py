@@ -256,7 +256,9 @@ class ZeroShotUnlearner:
         self.impressions = self._check_impressions(impressions)
         self.split_point: Split | None = None
         self.result: Fit | None = None
-        self.record = Record.begin(model, self.spec, self.forget, self.classes, settings)
+        self.record = Record.begin(
+            model, self.spec, self.forget, self.classes, settings, self.device
+        )
         self.record.depth["depth"] = depth
         self.record.forgotten = self.forgotten
         if self.ledger is not None:

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(1024) grad_scale_kernel(const float* grad, flo
         for (int k = 0; k < 4; ++k) sum.value += pack.v[k] * pack.v[k];
       },
       [&](int64_t i) { sum.value += g[i] * g[i]; });
-  sum = reduce_row<1024>(sum, [](Sum<float> a, Sum<float> b) { return a + b; });
+  sum = reduce_row<1024, 1>(sum, [](Sum<float> a, Sum<float> b) { return a + b; });
   if (threadIdx.x == 0) scale[blockIdx.x] = sum.value == 0 ? 0.0f : __frsqrt_rn(sum.value);
 }
 
@@ -89,13 +89,24 @@ __global__ void __launch_bounds__(threads) ascent_step_kernel(Args a, int64_t bl
       }
     }
   }
+  int64_t channel = 0, next_plane = 0; // one division a thread: they cost as much as the step
+  if (a.per_channel) {
+    channel = a.channels_last ? (first - begin) % a.channels : (first - begin) / a.plane;
+    next_plane = (channel + 1) * a.plane;
+  }
   float bad = 0;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     if (first + k >= last) continue;
     const int64_t i = first + k - begin;
-    int64_t channel = 0;
-    if (a.per_channel) channel = a.channels_last ? i % a.channels : i / a.plane;
+    if (a.per_channel && k > 0) {
+      if (a.channels_last) {
+        if (++channel == a.channels) channel = 0;
+      } else if (i == next_plane) {
+        ++channel;
+        next_plane += a.plane;
+      }
+    }
     float moved = x.v[k] + row.lr * ascent_direction<mode>(x.v[k], g.v[k], m.v[k], v.v[k], row, Ratio{});
     if (a.jitter) {
       const int64_t element = logical_index(i, a.channels, a.plane, a.channels_last);

@@ -75,29 +75,96 @@ __device__ Pack<T> load_anywhere(const T* p) {
   return pack;
 }
 
+// A row of logits in registers: a thread holds `slots` blocks of 16 bytes, `span` blocks apart, so all
+// its loads are under way at once and each logit is read once. Blocks start at aligned addresses of
+// the row as it is read; outside it, values are -inf.
+template <int span, int slots, class T>
+struct HeldRow {
+  static constexpr int size = Pack<T>::size;
+  static constexpr int capacity = span * slots * size;
+  Pack<T> held[slots];
+  int first; // element index of the first value held, below 0 in a row that starts off an aligned block
+
+  __device__ HeldRow(const T* row, int classes, int thread, int misaligned) : first(thread * size - misaligned) {
+#pragma unroll
+    for (int s = 0; s < slots; ++s) {
+      const int i = index(s);
+      if (i >= 0 && i + size <= classes) {
+        held[s] = load_anywhere(row + i);
+      } else {
+#pragma unroll
+        for (int k = 0; k < size; ++k) {
+          narrow(accumulator<T>(-INFINITY), held[s].v[k]);
+          if (i + k >= 0 && i + k < classes) held[s].v[k] = row[i + k];
+        }
+      }
+    }
+  }
+  __device__ int index(int s) const { return first + s * span * size; }
+  __device__ accumulator<T> at(int s, int k) const { return widen(held[s].v[k]); }
+};
+
+// As many elements as a row may start behind an aligned address.
+template <class T>
+__device__ int misaligned(const T* row) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T)) & (Pack<T>::size - 1);
+}
+
+// Block of values to a row, where they lie in it.
+template <class T>
+__device__ void store_within(T* row, int i, int classes, const Pack<T>& pack) {
+  if (i >= 0 && i + Pack<T>::size <= classes && is_aligned(row + i)) return store_pack(row + i, pack);
+#pragma unroll
+  for (int k = 0; k < Pack<T>::size; ++k)
+    if (i + k >= 0 && i + k < classes) row[i + k] = pack.v[k];
+}
+
+// Lanes of this thread's row in its warp, as a mask.
+template <int span>
+__device__ unsigned row_lanes() {
+  if constexpr (span >= 32) return 0xffffffffu;
+  else return ((1u << span) - 1) << (threadIdx.x % 32 / span * span);
+}
+
+// All `span` threads of a row meet; other rows of the block may be gone.
+template <int span, int rows_per_block>
+__device__ void meet() {
+  static_assert(span <= 32 || rows_per_block == 1, "rows of several warps have a block of their own");
+  if constexpr (span <= 32) __syncwarp(row_lanes<span>());
+  else __syncthreads();
+}
+
 // All `span` threads of a row get the same result, from one order of operations.
-template <int span, class V, class F>
+template <int span, int rows_per_block, class V, class F>
 __device__ V reduce_row(V v, F combine) {
 #pragma unroll
-  for (int by = 16; by > 0; by /= 2) v = combine(v, v.shuffled(by));
+  for (int by = (span < 32 ? span : 32) / 2; by > 0; by /= 2) v = combine(v, v.shuffled(by, row_lanes<span>()));
   if constexpr (span > 32) {
-    __shared__ V of_warp[span / 32];
-    __syncthreads(); // an earlier reduction may still be read
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
-    __syncthreads();
-    v = of_warp[0];
+    __shared__ V of_warp[rows_per_block][span / 32];
+    V* const mine = of_warp[threadIdx.x / span];
+    meet<span, rows_per_block>(); // an earlier reduction may still be read
+    if (threadIdx.x % 32 == 0) mine[threadIdx.x % span / 32] = v;
+    meet<span, rows_per_block>();
+    v = mine[0];
 #pragma unroll
-    for (int w = 1; w < span / 32; ++w) v = combine(v, of_warp[w]);
+    for (int w = 1; w < span / 32; ++w) v = combine(v, mine[w]);
   } else {
-    __syncwarp(); // as __syncthreads above: what the row's threads have read, they may now overwrite
+    meet<span, rows_per_block>(); // as above: what the row's threads have read, they may now overwrite
   }
   return v;
 }
 
 template <class A>
+struct Largest {
+  A value;
+  __device__ Largest shuffled(int by, unsigned lanes) const { return {__shfl_xor_sync(lanes, value, by)}; }
+  __device__ static Largest of(Largest a, Largest b) { return {a.value > b.value ? a.value : b.value}; }
+};
+
+template <class A>
 struct Sum {
   A value;
-  __device__ Sum shuffled(int by) const { return {__shfl_xor_sync(0xffffffffu, value, by)}; }
+  __device__ Sum shuffled(int by, unsigned lanes) const { return {__shfl_xor_sync(lanes, value, by)}; }
   __device__ friend Sum operator+(Sum a, Sum b) { return {a.value + b.value}; }
 };
 
@@ -109,14 +176,20 @@ __device__ inline float exp_of_difference(float a, float b) {
   return e == 0 ? 0.0f : fmaf(e, lost, e); // a = -inf: lost is NaN
 }
 __device__ inline double exp_of_difference(double a, double b) { return exp(a - b); }
+// The same for logits of type T: those of 16 bits get the hardware's exponential, good to 1e-5.
+template <class T>
+__device__ accumulator<T> exp_of_logits(accumulator<T> a, accumulator<T> b) {
+  if constexpr (sizeof(T) == 2) return __expf(a - b);
+  else return exp_of_difference(a, b);
+}
 
 // Running softmax denominator (Milakov and Gimelshein, 2018): sum of exp(x - top).
 template <class A>
 struct Softmax {
   A top, sum;
   __device__ static Softmax none() { return {-INFINITY, 0}; }
-  __device__ Softmax shuffled(int by) const {
-    return {__shfl_xor_sync(0xffffffffu, top, by), __shfl_xor_sync(0xffffffffu, sum, by)};
+  __device__ Softmax shuffled(int by, unsigned lanes) const {
+    return {__shfl_xor_sync(lanes, top, by), __shfl_xor_sync(lanes, sum, by)};
   }
   __device__ void raise(A to) { // -inf - -inf would be NaN
     if (to > top) {
@@ -155,21 +228,53 @@ void dispatch(const Tensor& t, F f) {
 template <class A, bool split>
 __global__ void __launch_bounds__(1024) sum_rows(const A* row_loss, const A* coef, A* losses, int64_t rows) {
   double sums[2] = {0, 0};
+#pragma unroll 8
   for (int64_t i = threadIdx.x; i < rows; i += 1024) {
     const bool forget = split && coef[i] < 0;
     sums[0] += forget ? static_cast<double>(row_loss[i]) : 0.0;
     sums[1] += forget ? 0.0 : static_cast<double>(row_loss[i]);
   }
   const auto plus = [](Sum<double> a, Sum<double> b) { return a + b; };
-  const double forget = reduce_row<1024>(Sum<double>{sums[0]}, plus).value;
-  const double retain = reduce_row<1024>(Sum<double>{sums[1]}, plus).value;
+  const double forget = reduce_row<1024, 1>(Sum<double>{sums[0]}, plus).value;
+  const double retain = reduce_row<1024, 1>(Sum<double>{sums[1]}, plus).value;
   if (threadIdx.x == 0) {
     losses[0] = static_cast<A>(split ? forget : retain);
     if (split) losses[1] = static_cast<A>(retain);
   }
 }
 
-constexpr int rows_per_block = 4; // short rows: one warp each
-constexpr int64_t warp_limit = 1024;
+// How rows that fit in registers are dealt out: `rows` of them a block, `span` threads each, which hold
+// `values` classes each (half as many of double).
+template <int threads_a_row, int rows_per_block, int values>
+struct Tier {
+  static constexpr int span = threads_a_row, threads = span * rows_per_block;
+  static constexpr int64_t rows = rows_per_block;
+  template <class T>
+  static constexpr int slots = (sizeof(T) == 8 ? values / 2 : values) / Pack<T>::size;
+  template <class T>
+  using Row = HeldRow<span, slots<T>, T>;
+};
+using TinyRows = Tier<4, 64, 8>;   // up to 32 classes
+using ShortRows = Tier<32, 8, 8>;  // up to 256
+using WideRows = Tier<64, 1, 16>;  // up to 1024; other shapes: benchmarks/results/cuda_row_tiers.md
+using LongRows = Tier<512, 1, 16>; // up to 8192
+
+// Calls launch(tier) with the first tier that all rows fit in, wherever they start, or otherwise().
+template <class T, class Launch, class Otherwise>
+void by_tier(const T* first_row, int64_t row_stride, int64_t classes, Launch launch, Otherwise otherwise) {
+  const bool aligned = (reinterpret_cast<uintptr_t>(first_row) & 15) == 0 && row_stride % Pack<T>::size == 0;
+  const int64_t room = classes + (aligned ? 0 : Pack<T>::size - 1);
+  if (room > LongRows::Row<T>::capacity) return otherwise();
+  if constexpr (sizeof(T) == sizeof(double)) { // which would spill with the others
+    room <= WideRows::Row<T>::capacity ? launch(WideRows{}) : otherwise();
+  } else {
+    if (room <= TinyRows::Row<T>::capacity) launch(TinyRows{});
+    else if (room <= ShortRows::Row<T>::capacity) launch(ShortRows{});
+    else if (room <= WideRows::Row<T>::capacity) launch(WideRows{});
+    else launch(LongRows{});
+  }
+}
+
+constexpr int streaming_span = 256; // threads of a row that does not fit
 
 } // namespace zsu::cuda

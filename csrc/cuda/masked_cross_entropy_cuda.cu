@@ -10,7 +10,7 @@ namespace {
 template <class A>
 struct Pair {
   Softmax<A> student, teacher;
-  __device__ Pair shuffled(int by) const { return {student.shuffled(by), teacher.shuffled(by)}; }
+  __device__ Pair shuffled(int by, unsigned lanes) const { return {student.shuffled(by, lanes), teacher.shuffled(by, lanes)}; }
   __device__ static Pair merge(Pair a, Pair b) {
     return {Softmax<A>::merge(a.student, b.student), Softmax<A>::merge(a.teacher, b.teacher)};
   }
@@ -21,18 +21,99 @@ struct Pair {
 __device__ inline float reciprocal(float sum, float) { return 1 / sum; }
 __device__ inline double reciprocal(double, double log_sum) { return exp(-log_sum); }
 
-// One row for `span` threads, as in signed_cross_entropy_cuda.cu. The teacher's masked softmax is
-// never stored: its two sums are enough.
-template <int span, class T>
-__global__ void __launch_bounds__(span == 32 ? 32 * rows_per_block : span)
-masked_cross_entropy_kernel(
+template <class A>
+struct LargestPair {
+  Largest<A> student, teacher;
+  __device__ LargestPair shuffled(int by, unsigned lanes) const { return {student.shuffled(by, lanes), teacher.shuffled(by, lanes)}; }
+  __device__ static LargestPair of(LargestPair a, LargestPair b) {
+    return {Largest<A>::of(a.student, b.student), Largest<A>::of(a.teacher, b.teacher)};
+  }
+};
+
+template <class A>
+struct SumPair {
+  Sum<A> student, teacher;
+  __device__ SumPair shuffled(int by, unsigned lanes) const { return {student.shuffled(by, lanes), teacher.shuffled(by, lanes)}; }
+  __device__ static SumPair of(SumPair a, SumPair b) { return {a.student + b.student, a.teacher + b.teacher}; }
+};
+
+// Rows of student and teacher that fit in registers: each number is read once, each exponential taken
+// once. The teacher's masked softmax is never stored: its maximum and sum are enough.
+template <class tier, class T>
+__global__ void __launch_bounds__(tier::threads)
+held_masked_cross_entropy_kernel(
     const T* logits, int64_t logits_stride, const T* teacher, int64_t teacher_stride, const bool* forget, T* dlogits,
     const accumulator<T>* coefs, accumulator<T>* row_loss, int64_t rows, int64_t classes) {
   using A = accumulator<T>;
+  constexpr int span = tier::span, slots = tier::template slots<T>, size = Pack<T>::size;
+  const int thread = threadIdx.x % span, count = static_cast<int>(classes);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * tier::rows + threadIdx.x / span;
+  if (row >= rows) return; // all threads of a row leave
+  const T* x = logits + row * logits_stride;
+  const T* z = teacher + row * teacher_stride;
+  T* dx = dlogits + row * classes;
+  const A coef = coefs[row];
+  if (coef == 0) {
+#pragma unroll 1
+    for (int64_t i = thread; i < classes; i += span) narrow(A(0), dx[i]);
+    if (thread == 0) row_loss[row] = 0;
+    return;
+  }
+  const typename tier::template Row<T> student(x, count, thread, misaligned(x));
+  typename tier::template Row<T> masked(z, count, thread, misaligned(x)); // the same elements, wherever the teacher's row starts
+  LargestPair<A> largest{{-INFINITY}, {-INFINITY}};
+#pragma unroll
+  for (int s = 0; s < slots; ++s)
+#pragma unroll
+    for (int k = 0; k < size; ++k) {
+      const int i = student.index(s) + k;
+      if (i >= 0 && i < count && forget[i]) narrow(A(-INFINITY), masked.held[s].v[k]);
+      largest = LargestPair<A>::of({{student.at(s, k)}, {masked.at(s, k)}}, largest);
+    }
+  largest = reduce_row<span, int{tier::rows}>(largest, LargestPair<A>::of);
+  const A top_x = largest.student.value, top_z = largest.teacher.value;
+
+  A ex[slots][size], ez[slots][size];
+  SumPair<A> sums{{0}, {0}};
+#pragma unroll
+  for (int s = 0; s < slots; ++s)
+#pragma unroll
+    for (int k = 0; k < size; ++k) {
+      ex[s][k] = exp_of_logits<T>(student.at(s, k), top_x);
+      ez[s][k] = exp_of_logits<T>(masked.at(s, k), top_z);
+      sums = SumPair<A>::of(sums, {{ex[s][k]}, {ez[s][k]}});
+    }
+  sums = reduce_row<span, int{tier::rows}>(sums, SumPair<A>::of);
+  const A sum_x = sums.student.value, sum_z = sums.teacher.value;
+  const A log_x = log(sum_x), log_z = log(sum_z), log_ratio = log_x - log_z;
+  const A scale_x = coef * reciprocal(sum_x, log_x), scale_z = coef * reciprocal(sum_z, log_z);
+
+  Sum<A> loss{0};
+#pragma unroll
+  for (int s = 0; s < slots; ++s) {
+    Pack<T> out;
+#pragma unroll
+    for (int k = 0; k < size; ++k) {
+      const A q = ez[s][k];
+      if (q != 0) loss.value += q * ((masked.at(s, k) - top_z) - (student.at(s, k) - top_x) + log_ratio);
+      narrow(ex[s][k] * scale_x - q * scale_z, out.v[k]);
+    }
+    store_within(dx, student.index(s), count, out);
+  }
+  loss = reduce_row<span, int{tier::rows}>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
+  if (thread == 0) row_loss[row] = loss.value * scale_z;
+}
+
+// Longer rows: read twice, the second time from cache.
+template <int span, class T>
+__global__ void __launch_bounds__(span)
+masked_cross_entropy_kernel(
+    const T* logits, int64_t logits_stride, const T* teacher, int64_t teacher_stride, const bool* forget, T* dlogits,
+    const accumulator<T>* coefs, accumulator<T>* row_loss, int64_t, int64_t classes) {
+  using A = accumulator<T>;
   constexpr int size = Pack<T>::size;
-  const int thread = threadIdx.x % span;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / span) + threadIdx.x / span;
-  if (row >= rows) return;
+  const int thread = threadIdx.x;
+  const int64_t row = blockIdx.x;
   const T* x = logits + row * logits_stride;
   const T* z = teacher + row * teacher_stride;
   T* dx = dlogits + row * classes;
@@ -61,7 +142,7 @@ masked_cross_entropy_kernel(
         for (int k = 0; k < size; ++k) one(widen(px.v[k]), widen(pz.v[k]), i + k);
       },
       [&](int64_t i) { one(widen(x[i]), widen(z[i]), i); });
-  sums = reduce_row<span>(sums, Pair<A>::merge);
+  sums = reduce_row<span, 1>(sums, Pair<A>::merge);
   const A top_x = sums.student.top, top_z = sums.teacher.top;
   const A log_x = log(sums.student.sum), log_z = log(sums.teacher.sum);
   const A scale_x = coef * reciprocal(sums.student.sum, log_x), scale_z = coef * reciprocal(sums.teacher.sum, log_z);
@@ -84,7 +165,7 @@ masked_cross_entropy_kernel(
         store_pack(dx + i, out);
       },
       [&](int64_t i) { narrow(gradient(widen(x[i]), widen(z[i]), i), dx[i]); });
-  loss = reduce_row<span>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
+  loss = reduce_row<span, 1>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
   if (thread == 0) row_loss[row] = loss.value * scale_z;
 }
 
@@ -102,17 +183,21 @@ std::tuple<Tensor, Tensor> masked_cross_entropy(
     using T = decltype(zero);
     using A = accumulator<T>;
     if (rows > 0) {
+      const T* first = static_cast<const T*>(x.const_data_ptr());
       const auto launch = [&](auto kernel, int64_t blocks, int threads) {
         kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
-            static_cast<const T*>(x.const_data_ptr()), x.stride(0), static_cast<const T*>(z.const_data_ptr()), z.stride(0),
-            mask.const_data_ptr<bool>(), static_cast<T*>(dlogits.mutable_data_ptr()), coefs.const_data_ptr<A>(),
-            row_loss.mutable_data_ptr<A>(), rows, classes);
+            first, x.stride(0), static_cast<const T*>(z.const_data_ptr()), z.stride(0), mask.const_data_ptr<bool>(),
+            static_cast<T*>(dlogits.mutable_data_ptr()), coefs.const_data_ptr<A>(), row_loss.mutable_data_ptr<A>(), rows,
+            classes);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       };
-      constexpr int short_span = sizeof(T) < sizeof(double) ? 32 : 256; // a warp a row spills in double
-      if (classes <= warp_limit && short_span == 32)
-        launch(masked_cross_entropy_kernel<short_span, T>, (rows + rows_per_block - 1) / rows_per_block, 32 * rows_per_block);
-      else launch(masked_cross_entropy_kernel<256, T>, rows, 256);
+      by_tier(
+          first, x.stride(0), classes,
+          [&](auto of) {
+            using tier = decltype(of);
+            launch(held_masked_cross_entropy_kernel<tier, T>, (rows + tier::rows - 1) / tier::rows, tier::threads);
+          },
+          [&] { launch(masked_cross_entropy_kernel<streaming_span, T>, rows, streaming_span); });
     }
     sum_rows<A, false><<<1, 1024, 0, stream>>>(row_loss.const_data_ptr<A>(), coefs.const_data_ptr<A>(), loss.mutable_data_ptr<A>(), rows);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

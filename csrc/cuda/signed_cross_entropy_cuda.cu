@@ -7,18 +7,76 @@
 namespace zsu::cuda {
 namespace {
 
-// A row belongs to `span` threads: a warp (rows_per_block rows a block), or a whole block. It is read
-// twice, the second time from cache, and written once; dlogits may be logits.
-template <int span, class T>
-__global__ void __launch_bounds__(span == 32 ? 32 * rows_per_block : span)
-signed_cross_entropy_kernel(
+// Rows that fit in registers: each logit is read once and its exponential taken once. dlogits may be
+// logits.
+template <class tier, class T>
+__global__ void __launch_bounds__(tier::threads)
+held_signed_cross_entropy_kernel(
     const T* logits, int64_t logits_stride, T* dlogits, int64_t dlogits_stride, const int64_t* targets,
     const accumulator<T>* coefs, accumulator<T>* row_loss, int64_t rows, int64_t classes) {
   using A = accumulator<T>;
-  constexpr int size = Pack<T>::size;
+  constexpr int span = tier::span, slots = tier::template slots<T>, size = Pack<T>::size;
   const int thread = threadIdx.x % span;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / span) + threadIdx.x / span;
-  if (row >= rows) return; // whole warps or whole blocks leave
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * tier::rows + threadIdx.x / span;
+  if (row >= rows) return; // all threads of a row leave
+  const T* x = logits + row * logits_stride;
+  T* dx = dlogits + row * dlogits_stride;
+  const A coef = coefs[row];
+  if (coef == 0) {
+#pragma unroll 1
+    for (int64_t i = thread; i < classes; i += span) narrow(A(0), dx[i]);
+    if (thread == 0) row_loss[row] = 0;
+    return;
+  }
+  const int64_t target = targets[row];
+  const bool valid = target >= 0 && target < classes;
+  const A target_logit = valid ? static_cast<A>(widen(x[target])) : A(0);
+  const typename tier::template Row<T> held(x, static_cast<int>(classes), thread, misaligned(x));
+
+  Largest<A> largest{-INFINITY};
+#pragma unroll
+  for (int s = 0; s < slots; ++s)
+#pragma unroll
+    for (int k = 0; k < size; ++k) largest = Largest<A>::of(Largest<A>{held.at(s, k)}, largest);
+  const A top = reduce_row<span, int{tier::rows}>(largest, Largest<A>::of).value;
+
+  // sum over the classes other than the target: 1 - p as such, not 1 minus p
+  A e[slots][size];
+  Sum<A> others{0};
+#pragma unroll
+  for (int s = 0; s < slots; ++s)
+#pragma unroll
+    for (int k = 0; k < size; ++k) {
+      e[s][k] = exp_of_logits<T>(held.at(s, k), top);
+      others.value += held.index(s) + k == target ? A(0) : e[s][k];
+    }
+  // In place: every thread has read the target's logit before this reduction's barrier (or, in a warp,
+  // its shuffle), and each element is read and written by one thread.
+  const A rest = reduce_row<span, int{tier::rows}>(others, [](Sum<A> a, Sum<A> b) { return a + b; }).value;
+  const A shifted = target_logit - top, denominator = exp_of_logits<T>(target_logit, top) + rest;
+  const A nan = std::numeric_limits<A>::quiet_NaN(); // an invalid target must be seen, and cannot raise here
+  const A factor = valid ? coef / denominator : nan;
+  if (thread == 0) row_loss[row] = valid ? coef * zsu::row_loss(log(denominator), shifted, rest, denominator) : nan;
+#pragma unroll
+  for (int s = 0; s < slots; ++s) {
+    Pack<T> out;
+#pragma unroll
+    for (int k = 0; k < size; ++k)
+      narrow(factor * (held.index(s) + k == target ? -rest : e[s][k]), out.v[k]);
+    store_within(dx, held.index(s), static_cast<int>(classes), out);
+  }
+}
+
+// Longer rows, one a block: read twice, the second time from cache. dlogits may be logits.
+template <int span, class T>
+__global__ void __launch_bounds__(span)
+signed_cross_entropy_kernel(
+    const T* logits, int64_t logits_stride, T* dlogits, int64_t dlogits_stride, const int64_t* targets,
+    const accumulator<T>* coefs, accumulator<T>* row_loss, int64_t, int64_t classes) {
+  using A = accumulator<T>;
+  constexpr int size = Pack<T>::size;
+  const int thread = threadIdx.x;
+  const int64_t row = blockIdx.x;
   const T* x = logits + row * logits_stride;
   T* dx = dlogits + row * dlogits_stride;
   const A coef = coefs[row];
@@ -51,7 +109,7 @@ signed_cross_entropy_kernel(
         others.raise(widen(x[i]));
         if (i != target) others.add(widen(x[i]));
       });
-  others = reduce_row<span>(others, Softmax<A>::merge);
+  others = reduce_row<span, 1>(others, Softmax<A>::merge);
   top = others.top; // the target took part in raising it
   const A shifted = target_logit - top, rest = others.sum;
   const A denominator = exp_of_difference(target_logit, top) + rest;
@@ -59,8 +117,8 @@ signed_cross_entropy_kernel(
   const A factor = valid ? coef / denominator : nan;
   if (thread == 0) row_loss[row] = valid ? coef * zsu::row_loss(log(denominator), shifted, rest, denominator) : nan;
 
-  // In place: every thread has read the target's logit before the reduction's barrier (or, in a warp,
-  // its shuffle), and from here on each element is read and written by one thread.
+  // In place: every thread has read the target's logit before the reduction's barrier, and from here on
+  // each element is read and written by one thread.
   const auto gradient = [&](A value, int64_t i) { return factor * (i == target ? -rest : exp_of_difference(value, top)); };
   visit_row<span>(
       dx, classes, thread,
@@ -104,16 +162,20 @@ Tensor run(const Tensor& logits, const Tensor& target, const Tensor& coef, const
     using T = decltype(zero);
     using A = accumulator<T>;
     if (rows > 0) {
+      const T* first = static_cast<const T*>(logits.const_data_ptr());
       const auto launch = [&](auto kernel, int64_t blocks, int threads) {
         kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
-            static_cast<const T*>(logits.const_data_ptr()), logits.stride(0), static_cast<T*>(dlogits.mutable_data_ptr()),
-            dlogits.stride(0), targets.const_data_ptr<int64_t>(), coefs.const_data_ptr<A>(), row_loss.mutable_data_ptr<A>(),
-            rows, classes);
+            first, logits.stride(0), static_cast<T*>(dlogits.mutable_data_ptr()), dlogits.stride(0),
+            targets.const_data_ptr<int64_t>(), coefs.const_data_ptr<A>(), row_loss.mutable_data_ptr<A>(), rows, classes);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       };
-      if (classes <= warp_limit)
-        launch(signed_cross_entropy_kernel<32, T>, (rows + rows_per_block - 1) / rows_per_block, 32 * rows_per_block);
-      else launch(signed_cross_entropy_kernel<256, T>, rows, 256);
+      by_tier(
+          first, logits.stride(0), classes,
+          [&](auto of) {
+            using tier = decltype(of);
+            launch(held_signed_cross_entropy_kernel<tier, T>, (rows + tier::rows - 1) / tier::rows, tier::threads);
+          },
+          [&] { launch(signed_cross_entropy_kernel<streaming_span, T>, rows, streaming_span); });
     }
     sum_rows<A, true><<<1, 1024, 0, stream>>>(row_loss.const_data_ptr<A>(), coefs.const_data_ptr<A>(), losses.mutable_data_ptr<A>(), rows);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

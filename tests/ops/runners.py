@@ -8,6 +8,8 @@ import os
 from typing import NamedTuple
 
 import pytest
+import torch
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -34,3 +36,12 @@ def runners(compiled: bool = True) -> list[object]:
     if compiled:
         found.append(pytest.param(Runner("compile", "cpu"), id="compile"))
     return found
+
+
+def same(runner: Runner, got: Tensor, want: Tensor) -> None:
+    """Equal bits; on a GPU up to rounding, since how rows are aligned sets the order of sums."""
+    if runner.device == "cuda":
+        rtol = {torch.float64: 1e-13, torch.float32: 2e-6}.get(got.dtype, 1e-2)
+        torch.testing.assert_close(got, want, rtol=rtol, atol=1e-7)
+    else:
+        assert torch.equal(got, want)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from runners import Runner, runners
+from runners import Runner, runners, same
 from torch import Tensor
 
 from zsu_fast import ops
@@ -128,8 +128,8 @@ def test_any_strides_and_teacher_types(runner: Runner) -> None:
     wide[:, 5:42] = logits
     for x in (wide[:, 5:42], logits.t().contiguous().t()):
         got = and_grad(runner, x, teacher.t().contiguous().t(), forget, coef)
-        assert torch.equal(got[0], expected[0])
-        assert torch.equal(got[1], expected[1])
+        same(runner, got[0], expected[0])
+        same(runner, got[1], expected[1])
     got = and_grad(runner, logits, teacher.double(), forget, coef)
     torch.testing.assert_close(got, expected)
     shared = and_grad(runner, logits, teacher[:1].expand(9, 37), forget, coef)

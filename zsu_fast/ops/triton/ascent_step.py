@@ -142,16 +142,19 @@ def ascent_step_(
     high: Tensor,
     lr: Tensor,
     beta: Tensor,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    rule: str = "adam",
-    normalize: bool = False,
-    jitter: Tensor | None = None,
-    seed: Tensor | None = None,
-    found_nan: Tensor | None = None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    rule: str,
+    normalize: bool,
+    jitter: Tensor | None,
+    seed: Tensor | None,
+    found_nan: Tensor | None,
 ) -> None:
-    """As `reference.ascent_step_`; x, grad and the moments are laid out alike and float32."""
+    """As `reference.ascent_step_`; x, grad and the moments are laid out alike and float32.
+
+    No defaults: torch 2.11 drops arguments that equal theirs, and then looks for found_nan.
+    """
     if rule not in MODES:
         raise RuntimeError(f"mode must be adam, sgd or sign, got {rule}")
     if any(t.shape != x.shape for t in (grad, moment, variance)):
