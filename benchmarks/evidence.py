@@ -81,9 +81,11 @@ def train_golden(setting: Setting, model: nn.Module, epochs: int) -> nn.Module:
     torch.manual_seed(0)
     made = zoo.build(setting.model).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.SGD(made.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    total = epochs * (len(labels) // 128)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.2, total_steps=total)
-    for _ in range(total):
+    steps = len(labels) // 128
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.2, total_steps=epochs * steps)
+    for step in range(epochs * steps):
+        if step % steps == 0:
+            print(f"golden model: epoch {step // steps + 1} of {epochs}", flush=True)
         rows = torch.randint(len(labels), (128,))
         x = model.input_spec.normalise(images[rows])
         x = torch.where(torch.rand(128, 1, 1, 1) < 0.5, x.flip(3), x)

@@ -52,7 +52,7 @@ class Relearned:
 
     Attributes:
         steps: until the goal was reached; None if it was not within the lesson's ``most``.
-        accuracy: FA in per cent, at the goal or at the end.
+        accuracy: FA in per cent, at the goal or at the end, as it is compared with the goal.
         curve: (step, FA) pairs.
     """
 
@@ -121,6 +121,11 @@ def _train(
         ]
         return 100 * float(sum(right)) / len(want)
 
+    def reached() -> float:
+        """The mean of the last three looks: one alone may be above the goal by luck."""
+        last = [fa for _, fa in curve[-3:]]
+        return sum(last) / len(last)
+
     curve = [(0, accuracy())]
     for step in range(1, lesson.most + 1):
         chosen = torch.cat(
@@ -131,9 +136,9 @@ def _train(
         optimiser.step()
         if _looks(step) or step == lesson.most:
             curve.append((step, accuracy()))
-            if curve[-1][1] >= lesson.goal:
-                return Relearned(step, curve[-1][1], curve)
-    return Relearned(None, curve[-1][1], curve)
+            if reached() >= lesson.goal:
+                return Relearned(step, reached(), curve)
+    return Relearned(None, reached(), curve)
 
 
 def _looks(step: int) -> bool:

@@ -16,6 +16,8 @@ from .result import GOLDEN, MASK, ORIGINAL
 
 # Features are kept of so many images at most, divided among the classes.
 _FEATURES = 20_000
+# Images on which relearning is measured at most, divided among the forgotten classes.
+_RELEARN_TEST = 600
 # Values of the images that are kept for relearning: 1,783 of 3x224x224.
 _KEPT_VALUES = 1 << 28
 
@@ -24,7 +26,7 @@ def look(case: Case, data: Any, train_data: Any) -> tuple[Seen, Labelled]:
     """Runs all models on the images, and says which are for learning and which for measuring."""
     relearned = case.some(case.forget, RELEARNED)
     taught = [*relearned, *case.some(case.kept, RELEARNED)]
-    per_test = max(10, 200 // len(relearned))
+    per_test = max(10, _RELEARN_TEST // len(relearned))
     most = _KEPT_VALUES // max(1, math.prod(case.spec.shape)) // len(taught)
     shots = max(1, min(case.settings["shots"], most - per_test))
     variants = list(case.variants.values())
