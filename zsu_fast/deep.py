@@ -65,7 +65,7 @@ class DeepSettings:
     scenes: int = 4000
     pushed: int = 1000
     mixtures: int = 512
-    steps: int = 300
+    steps: int = 600
     batch: int = 256
     unmask: float = 0.3
     shrink: float = 0.25
