@@ -29,7 +29,7 @@ from table1 import RESULTS, SHARED, load_model, processor
 from torch import Tensor, nn
 
 import zsu_fast
-from zsu_fast import zoo
+from zsu_fast import checkpoint, zoo
 from zsu_fast.audit.metrics import BY_KEY
 from zsu_fast.audit.result import Audit
 from zsu_fast.unlearning import ZeroShotUnlearner
@@ -106,14 +106,21 @@ def methods() -> dict[str, dict[str, Any]]:
     return rows
 
 
-def measure(setting: Setting, seeds: int, most: int | None, epochs: int) -> list[list[Any]]:
+def measure(
+    setting: Setting, seeds: int, most: int | None, epochs: int, stored_golden: Path | None
+) -> list[list[Any]]:
     """(setting, model, seed, metric, value or "", reason or "") of every number."""
     model = load_model(setting.model)
     count = min(setting.images, most or setting.images)
     test, train = read(setting.data, "test", count), read(setting.data, "train", count)
     golden = zoo.load(setting.golden) if setting.golden else None
-    if golden is None and epochs:
+    if golden is None and stored_golden and stored_golden.exists():
+        golden = zoo.build(setting.model)
+        checkpoint.load_into(golden, stored_golden)
+    elif golden is None and epochs:
         golden = train_golden(setting, model, epochs)
+        if stored_golden:
+            checkpoint.save_weights(golden, stored_golden)
     numbers: list[list[Any]] = []
     for seed in range(seeds):
         for method, options in methods().items():
@@ -211,6 +218,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="of each set, at most")
     parser.add_argument("--train-golden", type=int, default=0, metavar="EPOCHS")
     parser.add_argument(
+        "--golden", type=Path, help="its weights: read where they are there, else written"
+    )
+    parser.add_argument(
         "--summary", action="store_true", help="write evidence.md anew, run nothing"
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -222,7 +232,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "evidence.csv"
     for setting in [] if arguments.summary else chosen:
-        lines = measure(setting, arguments.seeds, arguments.images, arguments.train_golden)
+        lines = measure(
+            setting, arguments.seeds, arguments.images, arguments.train_golden, arguments.golden
+        )
         # settings that were not run again keep their lines
         lines = [n for n in stored(file) if n[0] != setting.key] + lines
         with file.open("w", newline="") as new:

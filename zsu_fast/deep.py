@@ -68,7 +68,7 @@ class DeepSettings:
     steps: int = 600
     batch: int = 256
     unmask: float = 0.3
-    shrink: float = 0.25
+    shrink: float = 0.15
     erase: float = 0.35
     ridge: float = 0.1
 
