@@ -120,7 +120,7 @@ def measure(
     elif golden is None and epochs:
         golden = train_golden(setting, model, epochs)
         if stored_golden:
-            checkpoint.save_weights(golden, stored_golden)
+            checkpoint.save_weights(stored_golden, golden)
     numbers: list[list[Any]] = []
     for seed in range(seeds):
         for method, options in methods().items():
