@@ -8,9 +8,13 @@ import pytest
 import torch
 from fake_gpu import DeviceMixError, GpuTensor, on_fake_gpu
 from support import QUICK, tiny, tiny_data
+from torch import nn
 
 import zsu_fast
 from zsu_fast import objective
+from zsu_fast.classifier import InputSpec, working_copy
+from zsu_fast.impressions import batch_rows
+from zsu_fast.spaces import input_space
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a real GPU: see test_gpu.py"
@@ -60,6 +64,18 @@ def test_audit_and_plan_keep_to_the_device() -> None:
         )  # fmt: skip
         assert result.verdict
         assert zsu_fast.plan(original, [1], **QUICK).basis == "measured"
+
+
+def test_batches_are_larger_on_a_gpu() -> None:
+    spec = InputSpec((3, 224, 224), (0.0,) * 3, (1.0,) * 3, "the test")
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    rows = {}
+    for device in ("cpu", "cuda"):
+        with on_fake_gpu():
+            work = working_copy(model, torch.device(device))
+            rows[device] = batch_rows(input_space(work, spec, "float32"))
+    assert rows["cpu"] == (4 * 27, 27)
+    assert rows["cuda"] == (4 * 445, 445)
 
 
 def test_rows_that_are_left_on_the_cpu_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
