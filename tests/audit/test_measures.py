@@ -245,3 +245,22 @@ def test_the_headline_does_not_flatter(probe_forget: float, words: str) -> None:
         row.put("drift_backbone", 0.0 if row.name in ("original", "mask") else 1.0)
     evidence = Evidence(rows, LastLayer("trained", ""), 0, 10, [1])
     assert sentences(evidence, [], checks(evidence))[0].startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("original", "mine", "golden", "passed"),
+    [(28, 90, 100, True), (28, 30, 100, False), (100, 100, 100, None), (60, 90, 55, None)],
+)
+def test_relearning_tells_nothing_where_the_original_needs_as_long(
+    original: int, mine: int, golden: int, passed: bool | None
+) -> None:
+    steps, index = "relearn_full_steps", "ain_full"
+    rows = [
+        Row("original", {steps: original}),
+        Row("unlearned", {steps: mine, index: mine / golden}),
+        Row("golden", {steps: golden}),
+    ]
+    evidence = Evidence(rows, LastLayer("trained", "it was trained"), 5, 10, [1])
+    (check,) = (c for c in checks(evidence) if c.name == "relearning, all weights")
+    assert check.passed is passed
+    assert ("tells nothing" in check.says) == (passed is None)
