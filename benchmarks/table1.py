@@ -393,7 +393,8 @@ def main() -> None:
         "classes are 100 images and one image is 1 % of FA.",
         "",
         f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}.",
+        f"Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}. Settings and methods "
+        "that were not run then keep their earlier lines; their seconds may be another machine's.",
     ]
     verdict = ["", "## Bars", ""]
     verdict += [f"- missed: {f}" for f in failures] or ["All met by the default."]
