@@ -16,24 +16,16 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
-from unittest import mock
 
 import torch
-from harness import RESULTS, machine
+from harness import RESULTS, eager_ascent, machine
 from torch import nn
 
 import zsu_fast
-from zsu_fast import ascent, demo, zoo
+from zsu_fast import demo, zoo
 from zsu_fast.unlearning import ZeroShotUnlearner
-
-
-@contextmanager
-def eager_ascent() -> Iterator[None]:
-    with mock.patch.object(ascent, "_step_many", lambda step, _device: step):
-        yield
 
 
 def call(model: nn.Module, forget: Any, captured: bool, **options: Any) -> tuple[nn.Module, dict]:
@@ -43,11 +35,8 @@ def call(model: nn.Module, forget: Any, captured: bool, **options: Any) -> tuple
     run = ZeroShotUnlearner(
         model, forget, progress=False, loop="auto" if captured else "eager", **options
     )
-    if captured:
+    with nullcontext() if captured else eager_ascent():
         made = run.run()
-    else:
-        with eager_ascent():
-            made = run.run()
     torch.cuda.synchronize()
     return made, run.record.timings | {"total": time.perf_counter() - started}
 
@@ -104,8 +93,8 @@ def main() -> None:
             "|---|---|---:|---:|---:|---:|---:|---:|", *rows,
         ]
     ) + "\n"  # fmt: skip
-    Path(RESULTS).mkdir(parents=True, exist_ok=True)
-    (Path(RESULTS) / "cuda_calls.md").write_text(text)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "cuda_calls.md").write_text(text)
     print(text)
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from harness import DEVICE, Contender, Table, compare
+from harness import DEVICE, Contender, Table, compare, eager_ascent
 from torch import Tensor
 
-from zsu_fast import ascent, impressions as synthesis, zoo
+from zsu_fast import impressions as synthesis, zoo
 from zsu_fast.ascent import AscentSettings
 from zsu_fast.classifier import InputSpec, working_copy
 from zsu_fast.objective import Masked, make_rows
@@ -92,7 +91,7 @@ def test_ascent_loop(benchmark: Any, table: Table) -> None:
             return synthesis.ascend(model, space, spec, range(10), settings, report).images
 
     def eager() -> Tensor:
-        with mock.patch.object(ascent, "_step_many", lambda step, _device: step):
+        with eager_ascent():
             return made()
 
     assert torch.equal(eager(), eager())

@@ -39,11 +39,12 @@ finish() {
   exit 1
 }
 pytest=("$python" -m pytest -q -p no:cacheprovider)
+doctor=("$python" -c 'from zsu_fast.doctor import render; print(render())')
 rm -f "$OUT/failed.txt"
 
 if [ "$what" = --cpu ]; then
   # the steps of a GPU machine that have a CPU side, short; the gpu tests are only collected
-  step doctor "$python" -c 'from zsu_fast.doctor import render; print(render())'
+  step doctor "${doctor[@]}"
   step collect-gpu-tests "${pytest[@]}" tests -m gpu --collect-only
   step touch "$python" benchmarks/touch_every_kernel.py --device cpu
   step gpu-state "$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import harness; print(harness.gpu_state())'
@@ -61,10 +62,11 @@ command -v nvidia-smi >/dev/null && nvidia-smi >"$OUT/nvidia-smi.txt"
 
 # without nvcc the CUDA library is left out and Triton is tested alone
 step build env TORCH_CUDA_ARCH_LIST="$capability" "$python" setup.py build_ext --inplace
-[ "$what" = bench ] || step doctor "$python" -c 'from zsu_fast.doctor import render; print(render())'
-[ "$what" = bench ] || cat "$OUT/doctor.log"
 
-if [ "$what" != bench ]; then # side by side: nothing here is timed
+if [ "$what" != bench ]; then
+  step doctor "${doctor[@]}"
+  cat "$OUT/doctor.log"
+  # side by side: nothing here is timed
   step tests-gpu "${pytest[@]}" tests -m gpu -n 6 &
   step tests-cpu "${pytest[@]}" tests/ops -m "not gpu" -n 4 &
   if sanitizer=$(command -v compute-sanitizer); then

@@ -16,12 +16,16 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+
+from zsu_fast import ascent
 
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
 GRAPH_CALLS = 6  # inputs rotate among 2 or 3
@@ -103,7 +107,7 @@ def machine() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
-        "clock": "CUDA events, graph replays" if DEVICE == "cuda" else "CPU time of the thread",
+        "clock": "CUDA events" if DEVICE == "cuda" else "CPU time of the thread",
         "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
     }
     if DEVICE == "cuda":
@@ -141,7 +145,10 @@ def race(
 
     ``capture``: on a GPU, in graphs of ``GRAPH_CALLS`` calls, where that can be done.
     """
-    rounds = min(rounds, 15) if DEVICE == "cuda" else rounds  # events hardly scatter
+    if DEVICE == "cuda":
+        rounds = min(rounds, 15)  # events hardly scatter
+    else:
+        capture = False
     calls: dict[str, int] = {}
     run: dict[str, Callable[[], Any]] = {}
     shares: dict[str, int] = {}  # calls in one run
@@ -149,9 +156,8 @@ def race(
     for contender in contenders:
         for _ in range(3):
             contender.run()
-        graph, output = captured(contender.run) if capture and DEVICE == "cuda" else (None, None)
-        called = capture and DEVICE == "cuda" and graph is None
-        name = f"{contender.name} (called)" if called else contender.name
+        graph, output = captured(contender.run) if capture else (None, None)
+        name = f"{contender.name} (called)" if capture and graph is None else contender.name
         run[name] = graph.replay if graph else contender.run
         shares[name] = GRAPH_CALLS if graph else 1
         if graph and contender.verify:
@@ -189,6 +195,13 @@ def captured(run: Callable[[], Any]) -> tuple[Any, Any]:
         torch.cuda.synchronize()
         return None, None
     return graph, output
+
+
+@contextmanager
+def eager_ascent() -> Iterator[None]:
+    """The ascent's steps one by one, not captured."""
+    with mock.patch.object(ascent, "_step_many", lambda step, _device: step):
+        yield
 
 
 def measure(run: Callable[[], Any], calls: int) -> float:

@@ -159,12 +159,11 @@ class Ascent:
             if any(gone):
                 finished += self._retire(rows, gone)
                 left = min(sum(alive) + len(self.queue), self.width)
-                if len(rows.index) > _bucket(left, self.device):
+                shrinks = len(rows.index) > _bucket(left, self.device)
+                if shrinks or (self.queue and self.device.type != "cuda"):
                     rows = self._compact(rows, alive)
-                elif self.queue and self.device.type == "cuda":  # the captured graph stays good
+                elif self.queue:  # in place: the captured graph stays good
                     self._refill(rows)
-                elif self.queue:
-                    rows = self._compact(rows, alive)
             report("synthesise", before + finished, total, in_flight=float(sum(alive)))
         return self.result(torch.arange(len(self.labels)))
 
@@ -265,7 +264,7 @@ class Ascent:
             getattr(rows, name)[where] = getattr(fresh, name)
         for place, i in zip(free, fresh.index, strict=True):
             rows.index[place] = i
-        rows.rivals = any(self.attempt[i] > 0 for i in rows.index if i >= 0)
+        rows.rivals = self._has_rivals(rows)
 
     def _compact(self, rows: _Rows, alive: list[bool]) -> _Rows:
         """Drops rows that are done, but for as many as fill the batch up to a fixed size."""
@@ -288,8 +287,11 @@ class Ascent:
             fresh = _Rows(index + new, *joined)
         for name in ("x", "moment", "variance"):
             setattr(fresh, name, self.model.layout(getattr(fresh, name)))
-        fresh.rivals = any(self.attempt[i] > 0 for i in fresh.index if i >= 0)
+        fresh.rivals = self._has_rivals(fresh)
         return fresh
+
+    def _has_rivals(self, rows: _Rows) -> bool:
+        return any(self.attempt[i] > 0 for i in rows.index if i >= 0)
 
     def _noise(self, new: list[int]) -> _Rows:
         """Starting points: a function of (seed, class, number, attempt) alone."""

@@ -67,6 +67,19 @@ class FastCopy:
         return out.copy_(images)
 
 
+@contextmanager
+def fp32_precision(settings: Any, precision: str) -> Iterator[None]:
+    """Float32 work of one of torch's backends ("torch.backends...") in another precision."""
+    before = settings.fp32_precision
+    settings.fp32_precision = precision
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+# Two copies of a deep model would look like two functions where cuDNN rounds to TF32.
+@fp32_precision(torch.backends.cudnn.conv, "ieee")  # type: ignore[attr-defined]
 def fast_copy(model: LogitsModel, images: Tensor, precision: Precision = "auto") -> FastCopy:
     """A cheaper copy of ``model``, as far as each step leaves the logits what they are.
 
@@ -75,11 +88,6 @@ def fast_copy(model: LogitsModel, images: Tensor, precision: Precision = "auto")
         images: two or more, [N, ...], to check with.
         precision: "auto" is bfloat16 where this device computes in it, else float32.
     """
-    with _exact_convolutions():
-        return _fast_copy(model, images, precision)
-
-
-def _fast_copy(model: LogitsModel, images: Tensor, precision: Precision) -> FastCopy:
     plain = FastCopy(copy.deepcopy(model).requires_grad_(False), False, torch.float32, False)
     want = _logits_and_gradient(plain, images)
     made = plain
@@ -102,20 +110,6 @@ def _fast_copy(model: LogitsModel, images: Tensor, precision: Precision) -> Fast
         half = replace(made, model=halved, dtype=torch.bfloat16)
         made = _if_same(half, made, images, want)
     return made
-
-
-@contextmanager
-def _exact_convolutions() -> Iterator[None]:
-    """Float32 convolutions in float32, also where cuDNN may round to TF32: two copies of a deep
-    model would else look like two functions.
-    """
-    settings: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -289,7 +289,7 @@ def make_rows(
     )
     total = len(first)
     unknown = torch.empty(total, device=device)
-    rows = Rows(features, unknown[:, None], unknown, unknown, mixing)
+    rows = Rows(features, torch.empty(total, 0, device=device), unknown, unknown, mixing)
     if total * sum(f[0].numel() * f.element_size() for f in features) <= _KEPT:
         rows.features, rows.mixing = mixing(features, torch.arange(total, device=device)), None
     _label(rows, tail, forget, names)

@@ -85,9 +85,9 @@ class Record:
                 "python": platform.python_version(),
                 "platform": platform.platform(),
                 "threads": str(torch.get_num_threads()),
-                "device": str(device)
-                if device.type == "cpu"
-                else f"{device} ({torch.cuda.get_device_name(device)})",
+                "device": f"{device} ({torch.cuda.get_device_name(device)})"
+                if device.type == "cuda"
+                else str(device),
             },
             started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             weights_before=weights_hash(model),

@@ -7,15 +7,15 @@ block of steps at a time and looks at the held-out rows between blocks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError
-from .fast_copy import has_bfloat16
+from .fast_copy import fp32_precision, has_bfloat16
 from .objective import Objective, Rows
 from .threads import SMALL, multiply_adds
 
@@ -86,6 +86,7 @@ class EagerStepper:
     """Step by step, in plain autograd."""
 
     name = "eager"
+    capturable = False
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class EagerStepper:
         self.optimiser: Any = (
             _FusedAdam(self.parameters, self.scales)
             if self._fused()
-            else torch.optim.AdamW(self._groups(), weight_decay=0.0)
+            else torch.optim.AdamW(self._groups(), weight_decay=0.0, capturable=self.capturable)
         )
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -178,14 +179,18 @@ class _FusedAdam:
                 weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
             )  # fmt: skip
 
-    def forget(self) -> None:
-        """Zeroes moments and counts in place."""
-        for group in self.param_groups:
-            torch._foreach_zero_([*group["moments"], *group["variances"], *group["steps"]])
+    @property
+    def state(self) -> dict[Any, dict[str, Tensor]]:
+        """What a step remembers of each parameter, as in torch.optim."""
+        names = ("moments", "variances", "steps")
+        return {
+            place: dict(zip(names, kept, strict=True))
+            for group in self.param_groups
+            for place, *kept in zip(group["places"], *(group[n] for n in names), strict=True)
+        }
 
 
-@contextmanager
-def _quick_products(device: torch.device, work: int) -> Iterator[None]:
+def _quick_products(device: torch.device, work: int) -> AbstractContextManager[None]:
     """Products of float32 matrices in bfloat16, sums in float32, where a CPU has units for that.
 
     Twice to four times as fast with AMX for the last layer of an ImageNet model, and steps from
@@ -193,15 +198,8 @@ def _quick_products(device: torch.device, work: int) -> Iterator[None]:
     ``SMALL`` multiply-adds a step it would gain nothing.
     """
     if device.type != "cpu" or work <= SMALL or not has_bfloat16(device):
-        yield
-        return
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+        return nullcontext()
+    return fp32_precision(torch.backends.mkldnn.matmul, "bf16")  # type: ignore[attr-defined]
 
 
 class CompiledStepper(EagerStepper):
@@ -229,6 +227,7 @@ class GraphStepper(EagerStepper):
     """
 
     name = "graph"
+    capturable = True
 
     def __init__(
         self,
@@ -242,13 +241,9 @@ class GraphStepper(EagerStepper):
         super().__init__(tail, parameters, rows, objective, scales)
 
     def reset(self) -> None:
-        if self._fused():
-            self.optimiser = _FusedAdam(self.parameters, self.scales)
-            for group in self.optimiser.param_groups:
-                group["lr"] = torch.zeros((), device=self.device)
-        else:
-            groups = [g | {"lr": torch.zeros((), device=self.device)} for g in self._groups()]
-            self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0, capturable=True)
+        super().reset()
+        for group in self.optimiser.param_groups:
+            group["lr"] = torch.zeros((), device=self.device)
         self.graph = None
 
     def run(self, index: Tensor, rates: list[float]) -> Tensor:
@@ -285,12 +280,9 @@ class GraphStepper(EagerStepper):
         with torch.no_grad():  # as if the warm-up had not been
             for parameter, old in zip(self.parameters, before, strict=True):
                 parameter.copy_(old)
-            if isinstance(self.optimiser, _FusedAdam):
-                self.optimiser.forget()
-            else:
-                for state in self.optimiser.state.values():
-                    for value in state.values():
-                        value.zero_()
+            for state in self.optimiser.state.values():
+                for value in state.values():
+                    value.zero_()
         for parameter in self.parameters:
             parameter.grad = None
         self.graph = torch.cuda.CUDAGraph()

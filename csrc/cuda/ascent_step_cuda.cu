@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(1024) grad_scale_kernel(const float* grad, flo
         for (int k = 0; k < 4; ++k) sum.value += pack.v[k] * pack.v[k];
       },
       [&](int64_t i) { sum.value += g[i] * g[i]; });
-  sum = reduce_row<1024, 1>(sum, [](Sum<float> a, Sum<float> b) { return a + b; });
+  sum = reduce_row<1024>(sum, [](Sum<float> a, Sum<float> b) { return a + b; });
   if (threadIdx.x == 0) scale[blockIdx.x] = sum.value == 0 ? 0.0f : __frsqrt_rn(sum.value);
 }
 

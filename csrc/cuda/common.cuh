@@ -119,6 +119,16 @@ __device__ void store_within(T* row, int i, int classes, const Pack<T>& pack) {
     if (i + k >= 0 && i + k < classes) row[i + k] = pack.v[k];
 }
 
+// Whether a row counts nothing; then its gradient and loss are 0, whatever its logits are.
+template <int span, class T>
+__device__ bool left_out(accumulator<T> coef, T* dx, accumulator<T>& row_loss, int64_t classes, int thread) {
+  if (coef != 0) return false;
+#pragma unroll 1
+  for (int64_t i = thread; i < classes; i += span) narrow(accumulator<T>(0), dx[i]);
+  if (thread == 0) row_loss = 0;
+  return true;
+}
+
 // Lanes of this thread's row in its warp, as a mask.
 template <int span>
 __device__ unsigned row_lanes() {
@@ -126,30 +136,22 @@ __device__ unsigned row_lanes() {
   else return ((1u << span) - 1) << (threadIdx.x % 32 / span * span);
 }
 
-// All `span` threads of a row meet; other rows of the block may be gone.
-template <int span, int rows_per_block>
-__device__ void meet() {
-  static_assert(span <= 32 || rows_per_block == 1, "rows of several warps have a block of their own");
-  if constexpr (span <= 32) __syncwarp(row_lanes<span>());
-  else __syncthreads();
-}
-
-// All `span` threads of a row get the same result, from one order of operations.
-template <int span, int rows_per_block, class V, class F>
+// All `span` threads of a row get the same result, from one order of operations. Where they are more
+// than a warp, the row has a block of its own.
+template <int span, class V, class F>
 __device__ V reduce_row(V v, F combine) {
 #pragma unroll
   for (int by = (span < 32 ? span : 32) / 2; by > 0; by /= 2) v = combine(v, v.shuffled(by, row_lanes<span>()));
   if constexpr (span > 32) {
-    __shared__ V of_warp[rows_per_block][span / 32];
-    V* const mine = of_warp[threadIdx.x / span];
-    meet<span, rows_per_block>(); // an earlier reduction may still be read
-    if (threadIdx.x % 32 == 0) mine[threadIdx.x % span / 32] = v;
-    meet<span, rows_per_block>();
-    v = mine[0];
+    __shared__ V of_warp[span / 32];
+    __syncthreads(); // an earlier reduction may still be read
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = of_warp[0];
 #pragma unroll
-    for (int w = 1; w < span / 32; ++w) v = combine(v, mine[w]);
+    for (int w = 1; w < span / 32; ++w) v = combine(v, of_warp[w]);
   } else {
-    meet<span, rows_per_block>(); // as above: what the row's threads have read, they may now overwrite
+    __syncwarp(row_lanes<span>()); // as __syncthreads above: what the row's threads have read, they may now overwrite
   }
   return v;
 }
@@ -235,8 +237,8 @@ __global__ void __launch_bounds__(1024) sum_rows(const A* row_loss, const A* coe
     sums[1] += forget ? 0.0 : static_cast<double>(row_loss[i]);
   }
   const auto plus = [](Sum<double> a, Sum<double> b) { return a + b; };
-  const double forget = reduce_row<1024, 1>(Sum<double>{sums[0]}, plus).value;
-  const double retain = reduce_row<1024, 1>(Sum<double>{sums[1]}, plus).value;
+  const double forget = reduce_row<1024>(Sum<double>{sums[0]}, plus).value;
+  const double retain = reduce_row<1024>(Sum<double>{sums[1]}, plus).value;
   if (threadIdx.x == 0) {
     losses[0] = static_cast<A>(split ? forget : retain);
     if (split) losses[1] = static_cast<A>(retain);
@@ -247,6 +249,7 @@ __global__ void __launch_bounds__(1024) sum_rows(const A* row_loss, const A* coe
 // `values` classes each (half as many of double).
 template <int threads_a_row, int rows_per_block, int values>
 struct Tier {
+  static_assert(threads_a_row <= 32 || rows_per_block == 1, "see reduce_row");
   static constexpr int span = threads_a_row, threads = span * rows_per_block;
   static constexpr int64_t rows = rows_per_block;
   template <class T>

@@ -53,12 +53,7 @@ held_masked_cross_entropy_kernel(
   const T* z = teacher + row * teacher_stride;
   T* dx = dlogits + row * classes;
   const A coef = coefs[row];
-  if (coef == 0) {
-#pragma unroll 1
-    for (int64_t i = thread; i < classes; i += span) narrow(A(0), dx[i]);
-    if (thread == 0) row_loss[row] = 0;
-    return;
-  }
+  if (left_out<span>(coef, dx, row_loss[row], classes, thread)) return;
   const typename tier::template Row<T> student(x, count, thread, misaligned(x));
   typename tier::template Row<T> masked(z, count, thread, misaligned(x)); // the same elements, wherever the teacher's row starts
   LargestPair<A> largest{{-INFINITY}, {-INFINITY}};
@@ -70,7 +65,7 @@ held_masked_cross_entropy_kernel(
       if (i >= 0 && i < count && forget[i]) narrow(A(-INFINITY), masked.held[s].v[k]);
       largest = LargestPair<A>::of({{student.at(s, k)}, {masked.at(s, k)}}, largest);
     }
-  largest = reduce_row<span, int{tier::rows}>(largest, LargestPair<A>::of);
+  largest = reduce_row<span>(largest, LargestPair<A>::of);
   const A top_x = largest.student.value, top_z = largest.teacher.value;
 
   A ex[slots][size], ez[slots][size];
@@ -83,7 +78,7 @@ held_masked_cross_entropy_kernel(
       ez[s][k] = exp_of_logits<T>(masked.at(s, k), top_z);
       sums = SumPair<A>::of(sums, {{ex[s][k]}, {ez[s][k]}});
     }
-  sums = reduce_row<span, int{tier::rows}>(sums, SumPair<A>::of);
+  sums = reduce_row<span>(sums, SumPair<A>::of);
   const A sum_x = sums.student.value, sum_z = sums.teacher.value;
   const A log_x = log(sum_x), log_z = log(sum_z), log_ratio = log_x - log_z;
   const A scale_x = coef * reciprocal(sum_x, log_x), scale_z = coef * reciprocal(sum_z, log_z);
@@ -100,7 +95,7 @@ held_masked_cross_entropy_kernel(
     }
     store_within(dx, student.index(s), count, out);
   }
-  loss = reduce_row<span, int{tier::rows}>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
+  loss = reduce_row<span>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
   if (thread == 0) row_loss[row] = loss.value * scale_z;
 }
 
@@ -118,12 +113,7 @@ masked_cross_entropy_kernel(
   const T* z = teacher + row * teacher_stride;
   T* dx = dlogits + row * classes;
   const A coef = coefs[row];
-  if (coef == 0) {
-#pragma unroll 1
-    for (int64_t i = thread; i < classes; i += span) narrow(A(0), dx[i]);
-    if (thread == 0) row_loss[row] = 0;
-    return;
-  }
+  if (left_out<span>(coef, dx, row_loss[row], classes, thread)) return;
 
   Pair<A> sums{Softmax<A>::none(), Softmax<A>::none()};
   const auto one = [&](A student, A of_teacher, int64_t i) {
@@ -142,7 +132,7 @@ masked_cross_entropy_kernel(
         for (int k = 0; k < size; ++k) one(widen(px.v[k]), widen(pz.v[k]), i + k);
       },
       [&](int64_t i) { one(widen(x[i]), widen(z[i]), i); });
-  sums = reduce_row<span, 1>(sums, Pair<A>::merge);
+  sums = reduce_row<span>(sums, Pair<A>::merge);
   const A top_x = sums.student.top, top_z = sums.teacher.top;
   const A log_x = log(sums.student.sum), log_z = log(sums.teacher.sum);
   const A scale_x = coef * reciprocal(sums.student.sum, log_x), scale_z = coef * reciprocal(sums.teacher.sum, log_z);
@@ -165,7 +155,7 @@ masked_cross_entropy_kernel(
         store_pack(dx + i, out);
       },
       [&](int64_t i) { narrow(gradient(widen(x[i]), widen(z[i]), i), dx[i]); });
-  loss = reduce_row<span, 1>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
+  loss = reduce_row<span>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
   if (thread == 0) row_loss[row] = loss.value * scale_z;
 }
 

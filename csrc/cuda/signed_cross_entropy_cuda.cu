@@ -22,12 +22,7 @@ held_signed_cross_entropy_kernel(
   const T* x = logits + row * logits_stride;
   T* dx = dlogits + row * dlogits_stride;
   const A coef = coefs[row];
-  if (coef == 0) {
-#pragma unroll 1
-    for (int64_t i = thread; i < classes; i += span) narrow(A(0), dx[i]);
-    if (thread == 0) row_loss[row] = 0;
-    return;
-  }
+  if (left_out<span>(coef, dx, row_loss[row], classes, thread)) return;
   const int64_t target = targets[row];
   const bool valid = target >= 0 && target < classes;
   const A target_logit = valid ? static_cast<A>(widen(x[target])) : A(0);
@@ -38,7 +33,7 @@ held_signed_cross_entropy_kernel(
   for (int s = 0; s < slots; ++s)
 #pragma unroll
     for (int k = 0; k < size; ++k) largest = Largest<A>::of(Largest<A>{held.at(s, k)}, largest);
-  const A top = reduce_row<span, int{tier::rows}>(largest, Largest<A>::of).value;
+  const A top = reduce_row<span>(largest, Largest<A>::of).value;
 
   // sum over the classes other than the target: 1 - p as such, not 1 minus p
   A e[slots][size];
@@ -52,7 +47,7 @@ held_signed_cross_entropy_kernel(
     }
   // In place: every thread has read the target's logit before this reduction's barrier (or, in a warp,
   // its shuffle), and each element is read and written by one thread.
-  const A rest = reduce_row<span, int{tier::rows}>(others, [](Sum<A> a, Sum<A> b) { return a + b; }).value;
+  const A rest = reduce_row<span>(others, [](Sum<A> a, Sum<A> b) { return a + b; }).value;
   const A shifted = target_logit - top, denominator = exp_of_logits<T>(target_logit, top) + rest;
   const A nan = std::numeric_limits<A>::quiet_NaN(); // an invalid target must be seen, and cannot raise here
   const A factor = valid ? coef / denominator : nan;
@@ -80,12 +75,7 @@ signed_cross_entropy_kernel(
   const T* x = logits + row * logits_stride;
   T* dx = dlogits + row * dlogits_stride;
   const A coef = coefs[row];
-  if (coef == 0) {
-#pragma unroll 1
-    for (int64_t i = thread; i < classes; i += span) narrow(A(0), dx[i]);
-    if (thread == 0) row_loss[row] = 0;
-    return;
-  }
+  if (left_out<span>(coef, dx, row_loss[row], classes, thread)) return;
   const int64_t target = targets[row];
   const bool valid = target >= 0 && target < classes;
   const A target_logit = valid ? static_cast<A>(widen(x[target])) : A(0);
@@ -109,7 +99,7 @@ signed_cross_entropy_kernel(
         others.raise(widen(x[i]));
         if (i != target) others.add(widen(x[i]));
       });
-  others = reduce_row<span, 1>(others, Softmax<A>::merge);
+  others = reduce_row<span>(others, Softmax<A>::merge);
   top = others.top; // the target took part in raising it
   const A shifted = target_logit - top, rest = others.sum;
   const A denominator = exp_of_difference(target_logit, top) + rest;
