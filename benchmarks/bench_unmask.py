@@ -27,7 +27,7 @@ from table1 import RESULTS, hundreds, load_data, load_model, processor
 from torch import Tensor, nn
 
 import zsu_fast
-from zsu_fast.objective import Masked, RowSettings, make_rows
+from zsu_fast.deep import find_deep_split
 from zsu_fast.responsive import layer_names
 from zsu_fast.spaces import noise_images
 from zsu_fast.unlearning import ZeroShotUnlearner
@@ -58,33 +58,10 @@ class Row:
 
 
 def random_embeddings(model: nn.Module, forget: tuple[int, ...]) -> nn.Module:
-    """The tail that deep forgetting trains, trained on half-normal activations at its cut."""
+    """The tail that deep forgetting trains, trained on noise at its cut."""
     run = ZeroShotUnlearner(model, forget, depth="deep", progress=False)
-    noise = noise_images(run.spec, 32)
-    cut = zsu_fast.deep.find_deep_split(run.work, "auto", noise)
-    scales = [f.square().mean().sqrt() for f in cut.features(noise)]
-    shapes = [f.shape[1:] for f in cut.features(noise[:1])]
-    draw = torch.Generator().manual_seed(0)
-
-    def rows(count: int) -> zsu_fast.objective.Rows:
-        drawn = tuple(
-            torch.randn(count, *shape, generator=draw).abs() * scale
-            for shape, scale in zip(shapes, scales, strict=True)
-        )
-        with torch.no_grad():
-            chunks = zip(*[d.split(64) for d in drawn], strict=True)
-            label = torch.cat([cut.tail(*chunk).argmax(1) for chunk in chunks])
-        return make_rows(cut.tail, drawn, label, run.forget_mask, 0, draw)
-
-    train, held_out = rows(2288), rows(512)
-    margin = RowSettings().margin_for(train.teacher, train.label)
-    yardstick = Masked(run.forget_mask, margin)
-    named = dict(run.work.model.named_parameters())
-    zsu_fast.loop.train_tail(
-        cut.tail, [named[n] for n in cut.parameters], train, held_out, yardstick, yardstick,
-        run.loop, draw, run.report,
-    )  # fmt: skip
-    return run.work.model
+    cut = find_deep_split(run.work, "auto", noise_images(run.spec, 4))
+    return zsu_fast.random_embeddings(model, forget, tail=cut.name)
 
 
 @torch.no_grad()

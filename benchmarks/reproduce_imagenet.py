@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from table1 import processor, random_embeddings
+from table1 import processor
 from torch import nn
 
 import zsu_fast
@@ -77,7 +77,7 @@ def run(given: argparse.Namespace) -> list[str]:
         )  # fmt: skip
 
     def randomly() -> nn.Module:
-        return random_embeddings(model, tuple(forget), given.seed, None)
+        return zsu_fast.random_embeddings(model, forget, seed=given.seed)
 
     methods: dict[str, Callable[[], nn.Module]] = {
         "original": lambda: model,

@@ -29,8 +29,6 @@ from torch import Tensor, nn
 
 import zsu_fast
 from zsu_fast import checkpoint, models, zoo
-from zsu_fast.objective import Masked, RowSettings, make_rows
-from zsu_fast.unlearning import ZeroShotUnlearner
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -170,35 +168,7 @@ def paper(model: nn.Module, forget: tuple[int, ...], seed: int, setting: Setting
 def random_embeddings(
     model: nn.Module, forget: tuple[int, ...], seed: int, _setting: Setting
 ) -> nn.Module:
-    """No impressions: half-normal vectors at the last layer's input, labelled by the model.
-
-    As many rows as the default trains on, the same objective, loop and stop: what differs is where
-    the rows come from. All logits move, not the forgotten ones alone: that serves random rows
-    better (LeNet5: FA 4 instead of 40).
-    """
-    run = ZeroShotUnlearner(model, forget, seed=seed, tail="last")
-    grey = torch.zeros(4, *run.spec.shape)
-    classes = run.classes
-    cut = zsu_fast.tail.find_split(run.work, "last", grey, torch.zeros(4, dtype=torch.int64))
-    (feature,) = cut.features(grey)
-    draw = torch.Generator().manual_seed(seed)
-    halves = []
-    most = run.rows.count(240, classes) if classes < 100 else 12 * classes
-    fit = max(1024, 2**27 // feature[0].numel())  # a last convolution sees whole maps
-    for count in (min(fit, most + 240), min(fit, 2048 + 80)):
-        rows = torch.randn(count, *feature.shape[1:], generator=draw).abs()
-        with torch.no_grad():
-            label = cut.tail(rows).argmax(1)
-        halves.append(make_rows(cut.tail, (rows,), label, run.forget_mask, 0, draw))
-    train, held_out = halves
-    margin = RowSettings().margin_for(train.teacher, train.label)
-    yardstick = Masked(run.forget_mask, margin)
-    named = dict(run.work.model.named_parameters())
-    parameters = [named[n] for n in cut.parameters]
-    zsu_fast.loop.train_tail(
-        cut.tail, parameters, train, held_out, yardstick, yardstick, run.loop, draw, run.report
-    )
-    return run.work
+    return zsu_fast.random_embeddings(model, forget, seed=seed)
 
 
 Method = Callable[[nn.Module, tuple[int, ...], int, Setting], nn.Module]

@@ -147,6 +147,15 @@ def tiny_features(model: nn.Module) -> Tensor:
     return model.act(model.bn(model.conv(images))).flatten(1)
 
 
+def test_a_cpu_takes_fewer_steps_of_a_heavy_tail() -> None:
+    small, heavy, cpu = 5_000_000, 60_000_000, torch.device("cpu")  # ResNet-20's, lite0's tail
+    settings = DeepSettings()
+    assert settings.steps_for(small, cpu) == settings.steps
+    assert 100 < settings.steps_for(heavy, cpu) < 150
+    assert settings.steps_for(100 * heavy, cpu) == 100
+    assert settings.steps_for(heavy, torch.device("cuda")) == settings.steps
+
+
 def test_vectors_have_no_scenes_but_can_be_forgotten() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 4)).eval()

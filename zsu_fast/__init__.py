@@ -1,6 +1,7 @@
 """zsu_fast: make a trained image classifier forget classes, without any training data."""
 
 from .audit import Audit, audit
+from .baselines import random_embeddings
 from .classifier import InputSpec
 from .delta import apply_delta, save_delta
 from .doctor import doctor
@@ -49,6 +50,7 @@ __all__ = [
     "mask",
     "paper_preset",
     "plan",
+    "random_embeddings",
     "save_delta",
     "split",
     "synthesize",

@@ -37,12 +37,15 @@ from .responsive import layer_names
 from .scenes import draw_scenes
 from .spaces import input_space
 from .tail import Split
+from .threads import multiply_adds
 
 Depth = Literal["output", "deep"]
 DEPTHS: tuple[str, ...] = get_args(Depth)
 
 _SCENE_VALUES = 32 * 1024 * 1024  # pixel values drawn at most: 10,922 images of 3x32x32
 _SCENE_LOGITS = 128 * 1024 * 1024  # of them that are kept: 1,342 scenes for 100,000 classes
+_WORK = 2e12  # multiply-adds of all steps' forward passes on a CPU: minutes on one thread
+_FEWEST_STEPS = 100  # however much work a step is
 _SHARE = 0.1  # of the layers with weights are trained beside the last one, and at least one
 
 
@@ -55,7 +58,8 @@ class DeepSettings:
         pushed: of them, started an ascent to a class from.
         mixtures: of impressions at the cut (`make_rows`), which say what no scene does where
             images are no photographs.
-        steps, batch: optimiser steps, and rows in each.
+        steps, batch: optimiser steps, and rows in each; fewer steps, not below 100, where they
+            would keep a CPU busy for long.
         unmask: weight of the frozen original last layer's divergence.
         shrink: weight of the features' mean square, in units of the original's.
         erase: weight of the explained variance of the forgotten logits.
@@ -77,6 +81,12 @@ class DeepSettings:
         share = min(1.0, _SCENE_VALUES / (self.scenes * math.prod(spec.shape)))
         scenes = min(int(share * self.scenes), _SCENE_LOGITS // classes)
         return max(256, scenes), max(256, int(share * self.pushed))
+
+    def steps_for(self, row: int, device: torch.device) -> int:
+        """Steps, where a row takes so many multiply-adds in the tail."""
+        if device.type != "cpu":
+            return self.steps
+        return min(self.steps, max(_FEWEST_STEPS, int(_WORK / (self.batch * max(1, row)))))
 
 
 def check_depth(depth: str, objective: str, space: str) -> None:
@@ -178,7 +188,10 @@ def forget_deeply(
     objective = _Objective(tail, train, forget, margin, settings)
     named = dict(model.model.named_parameters())
     parameters = [named[name] for name in cut.parameters]
-    steps = min(settings.steps, loop.steps or settings.steps)
+    row = multiply_adds(
+        cut.tail, *train.features_at(torch.zeros(1, dtype=torch.int64, device=device))
+    )
+    steps = min(settings.steps, loop.steps or settings.steps_for(row, device))
     start = [p.detach().clone() for p in parameters]
     fit = Fit(learning_rate=loop.learning_rate or natural_rate(parameters))
     before = objective.look(train, held_out)

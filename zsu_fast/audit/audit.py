@@ -187,9 +187,7 @@ def _add_baselines(case: Case) -> None:
     case.rows[RANDOM] = Row(RANDOM)
     try:
         case.subjects.append(
-            baselines.random_embeddings(
-                case.original, case.forget, case.classes, case.spec, case.seed
-            )
+            baselines.random_embeddings(case.original, case.gone, case.spec, case.seed)
         )
     except ZsuFastError as error:
         for metric in METRICS:

@@ -1,0 +1,114 @@
+"""Random embeddings, the baseline that synthesis has to beat: noise at the cut, no ascent.
+
+After "Source-Free Class Unlearning via Synthetic Embeddings" (TMLR 2026): half-normal vectors stand
+for what the head makes of images, labelled by the model itself. Objective, margin, loop and stop
+are those of `unlearn`: what differs is where the rows come from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import tail as tails
+from .classifier import (
+    InputSpec,
+    LogitsModel,
+    check_forget,
+    count_classes,
+    own_modes,
+    resolve_device,
+    resolve_spec,
+    working_copy,
+)
+from .loop import LoopSettings, train_tail
+from .objective import Masked, RowSettings, make_rows, mean_lead
+from .progress import Reporter
+from .spaces import noise_images
+from .tail import Split
+
+# Rows to train on and rows held out, as many as the default makes of ten classes; twelve a class
+# of more, and fewer where a row is a whole feature map.
+_TRAIN, _HELD_OUT = 2288, 2128
+_VALUES = 2**27
+
+
+@own_modes()
+def random_embeddings(
+    model: nn.Module,
+    forget: Any,
+    *,
+    tail: str | int = "last",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> nn.Module:
+    """A copy of ``model`` whose tail unlearned ``forget`` on noise at the cut, for comparison.
+
+    Args:
+        model, forget, device: as for `unlearn`.
+        tail: "last", the name of the module at which the tail starts, or a number of layers.
+        seed: draws the noise.
+
+    Raises:
+        ArgumentError: as `unlearn` does.
+    """
+    spec, where = resolve_spec(model), resolve_device(model, device)
+    work = working_copy(model, where)
+    classes = count_classes(work, spec, where)
+    gone = torch.zeros(classes, dtype=torch.bool, device=where)
+    gone[check_forget(forget, classes)] = True
+    probe = noise_images(spec, 4).to(where)
+    cut = tails.find_split(work, tail, probe, torch.zeros(4, dtype=torch.int64, device=where))
+    train_on_noise(work, cut, spec, gone, seed)
+    return work.model
+
+
+def train_on_noise(
+    model: LogitsModel, cut: Split, spec: InputSpec, forget: Tensor, seed: int
+) -> None:
+    """Trains the tail of ``cut`` on random rows, in place.
+
+    Args:
+        model: the working copy that ``cut`` shares its parameters with.
+        cut: its tail; whatever crosses it gets noise as large as what noise images give there.
+        spec: of the images.
+        forget: bool [C].
+        seed: of the noise.
+    """
+    draw, device, classes = torch.Generator().manual_seed(seed), forget.device, len(forget)
+    seen = cut.features(noise_images(spec, 32).to(device))
+    fit = max(1024, _VALUES // sum(f[0].numel() for f in seen))
+
+    def embeddings(count: int) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.randn(count, *f.shape[1:], generator=draw).abs().to(device)
+            * f.square().mean().sqrt()
+            for f in seen
+        )
+
+    halves = []
+    for wanted in (max(_TRAIN, 12 * classes), _HELD_OUT):
+        rows = embeddings(min(fit, wanted))
+        with torch.no_grad():
+            chunks = zip(*[f.split(256) for f in rows], strict=True)
+            label = torch.cat([cut.tail(*chunk).argmax(1) for chunk in chunks])
+        halves.append(make_rows(cut.tail, rows, label, forget, 0, draw))
+    train, held_out = halves
+    lead = mean_lead(cut.tail, train, len(train), classes)
+    # all logits move: that serves random rows better than the forgotten ones alone (LeNet5: FA 4
+    # instead of 40)
+    yardstick = Masked(forget, RowSettings().margin_of(lead, classes, alone=False))
+    named = dict(model.model.named_parameters())
+    train_tail(
+        cut.tail,
+        [named[name] for name in cut.parameters],
+        train,
+        held_out,
+        yardstick,
+        yardstick,
+        LoopSettings(),
+        draw,
+        Reporter(False),
+    )
