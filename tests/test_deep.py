@@ -165,6 +165,15 @@ def test_vectors_have_no_scenes_but_can_be_forgotten() -> None:
     assert run.record.depth["unmask_leak"]["after"] < run.record.depth["unmask_leak"]["before"]
 
 
+def test_few_impressions_a_class_are_warned_of(tiny: nn.Module) -> None:
+    text = "impressions a class: RA may fall"
+    with pytest.warns(UserWarning, match=text):
+        zsu_fast.unlearn(tiny, [1], depth="deep", **QUICK | {"impressions_per_class": 2})
+    run = ZeroShotUnlearner(tiny, [1], depth="deep", **QUICK | {"impressions_per_class": 4})
+    run.run()
+    assert not any(text in note for note in run.record.warnings)
+
+
 def test_values_that_blow_up_leave_the_features(tiny: nn.Module) -> None:
     run = ZeroShotUnlearner(tiny, [1], depth="deep", learning_rate=1e30, **QUICK)
     with pytest.warns(UserWarning, match="features were left as they are"):

@@ -159,6 +159,12 @@ class Record:
                 f"the features were left as they are, only outputs forget: "
                 f"{self.depth['stopped']}. Leave learning_rate out, or pass a smaller one."
             )
+        few = self.impressions["count"] / self.impressions["classes"]
+        if self.depth.get("depth") == "deep" and few < 4:
+            notes.append(
+                f"depth='deep' had {few:.3g} impressions a class: RA may fall by ten points and "
+                f"more (EfficientNet-lite0: 12). Measure it; depth='output' keeps it."
+            )
         if fit.best is None or fit.best.leak > 0.01:
             leak = 100 * fit.best.leak if fit.best else 100
             notes.append(
