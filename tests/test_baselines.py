@@ -39,7 +39,9 @@ def test_the_seed_decides() -> None:
     assert not same_bits(one, other)
 
 
-def test_noise_is_as_large_as_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_ahead_of_a_deeper_tail_is_as_large_as_its_features(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A layer ten times as large ahead of the cut gives rows ten times as large."""
     sizes = []
 
@@ -50,15 +52,17 @@ def test_noise_is_as_large_as_the_features(monkeypatch: pytest.MonkeyPatch) -> N
     make_rows = baselines.make_rows
     monkeypatch.setattr(baselines, "make_rows", note)
     model = tiny()
-    first, *_, last = layer_names(model, tiny_data(2)[0])
-    random_embeddings(model, FORGET)
-    with torch.no_grad():
-        for name in layer_names(model, tiny_data(2)[0])[:-1]:
-            for parameter in model.get_submodule(name).parameters():
-                parameter.mul_(10)
-    random_embeddings(model, FORGET)
-    assert first != last
-    assert sizes[2] > 5 * sizes[0]
+    *_, before_last, _ = layer_names(model, tiny_data(2)[0])
+    for factor in (1, 10):
+        with torch.no_grad():
+            model.bn.weight.mul_(factor)
+            model.bn.bias.mul_(factor)
+        random_embeddings(model, FORGET, tail=before_last)
+        random_embeddings(model, FORGET)
+    train_deep, _, train_last, _, larger_deep, _, larger_last, _ = sizes
+    assert larger_deep == pytest.approx(10 * train_deep, rel=1e-3)
+    assert train_last == pytest.approx(1, abs=0.05)  # of unit scale, as published
+    assert larger_last == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("forget", [[], [9], "1", range(5)])

@@ -2,7 +2,8 @@
 
 After "Source-Free Class Unlearning via Synthetic Embeddings" (TMLR 2026): half-normal vectors stand
 for what the head makes of images, labelled by the model itself. Objective, margin, loop and stop
-are those of `unlearn`: what differs is where the rows come from.
+are those of `unlearn`: what differs is where the rows come from. Scale matters: at the last layer
+it is 1, as published (LeNet5: FA 4; as large as the features of noise images, FA 79).
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from .progress import Reporter
 from .spaces import noise_images
 from .tail import Split
 
-# Rows to train on and rows held out, as many as the default makes of ten classes; twelve a class
-# of more, and fewer where a row is a whole feature map.
-_TRAIN, _HELD_OUT = 2288, 2128
+# Rows to train on beside those for mixtures, and rows held out: as many as the default makes of ten
+# classes. Fewer where a row is a whole feature map.
+_IMPRESSIONS, _HELD_OUT = 240, 2128
 _VALUES = 2**27
 
 
@@ -72,7 +73,8 @@ def train_on_noise(
 
     Args:
         model: the working copy that ``cut`` shares its parameters with.
-        cut: its tail; whatever crosses it gets noise as large as what noise images give there.
+        cut: its tail. Noise for a last layer is of unit scale, as published; that for deeper
+            tails as large as what noise images give there.
         spec: of the images.
         forget: bool [C].
         seed: of the noise.
@@ -81,15 +83,16 @@ def train_on_noise(
     seen = cut.features(noise_images(spec, 32).to(device))
     fit = max(1024, _VALUES // sum(f[0].numel() for f in seen))
 
+    scales = [1.0 if cut.output_level else float(f.square().mean().sqrt()) for f in seen]
+
     def embeddings(count: int) -> tuple[Tensor, ...]:
         return tuple(
-            torch.randn(count, *f.shape[1:], generator=draw).abs().to(device)
-            * f.square().mean().sqrt()
-            for f in seen
+            scale * torch.randn(count, *f.shape[1:], generator=draw).abs().to(device)
+            for f, scale in zip(seen, scales, strict=True)
         )
 
     halves = []
-    for wanted in (max(_TRAIN, 12 * classes), _HELD_OUT):
+    for wanted in (_IMPRESSIONS + RowSettings().count(_IMPRESSIONS, classes), _HELD_OUT):
         rows = embeddings(min(fit, wanted))
         with torch.no_grad():
             chunks = zip(*[f.split(256) for f in rows], strict=True)
