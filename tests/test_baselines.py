@@ -69,3 +69,8 @@ def test_noise_ahead_of_a_deeper_tail_is_as_large_as_its_features(
 def test_bad_classes_are_refused(forget: object) -> None:
     with pytest.raises(ArgumentError, match=r"^forget: got"):
         random_embeddings(tiny(), forget)
+
+
+def test_auto_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"^tail: got 'auto'"):
+        random_embeddings(tiny(), FORGET, tail="auto")

@@ -24,6 +24,7 @@ from .classifier import (
     resolve_spec,
     working_copy,
 )
+from .errors import ArgumentError
 from .loop import LoopSettings, train_tail
 from .objective import Masked, RowSettings, make_rows, mean_lead
 from .progress import Reporter
@@ -47,14 +48,22 @@ def random_embeddings(
 ) -> nn.Module:
     """A copy of ``model`` whose tail unlearned ``forget`` on noise at the cut, for comparison.
 
+    A float32 copy in eval mode, of the module inside a wrapper.
+
     Args:
         model, forget, device: as for `unlearn`.
         tail: "last", the name of the module at which the tail starts, or a number of layers.
         seed: draws the noise.
 
     Raises:
-        ArgumentError: as `unlearn` does.
+        ArgumentError: as `unlearn` does; ``tail`` is "auto", which needs impressions.
     """
+    if tail == "auto":
+        raise ArgumentError(
+            "tail",
+            "got 'auto', which needs impressions",
+            "Pass 'last', a module's name, or a number.",
+        )
     spec, where = resolve_spec(model), resolve_device(model, device)
     work = working_copy(model, where)
     classes = count_classes(work, spec, where)
