@@ -29,10 +29,10 @@ from table1 import RESULTS, hundreds, load_data, load_model, processor
 from torch import Tensor, nn
 
 import zsu_fast
+from zsu_fast.classifier import resolve_spec, working_copy
 from zsu_fast.deep import find_deep_split
 from zsu_fast.responsive import layer_names
 from zsu_fast.spaces import noise_images
-from zsu_fast.unlearning import ZeroShotUnlearner
 
 Sets = tuple[tuple[int, ...], ...]
 TENS: Sets = ((3, 4, 8), *(tuple(sorted(random.Random(s).sample(range(10), s))) for s in (2, 3)))
@@ -66,8 +66,8 @@ class Row:
 
 def random_embeddings(model: nn.Module, forget: tuple[int, ...]) -> nn.Module:
     """The tail that deep forgetting trains, trained on noise at its cut."""
-    run = ZeroShotUnlearner(model, forget, depth="deep", progress=False)
-    cut = find_deep_split(run.work, "auto", noise_images(run.spec, 4))
+    work = working_copy(model, torch.device("cpu"))
+    cut = find_deep_split(work, "auto", noise_images(resolve_spec(model), 4))
     return zsu_fast.random_embeddings(model, forget, tail=cut.name)
 
 

@@ -26,7 +26,7 @@ from .classifier import (
 )
 from .errors import ArgumentError
 from .loop import LoopSettings, train_tail
-from .objective import Masked, RowSettings, make_rows, mean_lead
+from .objective import Masked, Rows, RowSettings, labelled_rows, mean_lead
 from .progress import Reporter
 from .spaces import noise_images
 from .tail import Split
@@ -89,25 +89,21 @@ def train_on_noise(
         seed: of the noise.
     """
     draw, device, classes = torch.Generator().manual_seed(seed), forget.device, len(forget)
-    seen = cut.features(noise_images(spec, 32).to(device))
+    # one image tells the shapes, some more the scale
+    seen = cut.features(noise_images(spec, 1 if cut.output_level else 32).to(device))
+    scales = [1.0 if cut.output_level else float(f.square().mean().sqrt()) for f in seen]
     fit = max(1024, _VALUES // sum(f[0].numel() for f in seen))
 
-    scales = [1.0 if cut.output_level else float(f.square().mean().sqrt()) for f in seen]
-
-    def embeddings(count: int) -> tuple[Tensor, ...]:
-        return tuple(
+    def rows(wanted: int) -> Rows:
+        count = min(fit, wanted)
+        embeddings = tuple(
             scale * torch.randn(count, *f.shape[1:], generator=draw).abs().to(device)
             for f, scale in zip(seen, scales, strict=True)
         )
+        return labelled_rows(cut.tail, embeddings, forget)
 
-    halves = []
-    for wanted in (_IMPRESSIONS + RowSettings().count(_IMPRESSIONS, classes), _HELD_OUT):
-        rows = embeddings(min(fit, wanted))
-        with torch.no_grad():
-            chunks = zip(*[f.split(256) for f in rows], strict=True)
-            label = torch.cat([cut.tail(*chunk).argmax(1) for chunk in chunks])
-        halves.append(make_rows(cut.tail, rows, label, forget, 0, draw))
-    train, held_out = halves
+    train = rows(_IMPRESSIONS + RowSettings().count(_IMPRESSIONS, classes))
+    held_out = rows(_HELD_OUT)
     lead = mean_lead(cut.tail, train, len(train), classes)
     # all logits move: that serves random rows better than the forgotten ones alone (LeNet5: FA 4
     # instead of 40)

@@ -188,9 +188,7 @@ def forget_deeply(
     objective = _Objective(tail, train, forget, margin, settings)
     named = dict(model.model.named_parameters())
     parameters = [named[name] for name in cut.parameters]
-    row = multiply_adds(
-        cut.tail, *train.features_at(torch.zeros(1, dtype=torch.int64, device=device))
-    )
+    row = multiply_adds(cut.tail, *train.features_at(train.label.new_zeros(1)))
     steps = min(settings.steps, loop.steps or settings.steps_for(row, device))
     start = [p.detach().clone() for p in parameters]
     fit = Fit(learning_rate=loop.learning_rate or natural_rate(parameters))

@@ -288,13 +288,36 @@ def make_rows(
         tuple(not bool((f < 0).any()) for f in features),
     )
     total = len(first)
-    unknown = torch.empty(total, device=device)
-    rows = Rows(features, torch.empty(total, 0, device=device), unknown, unknown, mixing)
     if total * sum(f[0].numel() * f.element_size() for f in features) <= _KEPT:
-        rows.features, rows.mixing = mixing(features, torch.arange(total, device=device)), None
-    _label(rows, tail, forget, names)
+        made = mixing(features, torch.arange(total, device=device))
+        rows = labelled_rows(tail, made, forget, names)
+    else:
+        rows = labelled_rows(tail, features, forget, names, mixing)
     if impressions:
         rows.label[:count] = label
+        rows.forgotten = forget[rows.label]
+    return rows
+
+
+def labelled_rows(
+    tail: nn.Module,
+    features: tuple[Tensor, ...],
+    forget: Tensor,
+    names: Sequence[str] = (),
+    mixing: Mixing | None = None,
+) -> Rows:
+    """Rows, with what the (still original) tail says of them and its top classes as labels.
+
+    Args:
+        tail, forget, names: as for `make_rows`.
+        features: of the rows, each [N, ...]; or, with ``mixing``, what they are made of.
+        mixing: see `Rows`.
+    """
+    total = len(features[0]) if mixing is None else len(mixing.first)
+    unknown = torch.empty(total, device=forget.device)
+    teacher = torch.empty(total, 0, device=forget.device)
+    rows = Rows(features, teacher, unknown, unknown, mixing)
+    _label(rows, tail, forget, names)
     rows.forgotten = forget[rows.label]
     return rows
 
