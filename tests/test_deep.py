@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 import zsu_fast
 from zsu_fast import unlearning, zoo
-from zsu_fast.classifier import weights_hash
-from zsu_fast.deep import DeepSettings, _targets, forget_deeply
+from zsu_fast.classifier import weights_hash, working_copy
+from zsu_fast.deep import DeepSettings, _targets, _TwoHeads, find_deep_split, forget_deeply
 from zsu_fast.errors import ArgumentError
 from zsu_fast.impressions import ClassImpressions, synthesize
 from zsu_fast.scenes import draw_scenes
@@ -147,13 +148,86 @@ def tiny_features(model: nn.Module) -> Tensor:
     return model.act(model.bn(model.conv(images))).flatten(1)
 
 
+class Residual(nn.Module):
+    """Two blocks, the second of which the tail is to start at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.one, self.two, self.three = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.one(self.stem(x).relu().mean((2, 3))).relu()
+        return self.last((stream + self.three(self.two(stream).relu())).relu())
+
+
+def test_inner_layers_are_those_whose_input_nothing_else_reads() -> None:
+    model = working_copy(Residual(), torch.device("cpu"))
+    cut = find_deep_split(model, "one", images := torch.randn(4, 3, 8, 8))
+    tail = _TwoHeads(model, cut, images)
+    # `two` takes the stream, which goes on beside it; what `one` takes is ahead of the cut
+    assert tail.inner == [model.model.get_submodule("three")]
+    (inside,) = tail(*cut.head(images)).inside
+    assert inside.shape == (4, 16)
+
+
+def test_what_inner_layers_take_is_erased_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = train(Residual())
+
+    def evidence(weight: float) -> dict[str, float]:
+        settings = DeepSettings(scenes=512, pushed=256, inside=weight, steps=200)
+        one = functools.partial(forget_deeply, settings=settings)
+        monkeypatch.setattr(unlearning, "forget_deeply", one)
+        run = ZeroShotUnlearner(model, [1], depth="deep", tail="one", **QUICK | {"steps": 200})
+        run.run()
+        told: dict[str, float] = run.record.depth["evidence_inside"]
+        return told
+
+    left, erased = evidence(0), evidence(3)
+    assert erased["before"] == left["before"] > 0.3
+    assert erased["after"] < 0.7 * left["after"]
+
+
+def test_large_images_have_a_shallower_tail() -> None:
+    layers = [nn.Conv2d(3 if n == 0 else 4, 4, 3, padding=1) for n in range(19)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    work = working_copy(model, torch.device("cpu"))
+    small, large = (find_deep_split(work, "auto", torch.randn(4, 3, n, n)) for n in (64, 65))
+    assert (small.name, large.name) == ("13", "17")  # six and two of twenty, and the last one
+
+
+def test_scenes_that_cost_much_are_fewer() -> None:
+    cpu, settings = torch.device("cpu"), DeepSettings()
+    assert settings.fit_to(8192, 10, 41_000_000, cpu) == (12_000, 3_000)  # ResNet-20
+    scenes, pushed = settings.fit_to(86_528, 1000, 820_000_000, cpu)  # SqueezeNet
+    assert 1_000 < scenes < 1_500
+    assert pushed == scenes // 4
+    assert settings.fit_to(86_528, 1000, 820_000_000, torch.device("cuda"))[0] > 3_000
+    assert settings.fit_to(1, 100_000, 1, cpu)[0] < 2_000
+    assert settings.fit_to(10**7, 10, 10**12, cpu) == (256, 256)
+
+
+def test_pruned_weights_stay_zero(tiny: nn.Module) -> None:
+    pruned = copy.deepcopy(tiny)
+    with torch.no_grad():
+        weight = pruned.fc1.weight  # type: ignore[union-attr]
+        weight[weight.abs() < weight.abs().median()] = 0
+    zero = weight == 0
+    made = zsu_fast.unlearn(pruned, [1], depth="deep", **QUICK)
+    after = made.fc1.weight
+    assert bool((after[zero] == 0).all())
+    assert bool((after[~zero] != weight[~zero]).float().mean() > 0.9)
+
+
 def test_a_cpu_takes_fewer_steps_of_a_heavy_tail() -> None:
-    small, heavy, cpu = 5_000_000, 60_000_000, torch.device("cpu")  # ResNet-20's, lite0's tail
+    light, heavy, cpu = 1_000_000, 60_000_000, torch.device("cpu")  # KarpathyNet's, lite0's tail
     settings = DeepSettings()
-    assert settings.steps_for(small, cpu) == settings.steps
-    assert 100 < settings.steps_for(heavy, cpu) < 150
-    assert settings.steps_for(100 * heavy, cpu) == 100
-    assert settings.steps_for(heavy, torch.device("cuda")) == settings.steps
+    assert settings.steps_for(2, light, cpu) == 600
+    assert settings.steps_for(20, light, cpu) == settings.steps
+    assert 100 < settings.steps_for(6, heavy, cpu) < 400
+    assert settings.steps_for(6, 100 * heavy, cpu) == 100
+    assert settings.steps_for(20, heavy, torch.device("cuda")) == settings.steps
 
 
 def test_vectors_have_no_scenes_but_can_be_forgotten() -> None:

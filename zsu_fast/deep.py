@@ -8,7 +8,8 @@ The last layer *and* the layers ahead of it are trained, on four terms:
 3. the features shrink: what the retained classes do not need fades;
 4. a ridge regression, fitted anew on each batch, must not find the original's forgotten logits in
    the features: a linear probe then has little to go by (its explained variance is what
-   Belrose et al., "LEACE", 2023, bring to 0 in closed form; here the layers learn to).
+   Belrose et al., "LEACE", 2023, bring to 0 in closed form; here the layers learn to). Nor in
+   what the trained layers ahead of the last take: what is left inside is quickly relearned.
 
 Features are only kept where they are seen, and impressions lie far from any real image: so the
 rows are mostly *scenes* (`draw_scenes`), as drawn and pushed to each class by a few ascent steps,
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -34,7 +37,7 @@ from .loop import Check, Fit, LoopSettings, natural_rate
 from .objective import Masked, Rows, RowSettings, make_rows
 from .progress import Reporter, Stopped
 from .responsive import layer_names
-from .scenes import draw_scenes
+from .scenes import scene_chunks
 from .spaces import input_space
 from .tail import Split
 from .threads import multiply_adds
@@ -42,11 +45,18 @@ from .threads import multiply_adds
 Depth = Literal["output", "deep"]
 DEPTHS: tuple[str, ...] = get_args(Depth)
 
-_SCENE_VALUES = 32 * 1024 * 1024  # pixel values drawn at most: 10,922 images of 3x32x32
+_SCENE_VALUES = 256 * 1024 * 1024  # of features at the cut that are kept: 1 GB
 _SCENE_LOGITS = 128 * 1024 * 1024  # of them that are kept: 1,342 scenes for 100,000 classes
-_WORK = 2e12  # multiply-adds of all steps' forward passes on a CPU: minutes on one thread
+_SCENE_WORK = 1e12  # multiply-adds on all scenes on a CPU: 2,500 of 224 pixels for a small network
+_WORK = 5e12  # multiply-adds of all steps' forward passes on a CPU: minutes on one thread
 _FEWEST_STEPS = 100  # however much work a step is
-_SHARE = 0.1  # of the layers with weights are trained beside the last one, and at least one
+_INNER = 3  # inner layers that have the full weight
+_FAR = 1e4  # below all logits
+_PRUNED = 0.1  # share of zeros from which on a layer's zeros are not chance
+# Share of the layers with weights that is trained beside the last one, at least one: the features
+# of small images are kept on many scenes, those of large ones on few.
+_SHARE, _SHARE_OF_LARGE = 0.3, 0.1
+_LARGE = 3 * 64 * 64  # values of an image that is not small any more
 
 
 @dataclass(frozen=True)
@@ -54,39 +64,46 @@ class DeepSettings:
     """Constants of deep forgetting, chosen on training images (benchmarks/results).
 
     Attributes:
-        scenes: drawn images; fewer where they are large, 256 at least.
-        pushed: of them, started an ascent to a class from.
+        scenes: drawn images; fewer where they cost much, 256 at least.
+        pushed: of them, started an ascent to a class from; fewer in proportion, 256 at least.
         mixtures: of impressions at the cut (`make_rows`), which say what no scene does where
             images are no photographs.
-        steps, batch: optimiser steps, and rows in each; fewer steps, not below 100, where they
-            would keep a CPU busy for long.
+        steps, batch: optimiser steps, and rows in each.
+        steps_a_layer: so many steps are enough for each trained layer; and fewer, not below 100,
+            where they would keep a CPU busy for long.
         unmask: weight of the frozen original last layer's divergence.
         shrink: weight of the features' mean square, in units of the original's.
         erase: weight of the explained variance of the forgotten logits.
+        inside: its weight in what each inner layer takes (`_TwoHeads`), up to three; of more, all
+            share that.
         ridge: of that regression, in units of the features' mean variance.
     """
 
-    scenes: int = 4000
-    pushed: int = 1000
+    scenes: int = 12000
+    pushed: int = 3000
     mixtures: int = 512
-    steps: int = 600
+    steps: int = 1500
+    steps_a_layer: int = 300
     batch: int = 256
     unmask: float = 0.3
     shrink: float = 0.15
     erase: float = 0.35
+    inside: float = 0.5
     ridge: float = 0.1
 
-    def fit_to(self, spec: InputSpec, classes: int) -> tuple[int, int]:
-        """(scenes, pushed) for images of this size and so many logits."""
-        share = min(1.0, _SCENE_VALUES / (self.scenes * math.prod(spec.shape)))
-        scenes = min(int(share * self.scenes), _SCENE_LOGITS // classes)
-        return max(256, scenes), max(256, int(share * self.pushed))
+    def fit_to(self, values: int, classes: int, work: int, device: torch.device) -> tuple[int, int]:
+        """(scenes, pushed) for so many feature values, logits and multiply-adds a scene."""
+        scenes = min(self.scenes, _SCENE_VALUES // values, _SCENE_LOGITS // classes)
+        if device.type == "cpu":
+            scenes = min(scenes, int(_SCENE_WORK / max(1, work)))
+        return max(256, scenes), max(256, self.pushed * scenes // self.scenes)
 
-    def steps_for(self, row: int, device: torch.device) -> int:
-        """Steps, where a row takes so many multiply-adds in the tail."""
+    def steps_for(self, layers: int, row: int, device: torch.device) -> int:
+        """Steps for so many trained layers, where a row takes so many multiply-adds in them."""
+        enough = min(self.steps, self.steps_a_layer * layers)
         if device.type != "cpu":
-            return self.steps
-        return min(self.steps, max(_FEWEST_STEPS, int(_WORK / (self.batch * max(1, row)))))
+            return enough
+        return min(enough, max(_FEWEST_STEPS, int(_WORK / (self.batch * max(1, row)))))
 
 
 def check_depth(depth: str, objective: str, space: str) -> None:
@@ -110,7 +127,8 @@ def check_depth(depth: str, objective: str, space: str) -> None:
 
 
 def find_deep_split(model: LogitsModel, at: str | int, images: Tensor) -> Split:
-    """Cuts ``model`` ahead of its last layers: one in ten of those with weights, one at least.
+    """Cuts ``model`` ahead of its last layers: three in ten of those with weights, or of large
+    images' models one in ten; one at least.
 
     Args:
         model: from `working_copy`.
@@ -122,7 +140,8 @@ def find_deep_split(model: LogitsModel, at: str | int, images: Tensor) -> Split:
     """
     names = layer_names(model.model, images[:4])
     if at == "auto":
-        start = len(names) - 1 - max(1, round(_SHARE * len(names)))
+        share = _SHARE if images[0].numel() <= _LARGE else _SHARE_OF_LARGE
+        start = len(names) - 1 - max(1, round(share * len(names)))
         if start < 0:
             raise ArgumentError(
                 "depth",
@@ -172,10 +191,12 @@ def forget_deeply(
         settings: the constants.
 
     Returns:
-        What the record is to tell: how the fit went; ``unmask_leak``, the share of held-out
+        What the record is to tell: how the fit went; ``margin``, of which no more than ``room`` was
+        asked for where logits have a lowest value; ``unmask_leak``, the share of held-out
         rows answered with a forgotten class once the original last layer is back, and
         ``evidence``, the share of the forgotten logits' variance that a ridge regression on the
-        features explains; each before and after.
+        features explains (``evidence_inside``: the most of what inner layers take, if there are
+        any); each before and after.
 
     Raises:
         ModelError: the model's last layer takes more than one tensor from the others.
@@ -185,11 +206,12 @@ def forget_deeply(
     tail = _TwoHeads(model, cut, made.images[:4].to(device))
     train, held_out, impressions = _make_rows(model, spec, cut, made, forget, seed, settings)
     margin = rows.margin_for(train.teacher[:impressions], train.label[:impressions])
-    objective = _Objective(tail, train, forget, margin, settings)
+    room = _room(tail, train, forget)
+    objective = _Objective(tail, train, forget, min(margin, room), settings)
     named = dict(model.model.named_parameters())
     parameters = [named[name] for name in cut.parameters]
     row = multiply_adds(cut.tail, *train.features_at(train.label.new_zeros(1)))
-    steps = min(settings.steps, loop.steps or settings.steps_for(row, device))
+    steps = min(settings.steps, loop.steps or settings.steps_for(tail.layers, row, device))
     start = [p.detach().clone() for p in parameters]
     fit = Fit(learning_rate=loop.learning_rate or natural_rate(parameters))
     before = objective.look(train, held_out)
@@ -206,16 +228,39 @@ def forget_deeply(
         "stopped": fit.stopped,
         "learning_rate": fit.learning_rate,
         "margin": margin,
+        "room": room if math.isfinite(room) else None,
         "history": [asdict(check) for check in fit.history],
-        "scenes": settings.fit_to(spec, len(forget))[0],
         "rows": len(train),
         "held_out": len(held_out),
         **{k: {"before": before[k], "after": after[k]} for k in before},
     }
 
 
+@dataclass
+class _Answers:
+    """What the tail makes of a batch.
+
+    Attributes:
+        logits: [N, C].
+        features: [N, ...] at the last layer.
+        unmasked: [N, C], the original last layer's logits on them.
+        inside: [N, D] of each inner layer: the means over positions of what it takes.
+    """
+
+    logits: Tensor
+    features: Tensor
+    unmasked: Tensor
+    inside: list[Tensor]
+
+
 class _TwoHeads(nn.Module):
-    """The tail, the features at its last layer, and the frozen original last layer on them."""
+    """The tail with its own last layer, and the frozen original one on the same features.
+
+    Attributes:
+        inner: layers ahead of the last that take what trained ones give, where nothing else reads
+            it: not a residual stream, which mostly carries what frozen layers made.
+        layers: how many are trained.
+    """
 
     def __init__(self, model: LogitsModel, cut: Split, images: Tensor) -> None:
         super().__init__()
@@ -223,24 +268,65 @@ class _TwoHeads(nn.Module):
         last = tails.split_at(model, names[-1], images, "the last layer")
         self.tail, self.frozen = cut.tail, copy.deepcopy(last.tail).eval()
         self.frozen.requires_grad_(False)
-        self.last = dict(model.model.named_modules())[names[-1]]
+        modules = dict(model.model.named_modules())
+        self.last = modules[names[-1]]
+        self.inner = [modules[n] for n in names[:-1] if f"{n}.weight" in cut.parameters]
+        self.layers = len(self.inner) + 1
+        with torch.enable_grad():
+            logits, inner, _ = self._run(*[x.detach() for x in cut.head(images)])
+            readers = _readers(logits)
+        self.inner = [layer for layer, x in inner if readers[x.grad_fn] == 1]
         with torch.no_grad():
-            logits, _, unmasked = self(*cut.head(images))
-        if len(last.head(images)) != 1 or not torch.allclose(logits, unmasked, 1e-3, 1e-3):
+            answers = self(*cut.head(images))
+        if len(last.head(images)) != 1 or not torch.allclose(
+            answers.logits, answers.unmasked, 1e-3, 1e-3
+        ):
             raise ModelError(
                 f"its last layer {names[-1]!r} is not the only way from the features to the logits",
                 "Pass depth='output'.",
             )
 
-    def forward(self, *crossing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [N, C]; features [N, ...] at the last layer; the original last layer's logits."""
-        seen: list[Tensor] = []
-        hook = self.last.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    def forward(self, *crossing: Tensor) -> _Answers:
+        """What becomes of [N, ...] at the cut."""
+        logits, inner, features = self._run(*crossing)
+        inside = [_means(layer, x) for layer, x in inner]
+        return _Answers(logits, features, self.frozen(features), inside)
+
+    def _run(self, *crossing: Tensor) -> tuple[Tensor, list[tuple[nn.Module, Tensor]], Tensor]:
+        """Logits; the inner layers with what they take; what the last one takes."""
+        taken: list[tuple[nn.Module, Tensor]] = []
+
+        def note(module: nn.Module, args: Any) -> None:
+            taken.append((module, args[0]))
+
+        hooks = [m.register_forward_pre_hook(note) for m in (*self.inner, self.last)]
         try:
             logits = self.tail(*crossing)
         finally:
-            hook.remove()
-        return logits, seen[-1], self.frozen(seen[-1])
+            for hook in hooks:
+                hook.remove()
+        *inner, (_, features) = taken
+        return logits, inner, features
+
+
+def _readers(output: Tensor) -> Counter[Any]:
+    """How many operations read the result of each autograd node that ``output`` was made of."""
+    readers: Counter[Any] = Counter()
+    todo: list[Any] = [output.grad_fn]
+    while todo:
+        for made_by, _ in todo.pop().next_functions:
+            if made_by is not None:
+                readers[made_by] += 1
+                if readers[made_by] == 1:
+                    todo.append(made_by)
+    return readers
+
+
+def _means(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer takes, [N, ...] -> its channels' means over positions or tokens, [N, D]."""
+    if x.ndim > 2:
+        return x.flatten(1, -2).mean(1) if isinstance(layer, nn.Linear) else x.flatten(2).mean(2)
+    return x
 
 
 def _make_rows(
@@ -254,21 +340,9 @@ def _make_rows(
 ) -> tuple[Rows, Rows, int]:
     """Training rows, held-out rows, and how many of the former, the first ones, are impressions."""
     device = forget.device
-    classes = len(forget)
-    scenes, pushed = settings.fit_to(spec, classes)
-    targets = _targets(made.labels.unique(), forget.cpu(), pushed)
-    per_class = pushed // len(targets)
-    drawn = draw_scenes(scenes, spec.shape, seed)
-    bounds = (1, -1, 1, 1) if len(spec.shape) == 3 else (1, -1)
-    low, high = spec.low.view(bounds), spec.high.view(bounds)
-    drawn = low + drawn * (high - low)
-    starts = drawn[torch.arange(len(targets) * per_class) % scenes]
-    few = AscentSettings(per_class, (0.3, 0.99), 40, 0, 0.02, 0.0, seed)
-    space = input_space(model, spec, few.precision)
-    ascended = ascend(model, space, spec, targets, few, Reporter(False), starts=starts)
     labels = made.labels.to(device)
     impressions = cut.features(made.images.to(device))
-    scenery = cut.features(torch.cat([ascended.images, drawn]).to(device))
+    scenery = _scenery(model, spec, cut, made.labels.unique(), forget, seed, settings)
     held = torch.empty(len(labels), dtype=torch.bool, device=device)
     held[labels.argsort(stable=True)] = torch.arange(len(labels), device=device) % 4 == 3
     held_scenes = torch.arange(len(scenery[0]), device=device) % 8 == 7
@@ -288,6 +362,37 @@ def _make_rows(
         top = teacher.argmax(1)
         sides.append(_join([near, Rows(far, teacher, top, forget[top])]))
     return sides[0], sides[1], int((~held).sum())
+
+
+def _scenery(
+    model: LogitsModel,
+    spec: InputSpec,
+    cut: Split,
+    classes: Tensor,
+    forget: Tensor,
+    seed: int,
+    settings: DeepSettings,
+) -> tuple[Tensor, ...]:
+    """Scenes pushed to ``classes``, and scenes as drawn, at the cut; drawn a few at a time."""
+    bounds = (1, -1, 1, 1) if len(spec.shape) == 3 else (1, -1)
+    low, high = spec.low.view(bounds), spec.high.view(bounds)
+    grey = torch.zeros(1, *spec.shape, device=forget.device)
+    values = sum(f.numel() for f in cut.features(grey))
+    work = multiply_adds(model, grey)
+    scenes, pushed = settings.fit_to(values, len(forget), work, forget.device)
+    targets = _targets(classes, forget.cpu(), pushed)
+    few = AscentSettings(pushed // len(targets), (0.3, 0.99), 40, 0, 0.02, 0.0, seed)
+    wanted = len(targets) * few.per_class
+    starts, seen = torch.empty(0, *spec.shape), []
+    for chunk in scene_chunks(scenes, spec.shape, seed):
+        chunk = low + chunk * (high - low)
+        starts = torch.cat([starts, chunk[: wanted - len(starts)]])
+        seen.append(cut.features(chunk.to(forget.device)))
+    starts = starts[torch.arange(wanted) % len(starts)]
+    space = input_space(model, spec, few.precision)
+    ascended = ascend(model, space, spec, targets, few, Reporter(False), starts=starts)
+    seen.insert(0, cut.features(ascended.images.to(forget.device)))
+    return tuple(torch.cat(column) for column in zip(*seen, strict=True))
 
 
 def _targets(classes: Tensor, forget: Tensor, most: int) -> list[int]:
@@ -313,6 +418,31 @@ def _join(parts: list[Rows]) -> Rows:
     )
 
 
+@torch.no_grad()
+def _room(tail: _TwoHeads, rows: Rows, forget: Tensor) -> float:
+    """The margin that 19 of 20 rows can meet without any other logit rising, or infinity.
+
+    A ReLU behind the last layer, as in SqueezeNet, leaves logits a lowest value. What a larger
+    margin asks for is then that all the others rise: retained classes suffer, none is forgotten.
+    """
+    bias = getattr(tail.last, "bias", None)
+    if not isinstance(bias, nn.Parameter) or bias.shape != forget.shape:
+        return math.inf
+    some = torch.arange(0, len(rows), max(1, len(rows) // 2048), device=forget.device)
+    kept = bias.detach().clone()
+    rooms = []
+    try:
+        bias[forget] = -_FAR
+        for part in some.split(256):
+            picked = rows.pick(part)
+            lowest = tail(*picked.features).logits[:, forget].logsumexp(1)
+            rooms.append(picked.teacher[:, ~forget].logsumexp(1) - lowest)
+    finally:
+        bias.copy_(kept)
+    room = float(torch.cat(rooms).quantile(0.05))
+    return max(0.0, room) if room < _FAR / 2 else math.inf
+
+
 class _Objective:
     """The four terms, and how held-out rows fare."""
 
@@ -322,18 +452,21 @@ class _Objective:
         self.tail, self.forget, self.settings = tail, forget, settings
         self.masked = Masked(forget, margin)
         with torch.no_grad():
-            energy = torch.cat([part[1].square().flatten(1).mean(1) for part in self._parts(rows)])
+            energy = torch.cat(
+                [part.features.square().flatten(1).mean(1) for part in self._parts(rows)]
+            )
         self.energy = energy.mean().clamp(min=1e-12)
 
     def __call__(self, rows: Rows) -> Tensor:
         """The loss of a batch, with autograd."""
-        logits, features, unmasked = self.tail(*rows.features)
-        s = self.settings
+        seen, s = self.tail(*rows.features), self.settings
+        inside = [self.evidence(outputs, rows.teacher) for outputs in seen.inside]
         return (
-            self.masked.divergence(logits, rows)
-            + s.unmask * self.masked.divergence(unmasked, rows)
-            + s.shrink * features.square().mean() / self.energy
-            + s.erase * self.evidence(features, rows.teacher)
+            self.masked.divergence(seen.logits, rows)
+            + s.unmask * self.masked.divergence(seen.unmasked, rows)
+            + s.shrink * seen.features.square().mean() / self.energy
+            + s.erase * self.evidence(seen.features, rows.teacher)
+            + s.inside * min(1, _INNER / max(1, len(inside))) * sum(inside)
         )
 
     def evidence(self, features: Tensor, teacher: Tensor) -> Tensor:
@@ -356,18 +489,23 @@ class _Objective:
     @torch.no_grad()
     def look(self, rows: Rows, held_out: Rows) -> dict[str, float]:
         """`forget_deeply`'s facts; the evidence needs more rows than are held out."""
-        _, _, unmasked = _columns(self._parts(held_out))
+        unmasked = torch.cat([part.unmasked for part in self._parts(held_out)])
         some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:2048]
         some_rows = rows.pick(some.to(rows.label.device))
-        _, features, _ = _columns(self._parts(some_rows))
-        return {
+        parts = [(part.features, *part.inside) for part in self._parts(some_rows)]
+        shares = [
+            float(self.evidence(torch.cat(column), some_rows.teacher))
+            for column in zip(*parts, strict=True)
+        ]
+        facts = {
             "unmask_leak": float(self.forget[unmasked.argmax(1)].float().mean()),
-            "evidence": float(self.evidence(features, some_rows.teacher)),
+            "evidence": shares[0],
         }
+        return facts | ({"evidence_inside": max(shares[1:])} if shares[1:] else {})
 
     @torch.no_grad()
     def check(self, rows: Rows, step: int, attempt: int, rate: float, loss: float) -> Check:
-        logits = torch.cat([part[0] for part in self._parts(rows)])
+        logits = torch.cat([part.logits for part in self._parts(rows)])
         divergence = float(self.masked.divergence(logits, rows))
         answer, kept = logits.argmax(1), ~rows.forgotten
         wanted = rows.teacher.masked_fill(self.forget, -torch.inf).argmax(1)
@@ -377,13 +515,9 @@ class _Objective:
             divergence = math.nan
         return Check(step, attempt, rate, loss, divergence, leak, agreement)
 
-    def _parts(self, rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _parts(self, rows: Rows) -> Iterator[_Answers]:
         chunks = zip(*[f.split(256) for f in rows.features], strict=True)
-        return [self.tail(*chunk) for chunk in chunks]
-
-
-def _columns(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
-    return [torch.cat(column) for column in zip(*parts, strict=True)]
+        return (self.tail(*chunk) for chunk in chunks)
 
 
 def _descend(
@@ -402,6 +536,7 @@ def _descend(
     attempt = fit.history[-1].attempt + 1 if fit.history else 0
     fit.history.append(objective.check(held_out, 0, attempt, fit.learning_rate, math.nan))
     optimiser = torch.optim.AdamW(parameters, weight_decay=0.0)
+    masks = [_not_pruned(p) for p in parameters]
     every = max(1, steps // 10)
     batch = min(objective.settings.batch, len(rows))
     for step in range(steps):
@@ -410,10 +545,9 @@ def _descend(
         for group in optimiser.param_groups:
             group["lr"] = rate
         loss = objective(rows.pick(picked))
-        for parameter, grad in zip(
-            parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
-        ):
-            parameter.grad = grad
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, grad, mask in zip(parameters, grads, masks, strict=True):
+            parameter.grad = grad if grad is None or mask is None else grad * mask
         optimiser.step()
         if (step + 1) % every and step + 1 < steps:
             continue
@@ -434,3 +568,10 @@ def _descend(
             return True
     fit.stopped = f"all {steps} steps taken"
     return True
+
+
+def _not_pruned(parameter: Tensor) -> Tensor | None:
+    """Where a pruned layer's weights are not 0: a tenth of them is. They stay what they are."""
+    kept = parameter.detach() != 0
+    pruned = parameter.ndim > 1 and float(kept.float().mean()) < 1 - _PRUNED
+    return kept.to(parameter.dtype) if pruned else None

@@ -9,7 +9,7 @@ forgetting keeps the features right on, where impressions are too far from any r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,13 +28,20 @@ def draw_scenes(count: int, shape: Sequence[int], seed: int) -> Tensor:
         shape: (channels, height, width); of a vector (n,), independent noise comes back.
         seed: draws all of them.
     """
-    draw = torch.Generator().manual_seed(seed)
-    if len(shape) == 1:
-        return torch.randn(count, *shape, generator=draw).mul(0.25).add(0.5).clamp(0, 1)
-    channels, height, width = shape
-    sizes = [min(_CHUNK, count - at) for at in range(0, count, _CHUNK)]
-    chunks = [_leaves(n, channels, height, width, draw) for n in sizes]
+    chunks = list(scene_chunks(count, shape, seed))
     return torch.cat(chunks) if chunks else torch.empty(0, *shape)
+
+
+def scene_chunks(count: int, shape: Sequence[int], seed: int) -> Iterator[Tensor]:
+    """`draw_scenes`, at most 256 at a time."""
+    draw = torch.Generator().manual_seed(seed)
+    for at in range(0, count, _CHUNK):
+        size = min(_CHUNK, count - at)
+        if len(shape) == 1:
+            yield torch.randn(size, *shape, generator=draw).mul(0.25).add(0.5).clamp(0, 1)
+        else:
+            channels, height, width = shape
+            yield _leaves(size, channels, height, width, draw)
 
 
 def _leaves(count: int, channels: int, height: int, width: int, draw: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from zsu_fast.audit import distances, drift, membership, probe, representation
 from zsu_fast.audit.last_layer import LastLayer, examine
 from zsu_fast.audit.observe import looked_at, summary
 from zsu_fast.audit.relearn import Lesson, relearn
+from zsu_fast.audit.relearning import _anamnesis
 from zsu_fast.audit.result import Row
 from zsu_fast.audit.subject import make_subject, variant
 from zsu_fast.audit.verdict import Evidence, checks, sentences
@@ -264,3 +266,17 @@ def test_relearning_tells_nothing_where_the_original_needs_as_long(
     (check,) = (c for c in checks(evidence) if c.name == "relearning, all weights")
     assert check.passed is passed
     assert ("tells nothing" in check.says) == (passed is None)
+
+
+@pytest.mark.parametrize(("steps", "index"), [(163, 163 / 400), (240, None), (None, None)])
+def test_a_golden_model_that_never_relearned_vouches_for_nobody(
+    steps: int | None, index: float | None
+) -> None:
+    """163 of more than 400 steps are below half whatever the golden model takes; 240 may not be."""
+    rows = {name: Row(name) for name in ("original", "unlearned", "golden")}
+    case = SimpleNamespace(rows=rows, notes=[])
+    _anamnesis(case, "full", {"original": 126, "unlearned": steps, "golden": None}, 400)  # type: ignore[arg-type]
+    assert rows["unlearned"].values.get("ain_full") == index
+    assert rows["original"].values["ain_full"] == 126 / 400
+    if index is None:
+        assert "golden model" in rows["unlearned"].missing["ain_full"]

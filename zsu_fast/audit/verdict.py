@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .last_layer import LastLayer
+from .relearning import AIN
 from .result import Check, Finding, Row
 
 # Limits, in per cent or as named. FA of 5 % is half of what guessing gives among ten classes.
@@ -25,8 +26,6 @@ UNMOVED = 1e-3
 ROTATED = 0.9995
 # RA so many points below the mask's is called damage.
 DAMAGED = 15.0
-# Relearning at least this share of the golden model's steps.
-AIN = 0.5
 
 
 class Evidence:
