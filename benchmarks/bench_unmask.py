@@ -1,7 +1,7 @@
 """Deep forgetting against random embeddings with a tail as deep: what the un-mask test finds.
 
     python benchmarks/bench_unmask.py                        # all models
-    python benchmarks/bench_unmask.py tf_efficientnet_lite0
+    python benchmarks/bench_unmask.py tf_efficientnet_lite0 --methods deep
     python benchmarks/bench_unmask.py --check                # exit 1 if random embeddings do better
 
 Both train the same layers. "random embeddings": half-normal activations at the cut, as large as
@@ -9,7 +9,7 @@ those of noise images, in place of impressions and scenes; the masked objective,
 the default. Un-mask: the original's whole last layer put back. A model that is right about nothing
 any more has un-mask FA 0 too; so what decides is un-mask RA less un-mask FA: what still works less
 what comes back. Test images are used for measuring only. Writes ``results/unmask.csv`` and
-``unmask.md``; models not run keep their earlier lines.
+``unmask.md``; models and methods not run keep their earlier lines.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ MODELS: dict[str, tuple[str, Sets]] = {
 }
 
 
+METHODS = ("deep", "random embeddings")
+
+
 @dataclass(frozen=True)
 class Row:
     """One measured model; accuracies in per cent of the test images."""
@@ -76,7 +79,7 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model(part) for part in images.split(50)])
 
 
-def measure(name: str, cache: Path | None) -> Iterator[Row]:
+def measure(name: str, methods: list[str], cache: Path | None) -> Iterator[Row]:
     source, sets = MODELS[name]
     original = load_model(name)
     images, labels = load_data(original, source)
@@ -91,7 +94,7 @@ def measure(name: str, cache: Path | None) -> Iterator[Row]:
             return 100 * float((of_logits.argmax(1) == labels)[rows].float().mean())
 
         mask_ra = accuracy(before.masked_fill(gone, -torch.inf), ~of)
-        for method in ("deep", "random embeddings"):
+        for method in methods:
             started = time.perf_counter()
             if method == "deep":
                 made = zsu_fast.unlearn(original, forget, depth="deep", cache=cache, progress=False)
@@ -134,6 +137,7 @@ def missed(rows: list[Row]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--check", action="store_true", help="exit 1 if random embeddings win")
     parser.add_argument("--cache", type=Path, help="folder of impressions made before")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -141,7 +145,8 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     chosen = [] if arguments.summary else arguments.models
-    rows = [row for name in chosen for row in measure(name, arguments.cache)]
+    methods = arguments.methods.split(",")
+    rows = [row for name in chosen for row in measure(name, methods, arguments.cache)]
     file = arguments.out / "unmask.csv"
     if file.exists():
         with file.open(newline="") as old:
@@ -149,10 +154,14 @@ def main() -> None:
                 [
                     Row(*r[:3], *map(float, r[3:]))  # type: ignore[call-arg]
                     for r in list(csv.reader(old))[1:]
-                    if r[0] not in chosen
+                    if r[0] not in chosen or r[2] not in methods
                 ]
                 + rows
             )
+    sets = list(dict.fromkeys((r.model, r.classes) for r in rows))
+    models = list(MODELS)
+    rows = sorted(rows, key=lambda r: (models.index(r.model), sets.index((r.model, r.classes)),
+                                       METHODS.index(r.method)))  # fmt: skip
     with file.open("w", newline="") as new:
         csv.writer(new).writerows([[f.name for f in fields(Row)], *map(astuple, rows)])
     failures = missed(rows)

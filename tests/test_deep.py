@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 import zsu_fast
 from zsu_fast import unlearning, zoo
 from zsu_fast.classifier import weights_hash, working_copy
-from zsu_fast.deep import DeepSettings, _targets, _TwoHeads, find_deep_split, forget_deeply
+from zsu_fast.deep import DeepSettings, _room, _targets, _TwoHeads, find_deep_split, forget_deeply
 from zsu_fast.errors import ArgumentError
 from zsu_fast.impressions import ClassImpressions, synthesize
+from zsu_fast.objective import Rows
 from zsu_fast.scenes import draw_scenes
 from zsu_fast.unlearning import ZeroShotUnlearner
 
@@ -206,6 +208,33 @@ def test_scenes_that_cost_much_are_fewer() -> None:
     assert settings.fit_to(86_528, 1000, 820_000_000, torch.device("cuda"))[0] > 3_000
     assert settings.fit_to(1, 100_000, 1, cpu)[0] < 2_000
     assert settings.fit_to(10**7, 10, 10**12, cpu) == (256, 256)
+
+
+@pytest.mark.parametrize("floor", [False, True])
+def test_a_margin_is_no_larger_than_a_floor_of_the_logits_lets_it(floor: bool) -> None:
+    torch.manual_seed(0)
+    last: list[nn.Module] = [nn.Linear(16, 6), *([nn.ReLU()] if floor else [])]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), *last)
+    work, images = working_copy(model, torch.device("cpu")), torch.randn(100, 3, 4, 4)
+    cut = find_deep_split(work, "1", images)
+    features = cut.features(images)
+    teacher = model(images).detach()
+    forget = torch.arange(6) < 2
+    rows = Rows(features, teacher, teacher.argmax(1), forget[teacher.argmax(1)])
+    before = weights_hash(work)
+    room = _room(_TwoHeads(work, cut, images), rows, forget)
+    assert weights_hash(work) == before
+    run = ZeroShotUnlearner(
+        model, [1], depth="deep", input_shape=(3, 4, 4), mean=0.5, std=0.25, margin=50.0, **QUICK
+    )
+    run.run()
+    assert (run.record.depth["margin_asked"] < run.record.depth["margin"] == 50) is floor
+    if not floor:
+        assert room == math.inf
+        return
+    # two forgotten logits at 0: nineteen rows of twenty have so much room above them
+    want = teacher[:, 2:].logsumexp(1) - math.log(2)
+    assert float((want >= room - 1e-5).float().mean()) == pytest.approx(0.95, abs=0.011)
 
 
 def test_pruned_weights_stay_zero(tiny: nn.Module) -> None:

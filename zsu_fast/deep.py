@@ -51,6 +51,7 @@ _SCENE_WORK = 1e12  # multiply-adds on all scenes on a CPU: 2,500 of 224 pixels 
 _WORK = 5e12  # multiply-adds of all steps' forward passes on a CPU: minutes on one thread
 _FEWEST_STEPS = 100  # however much work a step is
 _INNER = 3  # inner layers that have the full weight
+_OF_ROOM = 0.5  # of the room above a floor: to get to the floor itself costs retained classes much
 _FAR = 1e4  # below all logits
 _PRUNED = 0.1  # share of zeros from which on a layer's zeros are not chance
 # Share of the layers with weights that is trained beside the last one, at least one: the features
@@ -191,8 +192,8 @@ def forget_deeply(
         settings: the constants.
 
     Returns:
-        What the record is to tell: how the fit went; ``margin``, of which no more than ``room`` was
-        asked for where logits have a lowest value; ``unmask_leak``, the share of held-out
+        What the record is to tell: how the fit went; ``margin``, and ``margin_asked``,
+        which is less where logits have a lowest value; ``unmask_leak``, the share of held-out
         rows answered with a forgotten class once the original last layer is back, and
         ``evidence``, the share of the forgotten logits' variance that a ridge regression on the
         features explains (``evidence_inside``: the most of what inner layers take, if there are
@@ -206,8 +207,8 @@ def forget_deeply(
     tail = _TwoHeads(model, cut, made.images[:4].to(device))
     train, held_out, impressions = _make_rows(model, spec, cut, made, forget, seed, settings)
     margin = rows.margin_for(train.teacher[:impressions], train.label[:impressions])
-    room = _room(tail, train, forget)
-    objective = _Objective(tail, train, forget, min(margin, room), settings)
+    asked = min(margin, _OF_ROOM * _room(tail, train, forget))
+    objective = _Objective(tail, train, forget, asked, settings)
     named = dict(model.model.named_parameters())
     parameters = [named[name] for name in cut.parameters]
     row = multiply_adds(cut.tail, *train.features_at(train.label.new_zeros(1)))
@@ -228,7 +229,7 @@ def forget_deeply(
         "stopped": fit.stopped,
         "learning_rate": fit.learning_rate,
         "margin": margin,
-        "room": room if math.isfinite(room) else None,
+        "margin_asked": objective.margin,
         "history": [asdict(check) for check in fit.history],
         "rows": len(train),
         "held_out": len(held_out),
@@ -450,7 +451,7 @@ class _Objective:
         self, tail: _TwoHeads, rows: Rows, forget: Tensor, margin: float, settings: DeepSettings
     ) -> None:
         self.tail, self.forget, self.settings = tail, forget, settings
-        self.masked = Masked(forget, margin)
+        self.margin, self.masked = margin, Masked(forget, margin)
         with torch.no_grad():
             energy = torch.cat(
                 [part.features.square().flatten(1).mean(1) for part in self._parts(rows)]
