@@ -87,9 +87,9 @@ class DeepSettings:
     steps_a_layer: int = 300
     batch: int = 256
     unmask: float = 0.3
-    shrink: float = 0.15
+    shrink: float = 0.1
     erase: float = 0.35
-    inside: float = 0.5
+    inside: float = 0.25
     ridge: float = 0.1
 
     def fit_to(self, values: int, classes: int, work: int, device: torch.device) -> tuple[int, int]:
