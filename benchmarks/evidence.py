@@ -131,8 +131,7 @@ def measure(
             made = time.perf_counter()
             result = zsu_fast.audit(
                 model, unlearned, setting.forget, test, golden,
-                train_data=train, relearn_steps=setting.relearn_steps, seed=seed,
-                progress=False,
+                train_data=train, relearn_steps=setting.relearn_steps, seed=seed, progress=False,
             )  # fmt: skip
             done = time.perf_counter()
             print(f"{setting.key} {method} seed {seed}: {made - started:.1f} s to unlearn, "
