@@ -15,7 +15,15 @@ from torch import Tensor, nn
 import zsu_fast
 from zsu_fast import unlearning, zoo
 from zsu_fast.classifier import weights_hash, working_copy
-from zsu_fast.deep import DeepSettings, _room, _targets, _TwoHeads, find_deep_split, forget_deeply
+from zsu_fast.deep import (
+    DeepSettings,
+    _Objective,
+    _room,
+    _targets,
+    _TwoHeads,
+    find_deep_split,
+    forget_deeply,
+)
 from zsu_fast.errors import ArgumentError
 from zsu_fast.impressions import ClassImpressions, synthesize
 from zsu_fast.objective import Rows
@@ -189,6 +197,27 @@ def test_what_inner_layers_take_is_erased_too(monkeypatch: pytest.MonkeyPatch) -
     left, erased = evidence(0), evidence(3)
     assert erased["before"] == left["before"] > 0.3
     assert erased["after"] < 0.7 * left["after"]
+
+
+def test_features_shrink_less_where_inner_layers_are_erased_too() -> None:
+    model = working_copy(Residual(), torch.device("cpu"))
+    images, forget = torch.randn(32, 3, 8, 8), torch.arange(5) == 1
+
+    def shrunk(at: str) -> float:
+        cut = find_deep_split(model, at, images)
+        teacher = model(images).detach()
+        top = teacher.argmax(1)
+        rows = Rows(tuple(f.detach() for f in cut.head(images)), teacher, top, forget[top])
+        losses = []
+        for both in (0.0, 1.0):
+            weights = {"unmask": 0, "erase": 0, "inside": 0, "shrink_inside": both}
+            settings = DeepSettings(**weights, shrink=4 * both)
+            objective = _Objective(_TwoHeads(model, cut, images), rows, forget, 1.0, settings)
+            losses.append(float(objective(rows).detach()))
+        return losses[1] - losses[0]
+
+    assert shrunk("one") == pytest.approx(1, abs=1e-3)  # `three` is an inner layer
+    assert shrunk("three") == pytest.approx(4, abs=1e-3)  # none
 
 
 def test_large_images_have_a_shallower_tail() -> None:

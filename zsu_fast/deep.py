@@ -74,6 +74,7 @@ class DeepSettings:
             where they would keep a CPU busy for long.
         unmask: weight of the frozen original last layer's divergence.
         shrink: weight of the features' mean square, in units of the original's.
+        shrink_inside: the same where evidence is erased inside too: both cost retained classes.
         erase: weight of the explained variance of the forgotten logits.
         inside: its weight in what each inner layer takes (`_TwoHeads`), up to three; of more, all
             share that.
@@ -87,7 +88,8 @@ class DeepSettings:
     steps_a_layer: int = 300
     batch: int = 256
     unmask: float = 0.3
-    shrink: float = 0.1
+    shrink: float = 0.15
+    shrink_inside: float = 0.1
     erase: float = 0.35
     inside: float = 0.25
     ridge: float = 0.1
@@ -465,10 +467,14 @@ class _Objective:
         return (
             self.masked.divergence(seen.logits, rows)
             + s.unmask * self.masked.divergence(seen.unmasked, rows)
-            + s.shrink * seen.features.square().mean() / self.energy
+            + (s.shrink_inside if inside else s.shrink) * self.size(seen.features)
             + s.erase * self.evidence(seen.features, rows.teacher)
             + s.inside * min(1, _INNER / max(1, len(inside))) * sum(inside)
         )
+
+    def size(self, features: Tensor) -> Tensor:
+        """The features' mean square, in units of the original's."""
+        return features.square().mean() / self.energy
 
     def evidence(self, features: Tensor, teacher: Tensor) -> Tensor:
         """Share of the forgotten logits' variance that ridge regression on ``features`` explains.
