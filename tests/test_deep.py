@@ -230,13 +230,14 @@ def test_large_images_have_a_shallower_tail() -> None:
 
 def test_scenes_that_cost_much_are_fewer() -> None:
     cpu, settings = torch.device("cpu"), DeepSettings()
-    assert settings.fit_to(8192, 10, 41_000_000, cpu) == (12_000, 3_000)  # ResNet-20
-    scenes, pushed = settings.fit_to(86_528, 1000, 820_000_000, cpu)  # SqueezeNet
+    assert settings.fit_to(7, 8192, 10, 41_000_000, cpu) == (12_000, 3_000)  # ResNet-20
+    assert settings.fit_to(2, 4096, 10, 4_000_000, cpu) == (4_000, 1_000)  # KarpathyNet
+    scenes, pushed = settings.fit_to(4, 86_528, 1000, 820_000_000, cpu)  # SqueezeNet
     assert 1_000 < scenes < 1_500
     assert pushed == scenes // 4
-    assert settings.fit_to(86_528, 1000, 820_000_000, torch.device("cuda"))[0] > 3_000
-    assert settings.fit_to(1, 100_000, 1, cpu)[0] < 2_000
-    assert settings.fit_to(10**7, 10, 10**12, cpu) == (256, 256)
+    assert settings.fit_to(4, 86_528, 1000, 820_000_000, torch.device("cuda"))[0] > 3_000
+    assert settings.fit_to(9, 1, 100_000, 1, cpu)[0] < 2_000
+    assert settings.fit_to(9, 10**7, 10, 10**12, cpu) == (256, 256)
 
 
 @pytest.mark.parametrize("floor", [False, True])

@@ -65,7 +65,9 @@ class DeepSettings:
     """Constants of deep forgetting, chosen on training images (benchmarks/results).
 
     Attributes:
-        scenes: drawn images; fewer where they cost much, 256 at least.
+        scenes: drawn images, at most.
+        scenes_a_layer: so many for each trained layer, since a deeper tail has more to keep; fewer
+            where they cost much, 256 at least.
         pushed: of them, started an ascent to a class from; fewer in proportion, 256 at least.
         mixtures: of impressions at the cut (`make_rows`), which say what no scene does where
             images are no photographs.
@@ -82,6 +84,7 @@ class DeepSettings:
     """
 
     scenes: int = 12000
+    scenes_a_layer: int = 2000
     pushed: int = 3000
     mixtures: int = 512
     steps: int = 1500
@@ -94,9 +97,14 @@ class DeepSettings:
     inside: float = 0.25
     ridge: float = 0.1
 
-    def fit_to(self, values: int, classes: int, work: int, device: torch.device) -> tuple[int, int]:
-        """(scenes, pushed) for so many feature values, logits and multiply-adds a scene."""
-        scenes = min(self.scenes, _SCENE_VALUES // values, _SCENE_LOGITS // classes)
+    def fit_to(
+        self, layers: int, values: int, classes: int, work: int, device: torch.device
+    ) -> tuple[int, int]:
+        """(scenes, pushed) for so many trained layers, and feature values, logits and
+        multiply-adds a scene.
+        """
+        scenes = min(self.scenes, self.scenes_a_layer * layers)
+        scenes = min(scenes, _SCENE_VALUES // values, _SCENE_LOGITS // classes)
         if device.type == "cpu":
             scenes = min(scenes, int(_SCENE_WORK / max(1, work)))
         return max(256, scenes), max(256, self.pushed * scenes // self.scenes)
@@ -207,7 +215,9 @@ def forget_deeply(
     settings = settings or DeepSettings()
     device = forget.device
     tail = _TwoHeads(model, cut, made.images[:4].to(device))
-    train, held_out, impressions = _make_rows(model, spec, cut, made, forget, seed, settings)
+    train, held_out, impressions = _make_rows(
+        model, spec, cut, made, forget, seed, settings, tail.layers
+    )
     margin = rows.margin_for(train.teacher[:impressions], train.label[:impressions])
     asked = min(margin, _OF_ROOM * _room(tail, train, forget))
     objective = _Objective(tail, train, forget, asked, settings)
@@ -340,12 +350,13 @@ def _make_rows(
     forget: Tensor,
     seed: int,
     settings: DeepSettings,
+    layers: int,
 ) -> tuple[Rows, Rows, int]:
     """Training rows, held-out rows, and how many of the former, the first ones, are impressions."""
     device = forget.device
     labels = made.labels.to(device)
     impressions = cut.features(made.images.to(device))
-    scenery = _scenery(model, spec, cut, made.labels.unique(), forget, seed, settings)
+    scenery = _scenery(model, spec, cut, made.labels.unique(), forget, seed, settings, layers)
     held = torch.empty(len(labels), dtype=torch.bool, device=device)
     held[labels.argsort(stable=True)] = torch.arange(len(labels), device=device) % 4 == 3
     held_scenes = torch.arange(len(scenery[0]), device=device) % 8 == 7
@@ -375,6 +386,7 @@ def _scenery(
     forget: Tensor,
     seed: int,
     settings: DeepSettings,
+    layers: int,
 ) -> tuple[Tensor, ...]:
     """Scenes pushed to ``classes``, and scenes as drawn, at the cut; drawn a few at a time."""
     bounds = (1, -1, 1, 1) if len(spec.shape) == 3 else (1, -1)
@@ -382,7 +394,7 @@ def _scenery(
     grey = torch.zeros(1, *spec.shape, device=forget.device)
     values = sum(f.numel() for f in cut.features(grey))
     work = multiply_adds(model, grey)
-    scenes, pushed = settings.fit_to(values, len(forget), work, forget.device)
+    scenes, pushed = settings.fit_to(layers, values, len(forget), work, forget.device)
     targets = _targets(classes, forget.cpu(), pushed)
     few = AscentSettings(pushed // len(targets), (0.3, 0.99), 40, 0, 0.02, 0.0, seed)
     wanted = len(targets) * few.per_class
