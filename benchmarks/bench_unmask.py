@@ -146,6 +146,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     chosen = [] if arguments.summary else arguments.models
     methods = arguments.methods.split(",")
+    if wrong := set(methods) - set(METHODS):
+        parser.error(f"no method {sorted(wrong)}; there are {METHODS}")
     rows = [row for name in chosen for row in measure(name, methods, arguments.cache)]
     file = arguments.out / "unmask.csv"
     if file.exists():

@@ -398,11 +398,14 @@ def _scenery(
     targets = _targets(classes, forget.cpu(), pushed)
     few = AscentSettings(pushed // len(targets), (0.3, 0.99), 40, 0, 0.02, 0.0, seed)
     wanted = len(targets) * few.per_class
-    starts, seen = torch.empty(0, *spec.shape), []
+    first, missing, seen = [], wanted, []
     for chunk in scene_chunks(scenes, spec.shape, seed):
         chunk = low + chunk * (high - low)
-        starts = torch.cat([starts, chunk[: wanted - len(starts)]])
+        if missing > 0:
+            first.append(chunk[:missing])
+            missing -= len(chunk)
         seen.append(cut.features(chunk.to(forget.device)))
+    starts = torch.cat(first)
     starts = starts[torch.arange(wanted) % len(starts)]
     space = input_space(model, spec, few.precision)
     ascended = ascend(model, space, spec, targets, few, Reporter(False), starts=starts)
