@@ -4,7 +4,7 @@
     python benchmarks/evidence.py karpathynet lenet5    # some of them
     python benchmarks/evidence.py --seeds 1 --images 2000
     python benchmarks/evidence.py --summary             # the table anew, from the CSV file
-    python benchmarks/evidence.py resnet20 --train-golden 6   # trains one, 6 epochs, no default
+    python benchmarks/evidence.py resnet20 --train-golden 12   # trains one; none ships
 
 Rows: original, mask, random embeddings, default, deep (where `unlearn` has it), golden. Images are
 used for measuring only. Writes ``results/evidence.csv`` (a line a number) and ``evidence.md``.
@@ -35,9 +35,11 @@ from zsu_fast.audit.result import Audit
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, its data, the classes to forget, and how many images are measured on at most.
+    """A model, its data, the classes to forget, and what is measured on and with.
 
-    ``relearn_steps``: most steps of relearning; None for the audit's own, 100.
+    ``images``, ``train_images``: test and training images, at most. ``shots``: training images of
+    each class that relearning may use; ``relearn_steps``: its most steps, None for the audit's own,
+    100. Both have to be as many as the golden model needs, or the comparison says nothing.
     """
 
     key: str
@@ -45,15 +47,20 @@ class Setting:
     data: str
     forget: tuple[int, ...]
     golden: str | None
-    images: int
+    images: int = 10_000
+    train_images: int = 10_000
+    shots: int = 100
     relearn_steps: int | None = None
 
 
 SETTINGS = [
-    Setting("lenet5", "lenet5", "mnist", (1, 2, 3, 4), "lenet5_golden", 10_000),
-    Setting("karpathynet", "karpathynet", "cifar10", (3, 4, 8), "karpathynet_golden", 10_000),
-    Setting("resnet20", "resnet20_cifar", "cifar10", (3, 4, 8), None, 2_000, 400),
-]
+    Setting("lenet5", "lenet5", "mnist", (1, 2, 3, 4), "lenet5_golden"),
+    Setting("karpathynet", "karpathynet", "cifar10", (3, 4, 8), "karpathynet_golden"),
+    Setting(
+        "resnet20", "resnet20_cifar", "cifar10", (3, 4, 8), None,
+        train_images=50_000, shots=5_000, relearn_steps=800,
+    ),
+]  # fmt: skip
 
 # What the table shows; the CSV file has everything.
 COLUMNS = (
@@ -105,12 +112,12 @@ METHODS: dict[str, dict[str, Any]] = {"default": {}, "deep": {"depth": "deep"}}
 
 
 def measure(
-    setting: Setting, seeds: int, most: int | None, epochs: int, stored_golden: Path | None
+    setting: Setting, seeds: range, most: int | None, epochs: int, stored_golden: Path | None
 ) -> list[list[Any]]:
     """(setting, model, seed, metric, value or "", reason or "") of every number."""
     model = load_model(setting.model)
-    count = min(setting.images, most or setting.images)
-    test, train = read(setting.data, "test", count), read(setting.data, "train", count)
+    test = read(setting.data, "test", min(setting.images, most or setting.images))
+    train = read(setting.data, "train", min(setting.train_images, most or setting.train_images))
     golden = zoo.load(setting.golden) if setting.golden else None
     if golden is None and stored_golden and stored_golden.exists():
         golden = zoo.build(setting.model)
@@ -120,7 +127,7 @@ def measure(
         if stored_golden:
             checkpoint.save_weights(stored_golden, golden)
     numbers: list[list[Any]] = []
-    for seed in range(seeds):
+    for seed in seeds:
         for method, options in METHODS.items():
             started = time.perf_counter()
             with warnings.catch_warnings():
@@ -131,7 +138,8 @@ def measure(
             made = time.perf_counter()
             result = zsu_fast.audit(
                 model, unlearned, setting.forget, test, golden,
-                train_data=train, relearn_steps=setting.relearn_steps, seed=seed, progress=False,
+                train_data=train, shots=setting.shots, relearn_steps=setting.relearn_steps,
+                seed=seed, progress=False,
             )  # fmt: skip
             done = time.perf_counter()
             print(f"{setting.key} {method} seed {seed}: {made - started:.1f} s to unlearn, "
@@ -213,6 +221,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("settings", nargs="*", help=", ".join(s.key for s in SETTINGS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="seeds before it keep their lines"
+    )
     parser.add_argument("--images", type=int, help="of each set, at most")
     parser.add_argument("--train-golden", type=int, default=0, metavar="EPOCHS")
     parser.add_argument(
@@ -230,25 +241,30 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "evidence.csv"
     for setting in [] if arguments.summary else chosen:
-        lines = measure(
-            setting, arguments.seeds, arguments.images, arguments.train_golden, arguments.golden
-        )
-        # settings that were not run again keep their lines
-        lines = [n for n in stored(file) if n[0] != setting.key] + lines
+        seeds = range(arguments.first_seed, arguments.seeds)
+        lines = measure(setting, seeds, arguments.images, arguments.train_golden, arguments.golden)
+        # what was not run again keeps its lines
+        old = stored(file)
+        lines = [n for n in old if n[0] != setting.key or n[2] < arguments.first_seed] + lines
         with file.open("w", newline="") as new:
             writer = csv.writer(new)
             writer.writerow(["setting", "model", "seed", "metric", "value", "reason"])
             writer.writerows(lines)
     numbers = stored(file)
-    sizes = ", ".join(f"{s.key} {min(s.images, arguments.images or s.images):,}" for s in SETTINGS)
+    most = arguments.images or 50_000
+    sizes = "; ".join(
+        f"{s.key} {min(s.images, most):,} and {min(s.train_images, most):,}, relearning from "
+        f"{min(s.shots, most):,} a class"
+        for s in SETTINGS
+    )
     head = [
         "# Evidence",
         "",
         "Made by `python benchmarks/evidence.py`: `zsu_fast.audit` of each model, mean over seeds, "
         "lowest and highest where they differ by more than 5 %. Accuracies in per cent; "
         "`zsu_fast/audit/metrics.py` defines every number, `evidence.csv` has all of them and the "
-        f"reasons of those that are missing. Test and training images used for measuring: {sizes} "
-        "each.",
+        "reasons of those that are missing. Test and training images used for measuring: "
+        f"{sizes}.",
         "",
         f"{processor()}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{time.strftime('%Y-%m-%d')}.",

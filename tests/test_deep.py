@@ -230,14 +230,17 @@ def test_large_images_have_a_shallower_tail() -> None:
 
 def test_scenes_that_cost_much_are_fewer() -> None:
     cpu, settings = torch.device("cpu"), DeepSettings()
-    assert settings.fit_to(7, 8192, 10, 41_000_000, cpu) == (12_000, 3_000)  # ResNet-20
-    assert settings.fit_to(2, 4096, 10, 4_000_000, cpu) == (4_000, 1_000)  # KarpathyNet
-    scenes, pushed = settings.fit_to(4, 86_528, 1000, 820_000_000, cpu)  # SqueezeNet
+    seven = settings.fit_to(7)
+    assert seven.scenes_for(8192, 10, 41_000_000, cpu) == (12_000, 3_000)  # ResNet-20
+    two = settings.fit_to(2)
+    assert two.scenes_for(4096, 10, 4_000_000, cpu) == (4_000, 1_000)  # KarpathyNet
+    four = settings.fit_to(4)
+    scenes, pushed = four.scenes_for(86_528, 1000, 820_000_000, cpu)  # SqueezeNet
     assert 1_000 < scenes < 1_500
     assert pushed == scenes // 4
-    assert settings.fit_to(4, 86_528, 1000, 820_000_000, torch.device("cuda"))[0] > 3_000
-    assert settings.fit_to(9, 1, 100_000, 1, cpu)[0] < 2_000
-    assert settings.fit_to(9, 10**7, 10, 10**12, cpu) == (256, 256)
+    assert four.scenes_for(86_528, 1000, 820_000_000, torch.device("cuda"))[0] > 3_000
+    assert settings.scenes_for(1, 100_000, 1, cpu)[0] < 2_000
+    assert settings.scenes_for(10**7, 10, 10**12, cpu) == (256, 256)
 
 
 @pytest.mark.parametrize("floor", [False, True])
@@ -282,11 +285,11 @@ def test_pruned_weights_stay_zero(tiny: nn.Module) -> None:
 def test_a_cpu_takes_fewer_steps_of_a_heavy_tail() -> None:
     light, heavy, cpu = 1_000_000, 60_000_000, torch.device("cpu")  # KarpathyNet's, lite0's tail
     settings = DeepSettings()
-    assert settings.steps_for(2, light, cpu) == 600
-    assert settings.steps_for(20, light, cpu) == settings.steps
-    assert 100 < settings.steps_for(6, heavy, cpu) < 400
-    assert settings.steps_for(6, 100 * heavy, cpu) == 100
-    assert settings.steps_for(20, heavy, torch.device("cuda")) == settings.steps
+    assert settings.fit_to(2).steps_for(light, cpu) == 600
+    assert settings.fit_to(20).steps_for(light, cpu) == settings.steps
+    assert 100 < settings.fit_to(6).steps_for(heavy, cpu) < 400
+    assert settings.fit_to(6).steps_for(100 * heavy, cpu) == 100
+    assert settings.fit_to(20).steps_for(heavy, torch.device("cuda")) == settings.steps
 
 
 def test_vectors_have_no_scenes_but_can_be_forgotten() -> None:

@@ -22,7 +22,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -97,24 +97,30 @@ class DeepSettings:
     inside: float = 0.25
     ridge: float = 0.1
 
-    def fit_to(
-        self, layers: int, values: int, classes: int, work: int, device: torch.device
-    ) -> tuple[int, int]:
-        """(scenes, pushed) for so many trained layers, and feature values, logits and
-        multiply-adds a scene.
-        """
+    def fit_to(self, layers: int) -> DeepSettings:
+        """What so many trained layers need of all this."""
         scenes = min(self.scenes, self.scenes_a_layer * layers)
-        scenes = min(scenes, _SCENE_VALUES // values, _SCENE_LOGITS // classes)
+        return replace(
+            self,
+            scenes=scenes,
+            pushed=self.pushed * scenes // self.scenes,
+            steps=min(self.steps, self.steps_a_layer * layers),
+        )
+
+    def scenes_for(
+        self, values: int, classes: int, work: int, device: torch.device
+    ) -> tuple[int, int]:
+        """(scenes, pushed) where each has so many feature values, logits and multiply-adds."""
+        scenes = min(self.scenes, _SCENE_VALUES // values, _SCENE_LOGITS // classes)
         if device.type == "cpu":
             scenes = min(scenes, int(_SCENE_WORK / max(1, work)))
         return max(256, scenes), max(256, self.pushed * scenes // self.scenes)
 
-    def steps_for(self, layers: int, row: int, device: torch.device) -> int:
-        """Steps for so many trained layers, where a row takes so many multiply-adds in them."""
-        enough = min(self.steps, self.steps_a_layer * layers)
+    def steps_for(self, row: int, device: torch.device) -> int:
+        """Steps, where a row takes so many multiply-adds in the trained layers."""
         if device.type != "cpu":
-            return enough
-        return min(enough, max(_FEWEST_STEPS, int(_WORK / (self.batch * max(1, row)))))
+            return self.steps
+        return min(self.steps, max(_FEWEST_STEPS, int(_WORK / (self.batch * max(1, row)))))
 
 
 def check_depth(depth: str, objective: str, space: str) -> None:
@@ -212,19 +218,17 @@ def forget_deeply(
     Raises:
         ModelError: the model's last layer takes more than one tensor from the others.
     """
-    settings = settings or DeepSettings()
     device = forget.device
     tail = _TwoHeads(model, cut, made.images[:4].to(device))
-    train, held_out, impressions = _make_rows(
-        model, spec, cut, made, forget, seed, settings, tail.layers
-    )
+    settings = (settings or DeepSettings()).fit_to(len(tail.trained) + 1)
+    train, held_out, impressions = _make_rows(model, spec, cut, made, forget, seed, settings)
     margin = rows.margin_for(train.teacher[:impressions], train.label[:impressions])
     asked = min(margin, _OF_ROOM * _room(tail, train, forget))
     objective = _Objective(tail, train, forget, asked, settings)
     named = dict(model.model.named_parameters())
     parameters = [named[name] for name in cut.parameters]
     row = multiply_adds(cut.tail, *train.features_at(train.label.new_zeros(1)))
-    steps = min(settings.steps, loop.steps or settings.steps_for(tail.layers, row, device))
+    steps = min(settings.steps_for(row, device), loop.steps or settings.steps)
     start = [p.detach().clone() for p in parameters]
     fit = Fit(learning_rate=loop.learning_rate or natural_rate(parameters))
     before = objective.look(train, held_out)
@@ -272,7 +276,7 @@ class _TwoHeads(nn.Module):
     Attributes:
         inner: layers ahead of the last that take what trained ones give, where nothing else reads
             it: not a residual stream, which mostly carries what frozen layers made.
-        layers: how many are trained.
+        trained: the layers with weights that are trained ahead of the last.
     """
 
     def __init__(self, model: LogitsModel, cut: Split, images: Tensor) -> None:
@@ -283,8 +287,8 @@ class _TwoHeads(nn.Module):
         self.frozen.requires_grad_(False)
         modules = dict(model.model.named_modules())
         self.last = modules[names[-1]]
-        self.inner = [modules[n] for n in names[:-1] if f"{n}.weight" in cut.parameters]
-        self.layers = len(self.inner) + 1
+        self.trained = [modules[n] for n in names[:-1] if f"{n}.weight" in cut.parameters]
+        self.inner = self.trained
         with torch.enable_grad():
             logits, inner, _ = self._run(*[x.detach() for x in cut.head(images)])
             readers = _readers(logits)
@@ -350,13 +354,12 @@ def _make_rows(
     forget: Tensor,
     seed: int,
     settings: DeepSettings,
-    layers: int,
 ) -> tuple[Rows, Rows, int]:
     """Training rows, held-out rows, and how many of the former, the first ones, are impressions."""
     device = forget.device
     labels = made.labels.to(device)
     impressions = cut.features(made.images.to(device))
-    scenery = _scenery(model, spec, cut, made.labels.unique(), forget, seed, settings, layers)
+    scenery = _scenery(model, spec, cut, made.labels.unique(), forget, seed, settings)
     held = torch.empty(len(labels), dtype=torch.bool, device=device)
     held[labels.argsort(stable=True)] = torch.arange(len(labels), device=device) % 4 == 3
     held_scenes = torch.arange(len(scenery[0]), device=device) % 8 == 7
@@ -386,7 +389,6 @@ def _scenery(
     forget: Tensor,
     seed: int,
     settings: DeepSettings,
-    layers: int,
 ) -> tuple[Tensor, ...]:
     """Scenes pushed to ``classes``, and scenes as drawn, at the cut; drawn a few at a time."""
     bounds = (1, -1, 1, 1) if len(spec.shape) == 3 else (1, -1)
@@ -394,7 +396,7 @@ def _scenery(
     grey = torch.zeros(1, *spec.shape, device=forget.device)
     values = sum(f.numel() for f in cut.features(grey))
     work = multiply_adds(model, grey)
-    scenes, pushed = settings.fit_to(layers, values, len(forget), work, forget.device)
+    scenes, pushed = settings.scenes_for(values, len(forget), work, forget.device)
     targets = _targets(classes, forget.cpu(), pushed)
     few = AscentSettings(pushed // len(targets), (0.3, 0.99), 40, 0, 0.02, 0.0, seed)
     wanted = len(targets) * few.per_class

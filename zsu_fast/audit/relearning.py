@@ -79,7 +79,7 @@ def _anamnesis(case: Case, kind: str, counted: dict[str, int | None], most: int)
                 f"ain_{kind}",
                 None,
                 f"the golden model did not relearn in {most} steps, so the index may lie on either "
-                f"side of {AIN}; raise relearn_steps",
+                f"side of {AIN}; raise relearn_steps, and shots (of few images it may never learn)",
             )
         else:
             row.put(f"ain_{kind}", (steps or most) / (golden or most))

@@ -324,7 +324,7 @@ def _check_relearn(e: Evidence, name: str, steps: str, index: str) -> Check:
     golden, before = e.get(steps, "golden"), e.get(steps, "original")
     if golden is not None and before is not None and before >= golden:
         says = f"the original takes {before:.0f} steps, a model that never saw them {golden:.0f}"
-        return Check(name, None, f"{says}: this tells nothing; raise relearn_steps")
+        return Check(name, None, f"{says}: this tells nothing; raise relearn_steps, shots")
     if ratio is None and golden is not None and now >= golden:
         return Check(name, True, f"not within {now:.0f} steps, nor the golden model")
     if ratio is None:
