@@ -13,7 +13,7 @@ from support import QUICK, TinyNet, tiny_data, train
 from torch import Tensor, nn
 
 import zsu_fast
-from zsu_fast import unlearning, zoo
+from zsu_fast import scenes as drawing, unlearning, zoo
 from zsu_fast.classifier import weights_hash, working_copy
 from zsu_fast.deep import (
     DeepSettings,
@@ -345,6 +345,19 @@ def test_scenes_are_images_of_their_seed() -> None:
     assert float(step) < 0.5 * float(scenes.var())
     assert float((scenes[0] - scenes[1]).abs().mean()) > 0.05
     assert draw_scenes(0, (1, 8, 8), 0).shape == (0, 1, 8, 8)
+
+
+def test_leaves_lie_within_their_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    windowed = draw_scenes(6, (3, 150, 230), 1)  # larger than what is drawn together
+    sizes = []
+
+    def whole(_middle: torch.Tensor, _reach: torch.Tensor, size: int) -> slice:
+        sizes.append(size)
+        return slice(0, size)
+
+    monkeypatch.setattr(drawing, "_window", whole)
+    assert torch.equal(draw_scenes(6, (3, 150, 230), 1), windowed)
+    assert sizes == 6 * 40 * [150, 230]
 
 
 def test_scenes_are_pushed_to_few_of_many_classes() -> None:

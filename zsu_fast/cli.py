@@ -406,6 +406,7 @@ def audit(
         str | None, typer.Option(help="Weights of a model trained without the classes.")
     ] = None,
     report: Report = None,
+    shots: Annotated[int, typer.Option(help="Images a class that relearning may use.")] = 100,
     relearn_steps: Annotated[
         int | None, typer.Option(help="Most steps of relearning; 0 leaves it out.")
     ] = None,
@@ -432,6 +433,7 @@ def audit(
             images,
             None if golden is None else load_model(model, golden, classes),
             train_data=None if train_data is None else read_images(train_data, spec),
+            shots=shots,
             relearn_steps=relearn_steps,
             **shaped,
             seed=seed,

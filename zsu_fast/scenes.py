@@ -9,7 +9,8 @@ forgetting keeps the features right on, where impressions are too far from any r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 _SHAPES = 40  # leaves an image
 _SMALLEST, _LARGEST = 0.04, 0.6  # their radius, in image widths, with density ~ radius^-3
 _CHUNK = 256
+_PIXELS = 1 << 15  # of images whose leaves are laid at once: of a large one, where the leaf lies
 
 
 def draw_scenes(count: int, shape: Sequence[int], seed: int) -> Tensor:
@@ -50,25 +52,92 @@ def _leaves(count: int, channels: int, height: int, width: int, draw: torch.Gene
 
     image = _coloured_noise(count, channels, height, width, draw)
     texture = _coloured_noise(count, channels, height, width, draw)
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    for number in range(_SHAPES):
-        mix = uniform(0, 1, 1, 1)
-        radius = (_SMALLEST**-2 * (1 - mix) + _LARGEST**-2 * mix).rsqrt()
-        stretch, angle = uniform(-0.7, 0.7, 1, 1).exp(), uniform(0, math.pi, 1, 1)
-        dx, dy = x - uniform(-0.1, 1.1, 1, 1), y - uniform(-0.1, 1.1, 1, 1)
-        along = (dx * angle.cos() + dy * angle.sin()) / (radius * stretch)
-        across = (dy * angle.cos() - dx * angle.sin()) * stretch / radius
-        ellipse = along.square() + across.square() < 1
-        box = (along.abs() < 0.9) & (across.abs() < 0.9)
-        inside = torch.where(uniform(0, 1, 1, 1) < 0.4, box, ellipse)[:, None]
-        colour = uniform(0, 0.6, channels, 1, 1) + uniform(0, 0.4, 1, 1, 1)
-        rough = uniform(0, 1, 1, 1, 1).square() * (texture.roll(5 * number, 3) - 0.5)
-        shade = uniform(-0.3, 0.3, 1, 1, 1) * (y - 0.5) + uniform(-0.3, 0.3, 1, 1, 1) * (x - 0.5)
-        image = torch.where(inside, (colour + rough + shade).clamp(0, 1), image)
+    leaves = [_Leaf.chance(channels, uniform) for _ in range(_SHAPES)]
+    blur = uniform(0, 1, 1, 1, 1)
+    few = max(1, _PIXELS // (height * width))
+    for at in range(0, count, few):
+        part = slice(at, at + few)
+        for number, leaf in enumerate(leaves):
+            leaf.pick(part).lie_on(image[part], texture[part], 5 * number)
     kernel = torch.tensor([1.0, 2.0, 1.0])
     kernel = (kernel[:, None] * kernel / 16).expand(channels, 1, 3, 3)
     blurred = F.conv2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), kernel, groups=channels)
-    return image.lerp(blurred, uniform(0, 1, 1, 1, 1))
+    return image.lerp(blurred, blur)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A leaf in each of N images, [N, 1, 1] or [N, channels or 1, 1, 1]; lengths in image widths.
+
+    Attributes:
+        radius, stretch, angle: its half axes are radius * stretch and radius / stretch.
+        left, top: of its middle.
+        edged: whether it is a box, not an ellipse.
+        colour, rough, down, right: how bright it is, how much of the texture shows, and how much
+            brighter it gets downwards and to the right.
+    """
+
+    radius: Tensor
+    stretch: Tensor
+    angle: Tensor
+    left: Tensor
+    top: Tensor
+    edged: Tensor
+    colour: Tensor
+    rough: Tensor
+    down: Tensor
+    right: Tensor
+
+    @classmethod
+    def chance(cls, channels: int, uniform: Callable[..., Tensor]) -> _Leaf:
+        mix = uniform(0, 1, 1, 1)
+        return cls(
+            radius=(_SMALLEST**-2 * (1 - mix) + _LARGEST**-2 * mix).rsqrt(),
+            stretch=uniform(-0.7, 0.7, 1, 1).exp(),
+            angle=uniform(0, math.pi, 1, 1),
+            left=uniform(-0.1, 1.1, 1, 1),
+            top=uniform(-0.1, 1.1, 1, 1),
+            edged=uniform(0, 1, 1, 1) < 0.4,
+            colour=uniform(0, 0.6, channels, 1, 1) + uniform(0, 0.4, 1, 1, 1),
+            rough=uniform(0, 1, 1, 1, 1).square(),
+            down=uniform(-0.3, 0.3, 1, 1, 1),
+            right=uniform(-0.3, 0.3, 1, 1, 1),
+        )
+
+    def pick(self, part: slice) -> _Leaf:
+        """Those of some of the images."""
+        return _Leaf(*[getattr(self, f.name)[part] for f in fields(self)])
+
+    def lie_on(self, image: Tensor, texture: Tensor, shift: int) -> None:
+        """Hides what is under it in ``image`` [N, channels, H, W], where the window ends.
+
+        ``texture``, of the same shape, is moved to the right by ``shift``.
+        """
+        height, width = image.shape[2:]
+        cos, sin = self.angle.cos(), self.angle.sin()
+        long, short = self.radius * self.stretch, self.radius / self.stretch
+        down, right = long * sin.abs() + short * cos.abs(), long * cos.abs() + short * sin.abs()
+        rows, columns = _window(self.top, down, height), _window(self.left, right, width)
+        y = torch.linspace(0, 1, height)[rows, None]
+        x = torch.linspace(0, 1, width)[None, columns]
+        dx, dy = x - self.left, y - self.top
+        along = (dx * cos + dy * sin) / long
+        across = (dy * cos - dx * sin) * self.stretch / self.radius
+        ellipse = along.square() + across.square() < 1
+        box = (along.abs() < 0.9) & (across.abs() < 0.9)
+        inside = torch.where(self.edged, box, ellipse)[:, None]
+        moved = (torch.arange(width)[columns] - shift) % width
+        rough = self.rough * (texture[:, :, rows].index_select(3, moved) - 0.5)
+        shade = self.down * (y - 0.5) + self.right * (x - 0.5)
+        under = image[:, :, rows, columns]
+        under.copy_(torch.where(inside, (self.colour + rough + shade).clamp(0, 1), under))
+
+
+def _window(middle: Tensor, reach: Tensor, size: int) -> slice:
+    """Pixels, and two more, that lie within ``reach`` of any of ``middle``, in image widths."""
+    first = math.floor(float((middle - reach).min()) * (size - 1)) - 2
+    last = math.ceil(float((middle + reach).max()) * (size - 1)) + 2
+    return slice(min(max(first, 0), size), max(min(last + 1, size), 0))
 
 
 def _coloured_noise(

@@ -35,6 +35,8 @@ def test_audit_of_a_mask_from_files(tmp_path: Path) -> None:
     told = json.loads(call(*command, "--force", "--json"))
     assert told["findings"][0]["name"] == "mask"
     assert [r["name"] for r in told["rows"]][-1] == "golden"
+    few = [*command, "--relearn-steps", "1", "--shots", "7", "--force", "--json"]
+    assert json.loads(call(*few))["settings"]["shots_used"] == 7
     refused = call("audit", "lenet5", "--unlearned", "none.pt", "--forget", "1", code=2)
     assert "none.pt" in refused
 
