@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -193,11 +194,19 @@ def disassembly(arch: int) -> dict[str, str]:
 def dump(option: str, arch: int) -> str:
     if not library.CUDA.path:
         pytest.skip(f"no CUDA library to look into: {library.CUDA.reason}")
+    if torch.cuda.is_available() and f"{arch // 10}.{arch % 10}" not in architectures_wanted():
+        pytest.skip(f"built for this machine's GPU alone, not for sm_{arch}")
     run = subprocess.run(
         [CUOBJDUMP, option, "-arch", f"sm_{arch}", str(library.CUDA.path)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return run.stdout
+
+
+def architectures_wanted() -> str:
+    """What the build was told, or on a machine with a GPU decides: that GPU's."""
+    own = ".".join(map(str, torch.cuda.get_device_capability()))
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", own)
 
 
 def only(functions: dict[str, str], kernel: str) -> str:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 
@@ -19,6 +20,8 @@ def test_triton_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this is the interpreted process")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, which runs them compiled: see the gpu tests")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider",
          *(str(HERE / f"test_{op}.py") for op in
