@@ -406,7 +406,7 @@ def audit(
         str | None, typer.Option(help="Weights of a model trained without the classes.")
     ] = None,
     report: Report = None,
-    shots: Annotated[int, typer.Option(help="Images a class that relearning may use.")] = 100,
+    shots: Annotated[int, typer.Option(help="Images a class that relearning may use.")] = 500,
     relearn_steps: Annotated[
         int | None, typer.Option(help="Most steps of relearning; 0 leaves it out.")
     ] = None,

@@ -42,7 +42,7 @@ def audit(
     train_data: Any = None,
     impressions: ClassImpressions | None = None,
     impressions_per_class: int = 16,
-    shots: int = 100,
+    shots: int = 500,
     relearn_steps: int | None = None,
     input_shape: Sequence[int] | None = None,
     mean: float | Sequence[float] | None = None,
