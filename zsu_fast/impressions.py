@@ -42,6 +42,9 @@ from .threads import multiply_adds, threads_for
 _BATCH_VALUES = 4 * 1024 * 1024
 # On a GPU, which is idle with less, so many times as many: 445 images of 3x224x224, if they fit.
 _GPU_VALUES = 16
+# On a CPU what they hold should fit in its cache, or be no more than the weights that are read for
+# them; but so many rows at least.
+_CACHE_BYTES, _FEWEST = 24 * 1024 * 1024, 8
 # And at most this many logits: of 100,000 classes 167 rows.
 _BATCH_LOGITS = 16 * 1024 * 1024
 # A shard, made without a look at any other, is at most this many working batches.
@@ -211,7 +214,7 @@ def default_per_class(classes: int) -> int:
 
 
 def batch_rows(space: Space, processes: int = 1) -> tuple[int, int]:
-    """Rows of a shard, by the space alone, and of a working batch, by what memory is free too.
+    """Rows of a shard, by the space alone, and of a working batch, by cache and free memory too.
 
     Args:
         space: where they climb.
@@ -224,6 +227,9 @@ def batch_rows(space: Space, processes: int = 1) -> tuple[int, int]:
     most = max(16, min(values // start.numel(), _BATCH_LOGITS // logits))
     row = memory.bytes_a_row(space.climbed, start)
     fit = memory.rows_that_fit(row, space.low.device, processes)
+    if start.device.type == "cpu":
+        weights = sum(p.nbytes for p in space.climbed.model.parameters())
+        fit = min(fit, max(_FEWEST, max(_CACHE_BYTES, weights) // row))
     return _BATCHES_A_SHARD * most, min(most, fit)
 
 
