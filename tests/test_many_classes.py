@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zsu_fast
-from zsu_fast import ZeroShotUnlearner, memory, narrow, objective, sampling, unlearning
+from zsu_fast import ZeroShotUnlearner, narrow, objective, sampling, unlearning
 from zsu_fast.errors import ArgumentError
 from zsu_fast.impressions import batch_rows
 from zsu_fast.objective import Alone, Masked, Rows, make_rows
@@ -350,12 +350,12 @@ def test_few_rows_climb_at_once_where_they_fill_a_cache(monkeypatch: pytest.Monk
     from zsu_fast.spaces import input_space
 
     space = input_space(run.work, run.spec, "float32")
-    row = memory.bytes_a_row(space.climbed, space.start(torch.zeros(1, *space.shape)))
     weights = sum(p.nbytes for p in run.work.model.parameters())
-    fits = 10 + weights // row
-    monkeypatch.setattr("zsu_fast.impressions._CACHE_BYTES", fits * row)
-    assert batch_rows(space)[1] == fits
-    monkeypatch.setattr("zsu_fast.impressions._CACHE_BYTES", 0)  # no fewer than weights are worth
-    assert batch_rows(space)[1] == max(8, weights // row)
-    monkeypatch.setattr("zsu_fast.memory.bytes_a_row", lambda *_: 10**6)
-    assert batch_rows(space)[1] == 8
+    for row, cache, rows in (
+        (weights // 12, 30 * (weights // 12), 30),
+        (weights // 12, 0, 12),  # no less than the weights that are read for them
+        (weights, 0, 8),
+    ):
+        monkeypatch.setattr("zsu_fast.memory.bytes_a_row", lambda *_, row=row: row)
+        monkeypatch.setattr("zsu_fast.impressions._CACHE_BYTES", cache)
+        assert batch_rows(space)[1] == rows
