@@ -42,11 +42,11 @@ from .threads import multiply_adds, threads_for
 _BATCH_VALUES = 4 * 1024 * 1024
 # On a GPU, which is idle with less, so many times as many: 445 images of 3x224x224, if they fit.
 _GPU_VALUES = 16
-# On a CPU what they hold should fit in its cache, or be no more than the weights that are read for
-# them; but so many rows at least.
-_CACHE_BYTES, _FEWEST = 24 * 1024 * 1024, 8
 # And at most this many logits: of 100,000 classes 167 rows.
 _BATCH_LOGITS = 16 * 1024 * 1024
+# On a CPU what a working batch holds should fit in its cache, or be no more than the weights that
+# are read for it; but so many rows at least.
+_CACHE_BYTES, _FEWEST = 24 * 1024 * 1024, 8
 # A shard, made without a look at any other, is at most this many working batches.
 _BATCHES_A_SHARD = 4
 
