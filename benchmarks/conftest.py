@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from harness import Table
+
+from benchmarks.harness import Table
 
 
 @pytest.fixture(scope="module")

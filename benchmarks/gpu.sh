@@ -39,16 +39,16 @@ finish() {
   exit 1
 }
 pytest=("$python" -m pytest -q -p no:cacheprovider)
-doctor=("$python" -c 'from zsu_fast.doctor import render; print(render())')
+doctor=("$python" -c 'from zsu_fast.runtime.doctor import render; print(render())')
 rm -f "$OUT/failed.txt"
 
 if [ "$what" = --cpu ]; then
   # the steps of a GPU machine that have a CPU side, short; the gpu tests are only collected
   step doctor "${doctor[@]}"
   step collect-gpu-tests "${pytest[@]}" tests -m gpu --collect-only
-  step touch "$python" benchmarks/touch_every_kernel.py --device cpu
-  step gpu-state "$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import harness; print(harness.gpu_state())'
-  step bench-loops "${pytest[@]}" benchmarks/bench_loops.py
+  step touch "$python" -m benchmarks.tools.touch_every_kernel --device cpu
+  step gpu-state "$python" -c 'from benchmarks import harness; print(harness.gpu_state())'
+  step bench-loops "${pytest[@]}" benchmarks/end_to_end/bench_loops.py
   finish "rehearsal passed"
 fi
 
@@ -72,7 +72,7 @@ if [ "$what" != bench ]; then
   if sanitizer=$(command -v compute-sanitizer); then
     for tool in memcheck racecheck initcheck synccheck; do
       step "sanitizer-$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 \
-        --target-processes all "$python" benchmarks/touch_every_kernel.py &
+        --target-processes all "$python" -m benchmarks.tools.touch_every_kernel &
     done
   else
     echo "no compute-sanitizer on PATH: skipped" | tee "$OUT/sanitizer.log"
@@ -82,9 +82,9 @@ fi
 
 if [ "$what" != check ]; then
   for name in signed_cross_entropy masked_cross_entropy ascent_step loops full_shapes; do
-    step "bench-$name" "${pytest[@]}" "benchmarks/bench_$name.py" "$@"
+    step "bench-$name" "${pytest[@]}" benchmarks/*/bench_$name.py "$@"
   done
-  step whole-calls "$python" benchmarks/bench_gpu_calls.py
+  step whole-calls "$python" -m benchmarks.end_to_end.bench_gpu_calls
   cat "$OUT"/cuda_*.md 2>/dev/null
 fi
 finish "all steps passed"

@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 
-from zsu_fast import ascent
+from zsu_fast.synthesis import ascent
 
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
 GRAPH_CALLS = 6  # inputs rotate among 2 or 3

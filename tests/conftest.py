@@ -13,7 +13,7 @@ import torch
 from support import SHARED, shared_loader
 from torch import Tensor
 
-from zsu_fast import zoo
+from zsu_fast.models import zoo
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

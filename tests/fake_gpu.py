@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
-from zsu_fast import ascent, steppers
+from zsu_fast.synthesis import ascent
+from zsu_fast.training import train_step as steppers
 
 GPU = torch.device("cuda", 0)
 # ops that may read a tensor of the other kind: copies, and indices on the CPU

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import zsu_fast
-from zsu_fast.classifier import InputSpec, weights_hash
+from zsu_fast.models.input_spec import InputSpec
+from zsu_fast.models.parameters import weights_hash
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPEC = InputSpec((3, 8, 8), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "the tests")

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import zsu_fast
-from zsu_fast.doctor import doctor, render
 from zsu_fast.ops import backends, library
 from zsu_fast.ops.schemas import SCHEMAS
+from zsu_fast.runtime.doctor import doctor, render
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(zsu_fast.__file__).parent

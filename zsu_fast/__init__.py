@@ -1,10 +1,5 @@
 """zsu_fast: make a trained image classifier forget classes, without any training data."""
 
-from .audit import Audit, audit
-from .baselines import random_embeddings
-from .classifier import InputSpec
-from .delta import apply_delta, save_delta
-from .doctor import doctor
 from .errors import (
     ArgumentError,
     CheckpointError,
@@ -14,13 +9,20 @@ from .errors import (
     RankError,
     ZsuFastError,
 )
-from .evaluation import Evaluation, evaluate, mask
-from .impressions import ClassImpressions, synthesize
-from .ledger import Ledger
-from .plan import Plan, plan
-from .progress import Event
-from .tail import Split
-from .unlearning import ZeroShotUnlearner, paper_preset, split, unlearn
+from .evaluation.accuracy import Evaluation, evaluate, mask
+from .evaluation.audit.audit import audit
+from .evaluation.audit.result import Audit
+from .evaluation.baselines import random_embeddings
+from .models.delta import apply_delta, save_delta
+from .models.input_spec import InputSpec
+from .planning import Plan, plan
+from .provenance.ledger import Ledger
+from .runtime.doctor import doctor
+from .runtime.events import Event
+from .splitting.split import Split
+from .synthesis.impressions import ClassImpressions
+from .synthesis.synthesize import synthesize
+from .unlearner import ZeroShotUnlearner, paper_preset, split, unlearn
 from .version import VERSION
 
 __version__ = VERSION

@@ -1,5 +1,5 @@
 """``python -m zsu_fast`` is ``zsu-fast``."""
 
-from .cli import main
+from .cli.app import main
 
 main()

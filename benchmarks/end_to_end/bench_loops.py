@@ -1,0 +1,109 @@
+"""The two loops, captured in CUDA graphs against eager: the tail's steps and the ascent's.
+
+    pytest benchmarks/end_to_end/bench_loops.py
+
+On a GPU the graph loop has to be 5 times as fast as the eager one on LeNet5, and two captures have
+to replay the same bits. Without one, the same code runs with what a CPU has instead of graphs: the
+compiled tail, and the eager ascent alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.harness import DEVICE, Contender, Table, compare, eager_ascent
+from zsu_fast.models import zoo
+from zsu_fast.models.input_spec import InputSpec
+from zsu_fast.models.wrapper import working_copy
+from zsu_fast.runtime.progress import Reporter
+from zsu_fast.splitting.split import split_at
+from zsu_fast.synthesis import synthesize
+from zsu_fast.synthesis.ascent import AscentSettings
+from zsu_fast.synthesis.space import input_space
+from zsu_fast.training.features import make_rows
+from zsu_fast.training.losses import Masked
+from zsu_fast.training.train_step import CompiledStepper, EagerStepper, GraphStepper
+
+GRAPH_BAR = 5.0
+BLOCK, BATCH, ROWS = 10, 512, 2048
+FORGET = (1, 2, 3, 4)
+
+
+def tail_case(cut: str) -> tuple[Any, list[Any], Any, Masked]:
+    """LeNet5's tail from the module ``cut`` on, rows for it, and the objective."""
+    torch.manual_seed(0)
+    model = working_copy(zoo.build("lenet5"), torch.device(DEVICE))
+    images = torch.rand(ROWS, 1, 28, 28, device=DEVICE)
+    split = split_at(model, cut, images[:2], "chosen")
+    forget = torch.zeros(10, dtype=torch.bool, device=DEVICE)
+    forget[list(FORGET)] = True
+    with torch.no_grad():
+        features = split.head(images)
+        label = model(images).argmax(1)
+    rows = make_rows(split.tail, features, label, forget, 0, torch.Generator().manual_seed(0))
+    named = dict(model.model.named_parameters())
+    return split.tail, [named[n] for n in split.parameters], rows, Masked(forget, 1.0)
+
+
+@pytest.mark.parametrize("cut", ["fc3", "fc1"])
+def test_tail_loop(benchmark: Any, table: Table, cut: str) -> None:
+    kinds: dict[str, type[EagerStepper]] = {"eager": EagerStepper}
+    kinds |= {"graph": GraphStepper} if DEVICE == "cuda" else {"compiled": CompiledStepper}
+    index = torch.stack([torch.randperm(ROWS)[:BATCH] for _ in range(BLOCK)])
+    rates = [1e-3] * BLOCK
+
+    def steps(kind: type[EagerStepper]) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        tail, parameters, rows, objective = tail_case(cut)
+        stepper = kind(tail, parameters, rows, objective)
+        return (lambda: stepper.run(index, rates)), parameters
+
+    ends = {}
+    for name, kind in kinds.items():
+        for again in range(2):
+            run, parameters = steps(kind)
+            for _ in range(3):
+                run()
+            ends[name, again] = torch.cat([p.detach().flatten() for p in parameters])
+    for name in kinds:
+        assert torch.equal(ends[name, 0], ends[name, 1]), f"{name}: two runs differ"
+        torch.testing.assert_close(ends[name, 0], ends["eager", 0], rtol=1e-3, atol=1e-5)
+
+    contenders = [Contender(name, steps(kind)[0]) for name, kind in kinds.items()]
+    case = f"LeNet5 from {cut}: {BLOCK} steps of {BATCH} rows"
+    medians = compare(table, case, contenders, capture=False)
+    if DEVICE == "cuda" and cut == "fc3":
+        gain = medians["eager"] / medians["graph"]
+        assert gain >= GRAPH_BAR, f"graph loop {gain:.1f}x the eager one, bar {GRAPH_BAR}x"
+    benchmark.pedantic(contenders[-1].run, rounds=3)
+
+
+def test_ascent_loop(benchmark: Any, table: Table) -> None:
+    torch.manual_seed(0)
+    model = working_copy(zoo.build("lenet5"), torch.device(DEVICE))
+    spec = InputSpec((1, 28, 28), (0.0,), (1.0,), "benchmark")
+    space = input_space(model, spec, "auto")
+    settings = AscentSettings(per_class=32, confidence=None, max_steps=40, restarts=0)
+
+    def made() -> Tensor:
+        with Reporter(False, None) as report:
+            return synthesize.ascend(model, space, spec, range(10), settings, report).images
+
+    def eager() -> Tensor:
+        with eager_ascent():
+            return made()
+
+    assert torch.equal(eager(), eager())
+    contenders = [Contender("eager", eager)]
+    if DEVICE == "cuda":
+        assert torch.equal(made(), made()), "two captures differ"
+        torch.testing.assert_close(made(), eager(), rtol=1e-2, atol=1e-2)
+        contenders.append(Contender("graph", made))
+    compare(table, "LeNet5: 320 impressions, 40 ascent steps", contenders, rounds=7, capture=False)
+    if not table.notes:
+        table.notes = ["Seconds from call to result, the capture of the ascent's graph included."]
+    benchmark.pedantic(contenders[-1].run, rounds=1)

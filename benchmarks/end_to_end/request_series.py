@@ -1,0 +1,107 @@
+"""Five requests to forget, one after the other, against one request for all five classes.
+
+    python -m benchmarks.end_to_end.request_series            # all rows, about 10 minutes on 2 cores
+    python -m benchmarks.end_to_end.request_series --check    # exit 1 if a bar of the project is missed
+
+Each request starts from the result of the one before it and names the classes forgotten so far by
+``forgotten=``. Test images are used for measuring only. Writes ``results/request_series.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+import warnings
+
+import torch
+from torch import nn
+
+import zsu_fast
+from benchmarks.end_to_end.table1 import RESULTS, load_data, load_model
+from zsu_fast.evaluation.accuracy import Evaluation
+
+MODELS = ("karpathynet", "resnet20_cifar")
+ORDERS = 3
+WORST_FA, WORST_GAP = 0.5, 0.3
+
+
+def orders() -> list[list[int]]:
+    """Three different fives of ten classes, in random order."""
+    draw = random.Random(8)
+    return [draw.sample(range(10), 5) for _ in range(ORDERS)]
+
+
+def worst_class(result: Evaluation, classes: list[int]) -> float:
+    """The highest accuracy of one of ``classes``, %."""
+    return max(result.per_class[c] for c in classes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("models", nargs="*", default=MODELS)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    lines, missed = [], 0
+    for name in arguments.models:
+        model = load_model(name)
+        data = load_data(model, "cifar10")
+        for order in orders():
+            line, good = compare(name, model, data, order)
+            lines.append(line)
+            missed += not good
+            print(line, flush=True)
+    if tuple(arguments.models) == MODELS:
+        write(lines)
+    if missed:
+        print(f"{missed} rows miss a bar")
+    sys.exit(1 if missed and arguments.check else 0)
+
+
+def compare(
+    name: str, model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], order: list[int]
+) -> tuple[str, bool]:
+    """A row of the table, and whether it meets the bars."""
+    images, labels = data
+    started = time.perf_counter()
+    current, worst = model, 0.0
+    for i, wanted in enumerate(order):
+        current = zsu_fast.unlearn(current, [wanted], forgotten=order[:i], progress=False)
+        gone = torch.isin(labels, torch.tensor(order[: i + 1]))
+        asked = zsu_fast.evaluate(current, (images[gone], labels[gone]), order[: i + 1])
+        worst = max(worst, worst_class(asked, order[: i + 1]))
+    seconds = time.perf_counter() - started
+    result = zsu_fast.evaluate(current, data, order)
+    once = zsu_fast.evaluate(zsu_fast.unlearn(model, order, progress=False), data, order)
+    mask = zsu_fast.evaluate(zsu_fast.mask(model, order), data, order)
+    gap = once.retain_accuracy - result.retain_accuracy
+    good = worst <= WORST_FA and gap <= WORST_GAP
+    return (
+        f"| {name} | {', '.join(map(str, order))} | {worst:.2f} | {result.retain_accuracy:.2f} | "
+        f"{once.forget_accuracy:.2f} | {once.retain_accuracy:.2f} | {mask.retain_accuracy:.2f} | "
+        f"{gap:+.2f} | {seconds:.0f} | {'met' if good else 'missed'} |",
+        good,
+    )
+
+
+def write(lines: list[str]) -> None:
+    text = f"""# Five requests in a row
+
+`python -m benchmarks.end_to_end.request_series`, CIFAR-10, 10,000 test images (JPEG-coded, see the
+README), one class a request, `unlearn(model, [c], forgotten=[those before])`, seed 0.
+
+*Worst class FA* is the highest accuracy on any class forgotten so far, after any of the five
+requests. Bars: that at most {WORST_FA} %, and RA after the fifth at most {WORST_GAP} points
+below one request for all five.
+
+"""
+    heads = ("model", "order", "worst class FA %", "RA %", "FA %, one request")
+    heads += ("RA %, one request", "RA %, mask", "RA lost", "seconds", "bars")
+    text += f"| {' | '.join(heads)} |\n|---|---|{'---:|' * 7}---|\n"
+    (RESULTS / "request_series.md").write_text(text + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

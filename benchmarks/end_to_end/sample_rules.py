@@ -1,0 +1,121 @@
+"""Of which retained classes are impressions needed? Samples of ImageNet's 1,000 classes.
+
+    python -m benchmarks.end_to_end.sample_rules --impressions lite0.safetensors
+
+100 classes of tf_efficientnet_lite0 are forgotten, with impressions of all of them and of a sample
+of the others, by three rules and two sizes; measured on the 1,000 images in ../shared (one a
+class: one image is 1 % of FA). The impressions, one a class, are made by
+``zsu_fast.synthesize(model, per_class=1)`` and saved. Writes ``results/sample_rules.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import warnings
+
+import torch
+from torch import Tensor
+
+from benchmarks.end_to_end.table1 import load_data, load_model
+from benchmarks.harness import RESULTS
+from zsu_fast import ClassImpressions, ZeroShotUnlearner
+from zsu_fast.splitting.split import find_split
+from zsu_fast.synthesis import class_sampling as sampling
+from zsu_fast.training.class_subset import NarrowTail
+from zsu_fast.training.loop import train_tail
+
+MODEL, SETS, FORGET = "tf_efficientnet_lite0", 2, 100
+SIZES = (32, 256)
+
+
+def rules(
+    weight: Tensor, forget: list[int], retained: list[int], size: int
+) -> dict[str, list[int]]:
+    """Samples of ``retained``, by rule."""
+    others = torch.tensor(retained)
+    near = others[sampling.nearness(weight, forget, others).topk(size).indices].tolist()
+    return {
+        "nearest": near,
+        "by lot": random.Random(0).sample(retained, size),
+        "half and half": [
+            c
+            for c in sampling.sample_classes(weight, forget, retained, size, 0)
+            if c not in set(forget)
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--impressions", required=True)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    model = load_model(MODEL)
+    images, labels = load_data(model, "imagenet")
+    made = ClassImpressions.load(options.impressions)
+    having = made.labels.unique().tolist()
+    run = ZeroShotUnlearner(model, having[:1], impressions=None, progress=False)
+    cut = find_split(run.work, "last", made.images[:4], made.labels[:4])
+    features = cut.features(made.images)
+    (real,) = cut.features(images)
+    names = dict(run.work.model.named_parameters())
+    parameters = [names[n] for n in cut.parameters]
+    start = [p.detach().clone() for p in parameters]
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for number in range(SETS):
+        forget = sorted(random.Random(number).sample(having, FORGET))
+        retained = [c for c in having if c not in set(forget)]
+        gone = torch.isin(labels, torch.tensor(forget))
+        run.forget_mask.zero_()
+        run.forget_mask[forget] = True
+        samples = {("original", 0): None, ("none", 0): [], ("all", len(retained)): retained}
+        for size in SIZES:
+            chosen = rules(start[0], forget, retained, size)
+            samples |= {(rule, size): some for rule, some in chosen.items()}
+        for key, some in samples.items():
+            if some is not None:
+                rows = torch.isin(made.labels, torch.tensor([*forget, *some]))
+                lesson = run.lesson(cut, tuple(f[rows] for f in features), made.labels[rows])
+                train_tail(
+                    lesson.tail, lesson.parameters, lesson.rows, lesson.watched, lesson.objective,
+                    lesson.yardstick, run.loop, lesson.generator, run.report,
+                )  # fmt: skip
+                assert isinstance(lesson.tail, NarrowTail)
+                lesson.tail.write_back()
+            with torch.no_grad():
+                right = cut.tail(real).argmax(1) == labels
+                for parameter, old in zip(parameters, start, strict=True):
+                    parameter.copy_(old)
+            score = (
+                100 * float(right[gone].float().mean()),
+                100 * float(right[~gone].float().mean()),
+            )
+            found.setdefault(key, []).append(score)
+            print(number, *key, *score, flush=True)
+    write(found, len(having))
+
+
+def write(found: dict[tuple[str, int], list[tuple[float, float]]], having: int) -> None:
+    lines = [
+        "# Which retained classes need impressions", "",
+        f"`python -m benchmarks.end_to_end.sample_rules`: {MODEL}, {FORGET} classes forgotten out of "
+        f"{having:,} that have an impression, {SETS} sets of them by lot, the same impressions "
+        "throughout. FA on 100 images, RA on 900; mean and worst. *nearest*: by the cosine of "
+        "the last layer's weights with those of a forgotten class; *half and half* is the "
+        "package's rule (`zsu_fast.sampling`).", "",
+        "| retained classes with impressions | how many | FA % (worst) | RA % (worst) |",
+        "|---|---:|---:|---:|",
+    ]  # fmt: skip
+    for (rule, size), scores in found.items():
+        fa, ra = zip(*scores, strict=True)
+        lines.append(
+            f"| {rule} | {size} | {statistics.mean(fa):.2f} ({max(fa):.0f}) | "
+            f"{statistics.mean(ra):.2f} ({min(ra):.2f}) |"
+        )
+    (RESULTS / "sample_rules.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""A run with a cache, killed by SIGKILL at random moments, until it gets through.
+
+    python -m benchmarks.stress.kill_and_resume             # 50 kills
+    python -m benchmarks.stress.kill_and_resume --kills 5
+
+The run is LeNet5 with a cache folder, a ledger, and its result written to a file. It is started
+again after each kill. After every kill each visible file has to be whole; whenever a run gets
+through, its result has to have the bits of an undisturbed one. Writes
+``results/kill_and_resume.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+import sys
+import tempfile
+import time
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import zsu_fast
+from zsu_fast.models import checkpoint, zoo
+from zsu_fast.models.parameters import weights_hash
+from zsu_fast.provenance.ledger import verify
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def work(folder: Path, ready: Connection) -> None:
+    """One run, in a process of its own."""
+    warnings.simplefilter("ignore")
+    # eight shards in place of one, so that there is something to resume
+    zsu_fast.synthesis.synthesize._BATCH_VALUES = 10 * 28 * 28  # type: ignore[attr-defined]
+    zsu_fast.synthesis.synthesize._BATCHES_A_SHARD = 1  # type: ignore[attr-defined]
+    ready.send("go")
+    result = zsu_fast.unlearn(
+        zoo.load("lenet5"), [1, 2], impressions_per_class=8, tail="last", steps=60,
+        cache=folder / "cache", ledger=folder / "ledger.jsonl", progress=False,
+    )  # fmt: skip
+    checkpoint.save_weights(folder / "out.safetensors", result)
+
+
+def start(folder: Path) -> multiprocessing.process.BaseProcess:
+    """A child that has begun its run."""
+    context = multiprocessing.get_context("fork")  # what is imported need not be imported again
+    ours, theirs = context.Pipe()
+    child = context.Process(target=work, args=(folder, theirs))
+    child.start()
+    ours.recv()
+    return child
+
+
+def broken(folder: Path) -> list[str]:
+    """Visible files that can't be read whole. Drafts have names that start with a dot."""
+    wrong = []
+    for path in folder.rglob("*.safetensors"):
+        if path.name.startswith("."):
+            continue
+        try:
+            checkpoint.load_tensors(path)
+        except zsu_fast.CheckpointError as error:
+            wrong.append(str(error))
+    book = folder / "ledger.jsonl"
+    if book.exists():
+        wrong += verify(book)
+    return wrong
+
+
+def finish(folder: Path) -> str:
+    """Checks a run that got through, and clears the folder but for the cache; its hash."""
+    model = zoo.build("lenet5")
+    checkpoint.load_into(model, folder / "out.safetensors")
+    found = weights_hash(model)
+    assert verify(folder / "ledger.jsonl", model=model) == []
+    (folder / "out.safetensors").unlink()
+    (folder / "ledger.jsonl").unlink()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    holder = tempfile.TemporaryDirectory() if options.folder is None else None
+    folder = Path(holder.name) if holder else options.folder
+    draw, wrong = random.Random(options.seed), []
+
+    def undisturbed(name: str) -> tuple[str, float]:
+        (folder / name).mkdir()
+        begun = time.perf_counter()
+        child = start(folder / name)
+        child.join()
+        return finish(folder / name), time.perf_counter() - begun
+
+    want, seconds = undisturbed("alone")
+    place = folder / "killed"
+    place.mkdir()
+    kills = through = shards = 0
+    while kills < options.kills:
+        child = start(place)
+        child.join(draw.uniform(0, 1.2 * seconds))
+        if child.is_alive():
+            child.kill()
+            child.join()
+            kills += 1
+            wrong += broken(place)
+            shards = max(shards, len(list((place / "cache").rglob("0*.safetensors"))))
+            if (place / "ledger.jsonl").exists():  # killed between the entry and the file
+                (place / "ledger.jsonl").unlink()
+            (place / "out.safetensors").unlink(missing_ok=True)
+        elif child.exitcode != 0:
+            wrong.append(f"a run ended with {child.exitcode}")
+            break
+        else:
+            through += 1
+            if finish(place) != want:
+                wrong.append("another result")
+            for path in (place / "cache").rglob("0*.safetensors"):
+                if draw.random() < 0.8:
+                    path.unlink()  # so that the next runs have work to do
+    start(place).join()
+    if not wrong and finish(place) != want:
+        wrong.append("another result at the end")
+    text = f"""# Killed and resumed
+
+`python -m benchmarks.stress.kill_and_resume --kills {options.kills}`: {kills} kills by SIGKILL at
+uniformly random moments of a run that takes {seconds:.1f} s, seed {options.seed}.
+{through + 1} runs got through between and after them. Up to {shards} shards were found in
+the cache by the next run. Broken files visible, other results, runs that did not resume:
+**{len(wrong)}**.
+"""
+    print(text)
+    for problem in wrong[:10]:
+        print(problem, file=sys.stderr)
+    if options.kills == 50 and not wrong:
+        (RESULTS / "kill_and_resume.md").write_text(text)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

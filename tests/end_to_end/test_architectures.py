@@ -1,0 +1,156 @@
+"""One call for any classifier: torchvision, timm and transformers, random weights, full size.
+
+Mechanics alone: random weights have nothing to forget, so accuracy is no matter here.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from zsu_fast import ClassImpressions, InputSpec, ZeroShotUnlearner
+from zsu_fast.models.input_spec import IMAGENET_MEAN, IMAGENET_STD
+from zsu_fast.models.wrapper import pick_logits
+
+CLASSES = 2
+FORGET = [1]
+# As little as exercises every stage: 8 impressions of 1 ascent step, 4 steps of the tail.
+QUICK: dict[str, Any] = {
+    "impressions_per_class": 4,
+    "max_steps": 1,
+    "restarts": 0,
+    "steps": 4,
+    "batch": 4,
+    "mixtures": 4,
+    "learning_rate": 1e-3,
+    "precision": "float32",
+    "progress": False,
+}
+
+
+def torchvision(name: str) -> nn.Module:
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    return models.get_model(name, num_classes=CLASSES)
+
+
+def timm(name: str) -> nn.Module:
+    module = pytest.importorskip("timm", reason="timm is not installed")
+    return module.create_model(name, num_classes=CLASSES)
+
+
+def transformers(name: str) -> nn.Module:
+    module = pytest.importorskip("transformers", reason="transformers is not installed")
+    small: dict[str, dict[str, Any]] = {
+        "ViT": {
+            "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3,
+            "intermediate_size": 96,
+        },
+        "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]},
+        "ConvNext": {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]},
+        "Swin": {"embed_dim": 12, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]},
+    }  # fmt: skip
+    config = getattr(module, f"{name}Config")(num_labels=CLASSES, **small[name])
+    return getattr(module, f"{name}ForImageClassification")(config)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, where to cut it, and whether noise stands in for its impressions, to save time."""
+
+    build: Callable[[str], nn.Module]
+    name: str
+    tail: str | int = "auto"
+    noise: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.build.__name__}-{self.name}-{self.tail}"
+
+
+CASES = [
+    Case(torchvision, "alexnet"),
+    Case(torchvision, "vgg16_bn", "last", noise=True),
+    Case(torchvision, "resnet18", 4),
+    Case(torchvision, "resnet50", "layer4.2", noise=True),
+    Case(torchvision, "mobilenet_v3_large", "last"),
+    Case(torchvision, "mobilenet_v3_small", 3),
+    Case(torchvision, "efficientnet_b0", "features.8"),
+    Case(torchvision, "convnext_tiny", "features.7.2", noise=True),
+    Case(torchvision, "vit_b_16", "encoder.layers.encoder_layer_11", noise=True),
+    Case(torchvision, "swin_t", "features.7.1"),
+    Case(timm, "vit_tiny_patch16_224", "blocks.11"),
+    Case(timm, "regnety_002"),
+    Case(timm, "tf_efficientnet_lite0", "conv_head"),
+    Case(timm, "mixer_s32_224", 4),
+    Case(timm, "deit_tiny_distilled_patch16_224", "last"),
+    Case(transformers, "ViT", "vit.layers.2"),
+    Case(transformers, "ViT"),
+    Case(transformers, "ResNet", "last"),
+    Case(transformers, "ConvNext", 3),
+    Case(transformers, "Swin", "swin.encoder.layers.3"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_call_unlearns(case: Case) -> None:
+    model = case.build(case.name).train()  # its dropout and stochastic depth must not count
+    before = copy.deepcopy(model)
+    options = QUICK | {"impressions": noise() if case.noise else None}
+    runner = ZeroShotUnlearner(model, FORGET, tail=case.tail, **options)
+    assert runner.spec.shape == (3, 224, 224)
+    assert runner.classes == CLASSES
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = runner.run()
+    told = {str(w.message) for w in caught}
+    assert set(runner.record.warnings) <= told
+    assert runner.split_point is not None
+    assert any("only the last layer" in note for note in told) == runner.split_point.output_level
+    if runner.record.impressions["worst_class_hit_rate"] == 0:
+        assert any("no impression reached its confidence" in note for note in told)
+    if runner.record.fit["best"]["leak"] > 0.01:
+        assert any("are still answered with a forgotten class" in note for note in told)
+
+    assert differing(model, before) == set()
+    changed = differing(result, before)
+    assert changed <= set(runner.split_point.parameters)
+    assert changed or "no state was better" in runner.stopped
+    assert type(result) is type(model)
+    assert all(m.training for m in (model, result))
+
+    fresh = before
+    fresh.load_state_dict(result.state_dict(), strict=True)
+    images = torch.rand(1, *runner.spec.shape)
+    with torch.no_grad():
+        logits = pick_logits(fresh.eval()(images))
+    assert logits.shape == (1, CLASSES)
+    assert bool(logits.isfinite().all())
+    assert differing(fresh, result) == set()
+
+
+def noise() -> ClassImpressions:
+    """Images of noise in the place of impressions: 4 of each class."""
+    count = 4 * CLASSES
+    spec = InputSpec((3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
+    return ClassImpressions(
+        images=torch.rand(count, *spec.shape),
+        labels=torch.arange(count) % CLASSES,
+        confidence=torch.full((count,), 0.5),
+        target=torch.full((count,), 0.5),
+        steps=torch.ones(count, dtype=torch.int32),
+        hit=torch.ones(count, dtype=torch.bool),
+        spec=spec,
+    )
+
+
+def differing(one: nn.Module, other: nn.Module) -> set[str]:
+    """Names in the state dict whose values differ; the names themselves have to be the same."""
+    a, b = one.state_dict(), other.state_dict()
+    assert list(a) == list(b)
+    return {name for name in a if not torch.equal(a[name], b[name])}

@@ -1,0 +1,89 @@
+"""Models that only seem to forget are caught by name; the golden model passes everything."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import FAKES
+from torch import Tensor, nn
+from zsu_fast.cli.app.demo import FORGET
+
+import zsu_fast
+from zsu_fast.evaluation.audit import audit
+from zsu_fast.evaluation.audit.result import Audit
+
+
+def caught(result: Audit, name: str) -> None:
+    assert result.found(name), str(result)
+    assert not result.passed
+    # and by no other name but what follows from it
+    also = {"not forgotten", "output level", "damaged"}
+    assert {f.name for f in result.findings} <= {name} | also, str(result)
+    if name == "untouched":
+        assert result.verdict[0].startswith("Nothing was forgotten")
+    elif name == "features kept":
+        assert result.verdict[0].startswith("The features are the original's up to rotation")
+    else:
+        assert name in result.verdict[0]
+    if name == "mask":
+        assert result.verdict[0].startswith("Only the output was hidden"), result.verdict[0]
+
+
+@pytest.mark.parametrize("fake", FAKES)
+def test_each_fake_is_caught_by_name_without_data(original: nn.Module, fake: str) -> None:
+    make, name = FAKES[fake]
+    caught(audit(original, make(original), FORGET, progress=False), name)
+
+
+@pytest.mark.parametrize("name", sorted({name for _, name in FAKES.values()}))
+def test_each_kind_is_caught_by_name_on_images(
+    original: nn.Module, images: tuple[Tensor, Tensor], name: str
+) -> None:
+    make = next(make for make, kind in FAKES.values() if kind == name)
+    result = audit(original, make(original), FORGET, images, relearn_steps=0, progress=False)
+    caught(result, name)
+
+
+def test_unmasking_a_mask_brings_everything_back(
+    original: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    fake = zsu_fast.mask(original, FORGET)
+    result = audit(original, fake, FORGET, images, relearn_steps=0, progress=False)
+    row, base = result.row("unlearned"), result.row("original")
+    assert row.values["fa"] == 0
+    assert row.values["unmask_fa"] == base.values["fa"]
+    assert row.values["unmask_ra"] == base.values["ra"]
+    assert row.values["probe_forget"] == base.values["probe_forget"]
+    assert row.values["resynthesis_hit"] == 0
+    failed = {c.name for c in result.checks if c.passed is False}
+    assert {"un-mask", "features changed", "no trick in the last layer", "linear probe"} <= failed
+
+
+@pytest.mark.parametrize("given", ["nothing", "images", "images and golden"])
+def test_the_golden_model_passes_every_test(
+    original: nn.Module, golden: nn.Module, images: tuple[Tensor, Tensor], given: str
+) -> None:
+    data = None if given == "nothing" else images
+    beside = golden if given == "images and golden" else None
+    result = audit(original, golden, FORGET, data, beside, progress=False)
+    assert result.passed, [c for c in result.checks if c.passed is False]
+    assert result.findings == []
+    assert "forgotten" in result.verdict[0].lower()
+    assert "hidden" not in " ".join(result.verdict)
+    if beside is not None:  # membership needs training images
+        unknown = {c.name for c in result.checks if c.passed is None}
+        assert unknown == {"membership inference"}
+
+
+def test_a_trained_last_layer_is_called_output_level(
+    original: nn.Module, golden: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    unlearned = zsu_fast.unlearn(original, FORGET, tail="last", progress=False)
+    result = audit(original, unlearned, FORGET, images, golden, relearn_steps=0, progress=False)
+    assert result.found("output level")
+    assert result.verdict[0].startswith("Output-level forgetting: only the last layer was changed")
+    assert not result.found("mask")
+    row = result.row("unlearned")
+    assert row.values["fa"] < 1
+    assert row.values["whole_head_fa"] > 99
+    assert f"FA is {row.values['whole_head_fa']:.1f} %" in result.verdict[0]
+    assert row.values["drift_backbone"] == 0

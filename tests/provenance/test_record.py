@@ -1,0 +1,155 @@
+"""The record of a run: plain JSON, true hashes, warnings that say what went wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from support import QUICK, SPEC, tiny
+from torch import nn
+
+import zsu_fast
+from zsu_fast import ZeroShotUnlearner
+from zsu_fast.models.parameters import weights_hash
+from zsu_fast.provenance.record import Record
+
+
+def stating() -> nn.Module:
+    """A model that says what its images are."""
+    model = tiny()
+    model.input_spec = SPEC
+    return model
+
+
+def run(model: nn.Module | None = None, **options: Any) -> tuple[ZeroShotUnlearner, nn.Module]:
+    runner = ZeroShotUnlearner(model or tiny(), [1, 3], **(QUICK | options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return runner, runner.run()
+
+
+def test_json_there_and_back() -> None:
+    runner, _ = run()
+    told = json.loads(runner.record.to_json())
+    assert told == runner.record.to_dict()
+    rebuilt = Record(**told)
+    assert rebuilt.to_dict() == told
+    json.dumps(told, allow_nan=False)  # strict JSON: no NaN or Infinity in it
+    assert not any(k.startswith("_") for k in told)
+
+
+def test_hashes_are_those_of_the_models() -> None:
+    model = tiny()
+    runner, result = run(model)
+    record = runner.record
+    assert record.weights_before == weights_hash(model)
+    assert record.weights_after == weights_hash(result)
+    assert record.weights_before != record.weights_after
+    again, _ = run(model)
+    assert again.record.weights_after == record.weights_after
+
+
+def test_hashes_of_a_run_in_place() -> None:
+    model = tiny()
+    before = weights_hash(model)
+    runner, result = run(model, inplace=True)
+    assert result is model
+    assert runner.record.weights_before == before
+    assert runner.record.weights_after == weights_hash(model) != before
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, copy.deepcopy])
+def test_wrappers_do_not_change_the_record(wrap: Any) -> None:
+    plain, wrapped = run()[0].record, run(wrap(tiny()))[0].record
+    assert wrapped.model == "TinyNet"
+    assert wrapped.weights_before == plain.weights_before
+    assert wrapped.weights_after == plain.weights_after
+
+
+def test_what_was_asked_and_what_was_done() -> None:
+    runner, _ = run(seed=9, tail="fc1", mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))
+    record, made = runner.record, runner.impressions
+    assert record.forget == [1, 3]
+    assert record.classes == 5
+    settings = record.settings
+    assert (settings["seed"], settings["tail"], settings["inplace"]) == (9, "fc1", False)
+    assert settings["confidence"] == [0.55, 0.99]
+    assert set(settings).isdisjoint({"self", "model", "forget", "callback", "progress"})
+    assert record.input["shape"] == (3, 8, 8)
+    assert record.input["mean"] == (0.1, 0.2, 0.3)
+    assert "mean and std given" in record.input["source"]
+    assert record.versions["torch"] == torch.__version__
+    assert set(record.versions) == {"zsu_fast", "torch", "python", "platform", "threads", "device"}
+    assert record.impressions["count"] == len(made) == 40
+    assert record.impressions["hit_rate"] == made.hit_rate
+    assert record.impressions["most_steps"] == int(made.steps.max())
+    assert record.impressions["mean_confidence"] == pytest.approx(float(made.confidence.mean()))
+    assert record.split["at"] == "fc1"
+    assert record.split["trained"] == runner.split_point.parameters
+    assert record.split["output_level"] is False
+    assert len(record.fit["history"]) == len(runner.history)
+    assert record.fit["best"]["step"] == runner.result.best.step
+    assert record.fit["learning_rate"] == runner.result.learning_rate
+    stages = [record.timings[k] for k in ("synthesise", "split", "fit")]
+    assert all(t > 0 for t in stages)
+    assert record.timings["total"] >= sum(stages)
+
+
+def test_numbers_that_are_not_finite_become_null() -> None:
+    runner, _ = run()
+    assert math.isnan(runner.history[0].loss)
+    told = json.loads(runner.record.to_json())
+    assert told["fit"]["history"][0]["loss"] is None
+    runner.record.timings["odd"] = math.inf
+    assert json.loads(runner.record.to_json())["timings"]["odd"] is None
+
+
+def test_a_good_run_has_no_warnings() -> None:
+    assert run(stating(), tail="fc1")[0].record.warnings == []
+
+
+def test_output_level_forgetting_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="only the last layer"):
+        zsu_fast.unlearn(stating(), [1, 3], tail="last", **QUICK)
+    (note,) = run(stating(), tail="last")[0].record.warnings
+    assert "(fc2.weight, fc2.bias) was trained" in note
+    assert "features of the forgotten classes are still inside" in note
+
+
+def test_guessed_normalisation_is_warned_of() -> None:
+    (note,) = run(tiny(), tail="fc1")[0].record.warnings
+    assert "ImageNet mean and std assumed" in note
+    given = run(tiny(), tail="fc1", mean=SPEC.mean, std=SPEC.std)[0]
+    assert given.record.warnings == []
+
+
+def test_a_class_without_impressions_is_warned_of() -> None:
+    model = stating()
+    with torch.no_grad():
+        model.fc2.weight[4] = 0
+        model.fc2.bias[4] = -1e4
+    runner, _ = run(model, tail="fc1", max_steps=15, restarts=0)
+    (note,) = runner.record.warnings
+    assert "for class 4:" in note
+    assert "Raise max_steps" in note
+    assert runner.record.impressions["worst_class_hit_rate"] == 0
+    assert json.loads(runner.record.to_json())["warnings"] == [note]
+
+
+def test_a_run_that_does_not_forget_is_warned_of() -> None:
+    model = tiny()
+    runner = ZeroShotUnlearner(model, [1, 3], learning_rate=1e-9, **QUICK)
+    with pytest.warns(UserWarning, match=r"of held-out rows are still answered with a forgotten"):
+        runner.run()
+    assert runner.record.fit["best"]["leak"] > 0.1
+
+
+def test_no_warning_reaches_the_user_of_a_good_run() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zsu_fast.unlearn(stating(), [1, 3], tail="fc1", **QUICK)

@@ -1,0 +1,193 @@
+"""Requests that keep coming: ``forgotten=``, and the same from the command line with its ledger."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import QUICK, assert_forgets, same_bits, tiny, untouched
+from typer.testing import CliRunner
+from zsu_fast.cli.app.app import app
+
+import zsu_fast
+from zsu_fast import ArgumentError, Ledger
+from zsu_fast.models import checkpoint, zoo
+from zsu_fast.models.parameters import weights_hash
+from zsu_fast.provenance.ledger import verify
+from zsu_fast.unlearner import ZeroShotUnlearner
+
+LENET = ["--impressions-per-class", "8", "--tail", "last"]
+
+
+def call(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return result.stdout if "--json" in arguments else result.output
+
+
+def test_what_was_forgotten_stays_forgotten() -> None:
+    model, before = tiny(), []
+    for wanted in (3, 0, 4):
+        run = ZeroShotUnlearner(model, wanted, forgotten=before, **QUICK, tail="last")
+        with untouched(model):
+            model = run.run()
+        made = run.impressions
+        assert made is not None
+        assert made.labels.unique().tolist() == [c for c in range(5) if c not in before]
+        assert run.forget_mask.nonzero()[:, 0].tolist() == sorted([*before, wanted])
+        assert run.record.forget == [wanted]
+        assert run.record.forgotten == sorted(before)
+        assert not [w for w in run.record.warnings if "no impression" in w]
+        before.append(wanted)
+        assert_forgets(model, before)
+
+
+def test_activations_at_the_cut_are_not_made_of_them_either() -> None:
+    run = ZeroShotUnlearner(tiny(), 0, forgotten=[3], space="tail-input", tail="last", **QUICK)
+    assert run.synthesise().labels.unique().tolist() == [0, 1, 2, 4]
+    run.run()
+    assert run.result is not None
+    assert run.result.best is not None
+    assert run.result.best.leak <= 0.01
+
+
+def test_impressions_reach_every_class_that_is_left() -> None:
+    """Others lead by far once a class is forgotten; a logit alone does not get past them."""
+    first = zsu_fast.unlearn(zoo.load("lenet5"), 3, impressions_per_class=8, progress=False)
+    left = [c for c in range(10) if c != 3]
+    made = zsu_fast.synthesize(first, left, per_class=4, progress=False)
+    assert made.hit_rate == 1.0
+    alone = zsu_fast.synthesize(first, left, per_class=4, restarts=0, progress=False)
+    assert alone.hit_rate < 0.9
+
+
+def test_without_it_they_are_asked_for_again() -> None:
+    first = zsu_fast.unlearn(tiny(), 3, **QUICK, tail="last")
+    run = ZeroShotUnlearner(first, 0, **QUICK, tail="last", max_steps=20, restarts=0)
+    run.run()
+    assert [w for w in run.record.warnings if "no impression" in w and "class 3" in w]
+
+
+def test_the_leak_counts_them() -> None:
+    """A model that still answers class 3, said to be forgotten: the first check sees it."""
+    run = ZeroShotUnlearner(tiny(), 0, forgotten=3, **QUICK, tail="last")
+    alone = ZeroShotUnlearner(tiny(), 0, **QUICK, tail="last")
+    everything = zsu_fast.synthesize(tiny(), per_class=8, progress=False)
+    run.impressions = alone.impressions = everything
+    for each in (run, alone):
+        each.split()
+        each.fit()
+    assert run.history[0].leak > alone.history[0].leak + 0.1
+    assert run.result is not None
+    assert run.result.best is not None
+    assert run.result.best.leak <= 0.01
+
+
+def test_given_impressions_need_not_have_them() -> None:
+    first = zsu_fast.unlearn(tiny(), 3, **QUICK, tail="last")
+    some = zsu_fast.synthesize(first, [0, 1, 2, 4], per_class=8, progress=False)
+    options = QUICK | {"tail": "last", "impressions": some}
+    assert_forgets(zsu_fast.unlearn(first, 0, forgotten=[3], **options), [0, 3])
+    with pytest.raises(ArgumentError, match="impressions"):
+        zsu_fast.unlearn(first, 0, **options)
+
+
+@pytest.mark.parametrize("none", [None, [], (), torch.empty(0, dtype=torch.int64)])
+def test_none_before(none: Any) -> None:
+    options = QUICK | {"tail": "last", "steps": 20, "impressions_per_class": 4}
+    with_it = zsu_fast.unlearn(tiny(), 1, forgotten=none, **options)
+    assert same_bits(with_it, zsu_fast.unlearn(tiny(), 1, **options))
+
+
+@pytest.mark.parametrize(
+    ("forget", "forgotten", "words"),
+    [
+        ([1], [1], "forgotten before"),
+        ([1, 2], [3, 2], r"\[2\]"),
+        ([1], [0, 2, 3, 4], "nothing is left"),
+        ([1], [5], "forgotten: got .*out of range"),
+        ([1], "23", "forgotten"),
+        ([1], [True], "forgotten"),
+        ([1], [0.5], "forgotten"),
+        ([1], -1, "negative"),
+    ],
+)
+def test_bad_arguments(forget: Any, forgotten: Any, words: str) -> None:
+    model = tiny()
+    with untouched(model), pytest.raises(ArgumentError, match=words):
+        zsu_fast.unlearn(model, forget, forgotten=forgotten, **QUICK)
+
+
+# --- from the command line -------------------------------------------------------------------
+
+
+def test_a_week_of_requests(tmp_path: Path) -> None:
+    one, two, delta, book, copy, record = (
+        str(tmp_path / n) for n in ("1.safetensors", "2.pt", "d", "ledger", "copy.pt", "record")
+    )
+    call("unlearn", "lenet5", "--forget", "5", "--out", one, "--ledger", book, *LENET)
+    told = json.loads(
+        call("unlearn", "lenet5", "--weights", one, "--forget", "2", "--delta", delta, "--out", two,
+             "--record", record, "--ledger", book, "--request", "R-2", "--json", *LENET)
+    )  # fmt: skip
+    assert told["delta"] == delta
+    assert told["ledger"]["request"] == "R-2"
+    assert told["record"]["forgotten"] == [5]
+    applied = json.loads(call("apply", "lenet5", delta, "--weights", one, "--out", copy, "--json"))
+    assert applied["weights_after"] == told["record"]["weights_after"]
+    models = [zoo.build("lenet5") for _ in range(2)]
+    for model, file in zip(models, (two, copy), strict=True):
+        checkpoint.load_into(model, file)
+    assert same_bits(*models)
+    good = json.loads(call("ledger", "verify", book, "--head", told["ledger"]["head"], "--model",
+                           "lenet5", "--weights", copy, "--json"))  # fmt: skip
+    assert good == {"entries": 2, "head": told["ledger"]["head"], "forgotten": [2, 5]}
+    assert "2 entries" in call("ledger", "verify", book)
+    assert "R-2" in call("ledger", "show", book)
+    assert [e["forget"] for e in json.loads(call("ledger", "show", book, "--json"))] == [[5], [2]]
+    wrong = call("ledger", "verify", book, "--model", "lenet5", "--weights", one, code=2)
+    assert "the model has weights" in wrong
+    Path(book).write_bytes(Path(book).read_bytes().replace(b'"forget":[5]', b'"forget":[6]'))
+    assert "edited" in call("ledger", "verify", book, code=2)
+    assert "edited" in call("ledger", "show", book, code=2)
+
+
+def test_a_delta_alone_and_wrong_bases(tmp_path: Path) -> None:
+    delta, out = tmp_path / "d", tmp_path / "out.safetensors"
+    text = call("unlearn", "lenet5", "--forget", "1", "--delta", str(delta), *LENET)
+    assert str(delta) in text.replace("\n", "")
+    call("apply", "lenet5", str(delta), "--out", str(out))
+    refused = call("apply", "lenet5", str(delta), "--weights", str(out), "--out",
+                   str(tmp_path / "x.pt"), code=2)  # fmt: skip
+    assert "fits weights" in refused
+    assert "exists" in call("apply", "lenet5", str(delta), "--out", str(out), code=2)
+    neither = call("unlearn", "lenet5", "--forget", "1", code=2)
+    assert "--delta" in neither
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "out.safetensors"]
+
+
+def test_no_file_without_its_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise zsu_fast.OutputError("ledger: no space")
+
+    monkeypatch.setattr(Ledger, "append", fail)
+    book = tmp_path / "ledger"
+    arguments = ["unlearn", "lenet5", "--forget", "1", "--ledger", str(book), *LENET]
+    call(*arguments, "--out", str(tmp_path / "o.pt"), "--delta", str(tmp_path / "d"), code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ledger_of_other_weights_is_refused_before_the_work(tmp_path: Path) -> None:
+    book, out = tmp_path / "ledger", tmp_path / "o.pt"
+    call("unlearn", "lenet5", "--forget", "1", "--ledger", str(book), "--out", str(out), *LENET)
+    again = ["unlearn", "lenet5", "--forget", "2", "--ledger", str(book), *LENET, "--out"]
+    assert "--other-base" in call(*again, str(tmp_path / "p.pt"), code=2)
+    assert not (tmp_path / "p.pt").exists()
+    call(*again, str(tmp_path / "p.pt"), "--other-base")
+    assert verify(book) == []
+    entries = Ledger(book).entries()
+    assert entries[1]["hash_before"] == weights_hash(zoo.load("lenet5"))
+    assert (entries[1]["other_base"], entries[1]["forgotten"]) == (True, [])

@@ -1,0 +1,90 @@
+"""On a GPU, no op may get a tensor that was left on the CPU; seen without a GPU (`fake_gpu`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fake_gpu import DeviceMixError, GpuTensor, on_fake_gpu
+from support import QUICK, tiny, tiny_data
+from torch import nn
+
+import zsu_fast
+from zsu_fast.models.input_spec import InputSpec
+from zsu_fast.models.wrapper import working_copy
+from zsu_fast.synthesis.space import input_space
+from zsu_fast.synthesis.synthesize import batch_rows
+from zsu_fast.training import features
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a real GPU: see test_gpu.py"
+)
+
+
+def test_the_fake_gpu_refuses_what_a_real_one_does() -> None:
+    with on_fake_gpu():
+        x = torch.rand(3, 4, device="cuda").requires_grad_()
+        y = (x @ torch.rand(4, 2).to("cuda")).square().sum()
+        (grad,) = torch.autograd.grad(y, x)
+        assert grad.device.type == "cuda"
+        assert type(grad.cpu()) is torch.Tensor
+        with pytest.raises(DeviceMixError, match="aten::mm"):
+            x @ torch.rand(4, 2)
+        with pytest.raises(DeviceMixError, match="aten::index_select"):
+            x.index_select(0, torch.tensor([0]))
+        assert x[torch.tensor([0])].shape == (1, 4)  # indices may lie on the CPU
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tail": 2}, {"space": "tail-input"}, {"objective": "differential"},
+     {"jitter": 0.01, "total_variation": 1e-3}, {"forgotten": [2]}, {"inplace": True}],
+    ids=str,
+)  # fmt: skip
+def test_unlearning_keeps_to_the_device(options: dict[str, Any]) -> None:
+    with on_fake_gpu():
+        model = tiny().to("cuda")
+        made = zsu_fast.unlearn(model, [1], **QUICK, **options)
+        assert all(isinstance(p.data, GpuTensor) for p in made.parameters())
+
+
+def test_a_model_on_the_cpu_comes_back_there() -> None:
+    with on_fake_gpu():
+        made = zsu_fast.unlearn(tiny(), [1], device="cuda", **QUICK)
+        assert not any(isinstance(p.data, GpuTensor) for p in made.parameters())
+
+
+def test_audit_and_plan_keep_to_the_device() -> None:
+    with on_fake_gpu():
+        original = tiny().to("cuda")
+        made = zsu_fast.unlearn(original, [1], **QUICK)
+        result = zsu_fast.audit(
+            original, made, [1], tiny_data(), relearn_steps=3, shots=5, impressions_per_class=4,
+            progress=False,
+        )  # fmt: skip
+        assert result.verdict
+        assert zsu_fast.plan(original, [1], **QUICK).basis == "measured"
+
+
+def test_batches_are_larger_on_a_gpu() -> None:
+    spec = InputSpec((3, 224, 224), (0.0,) * 3, (1.0,) * 3, "the test")
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    rows = {}
+    for device in ("cpu", "cuda"):
+        with on_fake_gpu():
+            work = working_copy(model, torch.device(device))
+            rows[device] = batch_rows(input_space(work, spec, "float32"))
+    assert rows["cpu"] == (4 * 27, 20)  # of 1.2 MB each, which fit in a cache
+    assert rows["cuda"] == (4 * 445, 445)
+
+
+def test_rows_that_are_left_on_the_cpu_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was wrong once: rows whose index lay on the CPU."""
+
+    def chunks(_rows: Any, _classes: int = 1) -> Any:
+        yield torch.arange(4)
+
+    monkeypatch.setattr(features.Rows, "chunks", chunks)
+    with on_fake_gpu(), pytest.raises(DeviceMixError, match="index_select"):
+        zsu_fast.unlearn(tiny().to("cuda"), [1], **QUICK)

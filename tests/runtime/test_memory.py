@@ -1,0 +1,204 @@
+"""How many rows go at once: measured, and halved where memory runs out all the same."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from typing import Any
+
+import pytest
+import torch
+from support import bits, tiny
+from torch import Tensor, nn
+
+import zsu_fast
+from zsu_fast import ClassImpressions, synthesize
+from zsu_fast.models import zoo
+from zsu_fast.runtime import memory
+from zsu_fast.synthesis.inference_copy import FastCopy
+
+FIELDS = ("images", "labels", "confidence", "target", "steps", "hit")
+CPU = torch.device("cpu")
+
+
+def chain(layers: int) -> nn.Module:
+    """Each layer keeps its output, 4,000 bytes a row, for the backward pass."""
+    return nn.Sequential(*[nn.ReLU() for _ in range(layers)])
+
+
+# --- what a row needs ------------------------------------------------------------------------
+
+
+def test_bytes_a_row_are_those_that_autograd_keeps() -> None:
+    row = torch.randn(1, 1000)
+    one = memory.bytes_a_row(chain(1), row)
+    assert memory.bytes_a_row(chain(2), row) - one == 4000
+    assert memory.bytes_a_row(chain(9), row) - one == 8 * 4000
+    assert 2 * 4000 <= one <= 6 * 4000  # the row and its gradient, the output and its gradient
+
+
+def test_bytes_are_linear_in_the_rows() -> None:
+    model = tiny().requires_grad_(False)
+    one, eight = (memory.bytes_a_row(model, torch.randn(n, 3, 8, 8)) for n in (1, 8))
+    assert eight == pytest.approx(8 * one, rel=0.05)
+
+
+def test_bytes_grow_with_the_resolution() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    small, large = (memory.bytes_a_row(model, torch.randn(1, 3, n, n)) for n in (16, 64))
+    assert large == pytest.approx(16 * small, rel=0.4)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_weights_are_not_counted_for_each_row(trained: bool) -> None:
+    model = nn.Sequential(nn.Linear(100, 2000), nn.ReLU(), nn.Linear(2000, 10))
+    model.requires_grad_(trained)  # a tail's weights are
+    assert memory.bytes_a_row(model, torch.randn(1, 100)) < 50_000  # the weights: 880,000
+
+
+def test_the_row_is_left_alone() -> None:
+    row = torch.randn(1, 1000)
+    before = row.clone()
+    memory.bytes_a_row(chain(3), row)
+    assert torch.equal(row, before)
+    assert row.grad is None
+    assert not row.requires_grad
+
+
+# --- how many fit ----------------------------------------------------------------------------
+
+
+def test_rows_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 4_000_000)
+    assert memory.rows_that_fit(1000, CPU) == 1000  # in a quarter
+    assert memory.rows_that_fit(10**12, CPU) == 1
+    assert memory.rows_that_fit(0, CPU) == 1_000_000
+
+
+def test_free_bytes_are_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.free_bytes(CPU) > 1024**2
+    for machine, group, want in ((7, 5, 5), (7, None, 7), (None, 5, 5), (7, 9, 7)):
+        monkeypatch.setattr(memory, "_available", lambda n=machine: n)
+        monkeypatch.setattr(memory, "_left_in_group", lambda n=group: n)
+        assert memory.free_bytes(CPU) == want
+    monkeypatch.setattr(memory, "_available", lambda: None)
+    monkeypatch.setattr(memory, "_left_in_group", lambda: None)
+    assert memory.free_bytes(CPU) == memory._UNKNOWN
+
+
+def test_little_memory_means_a_narrow_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = watch(monkeypatch)
+    monkeypatch.setattr(memory, "rows_that_fit", lambda *_: 7)
+    made = make()
+    assert max(widths) == 7
+    assert len(made) == 40
+    assert made.hit.all()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ..."), True),
+        (RuntimeError("size mismatch"), False),
+        (ValueError("can't allocate memory"), False),
+        (KeyboardInterrupt(), False),
+    ],
+    ids=repr,
+)
+def test_what_counts_as_out_of_memory(error: BaseException, is_one: bool) -> None:
+    assert memory.is_out_of_memory(error) == is_one
+
+
+def test_a_real_allocation_that_fails_counts() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert memory.is_out_of_memory(caught.value)
+
+
+# --- when it runs out all the same -----------------------------------------------------------
+
+
+def make(**options: Any) -> ClassImpressions:
+    return synthesize(tiny(), per_class=8, progress=False, **options)
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, most: int = 10**6, error: Any = None) -> list[int]:
+    """Gets the batch size of every forward pass; those above ``most`` raise ``error``."""
+    widths: list[int] = []
+    run = FastCopy.__call__
+
+    def limited(self: FastCopy, images: Tensor) -> Tensor:
+        widths.append(len(images))
+        if len(images) > most:
+            raise error
+        return run(self, images)
+
+    monkeypatch.setattr(FastCopy, "__call__", limited)
+    return widths
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")],
+    ids=repr,
+)  # fmt: skip
+def test_the_width_is_halved_and_the_impressions_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "rows_that_fit", lambda *_: 10)
+        want = make()
+    widths = watch(monkeypatch, most=12, error=error)
+    with caplog.at_level(logging.WARNING):
+        made = make()
+    assert [w for w in widths if w > 12] == [40, 20]  # halved from what was tried: 40, 20, 10
+    assert all(bits(getattr(made, f)) == bits(getattr(want, f)) for f in FIELDS)
+    said = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
+    assert said == [f"out of memory: impressions go on with {n} rows at a time" for n in (20, 10)]
+
+
+def test_not_even_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FastCopy.__call__
+    calls: list[int] = []
+
+    def full(self: FastCopy, images: Tensor) -> Tensor:
+        if len(images) <= 2 and not calls:  # checks of the copy and the measurement
+            return run(self, images)
+        calls.append(len(images))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(FastCopy, "__call__", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        make()
+    assert calls == [40, 20, 10, 5, 2, 1]
+
+
+def test_other_errors_pass_through_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = watch(monkeypatch, most=12, error=RuntimeError("size mismatch"))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make()
+    assert [w for w in widths if w > 12] == [40]
+
+
+# --- what a call leaves behind -------------------------------------------------------------------
+
+
+def test_a_call_leaves_no_weights_to_the_garbage_collector() -> None:
+    """Circles would keep several copies of the model until it comes by, many calls later."""
+    model = zoo.build("resnet20_cifar").eval()
+    options: dict[str, Any] = {
+        "impressions_per_class": 4, "steps": 2, "max_steps": 2, "restarts": 0, "progress": False,
+    }  # fmt: skip
+    zsu_fast.unlearn(model, 1, **options)  # what torch sets up once
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(o) for o in gc.get_objects()}
+        zsu_fast.unlearn(model, 1, **options)
+        left = [o for o in gc.get_objects() if id(o) not in before and isinstance(o, Tensor)]
+    finally:
+        gc.enable()
+    assert not left

@@ -1,0 +1,214 @@
+"""Reading and writing weights: nothing executed, nothing overwritten, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, OutputError
+from .parameters import unwrap
+
+_FORMATS = "a safetensors file, or a torch checkpoint that torch.load(weights_only=True) reads"
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a safetensors file or a torch checkpoint.
+
+    Checkpoints are read by ``torch.load(weights_only=True)``: a pickle that would run code is
+    refused, never executed. A checkpoint that keeps the weights under "state_dict" or "model" is
+    understood, and the names that DataParallel ("module.") and torch.compile ("_orig_mod.") make.
+
+    Raises:
+        CheckpointError: missing, damaged, pickled, or with no tensors in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"weights: {path} is not a file. Pass {_FORMATS}.")
+    if path.suffix == ".safetensors":
+        return _without_wrappers(load_tensors(path)[0])
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable"
+        raise CheckpointError(
+            f"weights: {path} was refused ({type(error).__name__}: {reason[:200]}). It is damaged, "
+            f"or a pickle that could run code. Pass {_FORMATS}."
+        ) from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"weights: {path} holds a {type(content).__name__}, not names with tensors. "
+            f"Save model.state_dict()."
+        )
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not tensors or len(tensors) < len(content):
+        odd = [str(k) for k, v in content.items() if not isinstance(v, Tensor)][:3]
+        told = ", ".join(odd) or "it is empty"
+        raise CheckpointError(
+            f"weights: {path} holds entries that are no tensors ({told}). Save model.state_dict()."
+        )
+    return _without_wrappers(tensors)
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names as they are inside DataParallel and torch.compile, however nested."""
+    tensors = {_compiled_away(name): t for name, t in tensors.items()}
+    while tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
+    return tensors
+
+
+def _compiled_away(name: str) -> str:
+    return name.replace("_orig_mod.", "")
+
+
+def load_into(model: nn.Module, path: str | Path) -> None:
+    """Loads a file of weights into ``model``, all names and shapes matching.
+
+    Raises:
+        CheckpointError: as `load_weights`, or it does not fit; the model is unchanged then.
+    """
+    tensors = load_weights(path)
+    model = unwrap(model)
+    names = {_compiled_away(name): name for name in model.state_dict()}  # of compiled parts
+    own = {short: model.state_dict()[name] for short, name in names.items()}
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    misfit = [
+        f"{n} is {tuple(tensors[n].shape)}, the model wants {tuple(own[n].shape)}"
+        for n in sorted(own.keys() & tensors.keys())
+        if own[n].shape != tensors[n].shape
+    ]
+    if missing or unknown or misfit:
+        told = [f"missing {missing[:3]}"] if missing else []
+        told += [f"unknown {unknown[:3]}"] if unknown else []
+        raise CheckpointError(
+            f"weights: {path} does not fit {type(model).__name__}: {'; '.join(told + misfit[:3])}. "
+            f"Pass the checkpoint of this architecture with this number of classes."
+        )
+    model.load_state_dict({names[short]: t for short, t in tensors.items()}, strict=True)
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"weights: {path} is no intact safetensors file ({error}). Copy or save it anew."
+        ) from error
+
+
+def save_weights(
+    path: str | Path, model: nn.Module, metadata: Mapping[str, str] | None = None,
+    force: bool = False,
+) -> None:  # fmt: skip
+    """Writes ``model.state_dict()``: safetensors, or ``torch.save`` for .pt, .pth and .bin.
+
+    Raises:
+        OutputError: the path exists (without ``force``) or can't be written.
+    """
+    tensors = {n: t for n, t in unwrap(model).state_dict().items() if isinstance(t, Tensor)}
+    if Path(path).suffix in (".pt", ".pth", ".bin"):
+        write_atomically(path, lambda file: torch.save(tensors, file), force)
+    else:
+        save_tensors(path, tensors, metadata, force)
+
+
+def save_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    force: bool = False,
+) -> None:
+    """Writes a safetensors file atomically. Tied tensors are stored once per name.
+
+    Raises:
+        OutputError: the path exists (without ``force``) or can't be written.
+    """
+    plain = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+    content = to_safetensors(plain, dict(metadata) if metadata else None)
+    write_atomically(path, lambda file: file.write(content), force)
+
+
+def check_writable(path: str | Path, force: bool = False) -> None:
+    """Fails early, before hours of work, where the result could not be written to ``path``.
+
+    Raises:
+        OutputError: it exists (without ``force``), is a folder, or its folder is not writable.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"out: {path} is a folder. Name a file in it.")
+    if path.exists() and not force:
+        raise OutputError(f"out: {path} exists. Name another file, or pass --force (force=True).")
+    write_atomically(path, lambda _: None, force=True, keep=False)
+
+
+def write_atomically(
+    path: str | Path, write: Callable[[Any], object], force: bool = False, keep: bool = True
+) -> None:
+    """Writes beside ``path``, flushes to disk, then renames; on any failure nothing is left.
+
+    Args:
+        path: the file to make.
+        write: called with the open binary file.
+        force: replace an existing file; otherwise it is an error, even if it appears meanwhile.
+        keep: False only tries whether the folder can be written to.
+
+    Raises:
+        OutputError: exists, read-only, no space, no such folder.
+    """
+    path = Path(path)
+    if "\0" in str(path):
+        raise OutputError(f"out: {str(path)!r} can't be the name of a file. Name another.")
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        try:
+            with open(draft, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if not keep:
+                return
+            if force:
+                os.replace(draft, path)
+            else:
+                _rename_to_new(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except FileExistsError as error:
+        raise OutputError(
+            f"out: {path} exists. Name another file, or pass --force (force=True)."
+        ) from error
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise OutputError(
+            f"out: {path} can't be written ({error}). Name a folder that exists, is writable and "
+            f"has room."
+        ) from error
+
+
+def _rename_to_new(draft: Path, path: Path) -> None:
+    try:
+        os.link(draft, path)  # unlike a rename, fails if the path exists
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.replace(draft, path)

@@ -1,0 +1,209 @@
+"""The `InputSpec` of a model: given, stated by the model, or inferred from its layers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, ModelError
+from .input_spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec, stated_shape, stated_spec
+from .parameters import computed_tensors, unwrap
+from .wrapper import grey_images, pick_logits
+
+# No model is fed with pixels beyond this, and their squares are still finite.
+_LARGEST_PIXEL = 1e6
+# Sizes people train classifiers at, the most common first; see `infer_shape`.
+_COMMON_SIZES = (32, 224, 28, 64, 96, 128, 160, 192, 240, 256, 288, 299, 384, 48, 16, 8)
+
+
+def resolve_spec(
+    model: nn.Module,
+    input_shape: Sequence[int] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+) -> InputSpec:
+    """What images the model expects: given, stated by the model, or inferred without data.
+
+    `inputs.stated_spec` says which models state it. Otherwise the shape is inferred from the
+    layers (`infer_shape`), and pixels are taken to be normalised by ImageNet's mean and std (three
+    channels), MNIST's (one), or 0.5 (others); ``assumed`` is set then.
+
+    Raises:
+        ArgumentError: a given value is malformed, or nothing tells the shape.
+    """
+    inner = unwrap(model)
+    everything = input_shape is not None and mean is not None and std is not None
+    stated = None if everything else stated_spec(inner)
+    if input_shape is not None:
+        shape, source = _check_shape(input_shape), "shape given"
+    elif stated is not None:
+        shape, source = stated.shape, stated.source
+    else:
+        shape, source = stated_shape(inner) or infer_shape(inner)
+    channels = shape[0]
+    if mean is None and std is None and stated is not None and len(stated.mean) == channels:
+        return replace(
+            stated,
+            shape=shape,
+            source=source,
+            resize=stated.resize if shape == stated.shape else None,
+        )
+    guess_mean, guess_std, guess = _guess_normalisation(channels)
+    if mean is None and std is None:
+        return InputSpec(shape, guess_mean, guess_std, f"{source}; {guess}", assumed=True)
+    means = _check_channels("mean", 0.0 if mean is None else mean, channels)
+    stds = _check_channels("std", 1.0 if std is None else std, channels)
+    if any(s <= 0 for s in stds):
+        raise ArgumentError("std", f"got {std!r}", "Every value must be above 0.")
+    spec = InputSpec(shape, means, stds, f"{source}; mean and std given")
+    if float(torch.cat([spec.low, spec.high]).abs().max()) > _LARGEST_PIXEL:
+        raise ArgumentError(
+            "std" if max(map(abs, means)) <= _LARGEST_PIXEL else "mean",
+            f"pixels would be beyond {_LARGEST_PIXEL:.0e} with mean {mean!r} and std {std!r}",
+            "Pass what pixels of 0..1 are normalised by.",
+        )
+    return spec
+
+
+def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
+    """The shape of the images, from the layers alone.
+
+    Channels come from the first convolution (or the width of the first linear layer). Of the
+    common sizes, those are kept at which the model runs. If several are left, as with global
+    pooling, the first of 28 pixels or more is taken at which the last feature map is 4 to 16
+    wide: that is how wide it is in practice, 8 for a ResNet made for 32, 7 for one made for 224.
+
+    Raises:
+        ArgumentError: the model runs at none of them, or at several with no such map.
+    """
+    try:
+        probe = copy.deepcopy(model, computed_tensors(model)).float().eval()
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})",
+            "Remove what cannot be copied: open files, locks, non-leaf tensors in attributes.",
+        ) from error
+    layers = [m for m in probe.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    device = next((p.device for p in probe.parameters()), torch.device("cpu"))
+    if not layers:
+        raise ArgumentError(
+            "input_shape",
+            "not given, and the model has no convolution or linear layer to infer it from",
+            "Pass input_shape=(channels, height, width).",
+        )
+    first = layers[0]
+    if isinstance(first, nn.Conv2d):
+        candidates = [(first.in_channels, s, s) for s in _COMMON_SIZES]
+    else:
+        candidates = []
+        for channels in (1, 3):
+            side = math.isqrt(first.in_features // channels)
+            if channels * side * side == first.in_features:
+                candidates.append((channels, side, side))
+        candidates.append((first.in_features,))  # type: ignore[arg-type]
+    running: list[tuple[int, ...]] = []
+    last_error: Exception | None = None
+    # one image alone where two do not run: `count_classes` then says what is wrong
+    for batch, shape in ((batch, shape) for batch in (2, 1) for shape in candidates):
+        if batch == 1 and running:
+            break
+        try:
+            width = _last_map_width(probe, shape, batch, device)
+        except Exception as error:  # noqa: BLE001  this size does not fit: the next may
+            last_error = error
+            continue
+        if (4 <= width <= 16 and shape[-1] >= 28) or not isinstance(first, nn.Conv2d):
+            return shape, f"shape inferred: the last feature map is {width} wide"
+        running.append(shape)
+    if len(running) == 1:
+        return running[0], "shape inferred: the only common one at which the model runs"
+    if running:
+        sides = ", ".join(str(shape[-1]) for shape in running)
+        raise ArgumentError(
+            "input_shape",
+            f"not given; the model runs on images of {sides} pixels and nothing tells which it "
+            f"was trained on",
+            "Pass input_shape=(channels, height, width), and mean and std.",
+        )
+    raise ArgumentError(
+        "input_shape",
+        f"not given, and the model raises at each of {len(candidates)} common shapes, "
+        f"at the last with {type(last_error).__name__}: {last_error}",
+        "Pass input_shape=(channels, height, width).",
+    ) from last_error
+
+
+@torch.no_grad()
+def _last_map_width(
+    model: nn.Module, shape: Sequence[int], batch: int, device: torch.device
+) -> int:
+    """Width of the last feature map; 0 if there is none.
+
+    A feature map is the output [N, C, W, W] of a convolution or [N, W, W, C] of a linear layer.
+    """
+    width = 0
+
+    def note(module: nn.Module, _args: Any, output: Any) -> None:
+        nonlocal width
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            return
+        if isinstance(module, nn.Conv2d):
+            width = int(output.shape[-1])
+        elif output.shape[1] == output.shape[2]:
+            width = int(output.shape[1])
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [m.register_forward_hook(note) for m in layers]
+    try:
+        rows = len(pick_logits(model(grey_images(shape, batch, device))))
+        if rows != batch:  # as after x.view(-1, 400) of a map that is larger than that
+            raise ValueError(f"{rows} rows of output for {batch} images")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return width
+
+
+def _guess_normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    if channels == 3:
+        return IMAGENET_MEAN, IMAGENET_STD, "ImageNet mean and std assumed"
+    if channels == 1:
+        return (0.1307,), (0.3081,), "MNIST mean and std assumed"
+    return (0.5,) * channels, (0.5,) * channels, "mean and std of 0.5 assumed"
+
+
+def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        result = tuple(int(n) for n in shape)
+        whole = all(int(n) == n and not isinstance(n, bool) for n in shape)
+    except (TypeError, ValueError):
+        result, whole = (), False
+    if not whole or len(result) not in (1, 3) or min(result, default=0) < 1:
+        raise ArgumentError(
+            "input_shape", f"got {shape!r}", "Pass (channels, height, width), each at least 1."
+        )
+    return result
+
+
+def _check_channels(name: str, value: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    try:
+        values = (
+            (float(value),) * channels
+            if isinstance(value, int | float)
+            else tuple(float(v) for v in value)
+        )
+    except (TypeError, ValueError):
+        values = ()
+    if len(values) != channels or not all(math.isfinite(v) for v in values):
+        raise ArgumentError(
+            name,
+            f"got {value!r} for images of {channels} channels",
+            f"Pass one number, or {channels} of them.",
+        )
+    return values

@@ -1,0 +1,101 @@
+"""What of the engine is built, loaded and chosen on this machine, and why the rest is not."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from ..ops import backends, library
+from ..version import VERSION
+
+_EXTRAS = ("torchvision", "timm", "transformers", "matplotlib", "PIL")
+
+
+def doctor() -> dict[str, Any]:
+    """The state of the engine, ready to print (`render`) or to paste into a bug report.
+
+    Returns:
+        ``zsu_fast``, ``python``, ``torch``, ``torch_cuda``, ``triton`` (versions; None if absent);
+        ``gpu`` (names), ``threads``, ``cpu_isa`` (instruction set of the C++ kernels);
+        ``libraries``: name -> {"loaded", "path", "reason"};
+        ``extras``: optional package -> version, or why it can't be imported;
+        ``forced_backend``: set by `use_backend` or ZSU_FAST_BACKEND, else None;
+        ``devices``: "cpu", "cuda" -> {"present", "chosen", "backends": name -> reason or None}.
+    """
+    has_gpu = torch.cuda.is_available()
+    devices = {}
+    for device in ("cpu", "cuda"):
+        present = device == "cpu" or has_gpu
+        devices[device] = {
+            "present": present,
+            "chosen": (backends.forced_backend() or backends.best_backend(device)[0])
+            if present
+            else None,
+            "backends": {b: backends.why_unavailable(b, device) for b in backends.BACKENDS},
+        }
+    triton: str | None = None
+    if importlib.util.find_spec("triton") is not None:
+        try:
+            triton = metadata.version("triton")
+        except metadata.PackageNotFoundError:
+            triton = "unknown version"
+    return {
+        "zsu_fast": VERSION,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "triton": triton,
+        "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+        "cpu_isa": library.cpu_isa(),
+        "libraries": {
+            lib.name: {
+                "loaded": lib.loaded,
+                "path": str(lib.path) if lib.path else None,
+                "reason": lib.reason,
+            }
+            for lib in (library.CPU, library.CUDA)
+        },
+        "extras": {name: _version(name) for name in _EXTRAS},
+        "forced_backend": backends.forced_backend(),
+        "devices": devices,
+    }
+
+
+def _version(module: str) -> str:
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        return f"missing: {error}"
+    return str(getattr(found, "__version__", "present"))
+
+
+def render(report: dict[str, Any] | None = None) -> str:
+    """`doctor()` as text."""
+    report = report or doctor()
+    lines = [
+        f"zsu_fast {report['zsu_fast']}",
+        f"python {report['python']}, torch {report['torch']}"
+        f" (CUDA {report['torch_cuda'] or 'none'}), triton {report['triton'] or 'none'}",
+        f"GPU: {', '.join(report['gpu']) or 'none'}; CPU threads: {report['threads']};"
+        f" CPU kernels: {report['cpu_isa'] or 'none'}",
+        "",
+    ]
+    for name, state in report["libraries"].items():
+        lines.append(f"{name:10s} {'loaded' if state['loaded'] else 'absent: ' + state['reason']}")
+    if report["forced_backend"]:
+        lines += ["", f"backend forced to {report['forced_backend']}"]
+    for device, state in report["devices"].items():
+        heading = (
+            f"{device}: {state['chosen']} is chosen" if state["present"] else f"{device}: none"
+        )
+        lines += ["", heading]
+        for backend, reason in state["backends"].items():
+            lines.append(f"  {backend:8s} {'can run' if reason is None else reason}")
+    lines += ["", "optional packages:"]
+    lines += [f"  {name:12s} {state}" for name, state in report["extras"].items()]
+    return "\n".join(lines)

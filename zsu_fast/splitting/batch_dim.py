@@ -1,0 +1,98 @@
+"""Where a tensor keeps the rows that belong to each image, found by trying two batch sizes.
+
+Features are cached, mixed and drawn row by row, so each has to be [N, ...] with row i of image i.
+What crosses a cut may differ: a sequence-first transformer has [T, N, C], window attention has
+[N * windows, T, C]. A `Rule` takes such a tensor to [N, ...] and back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Rows of one image: ``per_image`` neighbours along dimension ``dim``."""
+
+    dim: int
+    per_image: int
+
+    @property
+    def plain(self) -> bool:
+        """Whether the tensor is [N, ...] as it is."""
+        return self.dim == 0 and self.per_image == 1
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """As the model has it -> [N, ...]."""
+        rows = tensor.movedim(self.dim, 0)
+        return rows if self.per_image == 1 else rows.unflatten(0, (-1, self.per_image))
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """[N, ...] -> as the model has it."""
+        tensor = rows if self.per_image == 1 else rows.flatten(0, 1)
+        return tensor.movedim(0, self.dim)
+
+    def shape(self, example: Tensor, batch: int) -> tuple[int, ...]:
+        """The shape of ``example`` (as the model has it) for ``batch`` images."""
+        sizes = list(example.shape)
+        sizes[self.dim] = batch * self.per_image
+        return tuple(sizes)
+
+
+def find_rule(two: Tensor, three: Tensor) -> Rule | None:
+    """The rule of a tensor, from its values for two images and for three; None if it has none."""
+    if two.ndim != three.ndim:
+        return None
+    differing = [d for d in range(two.ndim) if two.shape[d] != three.shape[d]]
+    if len(differing) != 1:
+        return None
+    dim = differing[0]
+    per_image, rest = divmod(two.shape[dim], 2)
+    if rest or per_image == 0 or three.shape[dim] != 3 * per_image:
+        return None
+    return Rule(dim, per_image)
+
+
+@dataclass(frozen=True)
+class Multiple:
+    """A whole number that is so many times the batch size."""
+
+    times: int
+
+
+class Varying(Exception):
+    """A value depends on the batch in another way than by a multiple of its size."""
+
+
+def find_value(two: Any, three: Any) -> Any:
+    """A value that is no tensor, with `Multiple` for what counts images.
+
+    Raises:
+        Varying: it depends on the batch in another way.
+    """
+    if isinstance(two, tuple | list) and isinstance(three, tuple | list):
+        if len(two) != len(three) or any(isinstance(v, Tensor) for v in (*two, *three)):
+            raise Varying
+        values = [find_value(a, b) for a, b in zip(two, three, strict=True)]
+        return values if isinstance(two, list) else tuple(values)
+    if isinstance(two, Tensor) or isinstance(three, Tensor):
+        raise Varying
+    if two == three:
+        return two
+    whole = all(isinstance(v, int) and not isinstance(v, bool) for v in (two, three))
+    if whole and two % 2 == 0 and two and 3 * two == 2 * three:
+        return Multiple(two // 2)
+    raise Varying
+
+
+Features = tuple[Tensor, ...]
+Halves = tuple[nn.Module, nn.Module]
+
+
+def two_batches(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Two images and three others, to see what depends on their number and content."""
+    shape = images.shape[1:]
+    return images[:1].expand(2, *shape), (0.9 * images[-1:]).expand(3, *shape)

@@ -1,0 +1,103 @@
+"""Class impressions and their file format."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..models import checkpoint
+from ..models.input_spec import InputSpec
+
+
+@dataclass
+class ClassImpressions:
+    """Synthesised images and how they came out. Row i of every tensor is impression i.
+
+    Attributes:
+        images: float32 [N, channels, H, W], normalised as the model wants them, all valid pixels;
+            with ``space`` "tail-input" the activations at the cut instead, [N, D].
+        labels: int64 [N], the class that each was made for.
+        confidence: float32 [N], the softmax probability of that class that was reached.
+        target: float32 [N], the confidence at which its ascent was to stop (1 for "never").
+        steps: int32 [N], ascent steps taken, restarts included.
+        hit: bool [N], whether the target was reached (without a target: whether the class leads).
+        spec: the images' shape and normalisation.
+        space: "input", or "tail-input".
+    """
+
+    images: Tensor
+    labels: Tensor
+    confidence: Tensor
+    target: Tensor
+    steps: Tensor
+    hit: Tensor
+    spec: InputSpec
+    space: str = "input"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of impressions that reached their target, 0..1."""
+        return float(self.hit.float().mean()) if len(self) else 0.0
+
+    def hit_rate_of(self, label: int) -> float:
+        """The same for one class."""
+        rows = self.labels == label
+        return float(self.hit[rows].float().mean()) if bool(rows.any()) else 0.0
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Writes a safetensors file, atomically; never over an existing one without ``force``."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        spec = {
+            "shape": self.spec.shape,
+            "mean": self.spec.mean,
+            "std": self.spec.std,
+            "source": self.spec.source,
+        }
+        metadata = {
+            "format": "zsu_fast.impressions/1",
+            "spec": json.dumps(spec),
+            "space": self.space,
+        }
+        checkpoint.save_tensors(path, tensors, metadata=metadata, force=force)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ClassImpressions:
+        """Reads what `save` wrote.
+
+        Raises:
+            CheckpointError: missing, damaged, or not a file of impressions.
+        """
+        tensors, metadata = checkpoint.load_tensors(path)
+        if metadata.get("format") != "zsu_fast.impressions/1" or set(tensors) != set(_TENSORS):
+            raise CheckpointError(f"{path} holds no class impressions. Make them by synthesize().")
+        try:
+            spec = json.loads(metadata["spec"])
+            made = cls(
+                **tensors,
+                spec=InputSpec(
+                    tuple(spec["shape"]), tuple(spec["mean"]), tuple(spec["std"]), spec["source"]
+                ),
+                space=metadata.get("space", "input"),
+            )
+            rows = {len(tensor) for tensor in tensors.values()}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}). Copy or save it anew.") from error
+        if len(rows) > 1 or made.labels.dtype != torch.int64 or made.labels.ndim != 1:
+            raise CheckpointError(f"{path} is damaged: its columns do not fit. Save it anew.")
+        return made
+
+
+_TENSORS = ("images", "labels", "confidence", "target", "steps", "hit")
+
+
+def default_per_class(classes: int) -> int:
+    """Impressions of each class: 32, of many classes as many as make 1,024 in all, at least 1."""
+    return max(1, min(32, 1024 // classes))

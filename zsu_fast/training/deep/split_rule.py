@@ -1,0 +1,53 @@
+"""Where deep forgetting splits a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError
+from ...models.wrapper import LogitsModel
+from ...splitting import split as tails
+from ...splitting.layers import layer_names
+from ...splitting.split import Split
+
+# Share of the layers with weights that is trained beside the last one, at least one: the features
+# of small images are kept on many scenes, those of large ones on few.
+_SHARE, _SHARE_OF_LARGE = 0.3, 0.1
+_LARGE = 3 * 64 * 64  # values of an image that is not small any more
+
+
+def find_deep_split(model: LogitsModel, at: str | int, images: Tensor) -> Split:
+    """Cuts ``model`` ahead of its last layers: three in ten of those with weights, or of large
+    images' models one in ten; one at least.
+
+    Args:
+        model: from `working_copy`.
+        at: "auto", or the module at which the tail starts.
+        images: some valid images.
+
+    Raises:
+        ArgumentError: nothing but the last layer would be trained.
+    """
+    names = layer_names(model.model, images[:4])
+    if at == "auto":
+        share = _SHARE if images[0].numel() <= _LARGE else _SHARE_OF_LARGE
+        start = len(names) - 1 - max(1, round(share * len(names)))
+        if start < 0:
+            raise ArgumentError(
+                "depth",
+                "got 'deep', and the model has a single layer with weights: no features",
+                "Pass depth='output'.",
+            )
+        at, reason = names[start], f"deep: {len(names) - start} of {len(names)} layers"
+    else:
+        reason = "named by the caller"
+    cut = tails.find_split(model, at, images, torch.zeros(len(images), dtype=torch.int64))
+    if cut.output_level:
+        raise ArgumentError(
+            "tail",
+            f"got {at!r} with depth='deep', and only the last layer follows it",
+            f"Name an earlier module, such as {names[max(0, len(names) - 2)]!r}, or leave it out.",
+        )
+    cut.reason = reason
+    return cut

@@ -1,0 +1,27 @@
+"""What the tail is trained on and by which loss, from the impressions' features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .features import Rows
+from .losses import Masked, Objective
+
+# Of more classes than this, the forgotten ones' logits alone are computed, where they alone move.
+SUBSET_ABOVE = 256
+
+
+@dataclass
+class Lesson:
+    """What `train_tail` takes: see there."""
+
+    tail: nn.Module
+    parameters: list[nn.Parameter]
+    rows: Rows
+    watched: Rows
+    objective: Objective
+    yardstick: Masked
+    generator: torch.Generator
