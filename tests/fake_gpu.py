@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 from zsu_fast.synthesis import ascent
-from zsu_fast.training import train_step as steppers
+from zsu_fast.training import train_step
 
 GPU = torch.device("cuda", 0)
 # ops that may read a tensor of the other kind: copies, and indices on the CPU
@@ -170,7 +170,7 @@ def on_fake_gpu() -> Iterator[None]:
             (torch, "tensor", _tensor),
             (nn.Module, "to", _move),
             (ascent, "_step_many", lambda step, _device: step),
-            (steppers, "GraphStepper", steppers.EagerStepper),
+            (train_step, "GraphTrainStep", train_step.EagerTrainStep),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(_Factories())

@@ -35,7 +35,7 @@ def work(**changes: Any) -> _Work:
     }  # fmt: skip
     values: dict[str, Any] = {
         "run": run, "space": None, "count": 100, "width": 100, "shard": 400, "steps": 5.0,
-        "most_steps": 8, "row_bytes": 1, "rows": 200, "watched": 60, "tail_steps": 80, "batch": 64,
+        "most_steps": 8, "row_bytes": 1, "rows": 200, "validation": 60, "tail_steps": 80, "batch": 64,
         "tail_work": 1, "seconds": seconds,
     }  # fmt: skip
     return _Work(**values | changes)

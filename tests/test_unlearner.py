@@ -44,7 +44,7 @@ from zsu_fast.models import zoo
 from zsu_fast.models.checkpoint import load_into
 from zsu_fast.models.parameters import replace_parameters, unwrap, weights_hash
 from zsu_fast.runtime.events import Event
-from zsu_fast.training.features import make_rows
+from zsu_fast.training.features import build_feature_set
 
 FORGET = [1, 3]
 
@@ -172,7 +172,7 @@ def test_the_head_runs_once_whatever_the_steps() -> None:
     runner.synthesise()
     runner.split()
     rows: list[int] = []
-    runner.work.model.conv.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
+    runner.work.module.conv.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
     runner.fit()
     assert sum(rows) == len(runner.impressions)
     assert runner.history[-1].step >= 60
@@ -226,9 +226,9 @@ def test_given_impressions_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None
 
     def spy(tail: Any, features: Any, label: Tensor, *rest: Any) -> Any:
         seen.append(label)
-        return make_rows(tail, features, label, *rest)
+        return build_feature_set(tail, features, label, *rest)
 
-    monkeypatch.setattr(zsu_fast.training.features, "make_rows", spy)
+    monkeypatch.setattr(zsu_fast.training.features, "build_feature_set", spy)
     assert_forgets(unlearn(model, FORGET, impressions=shuffled, **QUICK), FORGET)
     assert [torch.bincount(label).tolist() for label in seen] == [[6] * 5, [2] * 5]
 
@@ -786,7 +786,7 @@ def test_split_of_a_model(tmp_path: Any) -> None:
     for at in ("auto", "last", "bn", "fc1"):
         with untouched(model):
             cut = zsu_fast.split(model, at)
-        assert torch.allclose(cut.tail(*cut.head(images)), model(images), atol=1e-4)
+        assert torch.allclose(cut.tail(*cut.backbone(images)), model(images), atol=1e-4)
     with pytest.raises(ArgumentError, match="tail: got 'nowhere'"):
         zsu_fast.split(model, "nowhere")
 

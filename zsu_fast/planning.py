@@ -28,12 +28,12 @@ from .runtime.progress import Reporter
 from .runtime.threads import threads_for
 from .splitting.separability import MOST_IMAGES
 from .synthesis.ascent import Ascent
-from .synthesis.space import Space, input_space, tail_input_space
+from .synthesis.space import SearchSpace, input_space, tail_input_space
 from .synthesis.synthesize import ascend, batch_rows
-from .training.class_subset import NarrowTail
-from .training.fit_task import Lesson
+from .training.class_subset import ClassSubsetTail
+from .training.fit_task import FitTask
 from .training.loop import _Attempt
-from .training.train_step import make_stepper
+from .training.train_step import make_train_step
 from .unlearner import ZeroShotUnlearner
 
 # Impressions made to see how many steps the ascent takes and where the model is cut.
@@ -112,7 +112,7 @@ class _Work:
     """What the pilot found: of one impression, one row at the cut, and the whole."""
 
     run: ZeroShotUnlearner
-    space: Space
+    space: SearchSpace
     count: int
     width: int
     shard: int
@@ -120,7 +120,7 @@ class _Work:
     most_steps: int
     row_bytes: int
     rows: int
-    watched: int
+    validation: int
     tail_steps: int
     batch: int
     tail_work: int
@@ -187,7 +187,7 @@ def plan(
         device=card.name if card else str(device),
         basis="on paper" if card else "measured",
         classes=run.classes,
-        impression_classes=len(run.answered),
+        impression_classes=len(run.active_classes),
         impressions=work.count,
         ascent_steps=work.steps,
         tail=run.split_point.name,
@@ -223,16 +223,16 @@ def _pilot(model: nn.Module, forget: Any, options: dict[str, Any], meter: _Meter
     seconds["prepare"] = clock.lap()
     meter.mark("prepare")
     shard, width = batch_rows(space)
-    count = len(run.answered) * run.ascent.per_class
+    count = len(run.active_classes) * run.ascent.per_class
     width = min(width, count)
-    every = max(1, len(run.answered) // _PILOT_CLASSES)
-    some = sorted({*run.answered[::every][:_PILOT_CLASSES], run.forget[0]})
+    every = max(1, len(run.active_classes) // _PILOT_CLASSES)
+    some = sorted({*run.active_classes[::every][:_PILOT_CLASSES], run.forget[0]})
     per_class = max(1, min(run.ascent.per_class, _PILOT // len(some)))
     few = replace(run.ascent, per_class=per_class)
     made = ascend(run.work, space, run.spec, some, few, Reporter(False))
     start = space.start(torch.zeros(1, *space.shape, device=device))
     with threads_for(multiply_adds(space.exact, start), device):
-        classes = (run.answered * run.ascent.per_class)[:count]
+        classes = (run.active_classes * run.ascent.per_class)[:count]
         for name, rows in (("wide", width), ("narrow", max(1, width // 4))):
             climb = Ascent(
                 space, torch.tensor(classes[:rows]), torch.arange(rows), run.ascent, rows
@@ -253,46 +253,46 @@ def _pilot(model: nn.Module, forget: Any, options: dict[str, Any], meter: _Meter
     with threads_for(run.multiply_adds, device):
         features = cut.features(points) if run.space == "input" else space.parts(points)
         seconds["feature"] = clock.lap() / len(made)
-        lesson = run.lesson(cut, features, labels)
-        pilot_rows = len(lesson.rows) + len(lesson.watched)
+        fit_task = run.fit_task(cut, features, labels)
+        pilot_rows = len(fit_task.rows) + len(fit_task.validation)
         seconds["label"] = clock.lap() / pilot_rows
     held = count // 4 if run.ascent.per_class >= 4 else 0
-    having = len(run.answered)
+    having = len(run.active_classes)
     rows = count - held + run.rows.count(count - held, having)
-    watched = held + run.rows.count(held, 0) if held else max(1024, having)
+    validation = held + run.rows.count(held, 0) if held else max(1024, having)
     tail_work = multiply_adds(
-        lesson.tail, *lesson.rows.features_at(torch.zeros(1, dtype=torch.int64, device=device))
+        fit_task.tail, *fit_task.rows.features_at(torch.zeros(1, dtype=torch.int64, device=device))
     )
     batch = min(run.loop.batch_for(tail_work), rows)
-    _time_tail(run, lesson, batch, tail_work, clock, seconds)
+    _time_tail(run, fit_task, batch, tail_work, clock, seconds)
     row = sum(f[0].numel() * f.element_size() for f in features)
-    if not isinstance(lesson.tail, NarrowTail):
+    if not isinstance(fit_task.tail, ClassSubsetTail):
         row += 4 * run.classes  # the teacher's logits
-    meter.mark("fit", (rows + watched - pilot_rows) * row)
+    meter.mark("fit", (rows + validation - pilot_rows) * row)
     copy.deepcopy(model, computed_tensors(model))
     weights_hash(model)
     seconds["apply"] = clock.lap()
     meter.mark("apply")
     return _Work(
         run, space, count, width, shard, float(made.steps.float().mean()), int(made.steps.max()),
-        memory.bytes_a_row(space.climbed, start), rows, watched,
+        memory.bytes_per_row(space.fast_model, start), rows, validation,
         run.loop.steps_for(run.classes), batch, tail_work, seconds,
     )  # fmt: skip
 
 
 def _time_tail(
     run: ZeroShotUnlearner,
-    lesson: Lesson,
+    fit_task: FitTask,
     batch: int,
     work: int,
     clock: _Clock,
     seconds: dict[str, float],
 ) -> None:
-    """Times a step of the tail and a look at a watched row; the tail is worthless afterwards."""
-    stepper = make_stepper(
-        run.loop.loop, lesson.tail, lesson.parameters, lesson.rows, lesson.objective
+    """Times a step of the tail and a look at a validation row; the tail is worthless afterwards."""
+    stepper = make_train_step(
+        run.loop.loop, fit_task.tail, fit_task.parameters, fit_task.rows, fit_task.objective
     )
-    index = torch.randint(len(lesson.rows), (_TAIL_STEPS, batch), generator=lesson.generator)
+    index = torch.randint(len(fit_task.rows), (_TAIL_STEPS, batch), generator=fit_task.generator)
     rates = [1e-6] * _TAIL_STEPS
     with threads_for(work * batch, run.device):
         stepper.run(index, rates)  # warm-up, and capture on a GPU
@@ -300,8 +300,8 @@ def _time_tail(
         stepper.run(index, rates)
         seconds["tail step"] = clock.lap() / _TAIL_STEPS
         with torch.no_grad():
-            lesson.yardstick.score(lesson.tail, lesson.watched)
-        seconds["look"] = clock.lap() / len(lesson.watched)
+            fit_task.validation_loss.score(fit_task.tail, fit_task.validation)
+        seconds["look"] = clock.lap() / len(fit_task.validation)
 
 
 def _measured(work: _Work) -> dict[str, float]:
@@ -320,9 +320,9 @@ def _measured(work: _Work) -> dict[str, float]:
         "synthesise": synthesise + work.count * s["forward"],
         "split": s["split"] + (more * s["forward"] if work.run.tail == "auto" else 0.0),
         "fit": work.count * s["feature"]
-        + (work.rows + work.watched) * s["label"]
+        + (work.rows + work.validation) * s["label"]
         + work.tail_steps * s["tail step"]
-        + looks * work.watched * s["look"],
+        + looks * work.validation * s["look"],
         "apply": s["apply"],
     }
 
@@ -354,9 +354,9 @@ def _on_paper(work: _Work, card: Accelerator) -> dict[str, float]:
         "synthesise": synthesise + work.count * forward,
         "split": work.seconds["split"] + min(work.count, MOST_IMAGES) * forward,
         "fit": work.count * forward
-        + (work.rows + work.watched) * label
+        + (work.rows + work.validation) * label
         + work.tail_steps * trained
-        + (1 + _Attempt.CHECKS) * work.watched * work.tail_work / rate,
+        + (1 + _Attempt.CHECKS) * work.validation * work.tail_work / rate,
         "apply": work.seconds["apply"],
     }
 
@@ -366,7 +366,7 @@ def _last_work(work: _Work) -> int:
     cut = work.run.split_point
     assert cut is not None
     with torch.no_grad():
-        features = cut.head(torch.zeros(1, *work.run.spec.shape, device=work.run.device))
+        features = cut.backbone(torch.zeros(1, *work.run.spec.shape, device=work.run.device))
     return multiply_adds(cut.tail, *features)
 
 

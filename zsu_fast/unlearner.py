@@ -26,29 +26,30 @@ from .models.parameters import deep_copy, replace_parameters, restored_on_failur
 from .models.wrapper import count_classes, resolve_device, working_copy
 from .provenance.ledger import Ledger, as_ledger
 from .provenance.record import Record
-from .runtime import distributed as ranks
+from .runtime import distributed
+from .runtime.distributed import Ranks
 from .runtime.events import Callback
 from .runtime.flops import multiply_adds
 from .runtime.precision import Precision
 from .runtime.progress import Reporter
 from .runtime.threads import threads_for
-from .runtime.torch_defaults import own_modes
+from .runtime.torch_defaults import torch_defaults
 from .splitting import split as tails
 from .splitting.layers import layer_names
 from .splitting.split import Split
 from .synthesis import class_sampling as sampling
 from .synthesis.ascent import AscentSettings
 from .synthesis.impressions import ClassImpressions, default_per_class
-from .synthesis.space import SPACES, Space, SpaceName, input_space, tail_input_space
+from .synthesis.space import SPACES, SearchSpace, SpaceName, input_space, tail_input_space
 from .synthesis.synthesize import ascend, synthesize
-from .training import class_subset as narrow
+from .training import class_subset
 from .training.deep.deep import forget_deeply
 from .training.deep.settings import Depth, check_depth
 from .training.deep.split_rule import find_deep_split
-from .training.features import RowSettings, training_rows
-from .training.fit_task import SUBSET_ABOVE, Lesson
+from .training.features import FeatureSettings, train_val_sets
+from .training.fit_task import SUBSET_ABOVE, FitTask
 from .training.loop import Fit, LoopSettings, train_tail
-from .training.losses import Alone, Masked, check_objective, make_objective
+from .training.losses import ForgetOnlyKL, MaskedKL, check_objective, make_objective
 from .training.train_step import Loop
 
 
@@ -146,17 +147,17 @@ class ZeroShotUnlearner:
 
     Attributes:
         impressions: `ClassImpressions` or None.
-        history: the held-out checks (`Check`) of the fit.
+        history: the held-out checks (`ValidationResult`) of the fit.
         split_point: the `Split` or None.
         stopped: why the fit ended, in words.
         record: the `Record` of the run, for JSON.
-        team: the ranks that make the call.
+        ranks: the ranks that make the call.
     """
 
-    team: ranks.Team
+    ranks: Ranks
 
-    @own_modes()
-    @ranks.starting_together
+    @torch_defaults()
+    @distributed.joins_ranks
     def __init__(
         self,
         model: nn.Module,
@@ -206,32 +207,34 @@ class ZeroShotUnlearner:
         if not isinstance(space, str) or space not in SPACES:
             raise ArgumentError("space", f"got {space!r}", f"Pass one of {', '.join(SPACES)}.")
         self.loop = LoopSettings(steps, batch, learning_rate, early_stop, loop)
-        self.rows = RowSettings(mixtures, margin)
+        self.rows = FeatureSettings(mixtures, margin)
         if isinstance(tail, bool) or not isinstance(tail, str | int):
             raise ArgumentError(
                 "tail", f"got {tail!r}", "Pass 'auto', 'last', a module's name, or a whole number."
             )
-        if device is None and self.team.device.type == "cuda":
-            device = self.team.device
+        if device is None and self.ranks.device.type == "cuda":
+            device = self.ranks.device
         self.device = resolve_device(model, device)
         self.spec = resolve_spec(model, input_shape, mean, std)
         self.original, self.inplace = model, inplace
         self.work = working_copy(model, self.device)
         self.classes = count_classes(self.work, self.spec, self.device)
         self.forget = check_forget(forget, self.classes)
-        self.ledger = as_ledger(ledger) if self.team.leads else None
+        self.ledger = as_ledger(ledger) if self.ranks.is_main else None
         if forgotten is None:
-            forgotten = self.team.first(self.ledger.forgotten() if self.ledger else None)
+            forgotten = self.ranks.broadcast_object(
+                self.ledger.forgotten() if self.ledger else None
+            )
         self.forgotten = check_forgotten(forgotten, self.forget, self.classes)
         grey = torch.zeros(1, *self.spec.shape, device=self.device)
         self.multiply_adds = multiply_adds(self.work, grey)
         self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
         self.forget_mask[self.forget + self.forgotten] = True
         # classes of which impressions are made: those that the model still answers, or some
-        self.answered = self._sample(retain_sample, seed)
+        self.active_classes = self._sample(retain_sample, seed)
         per_class = impressions_per_class
         if per_class is None:
-            per_class = default_per_class(len(self.answered))
+            per_class = default_per_class(len(self.active_classes))
         elif isinstance(per_class, bool) or not isinstance(per_class, int) or per_class < 1:
             raise ArgumentError(
                 "impressions_per_class",
@@ -246,7 +249,7 @@ class ZeroShotUnlearner:
         check_depth(depth, objective, space)
         self.objective, self.weights, self.depth = objective, weights, depth
         self.tail, self.seed, self.space, self.cache = tail, seed, space, cache
-        self.report = Reporter(progress, callback, self.team)
+        self.report = Reporter(progress, callback, self.ranks)
         self.impressions = self._check_impressions(impressions)
         self.split_point: Split | None = None
         self.result: Fit | None = None
@@ -258,7 +261,7 @@ class ZeroShotUnlearner:
         if self.ledger is not None:
             self.ledger.check(self.record.weights_before)
         own = ("device", "cache", "inplace", "ledger")
-        self.team.agree(
+        self.ranks.check_same(
             {k: v for k, v in self.record.settings.items() if k not in own}
             | {"model": self.record.weights_before, "forget": self.forget}
             | {"forgotten": self.forgotten}
@@ -273,11 +276,11 @@ class ZeroShotUnlearner:
             self.fit()
         return self.apply()
 
-    @own_modes()
-    @ranks.together
+    @torch_defaults()
+    @distributed.all_or_none
     def synthesise(self) -> ClassImpressions:
         """Makes impressions of every class but those forgotten before, in one batch."""
-        space: Space
+        space: SearchSpace
         if self.space == "tail-input":
             cut = self.split_point or self.split()
             space = tail_input_space(cut, self.spec, self.device)
@@ -285,11 +288,11 @@ class ZeroShotUnlearner:
             space = input_space(self.work, self.spec, self.ascent.precision)
         with self._stage("synthesise"):
             self.impressions = ascend(
-                self.work, space, self.spec, self.answered, self.ascent, self.report, self.cache,
-                team=self.team,
+                self.work, space, self.spec, self.active_classes, self.ascent, self.report, self.cache,
+                ranks=self.ranks,
             )  # fmt: skip
         counts = torch.bincount(self.impressions.labels, minlength=self.classes)
-        counts = counts[self.answered]
+        counts = counts[self.active_classes]
         if not bool(counts.min()):
             raise ArgumentError(
                 "callback",
@@ -298,8 +301,8 @@ class ZeroShotUnlearner:
             )
         return self.impressions
 
-    @own_modes()
-    @ranks.together
+    @torch_defaults()
+    @distributed.all_or_none
     def split(self) -> Split:
         """Cuts the model at ``tail``; "auto" is "last" where impressions need the cut first."""
         if self.space == "tail-input":
@@ -315,11 +318,11 @@ class ZeroShotUnlearner:
             else:
                 self.split_point = tails.find_split(self.work, at, images, labels)
         cut = self.split_point
-        self.team.agree({"tail": cut.name, "parameters": cut.parameters})
+        self.ranks.check_same({"tail": cut.name, "parameters": cut.parameters})
         return cut
 
-    @own_modes()
-    @ranks.together
+    @torch_defaults()
+    @distributed.all_or_none
     def fit(self) -> Fit:
         """Trains the tail on the cached features of the impressions that are not held out."""
         cut = self.split_point or self.split()
@@ -332,9 +335,9 @@ class ZeroShotUnlearner:
                 )  # fmt: skip
                 # nothing leads by now: the margin stays what the original's lead asked for
                 self.rows = replace(self.rows, margin=self.record.depth["margin"])
-                trained = dict(self.work.model.named_parameters())
-                self.team.exchange()  # a stop ends what was, not the fit to come
-                self.team.copy_from_first([trained[name] for name in cut.parameters])
+                trained = dict(self.work.module.named_parameters())
+                self.ranks.exchange()  # a stop ends what was, not the fit to come
+                self.ranks.copy_from_main([trained[name] for name in cut.parameters])
                 images, labels = made.images.to(self.device), made.labels.to(self.device)
                 cut = tails.find_split(self.work, "last", images, labels)
         with self._stage("fit"):
@@ -343,20 +346,20 @@ class ZeroShotUnlearner:
                 features = tail_input_space(cut, self.spec, self.device).parts(points)
             else:
                 features = cut.features(points)
-            lesson = self.lesson(cut, features, labels)
+            fit_task = self.fit_task(cut, features, labels)
             self.result = train_tail(
-                lesson.tail, lesson.parameters, lesson.rows, lesson.watched, lesson.objective,
-                lesson.yardstick, self.loop, lesson.generator, self.report,
+                fit_task.tail, fit_task.parameters, fit_task.rows, fit_task.validation, fit_task.objective,
+                fit_task.validation_loss, self.loop, fit_task.generator, self.report,
             )  # fmt: skip
-            if isinstance(lesson.tail, narrow.NarrowTail):
-                lesson.tail.write_back()
-            trained = dict(self.work.model.named_parameters())
-            self.result = self.team.first(self.result)
-            self.team.copy_from_first([trained[name] for name in cut.parameters])
+            if isinstance(fit_task.tail, class_subset.ClassSubsetTail):
+                fit_task.tail.write_back()
+            trained = dict(self.work.module.named_parameters())
+            self.result = self.ranks.broadcast_object(self.result)
+            self.ranks.copy_from_main([trained[name] for name in cut.parameters])
         return self.result
 
-    @own_modes()
-    @ranks.together
+    @torch_defaults()
+    @distributed.all_or_none
     def apply(self) -> nn.Module:
         """The user's model, or a copy, with the tail's weights replaced."""
         if self.split_point is None or self.result is None:
@@ -364,24 +367,24 @@ class ZeroShotUnlearner:
                 "apply()", "called before fit()", "Call run(), or synthesise(), split(), fit()."
             )
         target = self.original if self.inplace else deep_copy(self.original)
-        changed = dict(self.work.model.named_parameters())
+        changed = dict(self.work.module.named_parameters())
         values = {n: changed[n].detach() for n in self.split_point.parameters}
-        with restored_on_failure(target, values), self.team.together():
+        with restored_on_failure(target, values), self.ranks.all_or_none():
             replace_parameters(target, values)
-            self.record.distributed = self.team.facts()
+            self.record.distributed = self.ranks.facts()
             made = self._made()
             self.record.finish(target, made, self.split_point, self.result, self.sampled)
-            self.team.agree({"result": self.record.weights_after})
-            for note in self.record.warnings if self.team.leads else ():
+            self.ranks.check_same({"result": self.record.weights_after})
+            for note in self.record.warnings if self.ranks.is_main else ():
                 warnings.warn(note, stacklevel=4)
             if self.ledger is not None:  # last, so that nothing is recorded of a run that fails
                 self.ledger.append(self.record)
         return target
 
-    def lesson(self, cut: Split, features: tuple[Tensor, ...], labels: Tensor) -> Lesson:
+    def fit_task(self, cut: Split, features: tuple[Tensor, ...], labels: Tensor) -> FitTask:
         """What is trained on what, from the impressions' features at the cut."""
         generator = torch.Generator().manual_seed(self.seed)
-        trained = dict(self.work.model.named_parameters())
+        trained = dict(self.work.module.named_parameters())
         parameters = [trained[name] for name in cut.parameters]
         # only one layer, with weights of its own for each class
         alone = (
@@ -393,20 +396,22 @@ class ZeroShotUnlearner:
         if (
             alone
             and self.classes > SUBSET_ABOVE
-            and narrow.can_narrow(cut.tail, parameters, features)
+            and class_subset.supports_subset(cut.tail, parameters, features)
         ):
-            names = narrow.row_names(cut.tail, parameters)
-        train, watched, margin = training_rows(
+            names = class_subset.row_names(cut.tail, parameters)
+        train, validation, margin = train_val_sets(
             cut.tail, features, labels, self.forget_mask, self.rows, generator, alone, names
         )
         if names:  # the retained logits are never computed again
             gone = self.forget_mask.nonzero()[:, 0]
-            few = narrow.NarrowTail(cut.tail, names, gone, copied=True)
-            goal = Alone(self.forget_mask, margin)
-            return Lesson(few, list(few.parameters()), train, watched, goal, goal, generator)
-        yardstick = Masked(self.forget_mask, margin, alone)
-        objective = make_objective(self.objective, self.weights, yardstick)
-        return Lesson(cut.tail, parameters, train, watched, objective, yardstick, generator)
+            few = class_subset.ClassSubsetTail(cut.tail, names, gone, copied=True)
+            goal = ForgetOnlyKL(self.forget_mask, margin)
+            return FitTask(few, list(few.parameters()), train, validation, goal, goal, generator)
+        validation_loss = MaskedKL(self.forget_mask, margin, alone)
+        objective = make_objective(self.objective, self.weights, validation_loss)
+        return FitTask(
+            cut.tail, parameters, train, validation, objective, validation_loss, generator
+        )
 
     def _sample(self, retain_sample: int | None, seed: int) -> list[int]:
         """Classes to make impressions of, sorted; not of those forgotten before."""
@@ -416,9 +421,9 @@ class ZeroShotUnlearner:
         self.sampled = sampling.ALL
         if size == len(retained):
             return sorted([*self.forget, *retained])
-        last = layer_names(self.work.model, noise_images(self.spec, 2).to(self.device))[-1]
-        weight = sampling.class_weights(self.work.model, last, self.classes)
-        self.sampled = sampling.BY_LOT if weight is None else sampling.RULE
+        last = layer_names(self.work.module, noise_images(self.spec, 2).to(self.device))[-1]
+        weight = sampling.class_weights(self.work.module, last, self.classes)
+        self.sampled = sampling.RANDOM if weight is None else sampling.RULE
         return sampling.sample_classes(weight, self.forget, retained, size, seed)
 
     @contextmanager
@@ -450,7 +455,7 @@ class ZeroShotUnlearner:
         counts = torch.bincount(given.labels, minlength=self.classes)
         # where a sample is enough, any that has the classes to forget and one to keep will do
         sampled = self.sampled != sampling.ALL
-        few = int(counts[self.forget if sampled else self.answered].min())
+        few = int(counts[self.forget if sampled else self.active_classes].min())
         if sampled and len(given.labels.unique()) <= len(self.forget):
             few = 0
         if given.spec.shape != self.spec.shape or len(counts) > self.classes or few < 1:
@@ -469,7 +474,7 @@ class ZeroShotUnlearner:
         return given
 
 
-@own_modes()
+@torch_defaults()
 def split(
     model: nn.Module,
     at: str | int = "auto",

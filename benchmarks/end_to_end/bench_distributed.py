@@ -74,7 +74,7 @@ def work(model: torch.nn.Module, job: Job, grouped: bool) -> dict[str, Any]:
         model, job.forget, distributed=grouped, progress=False, tail="last", seed=0,
         impressions_per_class=job.per_class,
     )  # fmt: skip
-    run.answered = run.answered[:: job.every]
+    run.active_classes = run.active_classes[:: job.every]
     began = time.process_time()
     made = run.synthesise()
     cpu = time.process_time() - began
@@ -128,8 +128,8 @@ class Ranks:
 def race(job: Job, teams: dict[str, Ranks], rounds: int) -> dict[str, list[dict[str, Any]]]:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in teams}
     for at in range(rounds + 1):
-        for name, team in teams.items():
-            done = team.do(job, grouped=name != ALONE)
+        for name, ranks in teams.items():
+            done = ranks.do(job, grouped=name != ALONE)
             if at:  # the first one warms up
                 runs[name].append(done)
     return runs
@@ -168,8 +168,8 @@ def main() -> None:
                 missed.append(f"{job.name}, {name}: weights are off by {off:.2g}")
         if best / medians[TWO] < BAR:
             missed.append(f"{job.name}: {best / medians[TWO]:.2f} times as fast, the bar is {BAR}")
-    for team in {one, teams[TWO]}:
-        team.end()
+    for ranks in {one, teams[TWO]}:
+        ranks.end()
     write(rows, missed)
     print(*missed or ["All bars met."], sep="\n")
     sys.exit(1 if missed and arguments.check else 0)
@@ -190,7 +190,7 @@ def write(rows: list[tuple[Any, ...]], missed: list[str]) -> None:
         ", ".join(f"{k}: {v}" for k, v in facts.items()),
         "",
         "Made by `python -m benchmarks.end_to_end.bench_distributed`. One process: no group, one batch where "
-        "it fits. Ranks take pieces in turn. Seconds: of the synthesis, gathering included. "
+        "it fits. Ranks take make_shards in turn. Seconds: of the synthesis, gathering included. "
         "Speed-up: over the faster of one process and one rank. CPU s: of the busiest rank, fast "
         "copy included. Off: largest difference of a weight of the unlearned model from one "
         "process's. Of EfficientNet-Lite0, every 16th class gets an impression.",

@@ -25,16 +25,16 @@ from zsu_fast.splitting.split import split_at
 from zsu_fast.synthesis import synthesize
 from zsu_fast.synthesis.ascent import AscentSettings
 from zsu_fast.synthesis.space import input_space
-from zsu_fast.training.features import make_rows
-from zsu_fast.training.losses import Masked
-from zsu_fast.training.train_step import CompiledStepper, EagerStepper, GraphStepper
+from zsu_fast.training.features import build_feature_set
+from zsu_fast.training.losses import MaskedKL
+from zsu_fast.training.train_step import CompiledTrainStep, EagerTrainStep, GraphTrainStep
 
 GRAPH_BAR = 5.0
 BLOCK, BATCH, ROWS = 10, 512, 2048
 FORGET = (1, 2, 3, 4)
 
 
-def tail_case(cut: str) -> tuple[Any, list[Any], Any, Masked]:
+def tail_case(cut: str) -> tuple[Any, list[Any], Any, MaskedKL]:
     """LeNet5's tail from the module ``cut`` on, rows for it, and the objective."""
     torch.manual_seed(0)
     model = working_copy(zoo.build("lenet5"), torch.device(DEVICE))
@@ -43,21 +43,23 @@ def tail_case(cut: str) -> tuple[Any, list[Any], Any, Masked]:
     forget = torch.zeros(10, dtype=torch.bool, device=DEVICE)
     forget[list(FORGET)] = True
     with torch.no_grad():
-        features = split.head(images)
+        features = split.backbone(images)
         label = model(images).argmax(1)
-    rows = make_rows(split.tail, features, label, forget, 0, torch.Generator().manual_seed(0))
-    named = dict(model.model.named_parameters())
-    return split.tail, [named[n] for n in split.parameters], rows, Masked(forget, 1.0)
+    rows = build_feature_set(
+        split.tail, features, label, forget, 0, torch.Generator().manual_seed(0)
+    )
+    named = dict(model.module.named_parameters())
+    return split.tail, [named[n] for n in split.parameters], rows, MaskedKL(forget, 1.0)
 
 
 @pytest.mark.parametrize("cut", ["fc3", "fc1"])
 def test_tail_loop(benchmark: Any, table: Table, cut: str) -> None:
-    kinds: dict[str, type[EagerStepper]] = {"eager": EagerStepper}
-    kinds |= {"graph": GraphStepper} if DEVICE == "cuda" else {"compiled": CompiledStepper}
+    kinds: dict[str, type[EagerTrainStep]] = {"eager": EagerTrainStep}
+    kinds |= {"graph": GraphTrainStep} if DEVICE == "cuda" else {"compiled": CompiledTrainStep}
     index = torch.stack([torch.randperm(ROWS)[:BATCH] for _ in range(BLOCK)])
     rates = [1e-3] * BLOCK
 
-    def steps(kind: type[EagerStepper]) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    def steps(kind: type[EagerTrainStep]) -> tuple[Callable[[], Tensor], list[Tensor]]:
         tail, parameters, rows, objective = tail_case(cut)
         stepper = kind(tail, parameters, rows, objective)
         return (lambda: stepper.run(index, rates)), parameters

@@ -4,7 +4,7 @@
     python -m benchmarks.end_to_end.bench_unlearn lenet5 --runs 9
 
 Every row makes the same number of impressions from the same noise, trains the same layers on the
-masked objective, and is scored on the real test images outside the timed part. Rows (a) and (b)
+masked objective, and is scored on the real test images outside the timed part. FeatureSet (a) and (b)
 follow the paper's Algorithm 1 as it reads; (c) is the package's schedule in plain torch. Levers are
 switched off by patches that live in this file. Writes ``cpu_unlearn.csv`` (a line a call) and
 ``cpu_unlearn.md``.
@@ -35,9 +35,9 @@ from benchmarks.end_to_end.table1 import Data, load_data, load_model
 from benchmarks.harness import RESULTS, machine
 from zsu_fast import ops
 from zsu_fast.synthesis import ascent, inference_copy, space as space_module
-from zsu_fast.synthesis.inference_copy import FastCopy
+from zsu_fast.synthesis.inference_copy import InferenceCopy
 from zsu_fast.synthesis.synthesize import joined
-from zsu_fast.training import train_step as steppers
+from zsu_fast.training import train_step
 from zsu_fast.unlearner import ZeroShotUnlearner
 
 ASCENT_STEPS = 200  # (a), (b): of every impression
@@ -160,7 +160,7 @@ def fixed_ascent(run: ZeroShotUnlearner, batched: bool, steps: int) -> Any:
             logits = made.model(x)
             own = logits.gather(1, label[:, None])[:, 0]
             loss = -(own.sum() - made.beta * x.square().sum())
-            made.model.model.zero_grad()
+            made.model.module.zero_grad()
             optimiser.zero_grad()
             loss.backward()
             with torch.no_grad():
@@ -176,7 +176,7 @@ def fixed_ascent(run: ZeroShotUnlearner, batched: bool, steps: int) -> Any:
             made.points[rows.index[number]] = kept[at]
             made.hit[rows.index[number]] = bool(reached[at])
     index = torch.arange(len(labels))
-    return joined([made.result(index)], [index], run.spec, space, run.team)
+    return joined([made.result(index)], [index], run.spec, space, run.ranks)
 
 
 def whole_model_epochs(run: ZeroShotUnlearner, layers: list[str]) -> nn.Module:
@@ -184,7 +184,7 @@ def whole_model_epochs(run: ZeroShotUnlearner, layers: list[str]) -> nn.Module:
     assert run.impressions is not None
     images, label = run.impressions.images, run.impressions.labels
     model = run.work
-    for name, parameter in model.model.named_parameters():
+    for name, parameter in model.module.named_parameters():
         parameter.requires_grad_(name in layers)
     with torch.no_grad():
         teacher = torch.cat([model(part) for part in images.split(256)])
@@ -217,33 +217,33 @@ def switched(levers: Levers) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, value))
 
         if not levers.bfloat16:
-            put(space_module, "fast_copy", copier(levers))
+            put(space_module, "inference_copy", copier(levers))
         if not levers.input_only:
             put(ascent.Ascent, "_step", step_with_weight_gradients)
         if not levers.compact:
             put(ascent, "_bucket", lambda rows, _d: sys.maxsize if rows else 0)
         if not levers.native:
             put(ops, "ascent_step_", plain_ascent_step_)
-            put(steppers.EagerStepper, "step", plain_tail_step)
+            put(train_step.EagerTrainStep, "step", plain_tail_step)
             stack.enter_context(ops.use_backend("eager"))
         if not levers.fused:
-            put(steppers.EagerStepper, "_fused", lambda _self: False)
+            put(train_step.EagerTrainStep, "_fused", lambda _self: False)
         yield
 
 
-def copier(levers: Levers) -> Callable[..., FastCopy]:
-    """`fast_copy` without what is off."""
+def copier(levers: Levers) -> Callable[..., InferenceCopy]:
+    """`inference_copy` without what is off."""
 
-    def made(model: Any, images: Tensor, _precision: str = "auto") -> FastCopy:
+    def made(model: Any, images: Tensor, _precision: str = "auto") -> InferenceCopy:
         if levers.channels_last:
-            return inference_copy.fast_copy(model, images, "float32")
+            return inference_copy.inference_copy(model, images, "float32")
         copied = copy.deepcopy(model)
         folded = inference_copy._folded(copied, images) if levers.folded else None
         copied = copied if folded is None else folded
         if levers.pooled:
-            copied = inference_copy._pooled_first(copied) or copied
+            copied = inference_copy.pool_before_relu(copied) or copied
         copied.requires_grad_(not levers.input_only)
-        return FastCopy(copied, False, torch.float32, folded is not None)
+        return InferenceCopy(copied, False, torch.float32, folded is not None)
 
     return made
 
@@ -253,7 +253,7 @@ def step_with_weight_gradients(self: Any, rows: Any) -> None:
     x = rows.x.detach().requires_grad_(True)
     logits = self.model(x)
     own = logits.gather(1, rows.label[:, None])[:, 0]
-    self.model.model.zero_grad()
+    self.model.module.zero_grad()
     own.sum().backward()
     with torch.no_grad():
         probability = logits.softmax(1)

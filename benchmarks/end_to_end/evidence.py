@@ -6,7 +6,7 @@
     python -m benchmarks.end_to_end.evidence --summary             # the table anew, from the CSV file
     python -m benchmarks.end_to_end.evidence resnet20 --train-golden 12   # trains one; none ships
 
-Rows: original, mask, random embeddings, default, deep (where `unlearn` has it), golden. Images are
+FeatureSet: original, mask, random embeddings, default, deep (where `unlearn` has it), golden. Images are
 used for measuring only. Writes ``results/evidence.csv`` (a line a number) and ``evidence.md``.
 """
 

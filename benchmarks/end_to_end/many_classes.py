@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import zsu_fast
 from benchmarks.harness import RESULTS, machine
 from zsu_fast.models.input_spec import InputSpec
-from zsu_fast.synthesis.dead_leaves import draw_scenes
+from zsu_fast.synthesis.dead_leaves import sample_dead_leaves
 
 FEATURES, GROUP = 512, 10
 SPEC = InputSpec((3, 32, 32), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "the benchmark")
@@ -60,7 +60,7 @@ class ManyClasses(nn.Module):
     @torch.no_grad()
     def _settle(self, classes: int) -> None:
         """BatchNorm statistics from scenes; prototypes near those of their group."""
-        images = SPEC.low.view(-1, 1, 1) + draw_scenes(256, SPEC.shape, 0) * (
+        images = SPEC.low.view(-1, 1, 1) + sample_dead_leaves(256, SPEC.shape, 0) * (
             SPEC.high - SPEC.low
         ).view(-1, 1, 1)
         for module in self.trunk:
@@ -97,14 +97,14 @@ def child_run(classes: int, count: int, seed: int) -> dict[str, Any]:
     seconds, work = time.perf_counter() - started, time.process_time() - work
     peak = peak_bytes()
     record = run.record.to_dict()
-    sampled = sorted(set(run.answered) - set(forget))
-    others = sorted(set(range(classes)) - set(run.answered))
+    sampled = sorted(set(run.active_classes) - set(forget))
+    others = sorted(set(range(classes)) - set(run.active_classes))
     some = others[:: max(1, len(others) // 200)][:200] if others else []
     judged = {
         "forgotten": held_out(model, forget, 4),
         "retained, sampled": held_out(model, sampled[:200], 1),
         "retained, not sampled": held_out(model, some, 1) if some else None,
-        "scenes": pixels(draw_scenes(1000, SPEC.shape, 9)),
+        "scenes": pixels(sample_dead_leaves(1000, SPEC.shape, 9)),
     }
     weight, new = model.fc.weight, result.get_parameter("fc.weight")
     kept = torch.ones(classes, dtype=torch.bool)

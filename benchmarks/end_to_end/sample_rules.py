@@ -23,7 +23,7 @@ from benchmarks.harness import RESULTS
 from zsu_fast import ClassImpressions, ZeroShotUnlearner
 from zsu_fast.splitting.split import find_split
 from zsu_fast.synthesis import class_sampling as sampling
-from zsu_fast.training.class_subset import NarrowTail
+from zsu_fast.training.class_subset import ClassSubsetTail
 from zsu_fast.training.loop import train_tail
 
 MODEL, SETS, FORGET = "tf_efficientnet_lite0", 2, 100
@@ -60,7 +60,7 @@ def main() -> None:
     cut = find_split(run.work, "last", made.images[:4], made.labels[:4])
     features = cut.features(made.images)
     (real,) = cut.features(images)
-    names = dict(run.work.model.named_parameters())
+    names = dict(run.work.module.named_parameters())
     parameters = [names[n] for n in cut.parameters]
     start = [p.detach().clone() for p in parameters]
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
@@ -77,13 +77,13 @@ def main() -> None:
         for key, some in samples.items():
             if some is not None:
                 rows = torch.isin(made.labels, torch.tensor([*forget, *some]))
-                lesson = run.lesson(cut, tuple(f[rows] for f in features), made.labels[rows])
+                fit_task = run.fit_task(cut, tuple(f[rows] for f in features), made.labels[rows])
                 train_tail(
-                    lesson.tail, lesson.parameters, lesson.rows, lesson.watched, lesson.objective,
-                    lesson.yardstick, run.loop, lesson.generator, run.report,
+                    fit_task.tail, fit_task.parameters, fit_task.rows, fit_task.validation, fit_task.objective,
+                    fit_task.validation_loss, run.loop, fit_task.generator, run.report,
                 )  # fmt: skip
-                assert isinstance(lesson.tail, NarrowTail)
-                lesson.tail.write_back()
+                assert isinstance(fit_task.tail, ClassSubsetTail)
+                fit_task.tail.write_back()
             with torch.no_grad():
                 right = cut.tail(real).argmax(1) == labels
                 for parameter, old in zip(parameters, start, strict=True):

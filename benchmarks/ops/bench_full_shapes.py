@@ -5,7 +5,7 @@
 *Ascent step*: a batch of 8 images, seconds an image: forward, gradient of the class logit with
 respect to the image, one Adam step with clamp. `eager` is fp32, contiguous, autograd with respect
 to the images alone, Adam in plain torch ops. `ours` is what `synthesize` runs: the copy by
-`fast_copy` and the op `ascent_step_`.
+`inference_copy` and the op `ascent_step_`.
 
 *Tail epoch*: the last layer (2048 or 4096 to 1,000) over 25,000 rows of features, what the
 published run had (25 impressions of each of 1,000 classes), forward, loss, gradient, AdamW. Timed
@@ -30,11 +30,11 @@ from benchmarks.harness import DEVICE, Contender, Table, compare
 from zsu_fast import ops
 from zsu_fast.models.input_spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec
 from zsu_fast.models.wrapper import working_copy
-from zsu_fast.synthesis.inference_copy import fast_copy
-from zsu_fast.training.class_subset import NarrowTail
-from zsu_fast.training.features import Rows, make_rows
-from zsu_fast.training.losses import Alone, Masked
-from zsu_fast.training.train_step import Stepper, make_stepper
+from zsu_fast.synthesis.inference_copy import inference_copy
+from zsu_fast.training.class_subset import ClassSubsetTail
+from zsu_fast.training.features import FeatureSet, build_feature_set
+from zsu_fast.training.losses import ForgetOnlyKL, MaskedKL
+from zsu_fast.training.train_step import TrainStep, make_train_step
 
 SPEC = InputSpec((3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
 IMAGES = 8 if DEVICE == "cpu" else 128
@@ -63,7 +63,7 @@ def test_ascent_step(table: Table, name: str) -> None:
     low, high = (b.view(3, 1, 1).to(DEVICE) for b in (SPEC.low, SPEC.high))
     start = low + (high - low) * torch.rand(IMAGES, *SPEC.shape, device=DEVICE)
     label = torch.arange(IMAGES, device=DEVICE)
-    model = fast_copy(work, start[:2])
+    model = inference_copy(work, start[:2])
     state = [start.clone(), torch.zeros_like(start), torch.zeros_like(start)]
 
     def eager() -> Tensor:
@@ -89,7 +89,7 @@ def test_ascent_step(table: Table, name: str) -> None:
         return logits.detach().softmax(1)
 
     def climbs(_: Any) -> None:
-        """Both climbed: the class is likelier than at the start, for the model itself."""
+        """Both fast_model: the class is likelier than at the start, for the model itself."""
         with torch.no_grad():
             before = work(start).gather(1, label[:, None]).mean()
             for images in (state[0], mine[0]):
@@ -120,7 +120,7 @@ def test_tail_epoch(table: Table, name: str, width: int) -> None:
         teacher = layers["all"](features)
     wanted = teacher.masked_fill(forget, -torch.inf).softmax(1)
     label = teacher.argmax(1)
-    rows = Rows((features,), teacher, label, forget[label])
+    rows = FeatureSet((features,), teacher, label, forget[label])
 
     def eager(key: str, batch: int) -> Any:
         layer = layers[key]
@@ -138,17 +138,17 @@ def test_tail_epoch(table: Table, name: str, width: int) -> None:
         return epoch
 
     tail = layers["all"]
-    every = make_stepper("auto", tail, list(tail.parameters()), rows, Masked(forget, 0.0))
+    every = make_train_step("auto", tail, list(tail.parameters()), rows, MaskedKL(forget, 0.0))
     names = ["weight", "bias"]
-    some_rows = make_rows(
+    some_rows = build_feature_set(
         layers["ours"], (features,), label, forget, 0, torch.Generator().manual_seed(0), True, names
     )
-    some_tail = NarrowTail(layers["ours"], names, forget.nonzero()[:, 0], copied=True)
-    some = make_stepper(
-        "auto", some_tail, list(some_tail.parameters()), some_rows, Alone(forget, 0.0)
+    some_tail = ClassSubsetTail(layers["ours"], names, forget.nonzero()[:, 0], copied=True)
+    some = make_train_step(
+        "auto", some_tail, list(some_tail.parameters()), some_rows, ForgetOnlyKL(forget, 0.0)
     )
 
-    def ours(stepper: Stepper) -> Any:
+    def ours(stepper: TrainStep) -> Any:
         def epoch() -> None:
             index = torch.randperm(ROWS).view(-1, BATCH)
             stepper.run(index, [1e-4] * len(index))

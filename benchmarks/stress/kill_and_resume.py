@@ -34,7 +34,7 @@ def work(folder: Path, ready: Connection) -> None:
     warnings.simplefilter("ignore")
     # eight shards in place of one, so that there is something to resume
     zsu_fast.synthesis.synthesize._BATCH_VALUES = 10 * 28 * 28  # type: ignore[attr-defined]
-    zsu_fast.synthesis.synthesize._BATCHES_A_SHARD = 1  # type: ignore[attr-defined]
+    zsu_fast.synthesis.synthesize.BATCHES_PER_SHARD = 1  # type: ignore[attr-defined]
     ready.send("go")
     result = zsu_fast.unlearn(
         zoo.load("lenet5"), [1, 2], impressions_per_class=8, tail="last", steps=60,

@@ -154,7 +154,7 @@ def test_a_fork_while_another_thread_is_at_work() -> None:
     def child() -> None:
         signal.alarm(60)
         zsu_fast.mask(tiny(), 1)
-        with zsu_fast.runtime.torch_defaults.own_modes():
+        with zsu_fast.runtime.torch_defaults.torch_defaults():
             pass
 
     try:

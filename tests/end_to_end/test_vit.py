@@ -102,7 +102,7 @@ def test_cuts_anywhere_are_exact_graphs() -> None:
         for name in names:
             halves = split_at(working_copy(model, torch.device("cpu")), name, images, "a test")
             assert not isinstance(halves.tail, ReplayTail), name
-            assert torch.equal(halves.tail(*halves.head(images)), want), name
+            assert torch.equal(halves.tail(*halves.backbone(images)), want), name
 
 
 def test_what_crosses_a_cut() -> None:
@@ -114,7 +114,7 @@ def test_what_crosses_a_cut() -> None:
         ("head", [(3, 96)]),  # the class token alone
     ):
         with torch.no_grad():
-            crossing = split_at(copied, name, images, "a test").head(images)
+            crossing = split_at(copied, name, images, "a test").backbone(images)
         assert [tuple(t.shape) for t in crossing] == shapes, name
 
 

@@ -48,10 +48,10 @@ def test_noise_ahead_of_a_deeper_tail_is_as_large_as_its_features(
 
     def note(tail, rows, *args):  # type: ignore[no-untyped-def]
         sizes.append(float(rows[0].square().mean().sqrt()))
-        return labelled_rows(tail, rows, *args)
+        return label_features(tail, rows, *args)
 
-    labelled_rows = baselines.labelled_rows
-    monkeypatch.setattr(baselines, "labelled_rows", note)
+    label_features = baselines.label_features
+    monkeypatch.setattr(baselines, "label_features", note)
     model = tiny()
     *_, before_last, _ = layer_names(model, tiny_data(2)[0])
     for factor in (1, 10):

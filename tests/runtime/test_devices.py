@@ -85,6 +85,6 @@ def test_rows_that_are_left_on_the_cpu_are_found(monkeypatch: pytest.MonkeyPatch
     def chunks(_rows: Any, _classes: int = 1) -> Any:
         yield torch.arange(4)
 
-    monkeypatch.setattr(features.Rows, "chunks", chunks)
+    monkeypatch.setattr(features.FeatureSet, "chunks", chunks)
     with on_fake_gpu(), pytest.raises(DeviceMixError, match="index_select"):
         zsu_fast.unlearn(tiny().to("cuda"), [1], **QUICK)

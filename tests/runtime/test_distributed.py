@@ -24,7 +24,7 @@ import zsu_fast
 from zsu_fast import RankError, ZeroShotUnlearner
 from zsu_fast.models import zoo
 from zsu_fast.models.parameters import weights_hash
-from zsu_fast.runtime.distributed import Team, join, pieces
+from zsu_fast.runtime.distributed import Ranks, join, make_shards
 
 FAST: dict[str, Any] = QUICK | {"steps": 40, "mean": SPEC.mean, "std": SPEC.std, "tail": "fc1"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ def test_a_cache_shared_by_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     first = on_ranks(2, tmp_path, lambda _: call(model, 1, cache=cache))
     assert_as_alone(first, call(model, 1))
     made = sorted(p.name for p in cache.rglob("*"))
-    assert len(made) == 1 + len(pieces(40, 1000, 1, torch.device("cpu")))
+    assert len(made) == 1 + len(make_shards(40, 1000, 1, torch.device("cpu")))
     assert not [name for name in made if name.endswith(".tmp")]
 
     def climbs(*_: Any, **__: Any) -> None:
@@ -157,14 +157,14 @@ def test_a_cache_shared_by_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_pieces(device: str) -> None:
     for rows in (1, 2, 7, 8, 9, 40, 320, 1000):
         for work in (1, 4_000_000, 400_000_000, 10**12):
-            found = pieces(rows, 108, work, torch.device(device))
+            found = make_shards(rows, 108, work, torch.device(device))
             assert torch.cat(found).sort().values.equal(torch.arange(rows))
             sizes = [len(p) for p in found]
             assert max(sizes) <= 108
             assert max(sizes) - min(sizes) <= 1
     # an easy model's rows are cut into 8, a heavy one's into fours
-    assert len(pieces(320, 1000, 400_000, torch.device("cpu"))) == 8
-    assert len(pieces(64, 108, 400_000_000, torch.device("cpu"))) == 16
+    assert len(make_shards(320, 1000, 400_000, torch.device("cpu"))) == 8
+    assert len(make_shards(64, 108, 400_000_000, torch.device("cpu"))) == 16
 
 
 # --- one for all ----------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_one_fails_and_all_end(tmp_path: Path) -> None:
             if rank == 1 and event.stage == stage:
                 there.touch()
                 raise error("the roof is on fire")
-            late = time.monotonic() + 30  # pieces go to whoever comes first: leave rank 1 one
+            late = time.monotonic() + 30  # make_shards go to whoever comes first: leave rank 1 one
             while event.stage == stage and not there.exists() and time.monotonic() < late:
                 time.sleep(0.01)
 
@@ -267,11 +267,11 @@ def test_other_bits_on_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """They are seen before anything is handed out."""
 
     def action(rank: int) -> Any:
-        def drift(_: Team, tensors: list[torch.Tensor]) -> None:
+        def drift(_: Ranks, tensors: list[torch.Tensor]) -> None:
             with torch.no_grad():
                 tensors[0].add_(1e-7 * rank)
 
-        monkeypatch.setattr(Team, "copy_from_first", drift)
+        monkeypatch.setattr(Ranks, "copy_from_main", drift)
         return call(tiny(), 1)
 
     assert all("rank 1: its result is " in tell(e) for e in on_ranks(2, tmp_path, action))
@@ -304,7 +304,7 @@ def test_alone_in_a_group(tmp_path: Path) -> None:
     alone = call(tiny(), 1)
 
     def action(rank: int) -> Any:
-        assert join(False).alone
+        assert join(False).single
         return call(tiny(), 1, distributed=False) if rank else None
 
     _, one = on_ranks(2, tmp_path, action)

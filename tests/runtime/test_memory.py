@@ -15,7 +15,7 @@ import zsu_fast
 from zsu_fast import ClassImpressions, synthesize
 from zsu_fast.models import zoo
 from zsu_fast.runtime import memory
-from zsu_fast.synthesis.inference_copy import FastCopy
+from zsu_fast.synthesis.inference_copy import InferenceCopy
 
 FIELDS = ("images", "labels", "confidence", "target", "steps", "hit")
 CPU = torch.device("cpu")
@@ -31,21 +31,21 @@ def chain(layers: int) -> nn.Module:
 
 def test_bytes_a_row_are_those_that_autograd_keeps() -> None:
     row = torch.randn(1, 1000)
-    one = memory.bytes_a_row(chain(1), row)
-    assert memory.bytes_a_row(chain(2), row) - one == 4000
-    assert memory.bytes_a_row(chain(9), row) - one == 8 * 4000
+    one = memory.bytes_per_row(chain(1), row)
+    assert memory.bytes_per_row(chain(2), row) - one == 4000
+    assert memory.bytes_per_row(chain(9), row) - one == 8 * 4000
     assert 2 * 4000 <= one <= 6 * 4000  # the row and its gradient, the output and its gradient
 
 
 def test_bytes_are_linear_in_the_rows() -> None:
     model = tiny().requires_grad_(False)
-    one, eight = (memory.bytes_a_row(model, torch.randn(n, 3, 8, 8)) for n in (1, 8))
+    one, eight = (memory.bytes_per_row(model, torch.randn(n, 3, 8, 8)) for n in (1, 8))
     assert eight == pytest.approx(8 * one, rel=0.05)
 
 
 def test_bytes_grow_with_the_resolution() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    small, large = (memory.bytes_a_row(model, torch.randn(1, 3, n, n)) for n in (16, 64))
+    small, large = (memory.bytes_per_row(model, torch.randn(1, 3, n, n)) for n in (16, 64))
     assert large == pytest.approx(16 * small, rel=0.4)
 
 
@@ -53,13 +53,13 @@ def test_bytes_grow_with_the_resolution() -> None:
 def test_weights_are_not_counted_for_each_row(trained: bool) -> None:
     model = nn.Sequential(nn.Linear(100, 2000), nn.ReLU(), nn.Linear(2000, 10))
     model.requires_grad_(trained)  # a tail's weights are
-    assert memory.bytes_a_row(model, torch.randn(1, 100)) < 50_000  # the weights: 880,000
+    assert memory.bytes_per_row(model, torch.randn(1, 100)) < 50_000  # the weights: 880,000
 
 
 def test_the_row_is_left_alone() -> None:
     row = torch.randn(1, 1000)
     before = row.clone()
-    memory.bytes_a_row(chain(3), row)
+    memory.bytes_per_row(chain(3), row)
     assert torch.equal(row, before)
     assert row.grad is None
     assert not row.requires_grad
@@ -127,15 +127,15 @@ def make(**options: Any) -> ClassImpressions:
 def watch(monkeypatch: pytest.MonkeyPatch, most: int = 10**6, error: Any = None) -> list[int]:
     """Gets the batch size of every forward pass; those above ``most`` raise ``error``."""
     widths: list[int] = []
-    run = FastCopy.__call__
+    run = InferenceCopy.__call__
 
-    def limited(self: FastCopy, images: Tensor) -> Tensor:
+    def limited(self: InferenceCopy, images: Tensor) -> Tensor:
         widths.append(len(images))
         if len(images) > most:
             raise error
         return run(self, images)
 
-    monkeypatch.setattr(FastCopy, "__call__", limited)
+    monkeypatch.setattr(InferenceCopy, "__call__", limited)
     return widths
 
 
@@ -161,16 +161,16 @@ def test_the_width_is_halved_and_the_impressions_are_the_same(
 
 
 def test_not_even_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = FastCopy.__call__
+    run = InferenceCopy.__call__
     calls: list[int] = []
 
-    def full(self: FastCopy, images: Tensor) -> Tensor:
+    def full(self: InferenceCopy, images: Tensor) -> Tensor:
         if len(images) <= 2 and not calls:  # checks of the copy and the measurement
             return run(self, images)
         calls.append(len(images))
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(FastCopy, "__call__", full)
+    monkeypatch.setattr(InferenceCopy, "__call__", full)
     with pytest.raises(torch.OutOfMemoryError):
         make()
     assert calls == [40, 20, 10, 5, 2, 1]

@@ -15,7 +15,7 @@ from zsu_fast.models import zoo
 from zsu_fast.models.wrapper import working_copy
 from zsu_fast.splitting.layers import layer_names
 from zsu_fast.splitting.replay_split import ReplayTail
-from zsu_fast.splitting.separability import responsiveness
+from zsu_fast.splitting.separability import fisher_ratios
 from zsu_fast.splitting.split import Split, find_split, split_at
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def assert_cuts_right(model: nn.Module, name: str, images: Tensor) -> Split:
     with torch.no_grad():
         for batch in (images, images[:1], torch.rand_like(images)):
             want = model(batch)
-            got = halves.tail(*halves.head(batch))
+            got = halves.tail(*halves.backbone(batch))
             scale = 1 + float(want.abs().max())
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-5 * scale), name
     return halves
@@ -53,8 +53,8 @@ def test_a_block_with_a_skip_connection_carries_both_values() -> None:
     model = zoo.build("resnet20_cifar")
     images = torch.randn(3, 3, 32, 32)
     halves = assert_cuts_right(model, "layer2.1.conv2", images)
-    assert len(halves.head(images)) == 2
-    assert assert_cuts_right(model, "layer2.1", images).head(images)[0].shape == (3, 32, 16, 16)
+    assert len(halves.backbone(images)) == 2
+    assert assert_cuts_right(model, "layer2.1", images).backbone(images)[0].shape == (3, 32, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_replayed_head_does_not_run_again() -> None:
     features = halves.features(images)
     with torch.no_grad():
         want = halves.tail(*features)
-        halves.tail.model.model.conv.weight.fill_(float("nan"))  # would show if it ran
+        halves.tail.model.module.conv.weight.fill_(float("nan"))  # would show if it ran
         assert torch.equal(halves.tail(*features), want)
 
 
@@ -285,10 +285,10 @@ def test_rows_that_are_not_first_are_brought_there(kind: Any, traceable: bool) -
     for name in ("a", "out"):
         halves = assert_cuts_right(model, prefix + name, images)
         assert isinstance(halves.tail, ReplayTail) == (not traceable)
-        crossing = halves.head(images)
+        crossing = halves.backbone(images)
         assert all(len(f) == 3 for f in crossing)
         order = torch.tensor([2, 0, 1])
-        for one, other in zip(halves.head(images[order]), crossing, strict=True):
+        for one, other in zip(halves.backbone(images[order]), crossing, strict=True):
             assert torch.allclose(one, other[order], atol=1e-6)
     assert cut(model, prefix + "out", images).parameters == [
         f"{prefix}out.{n}" for n in ("weight", "bias")
@@ -307,7 +307,7 @@ def test_a_replay_keeps_what_the_tail_reads_and_no_more() -> None:
 
     def crossing(name: str) -> tuple[Split, float]:
         halves = split_at(working_copy(model, CPU), name, images, "a test")
-        return halves, sum(f.nbytes for f in halves.head(images)) / len(images) / hidden
+        return halves, sum(f.nbytes for f in halves.backbone(images)) / len(images) / hidden
 
     last_block, states = crossing("vit.layers.3")
     assert isinstance(last_block.tail, ReplayTail)
@@ -330,10 +330,10 @@ def test_a_replay_keeps_all_where_python_looks_at_values() -> None:
 
     model, images = Gated().eval(), tiny_data(4)[0]
     halves = cut(model, "fc2", images)
-    assert len(halves.head(images)) > 1
+    assert len(halves.backbone(images)) > 1
     for batch in (images, -images, 100 * images):
         with torch.no_grad():
-            assert torch.allclose(halves.tail(*halves.head(batch)), model(batch), atol=1e-5)
+            assert torch.allclose(halves.tail(*halves.backbone(batch)), model(batch), atol=1e-5)
 
 
 def test_heads_run_in_chunks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +341,7 @@ def test_heads_run_in_chunks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     halves = cut(tiny(), "fc1", images)
     (whole,) = halves.features(images, batch=30)
     seen: list[int] = []
-    halves.head.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
+    halves.backbone.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
     map_bytes = 8 * 3 * 3 * 4  # of the convolution's output, an image; the image itself: 768
     assert map_bytes < 768
     monkeypatch.setattr("zsu_fast.splitting.layers._CHUNK_BYTES", 10 * 768)
@@ -397,7 +397,7 @@ def test_responsiveness_finds_where_classes_part() -> None:
     images = torch.randn(64, 4)
     images[:, 0] = labels * 2.0 - 1 + 0.1 * images[:, 0]
     model = working_copy(Late(), CPU)
-    ratios = dict(responsiveness(model, images, labels))
+    ratios = dict(fisher_ratios(model, images, labels))
     assert list(ratios) == ["a", "b", "c"]
     assert ratios["a"] == pytest.approx(ratios["b"], rel=1e-3)
     assert ratios["c"] > 20 * ratios["b"]
@@ -466,7 +466,7 @@ def test_responsiveness_of_tokens(first: bool, sequence_first: bool) -> None:
     else:
         images = signal[:, None] + 3 * images - 2.9 * images.mean(1, keepdim=True)
     model = working_copy(Tokens(first, sequence_first), CPU)
-    ratios = dict(responsiveness(model, images, labels))
+    ratios = dict(fisher_ratios(model, images, labels))
     assert ratios["a"] == pytest.approx(ratios["b"], rel=0.01)
     assert ratios["a"] > 5
 
@@ -486,7 +486,7 @@ def test_responsiveness_of_maps_with_channels_last() -> None:
     labels = torch.arange(40) % 2
     images = torch.randn(40, 8, 16, 16)
     images[:, 3] += labels.view(-1, 1, 1)  # one channel, everywhere
-    ratios = dict(responsiveness(working_copy(Swapped(), CPU), images, labels))
+    ratios = dict(fisher_ratios(working_copy(Swapped(), CPU), images, labels))
     assert ratios["mlp"] == pytest.approx(ratios["conv"], rel=1e-3)
 
 
@@ -496,7 +496,7 @@ def test_responsiveness_of_many_impressions_takes_a_sample(monkeypatch: pytest.M
     model = working_copy(tiny(), CPU)
     images = torch.rand(160, 3, 8, 8)
     model.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
-    responsiveness(model, images, torch.arange(160) // 4)
+    fisher_ratios(model, images, torch.arange(160) // 4)
     assert sum(seen) == 40  # beside the two of `layer_names`, which go to the inner model
 
 
@@ -528,7 +528,7 @@ def test_split_is_a_copy(at: str) -> None:
     with untouched(model):
         halves = split(model, at)
         with torch.no_grad():
-            for parameter in [*halves.head.parameters(), *halves.tail.parameters()]:
+            for parameter in [*halves.backbone.parameters(), *halves.tail.parameters()]:
                 parameter.zero_()
 
 

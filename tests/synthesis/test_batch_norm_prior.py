@@ -10,7 +10,7 @@ from support import QUICK, TinyNet, assert_forgets, bits, tiny, untouched
 from torch import Tensor, nn
 
 from zsu_fast import ArgumentError, ClassImpressions, synthesize, unlearn
-from zsu_fast.synthesis.batch_norm_prior import Observed
+from zsu_fast.synthesis.batch_norm_prior import BatchNormStatistics
 
 FIELDS = ("images", "labels", "confidence", "target", "steps", "hit")
 
@@ -49,7 +49,7 @@ def test_it_is_reproducible_and_changes_something() -> None:
 
 def test_the_distance_is_that_of_the_batch() -> None:
     model = tiny()
-    watched = Observed(model)
+    watched = BatchNormStatistics(model)
     images = torch.randn(6, 3, 8, 8)
     for _ in range(2):  # the last batch's alone
         watched(torch.randn(4, 3, 8, 8))
@@ -63,7 +63,7 @@ def test_the_distance_is_that_of_the_batch() -> None:
 
 def test_the_distance_falls() -> None:
     def distance(made: ClassImpressions) -> float:
-        watched = Observed(tiny())
+        watched = BatchNormStatistics(tiny())
         with torch.no_grad():
             watched(made.images)
         return float(watched.distance())
@@ -75,15 +75,15 @@ def test_the_distance_falls() -> None:
 
 def test_several_batches_and_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zsu_fast.synthesis.synthesize._BATCH_VALUES", 1)
-    monkeypatch.setattr("zsu_fast.synthesis.synthesize._BATCHES_A_SHARD", 1)
+    monkeypatch.setattr("zsu_fast.synthesis.synthesize.BATCHES_PER_SHARD", 1)
     taken: list[int] = []
-    distance = Observed.distance
+    distance = BatchNormStatistics.distance
 
-    def spy(self: Observed) -> Tensor:
+    def spy(self: BatchNormStatistics) -> Tensor:
         taken.append(len(self._terms))
         return distance(self)
 
-    monkeypatch.setattr(Observed, "distance", spy)
+    monkeypatch.setattr(BatchNormStatistics, "distance", spy)
     assert len(make(batch_norm=0.01)) == 40
     assert set(taken) == {2}  # one layer, mean and variance, however many shards were made
 

@@ -23,7 +23,7 @@ FIELDS = ("images", "labels", "confidence", "target", "steps", "hit")
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 impressions a shard: three shards of 40."""
     monkeypatch.setattr("zsu_fast.synthesis.synthesize._BATCH_VALUES", 1)
-    monkeypatch.setattr("zsu_fast.synthesis.synthesize._BATCHES_A_SHARD", 1)
+    monkeypatch.setattr("zsu_fast.synthesis.synthesize.BATCHES_PER_SHARD", 1)
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_shards_of_another_size_do_not_hit(
     tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path)
-    monkeypatch.setattr("zsu_fast.synthesis.synthesize._BATCHES_A_SHARD", 2)
+    monkeypatch.setattr("zsu_fast.synthesis.synthesize.BATCHES_PER_SHARD", 2)
     steps.clear()
     assert len(make(tmp_path)) == 40
     assert steps
@@ -250,7 +250,7 @@ def test_two_processes_with_one_folder(tmp_path: Path) -> None:
     script = (
         "import sys, torch, zsu_fast, zsu_fast.synthesis.synthesize as i\n"
         "from zsu_fast.models import zoo\n"
-        "i._BATCH_VALUES, i._BATCHES_A_SHARD = 1, 1\n"
+        "i._BATCH_VALUES, i.BATCHES_PER_SHARD = 1, 1\n"
         "torch.set_num_threads(1)\n"
         "made = zsu_fast.synthesize(zoo.load('lenet5'), per_class=4, progress=False,\n"
         "                           precision='float32', cache=sys.argv[1])\n"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from zsu_fast.models.wrapper import working_copy
 from zsu_fast.synthesis.depthwise import DepthwiseMode
-from zsu_fast.synthesis.inference_copy import fast_copy
+from zsu_fast.synthesis.inference_copy import inference_copy
 
 SHAPES = [(3, 1, 1, 9, 8), (3, 2, 1, 9, 8), (5, 2, 2, 14, 13), (5, 2, 0, 14, 13), (3, 3, 1, 10, 11)]
 
@@ -104,7 +104,7 @@ def test_batch_norms_that_do_more_are_folded_if_it_is_seen_what(
 ) -> None:
     model = mobile(upside_down)
     x = torch.randn(4, 3, 32, 32)
-    made = fast_copy(working_copy(model, torch.device("cpu")), x, "float32")
+    made = inference_copy(working_copy(model, torch.device("cpu")), x, "float32")
     assert made.folded
     assert made.depthwise
     assert sum(isinstance(m, nn.BatchNorm2d) for m in made.model.modules()) == left
@@ -116,5 +116,7 @@ def test_a_norm_behind_something_else_than_a_convolution_stays() -> None:
     model = nn.Sequential(
         conv, nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)
     ).eval()  # fmt: skip
-    made = fast_copy(working_copy(model, torch.device("cpu")), torch.randn(4, 3, 8, 8), "float32")
+    made = inference_copy(
+        working_copy(model, torch.device("cpu")), torch.randn(4, 3, 8, 8), "float32"
+    )
     assert not made.folded

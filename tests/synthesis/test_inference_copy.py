@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from zsu_fast.models import zoo
 from zsu_fast.models.wrapper import LogitsModel, working_copy
 from zsu_fast.runtime.precision import has_bfloat16
-from zsu_fast.synthesis.inference_copy import _pooled_first, fast_copy
+from zsu_fast.synthesis.inference_copy import inference_copy, pool_before_relu
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def test_batch_norms_are_folded_and_maps_are_channels_last() -> None:
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
     x = images(4, (3, 32, 32))
-    made = fast_copy(work, x, "float32")
+    made = inference_copy(work, x, "float32")
     assert made.folded
     assert made.channels_last
     assert folds(made.model) == 0
@@ -50,7 +50,7 @@ def test_batch_norms_are_folded_and_maps_are_channels_last() -> None:
 def test_the_model_itself_is_not_changed() -> None:
     work = working_copy(tiny(), CPU)
     before = {n: (t.clone(), t.stride()) for n, t in work.state_dict().items()}
-    fast_copy(work, images(), "bfloat16")
+    inference_copy(work, images(), "bfloat16")
     for name, tensor in work.state_dict().items():
         assert torch.equal(tensor, before[name][0])
         assert tensor.stride() == before[name][1]
@@ -60,7 +60,7 @@ def test_the_model_itself_is_not_changed() -> None:
 def test_bfloat16_is_close_and_returns_float32() -> None:
     work = working_copy(tiny(), CPU)
     x = images(64)
-    made = fast_copy(work, x, "bfloat16")
+    made = inference_copy(work, x, "bfloat16")
     assert made.dtype == torch.bfloat16
     with torch.no_grad():
         got, want = made(made.layout(x)), work(x)
@@ -72,7 +72,7 @@ def test_bfloat16_is_close_and_returns_float32() -> None:
 def test_a_deep_network_is_made_in_bfloat16_too() -> None:
     """Its gradient is off by a third, element by element, and points the same way."""
     work = working_copy(zoo.build("resnet20_cifar"), CPU)
-    made = fast_copy(work, images(4, (3, 32, 32)), "bfloat16")
+    made = inference_copy(work, images(4, (3, 32, 32)), "bfloat16")
     assert made.dtype == torch.bfloat16
 
 
@@ -92,7 +92,7 @@ class Coarse(nn.Module):
 
 @pytest.mark.parametrize(("gap", "fits"), [(1.0, True), (1e-4, False)])
 def test_bfloat16_is_left_out_where_the_gradient_turns(gap: float, fits: bool) -> None:
-    made = fast_copy(working_copy(Coarse(gap).eval(), CPU), images(), "bfloat16")
+    made = inference_copy(working_copy(Coarse(gap).eval(), CPU), images(), "bfloat16")
     assert (made.dtype == torch.bfloat16) == fits
 
 
@@ -117,7 +117,7 @@ class Pooling(nn.Module):
 def test_pooling_comes_before_relu_with_the_same_bits() -> None:
     work = working_copy(Pooling().eval(), CPU)
     x = images(4, (3, 32, 32))
-    moved = _pooled_first(copy.deepcopy(work))
+    moved = pool_before_relu(copy.deepcopy(work))
     assert moved is not None
     order = [n.name for n in moved.graph.nodes]
     kinds = ["pool" if "pool" in n else "relu" for n in order if "relu" in n or "pool" in n]
@@ -127,11 +127,11 @@ def test_pooling_comes_before_relu_with_the_same_bits() -> None:
     (b,) = torch.autograd.grad(work(want).square().sum(), want)
     assert torch.equal(moved(x), work(x))
     assert torch.equal(a, b)
-    assert _pooled_first(working_copy(zoo.build("resnet20_cifar"), CPU)) is None
+    assert pool_before_relu(working_copy(zoo.build("resnet20_cifar"), CPU)) is None
 
 
 def test_auto_is_bfloat16_where_the_hardware_has_it() -> None:
-    made = fast_copy(working_copy(tiny(), CPU), images(), "auto")
+    made = inference_copy(working_copy(tiny(), CPU), images(), "auto")
     assert made.dtype == (torch.bfloat16 if has_bfloat16(CPU) else torch.float32)
 
 
@@ -150,7 +150,7 @@ class Viewing(nn.Module):
 def test_a_speed_up_that_the_model_refuses_is_left_out() -> None:
     work = LogitsModel(Viewing().eval())
     x = images()
-    made = fast_copy(work, x, "float32")
+    made = inference_copy(work, x, "float32")
     assert not made.channels_last
     assert torch.equal(made(made.layout(x)), work(x))
 
@@ -179,7 +179,7 @@ class Custom(nn.Module):
 def test_a_copy_with_another_gradient_is_not_used() -> None:
     work = working_copy(Custom().eval(), CPU)
     x = images(4, (3, 32, 32))
-    made = fast_copy(work, x, "float32")
+    made = inference_copy(work, x, "float32")
     assert made.channels_last
     assert not isinstance(made.model, torch.fx.GraphModule)
     got, want = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
@@ -193,7 +193,7 @@ def test_layout_keeps_the_values(shape: tuple[int, ...]) -> None:
     name = "lenet5" if shape[0] == 1 else None
     work = working_copy(zoo.build(name) if name else tiny(), CPU)
     x = images(4, shape)
-    made = fast_copy(work, x, "float32")
+    made = inference_copy(work, x, "float32")
     assert torch.equal(made.layout(x), x)
 
 
@@ -203,7 +203,7 @@ def test_copies_are_compared_in_exact_float32() -> None:
     before, seen = settings.fp32_precision, []
     model = tiny()
     model.register_forward_hook(lambda *_: seen.append(settings.fp32_precision))
-    fast_copy(working_copy(model, CPU), images())
+    inference_copy(working_copy(model, CPU), images())
     assert seen
     assert set(seen) == {"ieee"}
     assert settings.fp32_precision == before

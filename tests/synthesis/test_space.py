@@ -100,7 +100,7 @@ def test_the_head_is_run_for_a_few_noise_images_alone() -> None:
             tiny(), FORGET, space="tail-input", **(QUICK | {"impressions_per_class": per_class})
         )
         runner.split()
-        runner.work.model.conv.register_forward_hook(
+        runner.work.module.conv.register_forward_hook(
             lambda _m, args, _o, rows=rows: rows.append(len(args[0]))
         )
         runner.synthesise()
@@ -157,7 +157,7 @@ def test_a_cut_through_a_residual_block(tail: str, tensors: int) -> None:
     parts = space.parts(flat)
     assert all(torch.equal(p, f) for p, f in zip(parts, features, strict=True))
     with torch.no_grad():
-        assert torch.allclose(space.climbed(flat), cut.tail(*features), atol=1e-5)
+        assert torch.allclose(space.fast_model(flat), cut.tail(*features), atol=1e-5)
 
 
 # --- what points depend on -------------------------------------------------------------------

@@ -19,7 +19,7 @@ from zsu_fast.models import zoo
 from zsu_fast.models.parameters import weights_hash
 from zsu_fast.models.wrapper import working_copy
 from zsu_fast.synthesis import dead_leaves as drawing
-from zsu_fast.synthesis.dead_leaves import draw_scenes
+from zsu_fast.synthesis.dead_leaves import sample_dead_leaves
 from zsu_fast.synthesis.impressions import ClassImpressions
 from zsu_fast.synthesis.synthesize import synthesize
 from zsu_fast.training.deep.data import _targets
@@ -28,7 +28,7 @@ from zsu_fast.training.deep.losses import DeepObjective, room_above_floor
 from zsu_fast.training.deep.settings import DeepSettings
 from zsu_fast.training.deep.split_rule import find_deep_split
 from zsu_fast.training.deep.tail import DualClassifierTail
-from zsu_fast.training.features import Rows
+from zsu_fast.training.features import FeatureSet
 from zsu_fast.unlearner import ZeroShotUnlearner
 
 FORGET = [3, 4, 8]
@@ -90,7 +90,7 @@ def test_record_tells_what_was_seen(karpathynet: Run) -> None:
 
 
 def test_the_last_fit_keeps_the_margin_of_the_original(karpathynet: Run) -> None:
-    """After deepening nothing leads, and a margin of that would be none: quickly relearned."""
+    """After deepening nothing logit_margin, and a margin of that would be none: quickly relearned."""
     margin = karpathynet.run.record.depth["margin"]
     assert margin > 1
     assert karpathynet.run.rows.margin == margin
@@ -178,8 +178,8 @@ def test_inner_layers_are_those_whose_input_nothing_else_reads() -> None:
     cut = find_deep_split(model, "one", images := torch.randn(4, 3, 8, 8))
     tail = DualClassifierTail(model, cut, images)
     # `two` takes the stream, which goes on beside it; what `one` takes is ahead of the cut
-    assert tail.inner == [model.model.get_submodule("three")]
-    (inside,) = tail(*cut.head(images)).inside
+    assert tail.inner == [model.module.get_submodule("three")]
+    (inside,) = tail(*cut.backbone(images)).inside
     assert inside.shape == (4, 16)
 
 
@@ -208,7 +208,9 @@ def test_features_shrink_less_where_inner_layers_are_erased_too() -> None:
         cut = find_deep_split(model, at, images)
         teacher = model(images).detach()
         top = teacher.argmax(1)
-        rows = Rows(tuple(f.detach() for f in cut.head(images)), teacher, top, forget[top])
+        rows = FeatureSet(
+            tuple(f.detach() for f in cut.backbone(images)), teacher, top, forget[top]
+        )
         losses = []
         for both in (0.0, 1.0):
             weights = {"unmask": 0, "erase": 0, "inside": 0, "shrink_inside": both}
@@ -256,7 +258,7 @@ def test_a_margin_is_no_larger_than_a_floor_of_the_logits_lets_it(floor: bool) -
     features = cut.features(images)
     teacher = model(images).detach()
     forget = torch.arange(6) < 2
-    rows = Rows(features, teacher, teacher.argmax(1), forget[teacher.argmax(1)])
+    rows = FeatureSet(features, teacher, teacher.argmax(1), forget[teacher.argmax(1)])
     before = weights_hash(work)
     room = room_above_floor(DualClassifierTail(work, cut, images), rows, forget)
     assert weights_hash(work) == before
@@ -337,21 +339,21 @@ def test_refuses_what_it_cannot_do(tiny: nn.Module) -> None:
 
 
 def test_scenes_are_images_of_their_seed() -> None:
-    scenes = draw_scenes(20, (3, 32, 32), 5)
+    scenes = sample_dead_leaves(20, (3, 32, 32), 5)
     assert scenes.shape == (20, 3, 32, 32)
     assert 0 <= float(scenes.min()) < 0.1
     assert 0.9 < float(scenes.max()) <= 1
-    assert torch.equal(scenes, draw_scenes(20, (3, 32, 32), 5))
-    assert not torch.equal(scenes, draw_scenes(20, (3, 32, 32), 6))
+    assert torch.equal(scenes, sample_dead_leaves(20, (3, 32, 32), 5))
+    assert not torch.equal(scenes, sample_dead_leaves(20, (3, 32, 32), 6))
     # smooth as photographs are: neighbours differ by far less than pixels at large
     step = (scenes[..., 1:] - scenes[..., :-1]).square().mean()
     assert float(step) < 0.5 * float(scenes.var())
     assert float((scenes[0] - scenes[1]).abs().mean()) > 0.05
-    assert draw_scenes(0, (1, 8, 8), 0).shape == (0, 1, 8, 8)
+    assert sample_dead_leaves(0, (1, 8, 8), 0).shape == (0, 1, 8, 8)
 
 
 def test_leaves_lie_within_their_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    windowed = draw_scenes(6, (3, 150, 230), 1)  # larger than what is drawn together
+    windowed = sample_dead_leaves(6, (3, 150, 230), 1)  # larger than what is drawn together
     sizes = []
 
     def whole(_middle: torch.Tensor, _reach: torch.Tensor, size: int) -> slice:
@@ -359,7 +361,7 @@ def test_leaves_lie_within_their_windows(monkeypatch: pytest.MonkeyPatch) -> Non
         return slice(0, size)
 
     monkeypatch.setattr(drawing, "_window", whole)
-    assert torch.equal(draw_scenes(6, (3, 150, 230), 1), windowed)
+    assert torch.equal(sample_dead_leaves(6, (3, 150, 230), 1), windowed)
     assert sizes == 6 * 40 * [150, 230]
 
 

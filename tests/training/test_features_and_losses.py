@@ -10,19 +10,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zsu_fast import ArgumentError
-from zsu_fast.training.features import Rows, RowSettings, held_out, make_rows
-from zsu_fast.training.losses import Differential, Masked, check_objective, make_objective
+from zsu_fast.training.features import FeatureSet, FeatureSettings, build_feature_set, held_out
+from zsu_fast.training.losses import Differential, MaskedKL, check_objective, make_objective
 
 FORGET = torch.tensor([False, True, False, True])
 
 
-def case(count: int = 12, mixtures: int = 200, seed: int = 0) -> tuple[nn.Module, Tensor, Rows]:
+def case(
+    count: int = 12, mixtures: int = 200, seed: int = 0
+) -> tuple[nn.Module, Tensor, FeatureSet]:
     """A linear tail, the features of impressions, and rows made of them."""
     tail = nn.Linear(6, 4)
     features = torch.rand(count, 6) + 0.1
     label = torch.arange(count) % 4
     generator = torch.Generator().manual_seed(seed)
-    return tail, features, make_rows(tail, (features,), label, FORGET, mixtures, generator)
+    return tail, features, build_feature_set(tail, (features,), label, FORGET, mixtures, generator)
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -56,7 +58,9 @@ def test_mixtures_lie_between_and_beyond_impressions() -> None:
 def test_mixtures_of_signed_features_are_not_clamped() -> None:
     tail = nn.Linear(6, 4)
     features = torch.randn(12, 6)
-    rows = make_rows(tail, (features,), torch.arange(12) % 4, FORGET, 500, torch.Generator())
+    rows = build_feature_set(
+        tail, (features,), torch.arange(12) % 4, FORGET, 500, torch.Generator()
+    )
     assert (rows.features[0][12:] < features.min()).any()
 
 
@@ -64,7 +68,7 @@ def test_every_second_mixture_has_a_forget_class_on_a_side() -> None:
     """One-hot features, one impression of the one forget class among 40."""
     count, forget = 40, torch.tensor([False] * 39 + [True])
     tail = nn.Linear(count, count)
-    rows = make_rows(
+    rows = build_feature_set(
         tail, (torch.eye(count) - 1,), torch.arange(count), forget, 400, torch.Generator()
     )
     mixed = rows.features[0][count:]
@@ -80,7 +84,7 @@ def test_all_crossing_values_are_mixed_alike() -> None:
             return a[:, :4] + b.mean((2, 3))
 
     features = (torch.rand(8, 6), torch.rand(8, 4, 3, 3))
-    rows = make_rows(Two(), features, torch.arange(8) % 4, FORGET, 50, torch.Generator())
+    rows = build_feature_set(Two(), features, torch.arange(8) % 4, FORGET, 50, torch.Generator())
     assert [f.shape for f in rows.features] == [(58, 6), (58, 4, 3, 3)]
     same = (features[0], features[0].view(8, 6, 1, 1).expand(8, 6, 2, 2).contiguous())
 
@@ -88,7 +92,7 @@ def test_all_crossing_values_are_mixed_alike() -> None:
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
             return a[:, :4] + b[:, :4, 0, 0]
 
-    rows = make_rows(Head(), same, torch.arange(8) % 4, FORGET, 50, torch.Generator())
+    rows = build_feature_set(Head(), same, torch.arange(8) % 4, FORGET, 50, torch.Generator())
     assert torch.allclose(rows.features[0], rows.features[1][:, :, 1, 1], atol=1e-5)
 
 
@@ -113,7 +117,7 @@ def test_rows_depend_on_the_generator_alone() -> None:
 def test_picked_rows_belong_together() -> None:
     _, _, rows = case()
     index = torch.tensor([100, 3, 3])
-    picked = rows.pick(index)
+    picked = rows.select(index)
     assert len(picked) == 3
     assert torch.equal(picked.features[0], rows.features[0][index])
     for name in ("teacher", "label", "forgotten"):
@@ -125,8 +129,8 @@ def test_picked_rows_belong_together() -> None:
     [(10, 10, 2048), (1000, 10, 4000), (1000, 1000, 12000), (1000, 0, 4000)],
 )
 def test_default_number_of_mixtures(impressions: int, classes: int, count: int) -> None:
-    assert RowSettings().count(impressions, classes) == count
-    assert RowSettings(mixtures=7).count(impressions, classes) == 7
+    assert FeatureSettings().count(impressions, classes) == count
+    assert FeatureSettings(mixtures=7).count(impressions, classes) == 7
 
 
 @pytest.mark.parametrize(("classes", "times"), [(4, 2), (10, 2), (100, 4), (1000, 6)])
@@ -136,16 +140,16 @@ def test_default_margin_is_the_mean_lead_times_a_factor_of_the_classes(
     label = torch.arange(12) % classes
     logits = torch.zeros(12, classes)
     logits[torch.arange(12), label] = torch.arange(12.0)
-    assert RowSettings().margin_for(logits, label) == pytest.approx(times * 5.5)
-    assert RowSettings(margin=1.5).margin_for(logits, label) == 1.5
+    assert FeatureSettings().margin_for(logits, label) == pytest.approx(times * 5.5)
+    assert FeatureSettings(margin=1.5).margin_for(logits, label) == 1.5
     logits[torch.arange(12), label] = -5
-    assert RowSettings().margin_for(logits, label) == 0
+    assert FeatureSettings().margin_for(logits, label) == 0
 
 
 # --- rows mixed when they are picked ---------------------------------------------------------
 
 
-def kept_and_lazy(monkeypatch: pytest.MonkeyPatch) -> tuple[Rows, Rows]:
+def kept_and_lazy(monkeypatch: pytest.MonkeyPatch) -> tuple[FeatureSet, FeatureSet]:
     """The same rows, of two tensors each, made at once and made when they are picked."""
 
     class Two(nn.Module):
@@ -161,7 +165,7 @@ def kept_and_lazy(monkeypatch: pytest.MonkeyPatch) -> tuple[Rows, Rows]:
     for kept in (1024**3, 0):
         monkeypatch.setattr("zsu_fast.training.features._KEPT", kept)
         generator = torch.Generator().manual_seed(4)
-        made.append(make_rows(tail, features, torch.arange(12) % 4, FORGET, 300, generator))
+        made.append(build_feature_set(tail, features, torch.arange(12) % 4, FORGET, 300, generator))
     return made[0], made[1]
 
 
@@ -173,18 +177,18 @@ def test_lazily_mixed_rows_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -
     assert [len(f) for f in lazy.features] == [12, 12]  # no more than the impressions is held
     assert len(kept) == len(lazy) == 312
     for index in (torch.arange(312), torch.tensor([311, 0, 7, 7, 150])):
-        first, second = kept.pick(index), lazy.pick(index)
+        first, second = kept.select(index), lazy.select(index)
         for a, b in zip(first.features, second.features, strict=True):
             assert torch.equal(a, b)
         for name in ("teacher", "label", "forgotten"):
             assert torch.equal(getattr(first, name), getattr(second, name))
-    assert (lazy.pick(torch.arange(312)).features[0] >= 0).all()
-    assert (lazy.pick(torch.arange(312)).features[1] < 0).any()
+    assert (lazy.select(torch.arange(312)).features[0] >= 0).all()
+    assert (lazy.select(torch.arange(312)).features[1] < 0).any()
 
 
 def test_lazy_rows_start_with_the_impressions(monkeypatch: pytest.MonkeyPatch) -> None:
     _, lazy = kept_and_lazy(monkeypatch)
-    picked = lazy.pick(torch.arange(12))
+    picked = lazy.select(torch.arange(12))
     assert all(torch.equal(a, b) for a, b in zip(picked.features, lazy.features, strict=True))
     assert torch.equal(picked.label, torch.arange(12) % 4)
 
@@ -205,7 +209,7 @@ def test_chunks_are_bounded_and_in_order(monkeypatch: pytest.MonkeyPatch, room: 
 
 def test_rows_without_the_impressions_themselves() -> None:
     tail, features = nn.Linear(6, 4), torch.rand(12, 6)
-    made = make_rows(
+    made = build_feature_set(
         tail, (features,), torch.arange(12) % 4, FORGET, 100, torch.Generator(), impressions=False
     )
     assert len(made) == 100
@@ -243,7 +247,7 @@ def test_few_impressions_are_not_held_out(per_class: int) -> None:
 )  # fmt: skip
 def test_refused_row_settings(name: str, value: Any) -> None:
     with pytest.raises(ArgumentError, match=f"{name}: got {value!r}"):
-        RowSettings(**{name: value})
+        FeatureSettings(**{name: value})
 
 
 # --- objectives ------------------------------------------------------------------------------
@@ -262,7 +266,7 @@ def test_differential_is_a_mean_over_each_side() -> None:
 @pytest.mark.parametrize("side", [True, False])
 def test_differential_on_rows_of_one_side(side: bool) -> None:
     _, _, rows = case()
-    rows = rows.pick((rows.forgotten == side).nonzero()[:, 0])
+    rows = rows.select((rows.forgotten == side).nonzero()[:, 0])
     loss, grad = Differential()(torch.randn(len(rows), 4), rows)
     assert loss.isfinite()
     assert grad.isfinite().all()
@@ -283,28 +287,30 @@ def test_masked_is_the_mean_divergence_with_the_margin() -> None:
     q = rows.teacher.masked_fill(FORGET, -torch.inf).softmax(1)
     shifted = (logits + 2.0 * FORGET).log_softmax(1)
     want = F.kl_div(shifted, q, reduction="batchmean")
-    loss, dlogits = Masked(FORGET, 2.0)(logits.detach(), rows)
+    loss, dlogits = MaskedKL(FORGET, 2.0)(logits.detach(), rows)
     assert float(loss) == pytest.approx(float(want.detach()), rel=1e-5)
     assert torch.allclose(dlogits, torch.autograd.grad(want, logits)[0], rtol=1e-4, atol=1e-7)
 
 
 def test_masked_is_lowest_where_forgotten_logits_are_low() -> None:
     _, _, rows = case()
-    yardstick = Masked(FORGET, 3.0)
-    drops = [yardstick.divergence(rows.teacher - d * FORGET.float(), rows) for d in (0, 3, 9, 30)]
+    validation_loss = MaskedKL(FORGET, 3.0)
+    drops = [
+        validation_loss.divergence(rows.teacher - d * FORGET.float(), rows) for d in (0, 3, 9, 30)
+    ]
     assert drops == sorted(drops, reverse=True)
     assert float(drops[-1]) == pytest.approx(0, abs=1e-5)
 
 
 def test_the_seam() -> None:
-    yardstick = Masked(FORGET, 1.0)
-    assert make_objective("masked", (0.9, 0.1), yardstick) is yardstick
-    made = make_objective("differential", (0.8, 0.2), yardstick)
+    validation_loss = MaskedKL(FORGET, 1.0)
+    assert make_objective("masked", (0.9, 0.1), validation_loss) is validation_loss
+    made = make_objective("differential", (0.8, 0.2), validation_loss)
     assert isinstance(made, Differential)
     assert (made.weight_forget, made.weight_retain) == (0.8, 0.2)
 
 
-@pytest.mark.parametrize("name", ["Masked", "", None, 3])
+@pytest.mark.parametrize("name", ["MaskedKL", "", None, 3])
 def test_refused_objectives(name: Any) -> None:
     with pytest.raises(ArgumentError, match=r"objective: got .* Pass 'masked' or 'differential'"):
         check_objective(name, (0.9, 0.1))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from zsu_fast import ArgumentError, Event
 from zsu_fast.runtime.progress import Reporter
-from zsu_fast.training.features import Rows, make_rows
-from zsu_fast.training.loop import Check, Fit, LoopSettings, train_tail
-from zsu_fast.training.losses import Differential, Masked
+from zsu_fast.training.features import FeatureSet, build_feature_set
+from zsu_fast.training.loop import Fit, LoopSettings, ValidationResult, train_tail
+from zsu_fast.training.losses import Differential, MaskedKL
 
 FORGET = torch.tensor([False, True, False, False])
 
@@ -26,11 +26,11 @@ class Scripted:
     name = "scripted"
 
     def __init__(
-        self, script: Callable[[int, Tensor, Rows], Tensor], rate: float | None = None
+        self, script: Callable[[int, Tensor, FeatureSet], Tensor], rate: float | None = None
     ) -> None:
         self.script, self.learning_rate, self.calls = script, rate, 0
 
-    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         self.calls += 1
         x = logits.detach().requires_grad_(True)
         loss = self.script(self.calls, x, rows)
@@ -51,9 +51,11 @@ class Setting:
         made = []
         for _ in range(2):
             features = torch.eye(4)[label] + 0.1 * torch.randn(40, 4)
-            made.append(make_rows(self.tail, (features,), label, FORGET, 100, torch.Generator()))
+            made.append(
+                build_feature_set(self.tail, (features,), label, FORGET, 100, torch.Generator())
+            )
         self.rows, self.held_out = made
-        self.yardstick = Masked(FORGET, 2.0)
+        self.validation_loss = MaskedKL(FORGET, 2.0)
 
     def train(self, objective: Any = None, callback: Any = None, **settings: Any) -> Fit:
         return train_tail(
@@ -61,8 +63,8 @@ class Setting:
             list(self.tail.parameters()),
             self.rows,
             self.held_out,
-            objective or self.yardstick,
-            self.yardstick,
+            objective or self.validation_loss,
+            self.validation_loss,
             LoopSettings(**({"steps": 200, "batch": 64} | settings)),
             torch.Generator().manual_seed(0),
             Reporter(False, callback),
@@ -71,7 +73,7 @@ class Setting:
     def divergence(self) -> float:
         with torch.no_grad():
             logits = self.tail(*self.held_out.features)
-            return float(self.yardstick.divergence(logits, self.held_out))
+            return float(self.validation_loss.divergence(logits, self.held_out))
 
     def unchanged(self) -> bool:
         pairs = zip(self.tail.parameters(), self.start, strict=True)
@@ -104,8 +106,8 @@ def test_early_stop_goes_back_to_the_best_state() -> None:
     """It learns for 50 steps, then unlearns: the loop must notice and go back."""
     setting = Setting()
 
-    def script(call: int, logits: Tensor, rows: Rows) -> Tensor:
-        loss = setting.yardstick.divergence(logits, rows)
+    def script(call: int, logits: Tensor, rows: FeatureSet) -> Tensor:
+        loss = setting.validation_loss.divergence(logits, rows)
         return loss if call <= 50 else -loss
 
     fit = setting.train(Scripted(script), learning_rate=0.05, steps=400)
@@ -121,8 +123,8 @@ def test_early_stop_goes_back_to_the_best_state() -> None:
 def test_without_early_stop_the_last_state_is_kept() -> None:
     setting = Setting()
 
-    def script(call: int, logits: Tensor, rows: Rows) -> Tensor:
-        loss = setting.yardstick.divergence(logits, rows)
+    def script(call: int, logits: Tensor, rows: FeatureSet) -> Tensor:
+        loss = setting.validation_loss.divergence(logits, rows)
         return loss if call <= 50 else -loss
 
     fit = setting.train(Scripted(script), learning_rate=0.05, early_stop=False)
@@ -139,7 +141,7 @@ def test_the_rate_stays_fixed_without_early_stop() -> None:
         setting = Setting()
         seen: list[Tensor] = []
 
-        def script(_: int, logits: Tensor, __: Rows, seen: list[Tensor] = seen,
+        def script(_: int, logits: Tensor, __: FeatureSet, seen: list[Tensor] = seen,
                    setting: Setting = setting) -> Tensor:  # fmt: skip
             seen.append(setting.tail.bias.detach().clone())
             return logits[:, 0].mean()  # Adam moves bias 0 by the rate each step
@@ -158,8 +160,8 @@ def test_the_rate_stays_fixed_without_early_stop() -> None:
 def test_a_loss_that_is_not_finite_rolls_back(early_stop: bool, when: int) -> None:
     setting = Setting()
 
-    def script(call: int, logits: Tensor, rows: Rows) -> Tensor:
-        loss = setting.yardstick.divergence(logits, rows)
+    def script(call: int, logits: Tensor, rows: FeatureSet) -> Tensor:
+        loss = setting.validation_loss.divergence(logits, rows)
         return loss * math.nan if call >= when else loss
 
     fit = setting.train(Scripted(script), learning_rate=0.05, early_stop=early_stop)
@@ -180,10 +182,10 @@ def test_infinite_logits_are_refused_even_where_the_divergence_is_finite() -> No
     """A forgotten logit at -inf is the mask itself by its divergence, and no finite model."""
     setting = Setting()
 
-    def script(call: int, logits: Tensor, rows: Rows) -> Tensor:
+    def script(call: int, logits: Tensor, rows: FeatureSet) -> Tensor:
         if call == 30:
             setting.tail.bias.data[1] = -torch.inf
-        return setting.yardstick.divergence(logits, rows)
+        return setting.validation_loss.divergence(logits, rows)
 
     fit = setting.train(Scripted(script), learning_rate=0.05)
     assert "non-finite values at step 30" in fit.stopped
@@ -195,10 +197,10 @@ def test_a_rate_that_blows_up_is_lowered() -> None:
     """Infinite as soon as a weight has moved far: only the smallest rate stays near enough."""
     setting = Setting()
 
-    def script(_: int, logits: Tensor, rows: Rows) -> Tensor:
+    def script(_: int, logits: Tensor, rows: FeatureSet) -> Tensor:
         moved = (setting.tail.weight.detach() - setting.start[0]).abs().max()
         blown = torch.where(moved > 3.0, torch.inf, 1.0)
-        return setting.yardstick.divergence(logits, rows) * blown
+        return setting.validation_loss.divergence(logits, rows) * blown
 
     fit = setting.train(Scripted(script, rate=4.0), steps=120)
     rates = {c.attempt: c.learning_rate for c in fit.history[1:]}
@@ -212,7 +214,7 @@ def test_a_rate_that_blows_up_is_lowered() -> None:
 
 def test_the_rate_is_raised_where_it_is_too_low() -> None:
     setting = Setting()
-    fit = setting.train(Scripted(lambda _, x, r: setting.yardstick.divergence(x, r), rate=0.01),
+    fit = setting.train(Scripted(lambda _, x, r: setting.validation_loss.divergence(x, r), rate=0.01),
                         steps=60)  # fmt: skip
     rates = [c.learning_rate for c in fit.history if c.attempt == 1]
     assert rates
@@ -223,7 +225,7 @@ def test_each_attempt_starts_from_the_original() -> None:
     setting = Setting()
     starts: dict[int, Tensor] = {}
 
-    def script(call: int, logits: Tensor, _: Rows) -> Tensor:
+    def script(call: int, logits: Tensor, _: FeatureSet) -> Tensor:
         if call % 5 == 1:
             starts[call] = setting.tail.weight.detach().clone()
         return logits.sum() * 0.0
@@ -276,10 +278,10 @@ def test_an_exception_leaves_a_state_that_was_checked(
 ) -> None:
     setting = Setting()
 
-    def script(at: int, logits: Tensor, rows: Rows) -> Tensor:
+    def script(at: int, logits: Tensor, rows: FeatureSet) -> Tensor:
         if at == call:
             raise error("now")
-        return setting.yardstick.divergence(logits, rows)
+        return setting.validation_loss.divergence(logits, rows)
 
     with pytest.raises(error, match="now"):
         setting.train(Scripted(script), learning_rate=0.05)
@@ -289,8 +291,8 @@ def test_an_exception_leaves_a_state_that_was_checked(
 def test_only_the_given_parameters_move() -> None:
     setting = Setting()
     train_tail(
-        setting.tail, [setting.tail.bias], setting.rows, setting.held_out, setting.yardstick,
-        setting.yardstick, LoopSettings(20, 64), torch.Generator(), Reporter(False),
+        setting.tail, [setting.tail.bias], setting.rows, setting.held_out, setting.validation_loss,
+        setting.validation_loss, LoopSettings(20, 64), torch.Generator(), Reporter(False),
     )  # fmt: skip
     assert torch.equal(setting.tail.weight, setting.start[0])
     assert not torch.equal(setting.tail.bias, setting.start[1])
@@ -301,7 +303,7 @@ def test_every_row_is_used_before_one_comes_again() -> None:
     seen: list[int] = []
     setting.rows.teacher = torch.arange(140.0)[:, None].expand(140, 4)
 
-    def script(_: int, logits: Tensor, rows: Rows) -> Tensor:
+    def script(_: int, logits: Tensor, rows: FeatureSet) -> Tensor:
         seen.extend(rows.teacher[:, 0].int().tolist())
         return logits.sum() * 0.0
 
@@ -321,12 +323,13 @@ def test_a_batch_larger_than_the_rows() -> None:
 def test_checks_measure_what_they_say() -> None:
     setting = Setting()
     fit = setting.train(steps=1)
-    check: Check = fit.history[0]
+    check: ValidationResult = fit.history[0]
     answer = setting.held_out.teacher.argmax(1)
     assert check.leak == pytest.approx(float(FORGET[answer].float().mean()))
     assert check.agreement == 1.0  # the original agrees with itself where nothing is masked
     assert check.divergence == pytest.approx(
-        float(setting.yardstick.divergence(setting.held_out.teacher, setting.held_out)), rel=1e-6
+        float(setting.validation_loss.divergence(setting.held_out.teacher, setting.held_out)),
+        rel=1e-6,
     )
 
 

@@ -15,9 +15,9 @@ from zsu_fast import ZeroShotUnlearner, unlearner
 from zsu_fast.errors import ArgumentError
 from zsu_fast.synthesis import class_sampling as sampling
 from zsu_fast.synthesis.synthesize import batch_rows
-from zsu_fast.training import class_subset as narrow, features
-from zsu_fast.training.features import Rows, make_rows
-from zsu_fast.training.losses import Alone, Masked
+from zsu_fast.training import class_subset, features
+from zsu_fast.training.features import FeatureSet, build_feature_set
+from zsu_fast.training.losses import ForgetOnlyKL, MaskedKL
 
 CLASSES, FEATURES, ROWS = 40, 12, 30
 GONE = [3, 17, 39]
@@ -44,13 +44,13 @@ def forget_mask() -> Tensor:
     return mask
 
 
-def rows_of(tail: nn.Module, names: list[str]) -> Rows:
+def rows_of(tail: nn.Module, names: list[str]) -> FeatureSet:
     """Mixtures of random features, labelled by ``tail``; the same at each call."""
     features = torch.rand(ROWS, FEATURES, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         label = tail(features).argmax(1)
     draw = torch.Generator().manual_seed(1)
-    return make_rows(tail, (features,), label, forget_mask(), 200, draw, names=names)
+    return build_feature_set(tail, (features,), label, forget_mask(), 200, draw, names=names)
 
 
 # --- which classes ---------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_a_run_makes_impressions_of_the_sample_alone_and_says_so() -> None:
     assert not [note for note in run.record.warnings if "no impression reached" in note]
     assert_forgets(result, [1])
     whole = ZeroShotUnlearner(tiny(), [1], input_shape=(3, 8, 8), **QUICK)
-    assert whole.answered == [0, 1, 2, 3, 4]
+    assert whole.active_classes == [0, 1, 2, 3, 4]
     assert whole.sampled == sampling.ALL
 
 
@@ -123,8 +123,8 @@ def test_without_weights_a_class_the_sample_is_by_lot_and_says_so() -> None:
             return torch.cat([self.one(x.flatten(1)), self.two(x.flatten(1))], 1)
 
     run = ZeroShotUnlearner(Summed(), [5], retain_sample=2, input_shape=(3, 8, 8), progress=False)
-    assert len(run.answered) == 3
-    assert run.sampled == sampling.BY_LOT
+    assert len(run.active_classes) == 3
+    assert run.sampled == sampling.RANDOM
 
 
 def test_impressions_given_with_a_sample_need_the_forgotten_and_one_more() -> None:
@@ -144,7 +144,7 @@ def test_impressions_given_with_a_sample_need_the_forgotten_and_one_more() -> No
 @pytest.mark.parametrize("rows", [torch.tensor([3, 17, 39]), slice(10, 30)], ids=str)
 def test_a_narrow_tail_gives_the_whole_tail_s_columns(rows: Any) -> None:
     tail, x = nn.Linear(FEATURES, CLASSES), torch.randn(5, FEATURES)
-    few = narrow.NarrowTail(tail, ["weight", "bias"], rows, copied=True)
+    few = class_subset.ClassSubsetTail(tail, ["weight", "bias"], rows, copied=True)
     torch.testing.assert_close(few(x), tail(x)[:, rows])
     assert [len(p) for p in few.parameters()] == [len(torch.arange(CLASSES)[rows])] * 2
 
@@ -152,7 +152,7 @@ def test_a_narrow_tail_gives_the_whole_tail_s_columns(rows: Any) -> None:
 def test_rows_are_written_back_and_no_others() -> None:
     tail = nn.Linear(FEATURES, CLASSES)
     before = tail.weight.detach().clone()
-    few = narrow.NarrowTail(tail, ["weight", "bias"], torch.tensor(GONE), copied=True)
+    few = class_subset.ClassSubsetTail(tail, ["weight", "bias"], torch.tensor(GONE), copied=True)
     with torch.no_grad():
         for parameter in few.parameters():
             parameter.add_(1)
@@ -196,7 +196,7 @@ class Reshaped(nn.Linear):
 def test_only_logits_that_do_not_depend_on_others_are_narrowed(
     tail: nn.Module, x: Tensor, can: bool
 ) -> None:
-    assert narrow.can_narrow(tail, list(tail.parameters()), (x,)) == can
+    assert class_subset.supports_subset(tail, list(tail.parameters()), (x,)) == can
 
 
 def test_alone_is_the_masked_objective_in_two_numbers_a_row() -> None:
@@ -211,16 +211,19 @@ def test_alone_is_the_masked_objective_in_two_numbers_a_row() -> None:
     assert torch.equal(whole.forgotten, few.forgotten)
     assert few.teacher.numel() == 0
     assert few.spread == pytest.approx(float(whole.teacher.std()), rel=1e-3)
-    masked, alone = Masked(forget_mask(), 1.5, alone=True), Alone(forget_mask(), 1.5)
+    masked, alone = (
+        MaskedKL(forget_mask(), 1.5, forget_logits_only=True),
+        ForgetOnlyKL(forget_mask(), 1.5),
+    )
     index = torch.arange(len(whole))
     with torch.no_grad():
         logits = student(*whole.features)
-    loss, gradient = masked(logits, whole.pick(index))
-    narrowed, small = alone(logits[:, GONE].contiguous(), few.pick(index))
+    loss, gradient = masked(logits, whole.select(index))
+    narrowed, small = alone(logits[:, GONE].contiguous(), few.select(index))
     torch.testing.assert_close(narrowed, loss)
     torch.testing.assert_close(small, gradient[:, GONE], rtol=1e-4, atol=1e-8)
     assert not gradient[:, ~forget_mask()].any()
-    own = narrow.NarrowTail(student, ["weight", "bias"], torch.tensor(GONE), copied=True)
+    own = class_subset.ClassSubsetTail(student, ["weight", "bias"], torch.tensor(GONE), copied=True)
     score = masked.score(student, whole)
     assert 0 < score[1] < 1
     assert alone.score(own, few) == pytest.approx(score, rel=1e-4)
@@ -229,8 +232,8 @@ def test_alone_is_the_masked_objective_in_two_numbers_a_row() -> None:
 def test_tiles_of_classes_say_what_all_of_them_do(monkeypatch: pytest.MonkeyPatch) -> None:
     tail = nn.Linear(FEATURES, CLASSES)
     want = rows_of(tail, ["weight", "bias"])
-    monkeypatch.setattr(narrow, "TILE_CLASSES", 7)
-    monkeypatch.setattr(narrow, "TILE_VALUES", 70)
+    monkeypatch.setattr(class_subset, "TILE_CLASSES", 7)
+    monkeypatch.setattr(class_subset, "TILE_VALUES", 70)
     got = rows_of(tail, ["weight", "bias"])
     assert torch.equal(got.label, want.label)
     assert got.rest is not None
@@ -245,16 +248,16 @@ def test_a_teacher_that_is_too_large_to_keep_is_asked_anew(monkeypatch: pytest.M
     tail = nn.Linear(FEATURES, CLASSES)
     kept = rows_of(tail, [])
     monkeypatch.setattr(features, "_KEPT_TEACHER", 0)
-    monkeypatch.setattr(narrow, "TILE_VALUES", 3 * CLASSES)
+    monkeypatch.setattr(class_subset, "TILE_VALUES", 3 * CLASSES)
     asked = rows_of(tail, [])
     assert asked.teacher.numel() == 0
-    masked = Masked(forget_mask(), 1.0)
+    masked = MaskedKL(forget_mask(), 1.0)
     score = masked.score(tail, kept)
     index = torch.tensor([5, 200, 0])
-    want = kept.pick(index).teacher
+    want = kept.select(index).teacher
     with torch.no_grad():
         tail.weight.mul_(-1)  # the teacher is the tail as it was
-    torch.testing.assert_close(asked.pick(index).teacher, want)
+    torch.testing.assert_close(asked.select(index).teacher, want)
     assert torch.equal(asked.label, kept.label)
     with torch.no_grad():
         tail.weight.mul_(-1)
@@ -283,7 +286,7 @@ def test_other_fits_are_whole_and_can_do_without_a_kept_teacher(
     monkeypatch: pytest.MonkeyPatch, options: Any
 ) -> None:
     monkeypatch.setattr(unlearner, "SUBSET_ABOVE", 1)
-    monkeypatch.setattr(narrow.NarrowTail, "__init__", None)
+    monkeypatch.setattr(class_subset.ClassSubsetTail, "__init__", None)
     options = {"tail": "last", "learning_rate": 1e-3, "input_shape": (3, 8, 8)} | QUICK | options
     want = zsu_fast.unlearn(tiny(), [1], **options)
     monkeypatch.setattr(features, "_KEPT_TEACHER", 0)
@@ -316,8 +319,8 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("narrowed", [True, False])
 def test_no_tensor_has_rows_times_classes(monkeypatch: pytest.MonkeyPatch, narrowed: bool) -> None:
     classes = 3000
-    monkeypatch.setattr(narrow, "TILE_VALUES", 32 * classes)
-    monkeypatch.setattr(narrow, "TILE_CLASSES", 1000)
+    monkeypatch.setattr(class_subset, "TILE_VALUES", 32 * classes)
+    monkeypatch.setattr(class_subset, "TILE_CLASSES", 1000)
     monkeypatch.setattr(features, "_KEPT_TEACHER", 0)
     monkeypatch.setattr(unlearner, "SUBSET_ABOVE", 256 if narrowed else 10**9)
     monkeypatch.setattr("zsu_fast.synthesis.synthesize._BATCH_LOGITS", 16 * classes)
@@ -331,7 +334,7 @@ def test_no_tensor_has_rows_times_classes(monkeypatch: pytest.MonkeyPatch, narro
         run.synthesise()
         run.split()
         run.fit()
-    assert len(run.answered) == 32
+    assert len(run.active_classes) == 32
     assert seen.most <= 32 * classes  # a tile; 128 impressions alone would take four times that
     assert run.result is not None
     assert run.result.history[-1].step == 5
@@ -353,12 +356,12 @@ def test_few_rows_climb_at_once_where_they_fill_a_cache(monkeypatch: pytest.Monk
     from zsu_fast.synthesis.space import input_space
 
     space = input_space(run.work, run.spec, "float32")
-    weights = sum(p.nbytes for p in run.work.model.parameters())
+    weights = sum(p.nbytes for p in run.work.module.parameters())
     for row, cache, rows in (
         (weights // 12, 30 * (weights // 12), 30),
         (weights // 12, 0, 12),  # no less than the weights that are read for them
         (weights, 0, 8),
     ):
-        monkeypatch.setattr("zsu_fast.runtime.memory.bytes_a_row", lambda *_, row=row: row)
+        monkeypatch.setattr("zsu_fast.runtime.memory.bytes_per_row", lambda *_, row=row: row)
         monkeypatch.setattr("zsu_fast.synthesis.synthesize._CACHE_BYTES", cache)
         assert batch_rows(space)[1] == rows

@@ -13,23 +13,28 @@ from torch import Tensor, nn
 import zsu_fast
 from zsu_fast import ops
 from zsu_fast.errors import ArgumentError
-from zsu_fast.training import train_step as steppers
-from zsu_fast.training.features import Rows
-from zsu_fast.training.losses import Masked
-from zsu_fast.training.train_step import CompiledStepper, EagerStepper, GraphStepper, make_stepper
+from zsu_fast.training import train_step
+from zsu_fast.training.features import FeatureSet
+from zsu_fast.training.losses import MaskedKL
+from zsu_fast.training.train_step import (
+    CompiledTrainStep,
+    EagerTrainStep,
+    GraphTrainStep,
+    make_train_step,
+)
 
 FORGET = torch.tensor([True, False, False, True, False])
 RATES = [1e-2 * (1 - k / 24) for k in range(24)]
 
 
-def case(device: str = "cpu") -> tuple[nn.Module, Rows, Tensor]:
+def case(device: str = "cpu") -> tuple[nn.Module, FeatureSet, Tensor]:
     """A two-layer tail, 200 rows, and 24 batches of 64 of them."""
     tail = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5)).to(device)
     features = torch.randn(200, 12, device=device)
     with torch.no_grad():
         teacher = tail(features) * 3
     label = teacher.argmax(1)
-    rows = Rows((features,), teacher, label, FORGET.to(device)[label])
+    rows = FeatureSet((features,), teacher, label, FORGET.to(device)[label])
     index = torch.stack([torch.randperm(200)[:64] for _ in RATES])
     return tail, rows, index
 
@@ -39,7 +44,7 @@ def run(kind: Any, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     torch.manual_seed(0)
     tail, rows, index = case(device)
     parameters = list(tail.parameters())
-    stepper = kind(tail, parameters, rows, Masked(FORGET.to(device), 2.0))
+    stepper = kind(tail, parameters, rows, MaskedKL(FORGET.to(device), 2.0))
     for at in range(0, 24, 8):
         loss = stepper.run(index[at : at + 8], RATES[at : at + 8])
     return [p.detach().clone() for p in parameters], loss.clone()
@@ -49,14 +54,14 @@ def test_the_steps_are_adam_on_the_objective() -> None:
     torch.manual_seed(0)
     tail, rows, index = case()
     other = copy.deepcopy(tail)
-    objective = Masked(FORGET, 2.0)
-    stepper = EagerStepper(tail, list(tail.parameters()), rows, objective)
+    objective = MaskedKL(FORGET, 2.0)
+    stepper = EagerTrainStep(tail, list(tail.parameters()), rows, objective)
     stepper.run(index, RATES)
     optimiser = torch.optim.AdamW(other.parameters(), weight_decay=0.0, foreach=False)
     for picked, rate in zip(index, RATES, strict=True):
         optimiser.param_groups[0]["lr"] = rate
         optimiser.zero_grad()
-        part = rows.pick(picked)
+        part = rows.select(picked)
         logits = other(*part.features)
         loss = ops.masked_cross_entropy(
             logits + objective.shift, part.teacher, FORGET, torch.full((64,), 1 / 64)
@@ -75,28 +80,28 @@ def test_fused_steps_are_those_of_torchs_optimiser(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tail, rows, index = case()
     tail.to(dtype)
-    rows = Rows(tuple(f.to(dtype) for f in rows.features), rows.teacher.to(dtype), rows.label,
+    rows = FeatureSet(tuple(f.to(dtype) for f in rows.features), rows.teacher.to(dtype), rows.label,
                 rows.forgotten)  # fmt: skip
     other = copy.deepcopy(tail)
     scales = [5.0 if p.ndim == 1 else 1.0 for p in tail.parameters()]
-    steppers = [EagerStepper(t, list(t.parameters()), rows, Masked(FORGET, 2.0), scales)
+    train_step = [EagerTrainStep(t, list(t.parameters()), rows, MaskedKL(FORGET, 2.0), scales)
                 for t in (tail, other)]  # fmt: skip
     groups = [
         {"params": [p for p in other.parameters() if (p.ndim == 1) == bias], "scale": scale}
         for bias, scale in ((False, 1.0), (True, 5.0))
     ]
-    steppers[1].optimiser = torch.optim.AdamW(
+    train_step[1].optimiser = torch.optim.AdamW(
         groups, weight_decay=0.0, fused=dtype == torch.float32
     )
-    for stepper in steppers:
+    for stepper in train_step:
         stepper.run(index, RATES)
     for a, b in zip(tail.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_compiled_equals_eager() -> None:
-    eager, loss = run(EagerStepper)
-    compiled, compiled_loss = run(CompiledStepper)
+    eager, loss = run(EagerTrainStep)
+    compiled, compiled_loss = run(CompiledTrainStep)
     for a, b in zip(eager, compiled, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
     assert torch.allclose(loss, compiled_loss, rtol=1e-4)
@@ -105,7 +110,7 @@ def test_compiled_equals_eager() -> None:
 def test_reset_forgets_the_moments() -> None:
     tail, rows, index = case()
     start = copy.deepcopy(tail.state_dict())
-    stepper = EagerStepper(tail, list(tail.parameters()), rows, Masked(FORGET, 2.0))
+    stepper = EagerTrainStep(tail, list(tail.parameters()), rows, MaskedKL(FORGET, 2.0))
     ends = []
     for _ in range(2):
         tail.load_state_dict(start)
@@ -118,7 +123,7 @@ def test_reset_forgets_the_moments() -> None:
 def test_graph_without_a_gpu_says_so() -> None:
     tail, rows, _ = case()
     with pytest.raises(ArgumentError, match=r"loop: got 'graph'.*cpu.*loop='auto'"):
-        make_stepper("graph", tail, list(tail.parameters()), rows, Masked(FORGET, 2.0))
+        make_train_step("graph", tail, list(tail.parameters()), rows, MaskedKL(FORGET, 2.0))
     model = tiny()
     with pytest.raises(ArgumentError, match="loop"):
         zsu_fast.unlearn(model, [1], loop="graph", **QUICK)
@@ -129,16 +134,16 @@ def test_graph_without_a_gpu_says_so() -> None:
 
 def test_auto_on_a_cpu_is_eager() -> None:
     tail, rows, _ = case()
-    made = make_stepper("auto", tail, list(tail.parameters()), rows, Masked(FORGET, 2.0))
+    made = make_train_step("auto", tail, list(tail.parameters()), rows, MaskedKL(FORGET, 2.0))
     assert made.name == "eager"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_graph_equals_eager_and_replays_bit_for_bit() -> None:
-    eager, loss = run(EagerStepper, "cuda")
-    graph, graph_loss = run(GraphStepper, "cuda")
-    again, _ = run(GraphStepper, "cuda")
+    eager, loss = run(EagerTrainStep, "cuda")
+    graph, graph_loss = run(GraphTrainStep, "cuda")
+    again, _ = run(GraphTrainStep, "cuda")
     for a, b, c in zip(eager, graph, again, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
         assert torch.equal(b, c)
@@ -149,16 +154,18 @@ def test_graph_equals_eager_and_replays_bit_for_bit() -> None:
 def test_products_of_large_tails_are_quick_within_a_block(
     monkeypatch: pytest.MonkeyPatch, quick: bool
 ) -> None:
-    monkeypatch.setattr(steppers, "has_bfloat16", lambda _device: True)
-    monkeypatch.setattr(steppers, "SMALL", 8 * 4 * 3 - 1 if quick else 8 * 4 * 3)
+    monkeypatch.setattr(train_step, "has_bfloat16", lambda _device: True)
+    monkeypatch.setattr(train_step, "SMALL", 8 * 4 * 3 - 1 if quick else 8 * 4 * 3)
     settings: Any = torch.backends.mkldnn.matmul
     before, seen = settings.fp32_precision, []
     tail = nn.Linear(4, 3)
     tail.register_forward_hook(lambda *_: seen.append(settings.fp32_precision))
     forget = torch.tensor([True, False, False])
     features = torch.rand(8, 4)
-    rows = Rows((features,), tail(features).detach(), torch.zeros(8).long(), torch.ones(8).bool())
-    stepper = steppers.EagerStepper(tail, list(tail.parameters()), rows, Masked(forget, 1.0))
+    rows = FeatureSet(
+        (features,), tail(features).detach(), torch.zeros(8).long(), torch.ones(8).bool()
+    )
+    stepper = train_step.EagerTrainStep(tail, list(tail.parameters()), rows, MaskedKL(forget, 1.0))
     seen.clear()
     stepper.run(torch.arange(8).view(1, 8), [1e-3])
     assert seen == ["bf16" if quick else before]

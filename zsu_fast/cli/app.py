@@ -30,7 +30,7 @@ from ..models.loading import load_model
 from ..models.parameters import weights_hash
 from ..planning import plan as make_plan
 from ..provenance import ledger as ledgers
-from ..runtime import distributed as ranks
+from ..runtime import distributed
 from ..runtime.accelerators import ACCELERATORS
 from ..runtime.doctor import doctor as examine, render
 from ..unlearner import ZeroShotUnlearner, paper_preset
@@ -205,29 +205,29 @@ def unlearn(
     """
     with (
         _errors(as_json),
-        ranks.launched(device) as team,
-        _errors(as_json, quiet=not team.leads),
-        team.together(),
+        distributed.launched(device) as ranks,
+        _errors(as_json, quiet=not ranks.is_main),
+        ranks.all_or_none(),
     ):
         if out is None and delta is None:
             raise ArgumentError("out", "neither --out nor --delta was given", "Name a file.")
         outputs = [path for path in (out, delta, record) if path is not None]
-        if team.leads:
+        if ranks.is_main:
             for path in outputs:
                 checkpoint.check_writable(path, force)
             check_report(report, force)
         loaded = load_model(model, weights, classes)
-        original = copy.deepcopy(loaded) if report is not None and team.leads else loaded
+        original = copy.deepcopy(loaded) if report is not None and ranks.is_main else loaded
         before = None if forgotten is None else parse_classes(forgotten)
         book = (
             None
-            if ledger is None or not team.leads
+            if ledger is None or not ranks.is_main
             else ledgers.Ledger(ledger, request, other_base)
         )
         if book is not None:
             book.check(weights_hash(loaded))
             before = book.forgotten() if before is None else before
-        before = team.first(before)
+        before = ranks.broadcast_object(before)
         options: dict[str, Any] = {"tail": _tail(tail), "depth": depth, "objective": objective}
         if paper:
             options |= paper_preset()
@@ -245,7 +245,7 @@ def unlearn(
             progress=_progress(as_json),
         )
         result = run.run()
-        if not team.leads:
+        if not ranks.is_main:
             return
         facts = run.record.to_dict()
         hashes = {k: facts[k] for k in ("weights_before", "weights_after")}

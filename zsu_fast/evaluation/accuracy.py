@@ -143,7 +143,7 @@ def _percent(right: Tensor, count: Tensor) -> float | None:
     return 100 * int(right.sum()) / total if total else None
 
 
-class Masked(nn.Module):
+class MaskedClassifier(nn.Module):
     """A classifier whose forgotten logits are -inf; returns the logits tensor."""
 
     def __init__(self, model: nn.Module, forget: list[int]) -> None:
@@ -158,7 +158,7 @@ class Masked(nn.Module):
         return masked
 
 
-def mask(model: nn.Module, forget: Any) -> Masked:
+def mask(model: nn.Module, forget: Any) -> MaskedClassifier:
     """The baseline: ``model`` with the forgotten logits at -inf. Hides, does not forget.
 
     Wraps the model without copying it.
@@ -166,4 +166,4 @@ def mask(model: nn.Module, forget: Any) -> Masked:
     Raises:
         ArgumentError: ``forget`` is no set of class indices (its range shows at the first image).
     """
-    return Masked(model, check_forget(forget, ANY_NUMBER))
+    return MaskedClassifier(model, check_forget(forget, ANY_NUMBER))

@@ -19,12 +19,12 @@ from ..models.infer_spec import resolve_spec
 from ..models.input_spec import InputSpec, noise_images
 from ..models.wrapper import LogitsModel, count_classes, resolve_device, working_copy
 from ..runtime.progress import Reporter
-from ..runtime.torch_defaults import own_modes
+from ..runtime.torch_defaults import torch_defaults
 from ..splitting import split as tails
 from ..splitting.split import Split
-from ..training.features import Rows, RowSettings, labelled_rows, mean_lead
+from ..training.features import FeatureSet, FeatureSettings, label_features, mean_logit_margin
 from ..training.loop import LoopSettings, train_tail
-from ..training.losses import Masked
+from ..training.losses import MaskedKL
 
 # Rows to train on beside those for mixtures, and rows held out: as many as the default makes of ten
 # classes. Fewer where a row is a whole feature map.
@@ -32,7 +32,7 @@ _IMPRESSIONS, _HELD_OUT = 240, 2128
 _VALUES = 2**27
 
 
-@own_modes()
+@torch_defaults()
 def random_embeddings(
     model: nn.Module,
     forget: Any,
@@ -67,7 +67,7 @@ def random_embeddings(
     probe = noise_images(spec, 4).to(where)
     cut = tails.find_split(work, tail, probe, torch.zeros(4, dtype=torch.int64, device=where))
     train_on_noise(work, cut, spec, gone, seed)
-    return work.model
+    return work.module
 
 
 def train_on_noise(
@@ -89,28 +89,30 @@ def train_on_noise(
     scales = [1.0 if cut.output_level else float(f.square().mean().sqrt()) for f in seen]
     fit = max(1024, _VALUES // sum(f[0].numel() for f in seen))
 
-    def rows(wanted: int) -> Rows:
+    def rows(wanted: int) -> FeatureSet:
         count = min(fit, wanted)
         embeddings = tuple(
             scale * torch.randn(count, *f.shape[1:], generator=draw).abs().to(device)
             for f, scale in zip(seen, scales, strict=True)
         )
-        return labelled_rows(cut.tail, embeddings, forget)
+        return label_features(cut.tail, embeddings, forget)
 
-    train = rows(_IMPRESSIONS + RowSettings().count(_IMPRESSIONS, classes))
+    train = rows(_IMPRESSIONS + FeatureSettings().count(_IMPRESSIONS, classes))
     held_out = rows(_HELD_OUT)
-    lead = mean_lead(cut.tail, train, len(train), classes)
+    lead = mean_logit_margin(cut.tail, train, len(train), classes)
     # all logits move: that serves random rows better than the forgotten ones alone (LeNet5: FA 4
     # instead of 40)
-    yardstick = Masked(forget, RowSettings().margin_of(lead, classes, alone=False))
-    named = dict(model.model.named_parameters())
+    validation_loss = MaskedKL(
+        forget, FeatureSettings().margin_of(lead, classes, forget_logits_only=False)
+    )
+    named = dict(model.module.named_parameters())
     train_tail(
         cut.tail,
         [named[name] for name in cut.parameters],
         train,
         held_out,
-        yardstick,
-        yardstick,
+        validation_loss,
+        validation_loss,
         LoopSettings(),
         draw,
         Reporter(False),

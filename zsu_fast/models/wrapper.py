@@ -23,12 +23,12 @@ class LogitsModel(nn.Module):
     a dict, or the first item of a tuple or list (or the only tensor of a dict).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return pick_logits(self.model(x))
+        return pick_logits(self.module(x))
 
 
 def pick_logits(output: Any) -> Any:

@@ -1,6 +1,6 @@
 """Several GPUs and machines: one call, made on every rank of a torch.distributed group.
 
-The pieces of the synthesis are dealt over the ranks, their impressions gathered on all. Splitting
+The make_shards of the synthesis are dealt over the ranks, their impressions gathered on all. Splitting
 and fitting cost little: each rank does them itself, and takes rank 0's result in the end, so that
 all hold the same bits. Ranks leave a stage together or not at all: the error of one ends all.
 """
@@ -28,21 +28,21 @@ from .events import Stopped
 # How long a rank that torchrun started waits for the others: as long as they may differ by.
 TIMEOUT = timedelta(minutes=30)
 # Seconds between looks at what other ranks have told.
-_LISTEN = 0.1
+_POLL_SECONDS = 0.1
 # A step of a piece on a CPU is worth so many multiply-adds: below, Python's share shows.
 _PIECE_WORK = 1_600_000_000
-# Whatever the work: at least so many pieces, if there are as many rows to make 4 a piece.
+# Whatever the work: at least so many make_shards, if there are as many rows to make 4 a piece.
 _PIECES = 8
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _Heard(Exception):
-    """Another rank has failed; what it said comes with the next `Team.exchange`."""
+class _OtherRankFailed(Exception):
+    """Another rank has failed; what it said comes with the next `Ranks.exchange`."""
 
 
 @dataclass
-class Team:
+class Ranks:
     """The ranks that make a call together; by default one process alone.
 
     Attributes:
@@ -59,14 +59,14 @@ class Team:
     rows: list[int] = field(default_factory=list)
     _call: str = ""
     _exchanges: int = 0
-    _listened: float = 0.0
+    _polled: float = 0.0
 
     @property
-    def alone(self) -> bool:
+    def single(self) -> bool:
         return not self.backend
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0, which writes, prints, and shows progress."""
         return self.rank == 0
 
@@ -76,7 +76,7 @@ class Team:
         Raises:
             RankError: on the ranks that did not fail, where another one did, or is gone.
         """
-        if self.alone:
+        if self.single:
             return [value]
         got: list[Any] = [None] * self.size
         with self._connected():
@@ -89,7 +89,7 @@ class Team:
         return [value for _, value in got]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def all_or_none(self) -> Iterator[None]:
         """All ranks leave the block, or it raises on all of them.
 
         Raises:
@@ -97,24 +97,24 @@ class Team:
         """
         try:
             yield
-        except _Heard:
+        except _OtherRankFailed:
             self.exchange()
             raise
         except BaseException as error:
-            if not self.alone and not isinstance(error, RankError) and not _is_told(error):
-                error.__dict__["_told"] = True  # an outer block must not tell it once more
+            if not self.single and not isinstance(error, RankError) and not _is_reported(error):
+                error.__dict__["_reported"] = True  # an outer block must not tell it once more
                 with suppress(RankError):
-                    self._tell("failed")
+                    self._set_flag("failed")
                     self.exchange(error=error)
             raise
         self.exchange()
 
-    def first(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's value, on every rank."""
-        got: T = self.exchange(value if self.leads else None)[0]
+        got: T = self.exchange(value if self.is_main else None)[0]
         return got
 
-    def agree(self, facts: dict[str, Any]) -> None:
+    def check_same(self, facts: dict[str, Any]) -> None:
         """Checks that every rank has the same facts.
 
         Raises:
@@ -130,16 +130,16 @@ class Team:
                         f"Every rank has to make the same call."
                     )
 
-    def deal(self, count: int) -> Iterator[int]:
+    def claim_shards(self, count: int) -> Iterator[int]:
         """Numbers below ``count``, each to one rank: whoever is done takes the next.
 
         How long a piece takes can't be told before, so that a fixed share for each rank would let
         them wait for the slowest (measured: 1.3 times as long on two ranks).
         """
-        if self.alone:
+        if self.single:
             yield from range(count)
             return
-        while not self._told("stopped") and not self._told("failed"):
+        while not self._flag("stopped") and not self._flag("failed"):
             with self._connected():
                 at = self._store.add(self._key("dealt"), 1) - 1
             if at >= count:
@@ -152,10 +152,10 @@ class Team:
         Args:
             columns: tensors [n, ...] by name on the CPU; n may differ between ranks, and be 0.
         """
-        if self.alone:
+        if self.single:
             return columns
         self.rows = self.exchange(len(next(iter(columns.values()))))
-        with self.together():  # memory may run out
+        with self.all_or_none():  # memory may run out
             joined = {n: c.new_empty(sum(self.rows), *c.shape[1:]) for n, c in columns.items()}
         for name, whole in joined.items():
             for rank, part in enumerate(whole.split(self.rows)):
@@ -163,34 +163,34 @@ class Team:
                     self._broadcast(columns[name] if rank == self.rank else part, rank, part)
         return joined
 
-    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
+    def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
         """Gives ``tensors`` rank 0's bits."""
-        if not self.alone:
+        if not self.single:
             for tensor in tensors:
                 self._broadcast(tensor.detach(), 0, tensor.detach())
 
     def facts(self) -> dict[str, Any]:
         """For the record; {} for one process alone."""
-        if self.alone:
+        if self.single:
             return {}
         return {"ranks": self.size, "backend": self.backend, "rows": self.rows}
 
-    def stop(self) -> None:
+    def request_stop(self) -> None:
         """Tells the others that this rank was asked to end the stage early."""
-        self._tell("stopped")
+        self._set_flag("stopped")
 
-    def listen(self) -> None:
+    def poll(self) -> None:
         """Ends what this rank does where another one was asked to stop, or has failed.
 
         Raises:
-            Stopped, _Heard: as said.
+            Stopped, _OtherRankFailed: as said.
         """
-        if self.alone or time.monotonic() - self._listened < _LISTEN:
+        if self.single or time.monotonic() - self._polled < _POLL_SECONDS:
             return
-        self._listened = time.monotonic()
-        if self._told("failed"):
-            raise _Heard
-        if self._told("stopped"):
+        self._polled = time.monotonic()
+        if self._flag("failed"):
+            raise _OtherRankFailed
+        if self._flag("stopped"):
             raise Stopped("another rank was asked to stop")
 
     def _broadcast(self, source: Tensor, rank: int, target: Tensor) -> None:
@@ -208,12 +208,12 @@ class Team:
         """Of one stage of one call: a stop does not reach into the next one."""
         return f"zsu_fast/{self._call}/{self._exchanges}/{what}"
 
-    def _tell(self, what: str) -> None:
-        if not self.alone:
+    def _set_flag(self, what: str) -> None:
+        if not self.single:
             with self._connected():
                 self._store.set(self._key(what), "1")
 
-    def _told(self, what: str) -> bool:
+    def _flag(self, what: str) -> bool:
         with self._connected():
             return bool(self._store.check([self._key(what)]))
 
@@ -231,8 +231,8 @@ class Team:
             ) from error
 
 
-def join(wanted: bool | None = None) -> Team:
-    """The team of this process: the default group where it is initialised, else itself alone.
+def join(wanted: bool | None = None) -> Ranks:
+    """The ranks of this process: the default group where it is initialised, else itself alone.
 
     All ranks of the group have to call this.
 
@@ -252,17 +252,17 @@ def join(wanted: bool | None = None) -> Team:
             "Call torch.distributed.init_process_group(), or start the program by torchrun.",
         )
     if wanted is False or not there:
-        return Team()
+        return Ranks()
     on_cpu = "cpu:" in dist.get_backend_config()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-    team = Team(dist.get_rank(), dist.get_world_size(), dist.get_backend(), device)
-    team._call = team.first(uuid.uuid4().hex)
-    return team
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_backend(), device)
+    ranks._call = ranks.broadcast_object(uuid.uuid4().hex)
+    return ranks
 
 
 @contextmanager
-def launched(device: str | None) -> Iterator[Team]:
-    """The team of a command: of all processes that torchrun started, if it did.
+def launched(device: str | None) -> Iterator[Ranks]:
+    """The ranks of a command: of all processes that torchrun started, if it did.
 
     Args:
         device: as the user named it. None and "cuda" are the GPU of the local rank, where there
@@ -287,12 +287,12 @@ def launched(device: str | None) -> Iterator[Team]:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
-        team = join()
+        ranks = join()
         try:
-            yield team
+            yield ranks
         finally:  # torchrun ends all as soon as one has failed: rank 0 has to have its say first
             with suppress(RankError):
-                team.exchange()
+                ranks.exchange()
     finally:
         dist.destroy_process_group()
 
@@ -309,11 +309,11 @@ def ranks_here() -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def pieces(rows: int, most: int, work: int, device: torch.device) -> list[Tensor]:
+def make_shards(rows: int, most: int, work: int, device: torch.device) -> list[Tensor]:
     """Row numbers of each piece that is dealt: each holds rows of all classes, hard and easy.
 
     How a row is rounded may depend on the batch that it is in, and its whole ascent on that: so
-    the pieces depend on the rows and the model alone, never on how many ranks there are.
+    the make_shards depend on the rows and the model alone, never on how many ranks there are.
 
     Args:
         rows: how many there are.
@@ -330,26 +330,26 @@ def pieces(rows: int, most: int, work: int, device: torch.device) -> list[Tensor
     return [torch.arange(start, rows, count) for start in range(count)]
 
 
-def together(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """A method of an object with a ``team``, inside `Team.together`."""
+def all_or_none(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """A method of an object with a ``ranks``, inside `Ranks.all_or_none`."""
 
     @functools.wraps(method)
     def run(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with self.team.together():
+        with self.ranks.all_or_none():
             return method(self, *args, **kwargs)
 
     return run
 
 
-def starting_together(method: Callable[P, None]) -> Callable[P, None]:
-    """An ``__init__`` with the option ``distributed``: sets ``team`` first, then as `together`."""
+def joins_ranks(method: Callable[P, None]) -> Callable[P, None]:
+    """An ``__init__`` with the option ``distributed``: sets ``ranks`` first, then as `together`."""
 
     @functools.wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         wanted: Any = kwargs.get("distributed")
-        team = join(wanted)
-        args[0].team = team  # type: ignore[attr-defined]
-        with team.together():
+        ranks = join(wanted)
+        args[0].ranks = ranks  # type: ignore[attr-defined]
+        with ranks.all_or_none():
             method(*args, **kwargs)
 
     return run
@@ -363,5 +363,5 @@ def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _is_told(error: BaseException) -> bool:
-    return bool(error.__dict__.get("_told"))
+def _is_reported(error: BaseException) -> bool:
+    return bool(error.__dict__.get("_reported"))

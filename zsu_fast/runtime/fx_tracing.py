@@ -37,14 +37,14 @@ class Tracer(torch.fx.Tracer):
 
 
 def trace(model: nn.Module, tracer: Tracer | None = None) -> torch.fx.GraphModule:
-    """``torch.fx.symbolic_trace(model)`` by ``tracer``, or one of that kind; see `loosen`."""
+    """``torch.fx.symbolic_trace(model)`` by ``tracer``, or one of that kind; see `break_reference_cycles`."""
     graph = (tracer or Tracer()).trace(model)
     traced = torch.fx.GraphModule(model, graph, type(model).__name__)
-    loosen(traced)
+    break_reference_cycles(traced)
     return traced
 
 
-def loosen(*models: nn.Module) -> None:
+def break_reference_cycles(*models: nn.Module) -> None:
     """Takes the graphs' references to their modules out of our own ``models``.
 
     They close circles that keep all weights until Python's garbage collector comes by, which

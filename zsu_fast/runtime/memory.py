@@ -14,7 +14,7 @@ _SHARE = 0.25
 _UNKNOWN = 4 * 1024**3
 
 
-def bytes_a_row(run: Callable[[Tensor], Tensor], row: Tensor) -> int:
+def bytes_per_row(run: Callable[[Tensor], Tensor], row: Tensor) -> int:
     """Measures what the forward and backward pass of one row hold at their peak, in bytes.
 
     On a GPU the allocator counts it. On a CPU it is the row, its gradient, and every tensor that

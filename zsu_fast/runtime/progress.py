@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..errors import ArgumentError, check_flag
-from .distributed import Team
+from .distributed import Ranks
 from .events import Callback, Event, Stopped
 
 
@@ -20,7 +20,7 @@ class Reporter:
     Args:
         progress: True or False; None shows the bar only where stderr is a terminal.
         callback: called with each `Event`; returning True ends the stage early.
-        team: ranks that end it early together; rank 0 alone shows a bar.
+        ranks: ranks that end it early together; rank 0 alone shows a bar.
 
     Raises:
         ArgumentError: neither of these.
@@ -30,15 +30,15 @@ class Reporter:
         self,
         progress: bool | None = None,
         callback: Callback | None = None,
-        team: Team | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if progress is not None:
             check_flag("progress", progress)
         if callback is not None and not callable(callback):
             raise ArgumentError("callback", f"got {callback!r}", "Pass a function, or None.")
         self.show = sys.stderr.isatty() if progress is None else progress
-        self.show = self.show and (team is None or team.leads)
-        self.callback, self.team = callback, team
+        self.show = self.show and (ranks is None or ranks.is_main)
+        self.callback, self.ranks = callback, ranks
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._started = time.monotonic()
@@ -63,13 +63,13 @@ class Reporter:
         Raises:
             Stopped: the callback returned True, here or on another rank.
         """
-        if self.team is not None:
-            self.team.listen()
+        if self.ranks is not None:
+            self.ranks.poll()
         if self.show and time.monotonic() - self._started > 1:
             self._draw(stage, done, total)
         if self.callback is not None and self.callback(Event(stage, done, total, metrics)) is True:
-            if self.team is not None:
-                self.team.stop()
+            if self.ranks is not None:
+                self.ranks.request_stop()
             raise Stopped(f"the callback asked to stop in {stage} at {done} of {total}")
 
     def _draw(self, stage: str, done: int, total: int) -> None:

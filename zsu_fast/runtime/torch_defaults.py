@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 
-class _Turn:
+class ProcessLock:
     """What threads wait for: the right to set what belongs to the whole process.
 
     The default dtype, the number of threads, how matrices are multiplied, and torch.fx's tracing:
@@ -26,15 +26,15 @@ class _Turn:
         self.lock = threading.RLock()
 
 
-_turn = _Turn()
+_lock = ProcessLock()
 
 
 @contextmanager
-def own_modes() -> Iterator[None]:
+def torch_defaults() -> Iterator[None]:
     """Gradients on, inference mode and autocast off, float32 as the default dtype, whatever the
     caller's are; put back afterwards. A decorator too. One thread at a time is inside.
     """
-    with _turn.lock:
+    with _lock.lock:
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:

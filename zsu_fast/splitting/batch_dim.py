@@ -2,7 +2,7 @@
 
 Features are cached, mixed and drawn row by row, so each has to be [N, ...] with row i of image i.
 What crosses a cut may differ: a sequence-first transformer has [T, N, C], window attention has
-[N * windows, T, C]. A `Rule` takes such a tensor to [N, ...] and back.
+[N * windows, T, C]. A `BatchDim` takes such a tensor to [N, ...] and back.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Rule:
+class BatchDim:
     """Rows of one image: ``per_image`` neighbours along dimension ``dim``."""
 
     dim: int
@@ -42,7 +42,7 @@ class Rule:
         return tuple(sizes)
 
 
-def find_rule(two: Tensor, three: Tensor) -> Rule | None:
+def infer_batch_dim(two: Tensor, three: Tensor) -> BatchDim | None:
     """The rule of a tensor, from its values for two images and for three; None if it has none."""
     if two.ndim != three.ndim:
         return None
@@ -53,39 +53,39 @@ def find_rule(two: Tensor, three: Tensor) -> Rule | None:
     per_image, rest = divmod(two.shape[dim], 2)
     if rest or per_image == 0 or three.shape[dim] != 3 * per_image:
         return None
-    return Rule(dim, per_image)
+    return BatchDim(dim, per_image)
 
 
 @dataclass(frozen=True)
-class Multiple:
+class BatchMultiple:
     """A whole number that is so many times the batch size."""
 
     times: int
 
 
-class Varying(Exception):
+class NotBatchLinear(Exception):
     """A value depends on the batch in another way than by a multiple of its size."""
 
 
-def find_value(two: Any, three: Any) -> Any:
-    """A value that is no tensor, with `Multiple` for what counts images.
+def infer_value(two: Any, three: Any) -> Any:
+    """A value that is no tensor, with `BatchMultiple` for what counts images.
 
     Raises:
-        Varying: it depends on the batch in another way.
+        NotBatchLinear: it depends on the batch in another way.
     """
     if isinstance(two, tuple | list) and isinstance(three, tuple | list):
         if len(two) != len(three) or any(isinstance(v, Tensor) for v in (*two, *three)):
-            raise Varying
-        values = [find_value(a, b) for a, b in zip(two, three, strict=True)]
+            raise NotBatchLinear
+        values = [infer_value(a, b) for a, b in zip(two, three, strict=True)]
         return values if isinstance(two, list) else tuple(values)
     if isinstance(two, Tensor) or isinstance(three, Tensor):
-        raise Varying
+        raise NotBatchLinear
     if two == three:
         return two
     whole = all(isinstance(v, int) and not isinstance(v, bool) for v in (two, three))
     if whole and two % 2 == 0 and two and 3 * two == 2 * three:
-        return Multiple(two // 2)
-    raise Varying
+        return BatchMultiple(two // 2)
+    raise NotBatchLinear
 
 
 Features = tuple[Tensor, ...]

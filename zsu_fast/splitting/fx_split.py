@@ -11,25 +11,34 @@ import torch
 from torch import Tensor, nn
 
 from ..models.wrapper import LogitsModel
-from ..runtime.fx_tracing import Tracer, loosen, trace
-from .batch_dim import Features, Halves, Multiple, Rule, Varying, find_rule, find_value, two_batches
+from ..runtime.fx_tracing import Tracer, break_reference_cycles, trace
+from .batch_dim import (
+    BatchDim,
+    BatchMultiple,
+    Features,
+    Halves,
+    NotBatchLinear,
+    infer_batch_dim,
+    infer_value,
+    two_batches,
+)
 
 
-class _PackedHead(nn.Module):
+class _PackedBackbone(nn.Module):
     """A head whose outputs are brought to [N, ...]."""
 
-    def __init__(self, head: nn.Module, rules: Sequence[Rule]) -> None:
+    def __init__(self, head: nn.Module, rules: Sequence[BatchDim]) -> None:
         super().__init__()
-        self.head, self.rules = head, rules
+        self.backbone, self.rules = head, rules
 
     def forward(self, x: Tensor) -> Features:
-        return tuple(r.pack(t) for r, t in zip(self.rules, self.head(x), strict=True))
+        return tuple(r.pack(t) for r, t in zip(self.rules, self.backbone(x), strict=True))
 
 
 class _PackedTail(nn.Module):
-    """A tail that takes them as `_PackedHead` returns them."""
+    """A tail that takes them as `_PackedBackbone` returns them."""
 
-    def __init__(self, tail: nn.Module, rules: Sequence[Rule]) -> None:
+    def __init__(self, tail: nn.Module, rules: Sequence[BatchDim]) -> None:
         super().__init__()
         self.tail, self.rules = tail, rules
 
@@ -48,14 +57,14 @@ class _Around(Tracer):
         return not self.path.startswith(f"{path}.")
 
 
-def cut_by_graph(model: LogitsModel, name: str, images: Tensor) -> Halves | None:
+def split_by_fx(model: LogitsModel, name: str, images: Tensor) -> Halves | None:
     """The halves, or None where symbolic tracing does not get through."""
-    path = f"model.{name}"
+    path = f"module.{name}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced = trace(model, _Around(path))
-    except Exception:  # noqa: BLE001  control flow on values: `cut_by_replay` handles those
+    except Exception:  # noqa: BLE001  control flow on values: `split_by_replay` handles those
         return None
     nodes = list(traced.graph.nodes)
     start = next(
@@ -69,12 +78,12 @@ def cut_by_graph(model: LogitsModel, name: str, images: Tensor) -> Halves | None
     after = [n for n in nodes if n in own or n in inside]
     crossing = [n for n in crossing if n not in own]
     runs = [_Recorder(traced, set(crossing)).values_for(batch) for batch in two_batches(images)]
-    rules: dict[torch.fx.Node, Rule] = {}
+    rules: dict[torch.fx.Node, BatchDim] = {}
     others: dict[torch.fx.Node, Any] = {}
     for node in crossing:
         two, three = runs[0][node], runs[1][node]
         if isinstance(two, Tensor) and isinstance(three, Tensor):
-            rule = find_rule(two, three)
+            rule = infer_batch_dim(two, three)
             if rule is not None:
                 rules[node] = rule
             elif two.shape == three.shape and torch.equal(two, three):
@@ -83,8 +92,8 @@ def cut_by_graph(model: LogitsModel, name: str, images: Tensor) -> Halves | None
                 return None
         else:
             try:
-                others[node] = find_value(two, three)
-            except Varying:
+                others[node] = infer_value(two, three)
+            except NotBatchLinear:
                 return None
     if not rules:
         return None
@@ -115,16 +124,16 @@ def cut_by_graph(model: LogitsModel, name: str, images: Tensor) -> Halves | None
     for graph in (head_graph, tail_graph):
         graph.lint()
         halves.append(torch.fx.GraphModule(traced, graph))
-    loosen(*halves)
+    break_reference_cycles(*halves)
     if all(r.plain for r in rules.values()):
         return halves[0], halves[1]
     listed = list(rules.values())
-    return _PackedHead(halves[0], listed), _PackedTail(halves[1], listed)
+    return _PackedBackbone(halves[0], listed), _PackedTail(halves[1], listed)
 
 
 def _in_graph(value: Any, graph: torch.fx.Graph, batch: torch.fx.Node) -> Any:
-    """``value`` with `Multiple` computed from the batch size."""
-    if isinstance(value, Multiple):
+    """``value`` with `BatchMultiple` computed from the batch size."""
+    if isinstance(value, BatchMultiple):
         return graph.call_function(operator.mul, (batch, value.times))
     if isinstance(value, tuple | list):
         return type(value)(_in_graph(v, graph, batch) for v in value)

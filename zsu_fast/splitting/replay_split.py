@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ArgumentError, ModelError
 from ..models.wrapper import LogitsModel
-from .batch_dim import Features, Halves, find_rule, two_batches
+from .batch_dim import Features, Halves, infer_batch_dim, two_batches
 
 
 class _Reached(Exception):
@@ -37,7 +37,7 @@ class _Slot:
     """What one recorded tensor is to the tail: an input, a constant, or of no influence."""
 
     def __init__(self, two: Tensor, three: Tensor) -> None:
-        self.rule = find_rule(two, three)
+        self.rule = infer_batch_dim(two, three)
         same = self.rule is None and two.shape == three.shape and torch.equal(two, three)
         self.constant = two.detach() if same else None
         self.example = two.detach().new_zeros(()).expand(two.shape)  # a shape, no memory
@@ -51,7 +51,7 @@ class _Slot:
         return self.example.new_zeros(()).expand(shape)
 
 
-class ReplayHead(nn.Module):
+class ReplayBackbone(nn.Module):
     """Runs the model up to the cut and returns those recorded tensors that the tail reads."""
 
     def __init__(self, model: LogitsModel, name: str) -> None:
@@ -73,7 +73,7 @@ class ReplayHead(nn.Module):
         """
         done: list[tuple[_Call, list[Tensor]]] = []
         hooks = []
-        for name, module in self.model.model.named_modules():
+        for name, module in self.model.module.named_modules():
             if not name:
                 continue
 
@@ -130,7 +130,7 @@ class ReplayTail(nn.Module):
         answers: dict[str, list[Any]] = {}
         for call in self.calls:
             answers.setdefault(call.name, []).append(call.output(left))
-        modules = dict(self.model.model.named_modules())
+        modules = dict(self.model.module.named_modules())
         originals = {}
         for name, outputs in answers.items():
             module = modules[name]
@@ -175,7 +175,7 @@ class _ReadsValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def cut_by_replay(model: LogitsModel, name: str, images: Tensor) -> Halves:
+def split_by_replay(model: LogitsModel, name: str, images: Tensor) -> Halves:
     """The halves. Of the outputs recorded before the cut, the head returns those on which the
     logits depend when all of them are given; the others need not be kept.
 
@@ -183,7 +183,7 @@ def cut_by_replay(model: LogitsModel, name: str, images: Tensor) -> Halves:
         ArgumentError: the forward pass never calls ``name``.
         ModelError: what runs before the cut depends on the images.
     """
-    head = ReplayHead(model, name)
+    head = ReplayBackbone(model, name)
     with torch.no_grad():
         (calls, two), (others, three) = (head.recorded(batch) for batch in two_batches(images))
     if calls != others or len(two) != len(three):

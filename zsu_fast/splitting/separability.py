@@ -18,7 +18,7 @@ MOST_IMAGES = 512
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def responsiveness(model: LogitsModel, images: Tensor, labels: Tensor) -> list[tuple[str, float]]:
+def fisher_ratios(model: LogitsModel, images: Tensor, labels: Tensor) -> list[tuple[str, float]]:
     """How well each layer's input tells the classes apart, in the order of the forward pass.
 
     The ratio of the variance between class means to the variance around them (Fisher's, as the
@@ -34,8 +34,8 @@ def responsiveness(model: LogitsModel, images: Tensor, labels: Tensor) -> list[t
         (module name, ratio) of each layer with weights.
     """
     images, labels = _sample(images, labels)
-    names = layer_names(model.model, images[:2])
-    modules = dict(model.model.named_modules())
+    names = layer_names(model.module, images[:2])
+    modules = dict(model.module.named_modules())
     inputs: dict[str, list[list[Tensor]]] = {name: [] for name in names}
     hooks = []
     for name in names:

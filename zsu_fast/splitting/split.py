@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ModelError
 from ..models.wrapper import LogitsModel
 from .batch_dim import Features
-from .fx_split import cut_by_graph
+from .fx_split import split_by_fx
 from .layers import in_chunks, layer_names
-from .replay_split import ReplayHead, cut_by_replay
-from .separability import responsiveness
+from .replay_split import ReplayBackbone, split_by_replay
+from .separability import fisher_ratios
 
 
 class _Tied(ArgumentError):
@@ -28,10 +28,10 @@ class _Tied(ArgumentError):
 
 @dataclass
 class Split:
-    """A model cut in two: ``tail(*head(x)) == model(x)``.
+    """A model cut in two: ``tail(*backbone(x)) == model(x)``.
 
     Attributes:
-        head: images [N, ...] -> the tuple of tensors that cross the cut, each [N, ...].
+        backbone: images [N, ...] -> the tuple of tensors that cross the cut, each [N, ...].
         tail: those tensors -> logits [N, C].
         name: the module at which the tail starts.
         reason: why there, in words.
@@ -40,7 +40,7 @@ class Split:
             only the outputs forget.
     """
 
-    head: nn.Module
+    backbone: nn.Module
     tail: nn.Module
     name: str
     reason: str
@@ -54,9 +54,9 @@ class Split:
             images: [N, ...].
             batch: images at a time; None for as many as keep the head's feature maps small.
         """
-        chunks = in_chunks(self.head, images) if batch is None else images.split(batch)
+        chunks = in_chunks(self.backbone, images) if batch is None else images.split(batch)
         with torch.no_grad():
-            parts = [self.head(chunk) for chunk in chunks]
+            parts = [self.backbone(chunk) for chunk in chunks]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -65,7 +65,7 @@ def find_split(model: LogitsModel, at: str | int, images: Tensor, labels: Tensor
 
     "auto" takes the *first responsive layer*: the first one whose input tells the classes apart
     at least 0.9 times as well as the best layer's does, by the ratio of the variance between
-    classes to that within them (`responsiveness`). A number k takes the last k layers with
+    classes to that within them (`fisher_ratios`). A number k takes the last k layers with
     weights, in the order in which they run, and what follows them; "last" is 1. Where such a tail
     shares weights with the head, or leaves out a layer that gives logits too, the cut moves to an
     earlier layer.
@@ -82,7 +82,7 @@ def find_split(model: LogitsModel, at: str | int, images: Tensor, labels: Tensor
     if isinstance(at, str) and at not in ("auto", "last"):
         return split_at(model, at, probe, "named by the caller")
     if at == "auto":
-        layers = responsiveness(model, images, labels)
+        layers = fisher_ratios(model, images, labels)
         best = max(ratio for _, ratio in layers)
         if best > 0:
             chosen = next(i for i, (_, ratio) in enumerate(layers) if ratio >= 0.9 * best)
@@ -98,7 +98,7 @@ def find_split(model: LogitsModel, at: str | int, images: Tensor, labels: Tensor
                 "within classes to search the responsive layer by"
             )
     else:
-        layers = [(name, 1.0) for name in layer_names(model.model, probe)]
+        layers = [(name, 1.0) for name in layer_names(model.module, probe)]
         depth = 1 if at == "last" else at
         if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= len(layers):
             raise ArgumentError(
@@ -135,7 +135,7 @@ def _layer_of(parameter: str) -> str:
 @torch.no_grad()
 def _head_gives_logits(cut: Split, probe: Tensor) -> bool:
     """Whether a second classifier, beside the layer at the cut, is in the frozen head."""
-    crossing = cut.head(probe)
+    crossing = cut.backbone(probe)
     return len(crossing) > 1 and any(f.shape == cut.tail(*crossing).shape for f in crossing)
 
 
@@ -144,14 +144,14 @@ def split_at(model: LogitsModel, name: str, images: Tensor, reason: str) -> Spli
 
     Args:
         model: from `working_copy`; the tail shares its parameters.
-        name: as in ``model.model.named_modules()``.
+        name: as in ``model.module.named_modules()``.
         images: two or more valid images, to check the cut with.
         reason: recorded in the split.
 
     Raises:
         ArgumentError: no such module, it is never called, or the tail has nothing to train.
     """
-    names = dict(model.model.named_modules())
+    names = dict(model.module.named_modules())
     if name not in names or not name:
         known = [n for n in names if n]
         raise ArgumentError(
@@ -165,10 +165,10 @@ def split_at(model: LogitsModel, name: str, images: Tensor, reason: str) -> Spli
         raise ArgumentError(
             "tail",
             f"{name!r} is followed by no layer with parameters",
-            f"Name an earlier module, such as {layer_names(model.model, images)[-1]!r}.",
+            f"Name an earlier module, such as {layer_names(model.module, images)[-1]!r}.",
         )
     tied = _tied_to_head(model, head, parameters, images)
-    if tied and isinstance(head, ReplayHead):
+    if tied and isinstance(head, ReplayBackbone):
         # a replay runs the code around the cut anew: parameters used there (a class token, a
         # position embedding) are the head's, and stay as they are
         around = {name[:at] for at, letter in enumerate(name) if letter == "."} | {""}
@@ -192,7 +192,7 @@ def _checked_cut(
     wrong = 0.0
     with torch.no_grad():
         want = model(images)
-    for way in (cut_by_graph, cut_by_replay):
+    for way in (split_by_fx, split_by_replay):
         halves = way(model, name, images)
         if halves is None:
             continue
@@ -217,7 +217,7 @@ def _checked_cut(
 
 def _trained_by(model: LogitsModel, tail: nn.Module, crossing: Features) -> list[str]:
     """Names of the parameters on which the tail's logits depend."""
-    named = {n: p for n, p in model.model.named_parameters() if p.requires_grad}
+    named = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
     with torch.enable_grad():
         logits = tail(*crossing)
         if not logits.requires_grad:
@@ -230,7 +230,7 @@ def _tied_to_head(
     model: LogitsModel, head: nn.Module, parameters: Sequence[str], images: Tensor
 ) -> list[str]:
     """Those of ``parameters`` that the head's output depends on as well."""
-    named = dict(model.model.named_parameters())
+    named = dict(model.module.named_parameters())
     chosen = [named[n] for n in parameters]
     with torch.enable_grad():
         roots = [t.sum() for t in head(images[:1]) if t.requires_grad]

@@ -13,11 +13,11 @@ from .. import ops
 from ..errors import ArgumentError, is_number
 from ..runtime.precision import PRECISIONS, Precision
 from ..runtime.progress import Reporter
-from .batch_norm_prior import Observed
-from .space import Space
+from .batch_norm_prior import BatchNormStatistics
+from .space import SearchSpace
 
 # On a GPU, the host looks at which rows are done after so many steps.
-_STEPS_A_GRAPH = 4
+STEPS_PER_GRAPH = 4
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class AscentSettings:
 
 
 @dataclass
-class Climbed:
+class AscentResult:
     """Points and how they came out; row i of every tensor is point i.
 
     Attributes:
@@ -89,7 +89,7 @@ class Climbed:
     hit: Tensor
 
     @classmethod
-    def none(cls, shape: Sequence[int]) -> Climbed:
+    def none(cls, shape: Sequence[int]) -> AscentResult:
         """No points of this shape."""
         whole, number = torch.empty(0, dtype=torch.int64), torch.empty(0)
         return cls(number.view(0, *shape), whole, number, number, whole.int(), whole.bool())
@@ -109,7 +109,7 @@ class Ascent:
 
     def __init__(
         self,
-        space: Space,
+        space: SearchSpace,
         labels: Tensor,
         number: Tensor,
         settings: AscentSettings,
@@ -117,7 +117,7 @@ class Ascent:
         starts: Tensor | None = None,
     ) -> None:
         self.space, self.settings = space, settings
-        self.model, self.device = space.climbed, space.low.device
+        self.model, self.device = space.fast_model, space.low.device
         self.rate = settings.step_size * space.step
         self.beta = torch.tensor(float(settings.beta), device=self.device)
         self.labels, self.number, self.starts = labels, number, starts
@@ -131,7 +131,7 @@ class Ascent:
         self.attempt = [0] * count
         self.queue = list(range(count))[::-1]
 
-    def run(self, report: Reporter, before: int, total: int) -> Climbed:
+    def run(self, report: Reporter, before: int, total: int) -> AscentResult:
         """Climbs until no row is left.
 
         Args:
@@ -176,7 +176,7 @@ class Ascent:
             took.append(time.perf_counter() - started)
         return took[0], min(took[2:])
 
-    def result(self, keep: Tensor | None = None) -> Climbed:
+    def result(self, keep: Tensor | None = None) -> AscentResult:
         """The points at ``keep``; None for those that have reached their target so far."""
         if keep is None:
             keep = self.hit.nonzero()[:, 0]
@@ -185,7 +185,7 @@ class Ascent:
                 probability = self.space.exact(self.points[chunk].to(self.device)).softmax(1)
                 own = probability.cpu().gather(1, self.labels[chunk][:, None])[:, 0]
                 self.reached[chunk] = own
-        return Climbed(
+        return AscentResult(
             self.points[keep],
             self.labels[keep],
             self.reached[keep],
@@ -207,7 +207,9 @@ class Ascent:
         if rows.rivals:
             others = logits.scatter(1, rows.label[:, None], -torch.inf).logsumexp(1)
             goal = (own - rows.rivalry * others).sum()
-        if isinstance(self.model.model, Observed):  # times the rows: as hard a pull in any width
+        if isinstance(
+            self.model.model, BatchNormStatistics
+        ):  # times the rows: as hard a pull in any width
             goal = goal - self.settings.batch_norm * len(x) * self.model.model.distance()
         (grad,) = torch.autograd.grad(goal, x)
         probability = logits.detach().softmax(1)
@@ -368,7 +370,7 @@ def _step_many(step: Callable[[_Rows], None], device: torch.device) -> Callable[
             torch.cuda.current_stream(device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                for _ in range(_STEPS_A_GRAPH):
+                for _ in range(STEPS_PER_GRAPH):
                     step(rows)
             captured, rivals = rows, rows.rivals
         assert graph is not None

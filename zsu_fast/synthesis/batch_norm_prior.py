@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ArgumentError
-from .inference_copy import FastCopy
-from .space import Space
+from .inference_copy import InferenceCopy
+from .space import SearchSpace
 
 
-class Observed(nn.Module):
+class BatchNormStatistics(nn.Module):
     """A model that tells how far its features are from those that BatchNorm saw in training.
 
     Args:
@@ -56,7 +56,7 @@ class Observed(nn.Module):
         return torch.stack(self._terms).sum()
 
 
-def check_batch_norm(space: Space, batch_norm: float) -> None:
+def check_batch_norm(space: SearchSpace, batch_norm: float) -> None:
     """Raises where a prior on images is asked for and points are no images.
 
     Raises:
@@ -72,7 +72,9 @@ def check_batch_norm(space: Space, batch_norm: float) -> None:
         )
 
 
-def with_statistics(space: Space) -> Space:
+def with_statistics(space: SearchSpace) -> SearchSpace:
     """``space`` with a copy of the model whose BatchNorm layers are not folded away."""
     model = copy.deepcopy(space.exact).requires_grad_(False)
-    return replace(space, climbed=FastCopy(Observed(model), False, torch.float32, False))
+    return replace(
+        space, fast_model=InferenceCopy(BatchNormStatistics(model), False, torch.float32, False)
+    )

@@ -23,7 +23,7 @@ _TILE = 4 * 1024 * 1024
 # The rule in words, for the record.
 ALL = "all classes"
 RULE = "the forgotten, half of the sample nearest to them by the last layer's weights, half by lot"
-BY_LOT = "the forgotten, and the sample by lot: the last layer has no weights a class"
+RANDOM = "the forgotten, and the sample by lot: the last layer has no weights a class"
 
 
 def check_retain_sample(value: int | None) -> None:

@@ -32,7 +32,7 @@ class DepthwiseMode(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def has_a_channel_each(module: nn.Module) -> bool:
+def is_depthwise_conv(module: nn.Module) -> bool:
     """Whether it is a depthwise convolution."""
     return isinstance(module, nn.Conv2d) and module.groups == len(module.weight) > 1
 

@@ -20,16 +20,16 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..models.wrapper import LogitsModel
-from ..runtime.fx_tracing import loosen, trace
+from ..runtime.fx_tracing import break_reference_cycles, trace
 from ..runtime.precision import Precision, fp32_precision, has_bfloat16
-from .depthwise import DepthwiseMode, has_a_channel_each
+from .depthwise import DepthwiseMode, is_depthwise_conv
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
-class FastCopy:
-    """What `fast_copy` made.
+class InferenceCopy:
+    """What `inference_copy` made.
 
     Attributes:
         model: images -> logits; its parameters need no gradients.
@@ -66,7 +66,9 @@ class FastCopy:
 
 # Two copies of a deep model would look like two functions where cuDNN rounds to TF32.
 @fp32_precision(torch.backends.cudnn.conv, "ieee")  # type: ignore[attr-defined]
-def fast_copy(model: LogitsModel, images: Tensor, precision: Precision = "auto") -> FastCopy:
+def inference_copy(
+    model: LogitsModel, images: Tensor, precision: Precision = "auto"
+) -> InferenceCopy:
     """A cheaper copy of ``model``, as far as each step leaves the logits what they are.
 
     Args:
@@ -74,27 +76,29 @@ def fast_copy(model: LogitsModel, images: Tensor, precision: Precision = "auto")
         images: two or more, [N, ...], to check with.
         precision: "auto" is bfloat16 where this device computes in it, else float32.
     """
-    plain = FastCopy(copy.deepcopy(model).requires_grad_(False), False, torch.float32, False)
+    plain = InferenceCopy(copy.deepcopy(model).requires_grad_(False), False, torch.float32, False)
     want = _logits_and_gradient(plain, images)
     made = plain
     folded = _folded(plain.model, images)
     if folded is not None:
-        made = _if_same(replace(made, model=folded, folded=True), made, images, want)
-    pooled = _pooled_first(made.model)
+        made = keep_if_equivalent(replace(made, model=folded, folded=True), made, images, want)
+    pooled = pool_before_relu(made.model)
     if pooled is not None:
-        made = _if_same(replace(made, model=pooled), made, images, want)
+        made = keep_if_equivalent(replace(made, model=pooled), made, images, want)
     if images.ndim == 4:
         moved = copy.deepcopy(made.model).to(memory_format=torch.channels_last)
-        made = _if_same(replace(made, model=moved, channels_last=True), made, images, want)
-    if images.device.type == "cpu" and any(map(has_a_channel_each, made.model.modules())):
-        made = _if_same(replace(made, depthwise=True), made, images, want)
+        made = keep_if_equivalent(
+            replace(made, model=moved, channels_last=True), made, images, want
+        )
+    if images.device.type == "cpu" and any(map(is_depthwise_conv, made.model.modules())):
+        made = keep_if_equivalent(replace(made, depthwise=True), made, images, want)
     if precision == "bfloat16" or (precision == "auto" and has_bfloat16(images.device)):
         halved = copy.deepcopy(made.model)
         for module in halved.modules():  # else autocast would cast these weights at every step
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.to(torch.bfloat16)
         half = replace(made, model=halved, dtype=torch.bfloat16)
-        made = _if_same(half, made, images, want)
+        made = keep_if_equivalent(half, made, images, want)
     return made
 
 
@@ -152,7 +156,7 @@ def _normalises(norm: nn.Module, x: Tensor) -> bool:
     return bool(torch.allclose(norm(x), want, rtol=1e-4, atol=1e-5))
 
 
-def _pooled_first(model: nn.Module) -> nn.Module | None:
+def pool_before_relu(model: nn.Module) -> nn.Module | None:
     """Turns ``max_pool2d(relu(x))`` round: the same bits for a quarter of relu's work."""
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
         return None
@@ -194,7 +198,7 @@ def _pooled_first(model: nn.Module) -> nn.Module | None:
     return traced
 
 
-def _logits_and_gradient(made: FastCopy, images: Tensor) -> tuple[Tensor, Tensor]:
+def _logits_and_gradient(made: InferenceCopy, images: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         x = made.layout(images).requires_grad_(True)
         logits = made(x)
@@ -202,9 +206,11 @@ def _logits_and_gradient(made: FastCopy, images: Tensor) -> tuple[Tensor, Tensor
     return logits.detach(), gradient
 
 
-def _if_same(new: FastCopy, old: FastCopy, images: Tensor, want: tuple[Tensor, Tensor]) -> FastCopy:
+def keep_if_equivalent(
+    new: InferenceCopy, old: InferenceCopy, images: Tensor, want: tuple[Tensor, Tensor]
+) -> InferenceCopy:
     """``new`` if it runs and gives the logits and the input gradient ``want``, else ``old``."""
-    loosen(new.model)
+    break_reference_cycles(new.model)
     try:
         logits, gradient = _logits_and_gradient(new, images)
     except RuntimeError as error:  # such as x.view() on channels-last maps

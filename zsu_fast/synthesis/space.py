@@ -14,7 +14,7 @@ from ..models.input_spec import InputSpec, noise_images
 from ..models.wrapper import LogitsModel
 from ..runtime.precision import Precision
 from ..splitting.split import Split
-from .inference_copy import FastCopy, fast_copy
+from .inference_copy import InferenceCopy, inference_copy
 
 SpaceName = Literal["input", "tail-input"]
 SPACES = ("input", "tail-input")
@@ -25,7 +25,7 @@ _NOISE_IMAGES = 32
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """A space to climb in: which values are valid, where to start, how long a step is.
 
     Attributes:
@@ -35,7 +35,7 @@ class Space:
         low, high: bounds, broadcastable to [N, *shape]; infinite where there is none.
         middle, spread: mean and standard deviation of the starting points, broadcastable too.
         step: what a step size of 1 stands for.
-        climbed: points [N, *shape] -> logits, as cheaply as they can be had.
+        fast_model: points [N, *shape] -> logits, as cheaply as they can be had.
         exact: the same, by the float32 model itself.
     """
 
@@ -47,7 +47,7 @@ class Space:
     middle: Tensor
     spread: Tensor
     step: Tensor
-    climbed: FastCopy
+    fast_model: InferenceCopy
     exact: nn.Module
 
     def parts(self, points: Tensor) -> tuple[Tensor, ...]:
@@ -60,20 +60,20 @@ class Space:
         return torch.clamp(self.middle + self.spread * noise, self.low, self.high)
 
 
-def input_space(model: LogitsModel, spec: InputSpec, precision: Precision) -> Space:
+def input_space(model: LogitsModel, spec: InputSpec, precision: Precision) -> SearchSpace:
     """Valid images: mid-grey with a little noise to start from, a step in units of the range."""
     device = next(model.parameters()).device
     bounds = (-1, 1, 1) if len(spec.shape) == 3 else (-1,)
     low, high = (b.view(bounds).to(device) for b in (spec.low, spec.high))
     probe = noise_images(spec, 2).to(device)
     middle, span = (low + high) / 2, high - low
-    fast = fast_copy(model, probe, precision)
-    return Space(
+    fast = inference_copy(model, probe, precision)
+    return SearchSpace(
         "input", "", spec.shape, low, high, middle, _NOISE * span, span.mean(), fast, model
     )
 
 
-def tail_input_space(cut: Split, spec: InputSpec, device: torch.device) -> Space:
+def tail_input_space(cut: Split, spec: InputSpec, device: torch.device) -> SearchSpace:
     """Activations at the cut, flattened: the head is not run for them, only the tail is.
 
     Their scale comes from the activations of a few noise images; where none of these is negative
@@ -85,11 +85,11 @@ def tail_input_space(cut: Split, spec: InputSpec, device: torch.device) -> Space
     tail = FlatTail(cut.tail, [tuple(f.shape[1:]) for f in features])
     size = flat.square().mean().sqrt()
     nothing = torch.tensor(math.inf, device=device)
-    return Space(
+    return SearchSpace(
         "tail-input", cut.name, (flat.shape[1],),
         torch.zeros((), device=device) if bool((flat >= 0).all()) else -nothing,
         nothing, torch.zeros_like(size), _NOISE * size, size,
-        FastCopy(tail, False, torch.float32, False), tail,
+        InferenceCopy(tail, False, torch.float32, False), tail,
     )  # fmt: skip
 
 

@@ -23,18 +23,18 @@ from ..models.input_spec import InputSpec
 from ..models.parameters import weights_hash
 from ..models.wrapper import count_classes, resolve_device, working_copy
 from ..runtime import memory
-from ..runtime.distributed import Team, pieces, ranks_here
+from ..runtime.distributed import Ranks, make_shards, ranks_here
 from ..runtime.events import Callback, Stopped
 from ..runtime.flops import multiply_adds
 from ..runtime.precision import Precision
 from ..runtime.progress import Reporter
 from ..runtime.threads import threads_for
-from ..runtime.torch_defaults import own_modes
-from .ascent import Ascent, AscentSettings, Climbed
+from ..runtime.torch_defaults import torch_defaults
+from .ascent import Ascent, AscentResult, AscentSettings
 from .batch_norm_prior import check_batch_norm, with_statistics
 from .cache import Cache
 from .impressions import ClassImpressions
-from .space import Space, input_space
+from .space import SearchSpace, input_space
 
 # A working batch holds at most this many values: 1,365 images of 3x32x32, 27 of 3x224x224.
 _BATCH_VALUES = 4 * 1024 * 1024
@@ -46,11 +46,11 @@ _BATCH_LOGITS = 16 * 1024 * 1024
 # are read for it; but so many rows at least.
 _CACHE_BYTES, _FEWEST = 24 * 1024 * 1024, 8
 # A shard, made without a look at any other, is at most this many working batches.
-_BATCHES_A_SHARD = 4
+BATCHES_PER_SHARD = 4
 _log = logging.getLogger(__name__)
 
 
-@own_modes()
+@torch_defaults()
 def synthesize(
     model: nn.Module,
     classes: Any = None,
@@ -116,7 +116,7 @@ def synthesize(
         return ascend(copied, space, spec, chosen, settings, report, cache)
 
 
-def batch_rows(space: Space, processes: int = 1) -> tuple[int, int]:
+def batch_rows(space: SearchSpace, processes: int = 1) -> tuple[int, int]:
     """Rows of a shard, by the space alone, and of a working batch, by cache and free memory too.
 
     Args:
@@ -128,30 +128,30 @@ def batch_rows(space: Space, processes: int = 1) -> tuple[int, int]:
         logits = space.exact(start).shape[1]
     values = _BATCH_VALUES * (_GPU_VALUES if start.device.type == "cuda" else 1)
     most = max(16, min(values // start.numel(), _BATCH_LOGITS // logits))
-    row = memory.bytes_a_row(space.climbed, start)
+    row = memory.bytes_per_row(space.fast_model, start)
     fit = memory.rows_that_fit(row, space.low.device, processes)
     if start.device.type == "cpu":
-        weights = sum(p.nbytes for p in space.climbed.model.parameters())
+        weights = sum(p.nbytes for p in space.fast_model.model.parameters())
         fit = min(fit, max(_FEWEST, max(_CACHE_BYTES, weights) // row))
-    return _BATCHES_A_SHARD * most, min(most, fit)
+    return BATCHES_PER_SHARD * most, min(most, fit)
 
 
 def ascend(
     model: nn.Module,
-    space: Space,
+    space: SearchSpace,
     spec: InputSpec,
     classes: Sequence[int],
     settings: AscentSettings,
     report: Reporter,
     cache: str | Path | None = None,
     starts: Tensor | None = None,
-    team: Team | None = None,
+    ranks: Ranks | None = None,
 ) -> ClassImpressions:
-    """`synthesize` in a `Space`, shard by shard; from ``starts`` [N, ...] instead of noise.
+    """`synthesize` in a `SearchSpace`, shard by shard; from ``starts`` [N, ...] instead of noise.
 
     All classes of a shard share one batch; rows that are done leave it. How many rows go at once
     is measured (`memory.rows_that_fit`), and halved where memory runs out all the same. The ranks
-    of a ``team`` share the work, in smaller shards, and each gets all impressions.
+    of a ``ranks`` share the work, in smaller shards, and each gets all impressions.
     """
     check_batch_norm(space, settings.batch_norm)
     if settings.batch_norm:
@@ -160,26 +160,26 @@ def ascend(
     labels = torch.tensor(list(classes)).repeat_interleave(settings.per_class)
     number = torch.arange(settings.per_class).repeat(len(classes))
     start = space.start(torch.zeros(1, *space.shape, device=device))
-    team = team or Team()
-    shard_rows, width = batch_rows(space, 1 if team.alone else ranks_here())
+    ranks = ranks or Ranks()
+    shard_rows, width = batch_rows(space, 1 if ranks.single else ranks_here())
     work = multiply_adds(space.exact, start)
-    if team.alone:
+    if ranks.single:
         layout = {"rows a shard": shard_rows}
         shards = list(torch.arange(len(labels)).split(shard_rows))
     else:
-        shards = pieces(len(labels), shard_rows, work, device)
-        layout = {"pieces": len(shards)}
+        shards = make_shards(len(labels), shard_rows, work, device)
+        layout = {"make_shards": len(shards)}
     kept = None
     if cache is not None:
         facts = _facts(model, space, spec, labels, settings)
         kept = Cache(cache, facts | layout)
-    parts, rows = [Climbed.none(space.shape)], [torch.empty(0, dtype=torch.int64)]
+    parts, rows = [AscentResult.none(space.shape)], [torch.empty(0, dtype=torch.int64)]
     with threads_for(work, device):
-        for at in team.deal(len(shards)):
+        for at in ranks.claim_shards(len(shards)):
             shard, done = shards[at], sum(map(len, shards[:at]))
             found = kept.load(at) if kept else None
             if found is not None:
-                parts.append(Climbed(**found))
+                parts.append(AscentResult(**found))
                 rows.append(shard)
                 continue
             while True:
@@ -193,7 +193,7 @@ def ascend(
                 except Stopped:
                     parts.append(climb.result())
                     rows.append(shard[climb.hit])
-                    return joined(parts, rows, spec, space, team)
+                    return joined(parts, rows, spec, space, ranks)
                 except (RuntimeError, MemoryError) as error:
                     if not memory.is_out_of_memory(error) or climb.width == 1:
                         raise
@@ -203,25 +203,26 @@ def ascend(
                 break
             if kept:
                 kept.save(at, vars(parts[-1]))
-    return joined(parts, rows, spec, space, team)
+    return joined(parts, rows, spec, space, ranks)
 
 
 def joined(
-    parts: list[Climbed], rows: list[Tensor], spec: InputSpec, space: Space, team: Team
+    parts: list[AscentResult], rows: list[Tensor], spec: InputSpec, space: SearchSpace, ranks: Ranks
 ) -> ClassImpressions:
     """All parts of all ranks, in the order of their ``rows``."""
     columns = {
-        name: torch.cat([getattr(p, name) for p in parts]) for name in Climbed.__dataclass_fields__
+        name: torch.cat([getattr(p, name) for p in parts])
+        for name in AscentResult.__dataclass_fields__
     }
-    if not team.alone:
-        columns = team.gather(columns | {"rows": torch.cat(rows)})
+    if not ranks.single:
+        columns = ranks.gather(columns | {"rows": torch.cat(rows)})
         order = columns.pop("rows").argsort()
         columns = {name: column[order] for name, column in columns.items()}
     return ClassImpressions(images=columns.pop("points"), **columns, spec=spec, space=space.name)
 
 
 def _facts(
-    model: nn.Module, space: Space, spec: InputSpec, labels: Tensor, settings: AscentSettings
+    model: nn.Module, space: SearchSpace, spec: InputSpec, labels: Tensor, settings: AscentSettings
 ) -> dict[str, Any]:
     """What impressions depend on, for the cache."""
     return {
@@ -229,7 +230,11 @@ def _facts(
         "weights": weights_hash(model),
         "layers": re.sub(r" at 0x[0-9a-f]+", "", repr(model)),  # less the addresses of functions
         "space": [space.name, list(space.shape), space.cut],
-        "computed": [str(space.climbed.dtype), space.climbed.channels_last, space.climbed.folded],
+        "computed": [
+            str(space.fast_model.dtype),
+            space.fast_model.channels_last,
+            space.fast_model.folded,
+        ],
         "spec": [spec.shape, spec.mean, spec.std],
         "settings": asdict(settings),
         "classes": labels.unique().tolist(),

@@ -17,7 +17,7 @@ TILE_VALUES = 8 * 1024 * 1024
 TILE_CLASSES = 8192
 
 
-class NarrowTail(nn.Module):
+class ClassSubsetTail(nn.Module):
     """Logits of some classes: the tail, run with their rows of its weights in place of all.
 
     Args:
@@ -61,7 +61,7 @@ def row_names(tail: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
 
 
 @torch.no_grad()
-def can_narrow(
+def supports_subset(
     tail: nn.Module, parameters: Sequence[nn.Parameter], features: tuple[Tensor, ...]
 ) -> bool:
     """Whether some classes' logits come out the same without the others' weights.
@@ -78,7 +78,7 @@ def can_narrow(
     want = tail(*probe)
     chosen = torch.arange(0, want.shape[1], max(1, want.shape[1] // 7), device=want.device)
     try:
-        got = NarrowTail(tail, names, chosen, copied=False)(*probe)
+        got = ClassSubsetTail(tail, names, chosen, copied=False)(*probe)
     except (RuntimeError, ValueError, IndexError):  # shapes that hold for all classes only
         return False
     want = want[:, chosen]
@@ -91,4 +91,4 @@ def tiles(
     """Logits of all classes, tile by tile: (which classes, float [N, tile])."""
     for start in range(0, classes, TILE_CLASSES):
         part = slice(start, min(start + TILE_CLASSES, classes))
-        yield part, NarrowTail(tail, names, part, copied=False)(*features)
+        yield part, ClassSubsetTail(tail, names, part, copied=False)(*features)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, is_number
-from . import class_subset as narrow
+from . import class_subset
 
 # Mixtures are this many times as far from the mean as the impressions they are made of.
 _REACH = (0.5, 4.0)
@@ -24,7 +24,7 @@ _KEPT_TEACHER = 512 * 1024**2
 
 
 @dataclass(frozen=True)
-class Mixing:
+class FeatureMixup:
     """How rows are made of other rows: ``(1 - s) * mean + s * (w * a + (1 - w) * b)``.
 
     Attributes:
@@ -55,7 +55,7 @@ class Mixing:
 
 
 @dataclass
-class Rows:
+class FeatureSet:
     """Training or held-out rows at the cut, each with the original model's answer.
 
     Attributes:
@@ -68,7 +68,7 @@ class Rows:
         original: a copy of the original tail, which gives the teacher's logits of picked rows
             where they are too many to keep.
         rest: float32 [N, 2], logsumexp and maximum of the teacher's retained logits, where only
-            the forgotten ones are computed (`Alone`); teacher is [N, 0] then.
+            the forgotten ones are computed (`ForgetOnlyKL`); teacher is [N, 0] then.
         spread: standard deviation of all the teacher's logits; None to take it from them.
     """
 
@@ -76,7 +76,7 @@ class Rows:
     teacher: Tensor
     label: Tensor
     forgotten: Tensor
-    mixing: Mixing | None = None
+    mixing: FeatureMixup | None = None
     original: nn.Module | None = None
     rest: Tensor | None = None
     spread: float | None = None
@@ -84,7 +84,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.label)
 
-    def pick(self, index: Tensor) -> Rows:
+    def select(self, index: Tensor) -> FeatureSet:
         """The rows at ``index``, int64 [n]."""
         features = self.features_at(index)
         if self.original is None:
@@ -92,7 +92,7 @@ class Rows:
         else:
             with torch.no_grad():
                 teacher = self.original(*features)
-        return Rows(
+        return FeatureSet(
             features,
             teacher,
             self.label.index_select(0, index),
@@ -104,7 +104,7 @@ class Rows:
         """All rows in order, as indices in chunks of bounded size: features and logits."""
         index = torch.arange(len(self), device=self.label.device)
         row = sum(f[0].numel() * f.element_size() for f in self.features)
-        most = min(1024, _CHUNK // row, narrow.TILE_VALUES // classes)
+        most = min(1024, _CHUNK // row, class_subset.TILE_VALUES // classes)
         yield from index.split(max(1, most))
 
     def features_at(self, index: Tensor) -> tuple[Tensor, ...]:
@@ -114,7 +114,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class RowSettings:
+class FeatureSettings:
     """What the tail is shown beside the impressions, and how far it has to go.
 
     Attributes:
@@ -147,68 +147,72 @@ class RowSettings:
         """Mixtures to make of so many impressions of so many classes."""
         return max(2048, 4 * impressions, 12 * classes) if self.mixtures is None else self.mixtures
 
-    def margin_for(self, logits: Tensor, label: Tensor, alone: bool = False) -> float:
+    def margin_for(self, logits: Tensor, label: Tensor, forget_logits_only: bool = False) -> float:
         """The margin, from the original's logits [N, C] of impressions and their classes [N].
 
-        Twice as far where forgotten logits move ``alone``: that costs the others nothing.
+        Twice as far where forgotten logits alone move: that costs the others nothing.
         """
         if self.margin is not None:
             return self.margin
-        return self.margin_of(float(leads(logits, label).mean()), logits.shape[1], alone)
+        return self.margin_of(
+            float(logit_margin(logits, label).mean()), logits.shape[1], forget_logits_only
+        )
 
-    def margin_of(self, lead: float, classes: int, alone: bool) -> float:
+    def margin_of(self, lead: float, classes: int, forget_logits_only: bool) -> float:
         """The margin, from the mean lead of impressions of a model of so many classes."""
         if self.margin is not None:
             return self.margin
-        return (4 if alone else 2) * math.log10(max(10, classes)) * max(0.0, lead)
+        return (4 if forget_logits_only else 2) * math.log10(max(10, classes)) * max(0.0, lead)
 
 
-def training_rows(
+def train_val_sets(
     tail: nn.Module,
     features: tuple[Tensor, ...],
     label: Tensor,
     forget: Tensor,
-    settings: RowSettings,
+    settings: FeatureSettings,
     generator: torch.Generator,
-    alone: bool = False,
+    forget_logits_only: bool = False,
     names: Sequence[str] = (),
-) -> tuple[Rows, Rows, float]:
-    """Rows to train on, rows to watch, and the margin.
+) -> tuple[FeatureSet, FeatureSet, float]:
+    """Rows to train on, rows to validate on, and the margin.
 
-    Those watched are made of other impressions where there are enough to hold some out, else they
+    Validation rows are made of other impressions where there are enough to hold some out, else they
     are other mixtures of the same.
 
     Args:
-        tail, features, label, forget, generator: as for `make_rows`, of all impressions.
+        tail, features, label, forget, generator: as for `build_feature_set`, of all impressions.
         settings: how many mixtures, and what margin.
-        alone: whether only the forgotten logits are to move.
-        names: as for `make_rows`.
+        forget_logits_only: whether only the forgotten logits are to move.
+        names: as for `build_feature_set`.
     """
     held = held_out(label)
     count = int((~held).sum())
     classes = len(label.unique())
 
-    def rows(part: Tensor, mixtures: int, impressions: bool = True) -> Rows:
+    def rows(part: Tensor, mixtures: int, impressions: bool = True) -> FeatureSet:
         chosen = tuple(f[part] for f in features)
-        return make_rows(tail, chosen, label[part], forget, mixtures, generator, impressions, names)
+        return build_feature_set(
+            tail, chosen, label[part], forget, mixtures, generator, impressions, names
+        )
 
     train = rows(~held, settings.count(count, classes))
     if bool(held.any()):
-        watched = rows(held, settings.count(int(held.sum()), 0))
+        validation = rows(held, settings.count(int(held.sum()), 0))
     else:
-        watched = rows(~held, max(1024, classes), impressions=False)
-    lead = mean_lead(tail, train, count, len(forget))
-    return train, watched, settings.margin_of(lead, len(forget), alone)
+        validation = rows(~held, max(1024, classes), impressions=False)
+    lead = mean_logit_margin(tail, train, count, len(forget))
+    return train, validation, settings.margin_of(lead, len(forget), forget_logits_only)
 
 
-def leads(logits: Tensor, label: Tensor) -> Tensor:
+def logit_margin(logits: Tensor, label: Tensor) -> Tensor:
     """By how much each row's logit of its label [N] lies above all others, [N]."""
     rival = logits.scatter(1, label[:, None], -torch.inf).amax(1)
     return logits.gather(1, label[:, None])[:, 0] - rival
 
 
 @torch.no_grad()
-def mean_lead(tail: nn.Module, rows: Rows, count: int, classes: int) -> float:
+def mean_logit_margin(tail: nn.Module, rows: FeatureSet, count: int, classes: int) -> float:
     """By how much the logits of the first ``count`` rows' labels lead, on average.
 
     ``tail`` is still the original one.
@@ -220,7 +224,7 @@ def mean_lead(tail: nn.Module, rows: Rows, count: int, classes: int) -> float:
             break
         kept = rows.teacher.shape[1] > 0
         logits = rows.teacher[part] if kept else tail(*rows.features_at(part))
-        total += float(leads(logits, rows.label[part]).sum())
+        total += float(logit_margin(logits, rows.label[part]).sum())
     return total / max(1, count)
 
 
@@ -234,7 +238,7 @@ def held_out(label: Tensor) -> Tensor:
     return held
 
 
-def make_rows(
+def build_feature_set(
     tail: nn.Module,
     features: tuple[Tensor, ...],
     label: Tensor,
@@ -243,7 +247,7 @@ def make_rows(
     generator: torch.Generator,
     impressions: bool = True,
     names: Sequence[str] = (),
-) -> Rows:
+) -> FeatureSet:
     """Impressions at the cut and mixtures of them, labelled by the (still original) tail.
 
     A mixture is ``mean + s * (w * a + (1 - w) * b - mean)`` of two impressions' features, ``w``
@@ -261,7 +265,7 @@ def make_rows(
         generator: on the CPU.
         impressions: False leaves out the impressions themselves.
         names: parameters of the tail with a row a class, where only the forgotten logits are to
-            be computed: the rows then have `Rows.rest` in place of the teacher's logits.
+            be computed: the rows then have `FeatureSet.rest` in place of the teacher's logits.
     """
     count, device = len(label), label.device
     forget_rows = forget[label].nonzero()[:, 0].cpu()
@@ -278,7 +282,7 @@ def make_rows(
         itself, one = torch.arange(count), torch.ones(count)
         first, second = torch.cat([itself, first]), torch.cat([itself, second])
         weight, scale = torch.cat([one, weight]), torch.cat([one, scale])
-    mixing = Mixing(
+    mixing = FeatureMixup(
         first.to(device),
         second.to(device),
         weight.to(device),
@@ -289,40 +293,40 @@ def make_rows(
     total = len(first)
     if total * sum(f[0].numel() * f.element_size() for f in features) <= _KEPT:
         made = mixing(features, torch.arange(total, device=device))
-        rows = labelled_rows(tail, made, forget, names)
+        rows = label_features(tail, made, forget, names)
     else:
-        rows = labelled_rows(tail, features, forget, names, mixing)
+        rows = label_features(tail, features, forget, names, mixing)
     if impressions:
         rows.label[:count] = label
         rows.forgotten = forget[rows.label]
     return rows
 
 
-def labelled_rows(
+def label_features(
     tail: nn.Module,
     features: tuple[Tensor, ...],
     forget: Tensor,
     names: Sequence[str] = (),
-    mixing: Mixing | None = None,
-) -> Rows:
+    mixing: FeatureMixup | None = None,
+) -> FeatureSet:
     """Rows, with what the (still original) tail says of them and its top classes as labels.
 
     Args:
-        tail, forget, names: as for `make_rows`.
+        tail, forget, names: as for `build_feature_set`.
         features: of the rows, each [N, ...]; or, with ``mixing``, what they are made of.
-        mixing: see `Rows`.
+        mixing: see `FeatureSet`.
     """
     total = len(features[0]) if mixing is None else len(mixing.first)
     unknown = torch.empty(total, device=forget.device)
     teacher = torch.empty(total, 0, device=forget.device)
-    rows = Rows(features, teacher, unknown, unknown, mixing)
+    rows = FeatureSet(features, teacher, unknown, unknown, mixing)
     _label(rows, tail, forget, names)
     rows.forgotten = forget[rows.label]
     return rows
 
 
 @torch.no_grad()
-def _label(rows: Rows, tail: nn.Module, forget: Tensor, names: Sequence[str]) -> None:
+def _label(rows: FeatureSet, tail: nn.Module, forget: Tensor, names: Sequence[str]) -> None:
     """Fills in what the original tail says of the rows: all its logits where they are few.
 
     Else what has to be known of them is taken from a tile at a time.
@@ -336,11 +340,11 @@ def _label(rows: Rows, tail: nn.Module, forget: Tensor, names: Sequence[str]) ->
     rows.label = torch.zeros(total, dtype=torch.int64, device=device)
     rest = torch.full((total, 2), -torch.inf, device=device)
     moments = torch.zeros(2, dtype=torch.float64, device=device)
-    for part in rows.chunks(min(classes, narrow.TILE_CLASSES) if names else classes):
+    for part in rows.chunks(min(classes, class_subset.TILE_CLASSES) if names else classes):
         features = rows.features_at(part)
         top = torch.full((len(part),), -torch.inf, device=device)
         tiles: Iterable[tuple[slice, Tensor]] = (
-            narrow.tiles(tail, names, classes, features) if names
+            class_subset.tiles(tail, names, classes, features) if names
             else [(slice(0, classes), tail(*features))]
         )  # fmt: skip
         for where, logits in tiles:

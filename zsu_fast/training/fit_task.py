@@ -7,21 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .features import Rows
-from .losses import Masked, Objective
+from .features import FeatureSet
+from .losses import MaskedKL, Objective
 
 # Of more classes than this, the forgotten ones' logits alone are computed, where they alone move.
 SUBSET_ABOVE = 256
 
 
 @dataclass
-class Lesson:
+class FitTask:
     """What `train_tail` takes: see there."""
 
     tail: nn.Module
     parameters: list[nn.Parameter]
-    rows: Rows
-    watched: Rows
+    rows: FeatureSet
+    validation: FeatureSet
     objective: Objective
-    yardstick: Masked
+    validation_loss: MaskedKL
     generator: torch.Generator

@@ -1,4 +1,4 @@
-"""The tail loop: optimiser steps on cached rows, watched on held-out rows, never left worse off.
+"""The tail loop: optimiser steps on cached rows, validated on held-out rows, never left worse off.
 
 Every few steps the tail is scored on rows that it does not train on. The best state is kept; when
 nothing improves any more, or values stop being finite, the loop ends and that state comes back.
@@ -17,13 +17,13 @@ from ..runtime.events import Stopped
 from ..runtime.flops import multiply_adds
 from ..runtime.progress import Reporter
 from ..runtime.threads import threads_for
-from .features import Rows
-from .losses import Masked, Objective
-from .train_step import LOOPS, Loop, make_stepper
+from .features import FeatureSet
+from .losses import MaskedKL, Objective
+from .train_step import LOOPS, Loop, make_train_step
 
 # A step moves the bias of a logit by this share of the logits' spread. By the rate of the weights
 # it would hardly move; yet it alone acts on images that are like no impression.
-_BIAS_RATE = 0.05
+BIAS_STEP = 0.05
 # Multiply-adds that a step's forward pass may take by default.
 _STEP_WORK = 4_000_000_000
 
@@ -41,7 +41,7 @@ class LoopSettings:
             started over, where it fails.
         early_stop: False runs all steps at a fixed rate and keeps the last state (the published
             recipe), unless it is not finite.
-        loop: who takes the steps, see `steppers.make_stepper`.
+        loop: who takes the steps, see `train_step.make_train_step`.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -77,7 +77,7 @@ class LoopSettings:
 
 
 @dataclass
-class Check:
+class ValidationResult:
     """One look at the held-out rows.
 
     Attributes:
@@ -110,8 +110,8 @@ class Fit:
         learning_rate: of the attempt that gave the best state.
     """
 
-    history: list[Check] = field(default_factory=list)
-    best: Check | None = None
+    history: list[ValidationResult] = field(default_factory=list)
+    best: ValidationResult | None = None
     stopped: str = ""
     learning_rate: float = 0.0
 
@@ -119,10 +119,10 @@ class Fit:
 def train_tail(
     tail: nn.Module,
     parameters: list[nn.Parameter],
-    rows: Rows,
-    held_out: Rows,
+    rows: FeatureSet,
+    held_out: FeatureSet,
     objective: Objective,
-    yardstick: Masked,
+    validation_loss: MaskedKL,
     settings: LoopSettings,
     generator: torch.Generator,
     report: Reporter,
@@ -135,7 +135,7 @@ def train_tail(
         rows: the training rows; batches are drawn from them without replacement.
         held_out: rows made from other impressions.
         objective: what to descend on.
-        yardstick: scores the held-out rows.
+        validation_loss: scores the held-out rows.
         settings: steps, batch, rate, stop.
         generator: draws the batches, on the CPU.
         report: told after every check.
@@ -143,16 +143,28 @@ def train_tail(
     Returns:
         The history and why it ended.
     """
-    one = rows.pick(torch.zeros(1, dtype=torch.int64, device=rows.label.device))
+    one = rows.select(torch.zeros(1, dtype=torch.int64, device=rows.label.device))
     work = multiply_adds(tail, *one.features)
-    rate = settings.learning_rate or objective.learning_rate or natural_rate(parameters)
+    rate = settings.learning_rate or objective.learning_rate or relative_learning_rate(parameters)
     scales = [1.0] * len(parameters)
-    if yardstick.alone and settings.learning_rate is objective.learning_rate is None:
+    if (
+        validation_loss.forget_logits_only
+        and settings.learning_rate is objective.learning_rate is None
+    ):
         biases = [p.ndim == 1 for p in parameters]
         spread = float(rows.teacher.std()) if rows.spread is None else rows.spread
-        scales = [_BIAS_RATE * spread / rate if b else 1.0 for b in biases]
+        scales = [BIAS_STEP * spread / rate if b else 1.0 for b in biases]
     attempt = _Attempt(
-        tail, parameters, rows, held_out, objective, yardstick, settings, work, scales, generator
+        tail,
+        parameters,
+        rows,
+        held_out,
+        objective,
+        validation_loss,
+        settings,
+        work,
+        scales,
+        generator,
     )
     fit = Fit()
     start = attempt.save()
@@ -189,11 +201,11 @@ def train_tail(
     return fit
 
 
-def _better(new: Check, old: Check) -> bool:
+def _better(new: ValidationResult, old: ValidationResult) -> bool:
     return math.isfinite(new.divergence) and new.divergence < old.divergence
 
 
-def natural_rate(parameters: list[nn.Parameter]) -> float:
+def relative_learning_rate(parameters: list[nn.Parameter]) -> float:
     """A rate at which Adam moves the average weight by 2 % a step."""
     total = sum(float(p.detach().float().square().sum()) for p in parameters if p.ndim > 1)
     count = sum(p.numel() for p in parameters if p.ndim > 1)
@@ -211,10 +223,10 @@ class _Attempt:
         self,
         tail: nn.Module,
         parameters: list[nn.Parameter],
-        rows: Rows,
-        held_out: Rows,
+        rows: FeatureSet,
+        held_out: FeatureSet,
         objective: Objective,
-        yardstick: Masked,
+        validation_loss: MaskedKL,
         settings: LoopSettings,
         work: int,
         scales: list[float],
@@ -222,14 +234,14 @@ class _Attempt:
     ) -> None:
         self.tail, self.parameters = tail, parameters
         self.rows, self.held_out = rows, held_out
-        self.objective, self.yardstick = objective, yardstick
-        self.steps = settings.steps_for(len(yardstick.forget))
+        self.objective, self.validation_loss = objective, validation_loss
+        self.steps = settings.steps_for(len(validation_loss.forget))
         self.early_stop = settings.early_stop
         self.batch = min(settings.batch_for(work), len(rows))
         self.generator = generator
         self.order, self.at = torch.empty(0, dtype=torch.int64), 0
-        self.stepper = make_stepper(settings.loop, tail, parameters, rows, objective, scales)
-        self.best: Check | None = None
+        self.stepper = make_train_step(settings.loop, tail, parameters, rows, objective, scales)
+        self.best: ValidationResult | None = None
         self.best_state: list[Tensor] = []
 
     def save(self) -> list[Tensor]:
@@ -255,12 +267,14 @@ class _Attempt:
             self.at += self.batch
         return torch.stack(batches)
 
-    def check(self, step: int, attempt: int, rate: float, loss: float) -> Check:
-        return Check(step, attempt, rate, loss, *self.yardstick.score(self.tail, self.held_out))
+    def check(self, step: int, attempt: int, rate: float, loss: float) -> ValidationResult:
+        return ValidationResult(
+            step, attempt, rate, loss, *self.validation_loss.score(self.tail, self.held_out)
+        )
 
     def run(
-        self, number: int, rate: float, history: list[Check], report: Reporter
-    ) -> tuple[str, Check | None, list[Tensor]]:
+        self, number: int, rate: float, history: list[ValidationResult], report: Reporter
+    ) -> tuple[str, ValidationResult | None, list[Tensor]]:
         """Why it ended, the best check and its state (None where no state was finite)."""
         self.best, self.best_state = None, []
         self.stepper.reset()

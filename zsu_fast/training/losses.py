@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import ArgumentError
-from .features import Rows
+from .features import FeatureSet
 
 
 class Objective(Protocol):
-    """A loss of the tail's logits on some rows, bounded below or watched by the loop."""
+    """A loss of the tail's logits on some rows, bounded below or validated by the loop."""
 
     name: str
     learning_rate: float | None  # None: in proportion to the size of the tail's weights
 
-    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         """The loss to descend on (scalar) and its gradient [N, C], in one pass over ``logits``.
 
         No autograd: the loop sends the gradient into the tail itself.
@@ -41,7 +41,7 @@ class Differential:
     def __init__(self, weight_forget: float = 0.9, weight_retain: float = 0.1) -> None:
         self.weight_forget, self.weight_retain = weight_forget, weight_retain
 
-    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         count = rows.forgotten.sum().clamp(1, max(1, len(rows) - 1))
         coef = torch.where(
             rows.forgotten, -self.weight_forget / count, self.weight_retain / (len(rows) - count)
@@ -50,7 +50,7 @@ class Differential:
         return losses.sum(), dlogits
 
 
-class Masked:
+class MaskedKL:
     """Match the original model's softmax with the forgotten classes removed and renormalised.
 
     A KL divergence, so it cannot run away: 0 is the mask itself. A margin is added to the
@@ -60,7 +60,7 @@ class Masked:
     Args:
         forget: bool [C].
         margin: in logits.
-        alone: let only the forgotten logits move. The others are right as they are; where each
+        forget_logits_only: let only the forgotten logits move. The others are right as they are; where each
             logit has weights of its own, a gradient on them would only carry what is peculiar to
             impressions into weights that real images need (SqueezeNet: RA 61 -> 45, with this
             62).
@@ -69,25 +69,25 @@ class Masked:
     name = "masked"
     learning_rate: float | None = None
 
-    def __init__(self, forget: Tensor, margin: float, alone: bool = False) -> None:
+    def __init__(self, forget: Tensor, margin: float, forget_logits_only: bool = False) -> None:
         self.forget, self.shift = forget, margin * forget.float()
-        self.alone = alone
+        self.forget_logits_only = forget_logits_only
 
-    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
         shifted = logits + self.shift
         loss, dlogits = ops.masked_cross_entropy_and_grad(shifted, rows.teacher, self.forget, coef)
-        return loss, dlogits * self.forget if self.alone else dlogits
+        return loss, dlogits * self.forget if self.forget_logits_only else dlogits
 
     @torch.no_grad()
-    def score(self, tail: nn.Module, rows: Rows) -> tuple[float, float, float]:
-        """How ``tail`` does on ``rows``: (divergence, leak, agreement), see `loop.Check`.
+    def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:
+        """How ``tail`` does on ``rows``: (divergence, leak, agreement), see `loop.ValidationResult`.
 
         The divergence is NaN where a logit is not finite.
         """
         divergence = leaks = agree = torch.zeros((), device=self.forget.device)
         for index in rows.chunks(len(self.forget)):
-            part = rows.pick(index)
+            part = rows.select(index)
             logits = tail(*part.features)
             bad = torch.where(logits.isfinite().all(), 0.0, torch.nan)
             divergence = divergence + len(index) * (self.divergence(logits, part) + bad)
@@ -98,13 +98,13 @@ class Masked:
         agreement = float(agree) / kept if kept else 1.0
         return float(divergence) / len(rows), float(leaks) / len(rows), agreement
 
-    def _answers(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         """Whether each row is answered with a forgotten class, and as by the masked original."""
         answer = logits.argmax(1)
         masked = rows.teacher.masked_fill(self.forget, -torch.inf).argmax(1)
         return self.forget[answer], answer == masked
 
-    def divergence(self, logits: Tensor, rows: Rows) -> Tensor:
+    def divergence(self, logits: Tensor, rows: FeatureSet) -> Tensor:
         """Mean KL from the masked original to ``logits``, margin included, in nats.
 
         Differentiable, unlike a call.
@@ -113,8 +113,8 @@ class Masked:
         return ops.masked_cross_entropy(logits + self.shift, rows.teacher, self.forget, coef)
 
 
-class Alone(Masked):
-    """`Masked` with ``alone``, from the forgotten logits and two numbers a row.
+class ForgetOnlyKL(MaskedKL):
+    """`MaskedKL` with ``forget_logits_only``, from the forgotten logits and two numbers a row.
 
     The retained logits are the original's, so that all they do in the loss is to add up: their
     logsumexp stands for them as one more logit, and loss and gradient are the same as ever. No
@@ -124,27 +124,27 @@ class Alone(Masked):
     """
 
     def __init__(self, forget: Tensor, margin: float) -> None:
-        super().__init__(forget, margin, alone=True)
+        super().__init__(forget, margin, forget_logits_only=True)
         gone = int(forget.sum())
         self.last = torch.arange(gone + 1, device=forget.device) == gone
         self.margin = margin
 
-    def __call__(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         every, coef = self._joined(logits, rows)
         loss, dlogits = ops.masked_cross_entropy_and_grad(every, every, ~self.last, coef)
         return loss, dlogits[:, :-1]
 
-    def divergence(self, logits: Tensor, rows: Rows) -> Tensor:
+    def divergence(self, logits: Tensor, rows: FeatureSet) -> Tensor:
         every, coef = self._joined(logits, rows)
         return ops.masked_cross_entropy(every, every.detach(), ~self.last, coef)
 
-    def _joined(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _joined(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         """Logits with the margin and, as the last column, what stands for the retained ones."""
         assert rows.rest is not None
         coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
         return torch.cat([logits + self.margin, rows.rest[:, :1]], 1), coef
 
-    def _answers(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         assert rows.rest is not None
         leaked = logits.amax(1) > rows.rest[:, 1]
         return leaked, ~leaked  # the best of the retained is who it was
@@ -167,16 +167,16 @@ def check_objective(name: str, weights: Sequence[float]) -> None:
         raise ArgumentError("objective", f"got {name!r}", "Pass 'masked' or 'differential'.")
 
 
-def make_objective(name: str, weights: Sequence[float], yardstick: Masked) -> Objective:
-    """The objective called ``name``: "masked" is the yardstick itself.
+def make_objective(name: str, weights: Sequence[float], validation_loss: MaskedKL) -> Objective:
+    """The objective called ``name``: "masked" is the validation loss itself.
 
     Args:
         name: "masked" or "differential".
         weights: (w_f, w_r) of the differential one.
-        yardstick: by which the held-out rows are scored, whatever the objective.
+        validation_loss: by which the held-out rows are scored, whatever the objective.
 
     Raises:
         ArgumentError: as `check_objective`.
     """
     check_objective(name, weights)
-    return yardstick if name == "masked" else Differential(*weights)
+    return validation_loss if name == "masked" else Differential(*weights)

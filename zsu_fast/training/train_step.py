@@ -18,7 +18,7 @@ from ..errors import ArgumentError
 from ..runtime.flops import multiply_adds
 from ..runtime.precision import fp32_precision, has_bfloat16
 from ..runtime.threads import SMALL
-from .features import Rows
+from .features import FeatureSet
 from .losses import Objective
 
 Loop = Literal["auto", "eager", "compiled", "graph"]
@@ -26,7 +26,7 @@ LOOPS = ("auto", "eager", "compiled", "graph")
 _log = logging.getLogger(__name__)
 
 
-class Stepper(Protocol):
+class TrainStep(Protocol):
     """Takes blocks of optimiser steps."""
 
     name: str
@@ -44,14 +44,14 @@ class Stepper(Protocol):
         ...
 
 
-def make_stepper(
+def make_train_step(
     loop: Loop,
     tail: nn.Module,
     parameters: list[nn.Parameter],
-    rows: Rows,
+    rows: FeatureSet,
     objective: Objective,
     scales: Sequence[float] | None = None,
-) -> Stepper:
+) -> TrainStep:
     """The stepper that ``loop`` names; "auto" is a graph on a GPU and eager on a CPU.
 
     On a CPU a compiled tail does not pay for itself within a run: compiling costs 2 to 12 s, a
@@ -63,7 +63,7 @@ def make_stepper(
     """
     on_gpu = rows.label.device.type == "cuda"
     if loop == "compiled":
-        return CompiledStepper(tail, parameters, rows, objective, scales)
+        return CompiledTrainStep(tail, parameters, rows, objective, scales)
     if loop == "graph" and not on_gpu:
         raise ArgumentError(
             "loop",
@@ -71,19 +71,19 @@ def make_stepper(
             "CUDA graphs need a CUDA device: pass device='cuda', or loop='auto'.",
         )
     if loop == "eager" or not on_gpu:
-        return EagerStepper(tail, parameters, rows, objective, scales)
+        return EagerTrainStep(tail, parameters, rows, objective, scales)
     try:
-        return GraphStepper(tail, parameters, rows, objective, scales)
+        return GraphTrainStep(tail, parameters, rows, objective, scales)
     except RuntimeError as error:
         if loop == "graph":
             raise ArgumentError(
                 "loop", f"got 'graph', and capture failed: {error}", "Pass loop='auto'."
             ) from error
         _log.warning("the tail loop runs eagerly, its capture in a CUDA graph failed: %s", error)
-        return EagerStepper(tail, parameters, rows, objective, scales)
+        return EagerTrainStep(tail, parameters, rows, objective, scales)
 
 
-class EagerStepper:
+class EagerTrainStep:
     """Step by step, in plain autograd."""
 
     name = "eager"
@@ -93,7 +93,7 @@ class EagerStepper:
         self,
         tail: nn.Module,
         parameters: list[nn.Parameter],
-        rows: Rows,
+        rows: FeatureSet,
         objective: Objective,
         scales: Sequence[float] | None = None,
     ) -> None:
@@ -120,7 +120,7 @@ class EagerStepper:
 
     def run(self, index: Tensor, rates: list[float]) -> Tensor:
         loss = torch.zeros((), device=self.device)
-        with _quick_products(self.device, self.row_work * index.shape[1]):
+        with bf16_matmul(self.device, self.row_work * index.shape[1]):
             for picked, rate in zip(index.to(self.device), rates, strict=True):
                 for group in self.optimiser.param_groups:
                     group["lr"] = rate * group["scale"]
@@ -129,7 +129,7 @@ class EagerStepper:
 
     def step(self, picked: Tensor) -> Tensor:
         """One step on the rows ``picked``, int64 [batch]; no synchronisation."""
-        rows = self.rows.pick(picked)
+        rows = self.rows.select(picked)
         logits = self.tail(*rows.features)
         loss, dlogits = self.objective(logits.detach(), rows)
         grads = torch.autograd.grad(logits, self.parameters, dlogits)
@@ -191,7 +191,7 @@ class _FusedAdam:
         }
 
 
-def _quick_products(device: torch.device, work: int) -> AbstractContextManager[None]:
+def bf16_matmul(device: torch.device, work: int) -> AbstractContextManager[None]:
     """Products of float32 matrices in bfloat16, sums in float32, where a CPU has units for that.
 
     Twice to four times as fast with AMX for the last layer of an ImageNet model, and steps from
@@ -203,7 +203,7 @@ def _quick_products(device: torch.device, work: int) -> AbstractContextManager[N
     return fp32_precision(torch.backends.mkldnn.matmul, "bf16")  # type: ignore[attr-defined]
 
 
-class CompiledStepper(EagerStepper):
+class CompiledTrainStep(EagerTrainStep):
     """The same, with the tail through torch.compile (default mode, static shapes)."""
 
     name = "compiled"
@@ -212,7 +212,7 @@ class CompiledStepper(EagerStepper):
         self,
         tail: nn.Module,
         parameters: list[nn.Parameter],
-        rows: Rows,
+        rows: FeatureSet,
         objective: Objective,
         scales: Sequence[float] | None = None,
     ) -> None:
@@ -220,10 +220,10 @@ class CompiledStepper(EagerStepper):
         super().__init__(compiled, parameters, rows, objective, scales)
 
 
-class GraphStepper(EagerStepper):
+class GraphTrainStep(EagerTrainStep):
     """Blocks of steps captured in one CUDA graph and replayed: one launch a block.
 
-    Rows, rates and losses go through buffers that the graph knows; nothing in it depends on a
+    FeatureSet, rates and losses go through buffers that the graph knows; nothing in it depends on a
     value that the host holds. Blocks of another length than the first run eagerly.
     """
 
@@ -234,7 +234,7 @@ class GraphStepper(EagerStepper):
         self,
         tail: nn.Module,
         parameters: list[nn.Parameter],
-        rows: Rows,
+        rows: FeatureSet,
         objective: Objective,
         scales: Sequence[float] | None = None,
     ) -> None:

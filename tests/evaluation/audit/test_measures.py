@@ -12,7 +12,7 @@ from support import SPEC, snapshot, tiny, tiny_data
 from zsu_fast.evaluation.audit import distances, drift, membership, probe, representation
 from zsu_fast.evaluation.audit.last_layer import LastLayer, examine
 from zsu_fast.evaluation.audit.observe import looked_at, summary
-from zsu_fast.evaluation.audit.relearn import Lesson, relearn
+from zsu_fast.evaluation.audit.relearn import RelearnTask, relearn
 from zsu_fast.evaluation.audit.relearning import _anamnesis
 from zsu_fast.evaluation.audit.result import Row
 from zsu_fast.evaluation.audit.subject import make_subject, variant
@@ -185,8 +185,10 @@ def test_relearning_ends_at_the_goal_and_starts_alike() -> None:
     with torch.no_grad():
         hidden.last.bias[1] = -1e9
 
-    def lesson(goal: float) -> Lesson:
-        return Lesson(images, labels, test_images[mine], test_labels[mine], [1], goal, 60, 0, SPEC)
+    def lesson(goal: float) -> RelearnTask:
+        return RelearnTask(
+            images, labels, test_images[mine], test_labels[mine], [1], goal, 60, 0, SPEC
+        )
 
     before = snapshot(original.model)
     for everything in (False, True):
@@ -207,7 +209,7 @@ def test_one_lucky_look_is_not_relearned() -> None:
     images, labels = tiny_data(100)
     original = make_subject("original", tiny(), SPEC, torch.device("cpu"))
     mine = labels == 1
-    lesson = Lesson(images, labels, images[mine], labels[mine], [1], 80, 60, 0, SPEC)
+    lesson = RelearnTask(images, labels, images[mine], labels[mine], [1], 80, 60, 0, SPEC)
     done = relearn(original, lesson, True)
     looks = [fa for _, fa in done.curve]
     assert looks[-1] >= 80
@@ -219,14 +221,14 @@ def test_one_lucky_look_is_not_relearned() -> None:
 def test_variants_share_what_lies_before_the_last_layer() -> None:
     original = make_subject("original", tiny(), SPEC, torch.device("cpu"))
     shared = variant(original, "shared", SPEC)
-    assert shared.model.model.fc1.weight is original.model.model.fc1.weight
+    assert shared.model.module.fc1.weight is original.model.module.fc1.weight
     assert shared.last.weight is not original.last.weight
     own = variant(original, "own", SPEC, own=True)
-    assert own.model.model.fc1.weight is not original.model.model.fc1.weight
+    assert own.model.module.fc1.weight is not original.model.module.fc1.weight
     assert own.backbone == shared.backbone == original.backbone
     with torch.no_grad():
-        own.model.model.fc1.weight.add_(1)
-    assert make_subject("own", own.model.model, SPEC, torch.device("cpu")).backbone != own.backbone
+        own.model.module.fc1.weight.add_(1)
+    assert make_subject("own", own.model.module, SPEC, torch.device("cpu")).backbone != own.backbone
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ...models.wrapper import count_classes, resolve_device
 from ...runtime.flops import multiply_adds
 from ...runtime.progress import Reporter
 from ...runtime.threads import threads_for
-from ...runtime.torch_defaults import own_modes
+from ...runtime.torch_defaults import torch_defaults
 from ...synthesis.ascent import AscentSettings
 from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import input_space
@@ -37,7 +37,7 @@ from .verdict import Evidence, checks, findings, sentences
 _HELD_OUT_SEED = 1_000_003
 
 
-@own_modes()
+@torch_defaults()
 def audit(
     original: nn.Module,
     unlearned: nn.Module,

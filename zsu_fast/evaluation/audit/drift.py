@@ -30,8 +30,8 @@ class LayerDrift:
 
 def weight_drift(subject: Subject, original: Subject, layer: str) -> float | None:
     """||W' - W|| / ||W|| of a layer's parameters; None where the shapes differ."""
-    named = dict(subject.model.model.named_modules())
-    other = dict(original.model.model.named_modules())
+    named = dict(subject.model.module.named_modules())
+    other = dict(original.model.module.named_modules())
     if layer not in named or layer not in other:
         return None
     new = {n: p.detach() for n, p in named[layer].named_parameters()}

@@ -92,7 +92,7 @@ class Observer:
             for key, group in groups.items():
                 needs = any(s.name in wanted for s in group)
                 with _inputs_of(group[0], pooled[key] if needs else None, keep, len(label)):
-                    crossing = group[0].cut.head(x)
+                    crossing = group[0].cut.backbone(x)
                     out = group[0].logits(crossing)
                 for subject in group:
                     if subject is not group[0]:
@@ -233,7 +233,7 @@ def _inputs_of(
                     summary(part, _LAST_WIDTH if name == last else _WIDTH).cpu()
                 )
 
-        hooks.append(subject.model.model.get_submodule(name).register_forward_pre_hook(note))
+        hooks.append(subject.model.module.get_submodule(name).register_forward_pre_hook(note))
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...models.input_spec import InputSpec
-from ...runtime.torch_defaults import own_modes
+from ...runtime.torch_defaults import torch_defaults
 from ...splitting.batch_dim import Features
 from .subject import Subject, variant
 
@@ -23,7 +23,7 @@ RATE, BATCH = 1e-3, 32
 
 
 @dataclass(frozen=True)
-class Lesson:
+class RelearnTask:
     """What is relearned from and measured on.
 
     Attributes:
@@ -62,7 +62,7 @@ class Relearned:
     curve: list[tuple[int, float]]
 
 
-def relearn(subject: Subject, lesson: Lesson, everything: bool) -> Relearned:
+def relearn(subject: Subject, lesson: RelearnTask, everything: bool) -> Relearned:
     """Trains a copy of ``subject`` on the shots until it answers the forgotten classes again.
 
     First the last layer's rows of the forgotten classes are set to the mean of the other rows,
@@ -78,11 +78,11 @@ def relearn(subject: Subject, lesson: Lesson, everything: bool) -> Relearned:
     _fresh_rows(pupil.last, lesson.forget)
     device = next(pupil.model.parameters()).device
     shots, test = lesson.images.to(device), lesson.test_images.to(device)
-    with own_modes():
+    with torch_defaults():
         if everything:
             parameters = list(pupil.model.parameters())
             return _train(pupil.model, (shots,), (test,), parameters, lesson)
-        named = dict(pupil.model.model.named_parameters())
+        named = dict(pupil.model.module.named_parameters())
         parameters = [named[name] for name in pupil.cut.parameters]
         features = pupil.cut.features  # they stand still: the backbone runs once
         tail = pupil.cut.tail
@@ -105,7 +105,7 @@ def _train(
     shots: Features,
     test: Features,
     parameters: list[nn.Parameter],
-    lesson: Lesson,
+    lesson: RelearnTask,
 ) -> Relearned:
     device = shots[0].device
     labels, want = lesson.labels.to(device), lesson.test_labels.to(device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .case import Case, Labelled
-from .relearn import BATCH, Lesson, Relearned, relearn, start_of
+from .relearn import BATCH, Relearned, RelearnTask, relearn, start_of
 from .result import GOLDEN, ORIGINAL
 
 # Relearning all weights is left out on a CPU above so many multiply-adds a model.
@@ -26,7 +26,7 @@ def relearn_all(case: Case, at: Labelled, one_set: bool) -> None:
     most = case.settings["relearn_steps"]
     keys = [f"{a}_{b}" for a in ("relearn_head", "relearn_full") for b in ("steps", "fa")]
     keys += ["ain_head", "ain_full"]
-    lesson: Lesson | str = "relearn_steps=0 leaves it out"
+    lesson: RelearnTask | str = "relearn_steps=0 leaves it out"
     if most != 0:
         lesson = _lesson(case, at, 100 if most is None else most, one_set)
     if isinstance(lesson, str):
@@ -90,7 +90,7 @@ def _anamnesis(case: Case, kind: str, counted: dict[str, int | None], most: int)
         )
 
 
-def _lesson(case: Case, at: Labelled, most: int, one_set: bool) -> Lesson | str:
+def _lesson(case: Case, at: Labelled, most: int, one_set: bool) -> RelearnTask | str:
     """What relearning is taught and tested on, or why there is nothing."""
     shots, wanted = case.settings["shots"], case.some(case.forget, RELEARNED)
     source, target = at.train, at.test
@@ -120,7 +120,7 @@ def _lesson(case: Case, at: Labelled, most: int, one_set: bool) -> Lesson | str:
         return "the original has no FA to get back to"
     case.settings["shots_used"] = min(int(n) for n in torch.bincount(taught)[torch.tensor(wanted)])
     tested = torch.cat(test)
-    return Lesson(
+    return RelearnTask(
         source.images[torch.cat(teach)], taught, target.images[tested], target_labels[tested],
         case.forget, GOAL * before, most, case.seed, case.spec,
     )  # fmt: skip

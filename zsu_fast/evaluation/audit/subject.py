@@ -22,7 +22,7 @@ from ...models.wrapper import LogitsModel, working_copy
 from ...splitting.batch_dim import Features
 from ...splitting.layers import layer_names
 from ...splitting.split import Split, split_at
-from ..accuracy import Masked
+from ..accuracy import MaskedClassifier
 
 
 @dataclass
@@ -47,13 +47,13 @@ class Subject:
     @property
     def last(self) -> nn.Module:
         """The last layer with weights."""
-        return self.model.model.get_submodule(self.layers[-1])
+        return self.model.module.get_submodule(self.layers[-1])
 
     @cached_property
     def backbone(self) -> str:
         """SHA-256 of everything before the last layer: equal for subjects with equal features."""
-        digest = hashlib.sha256(type(self.model.model).__qualname__.encode())
-        for name, tensor in sorted(state(self.model.model).items()):
+        digest = hashlib.sha256(type(self.model.module).__qualname__.encode())
+        for name, tensor in sorted(state(self.model.module).items()):
             if not name.startswith(f"{self.layers[-1]}."):
                 digest.update(f"|{name}|{tuple(tensor.shape)}|".encode())
                 flat = tensor.detach().cpu().contiguous().flatten()
@@ -70,7 +70,7 @@ class Subject:
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, C] from images."""
-        return self.logits(self.cut.head(images))
+        return self.logits(self.cut.backbone(images))
 
 
 def make_subject(name: str, model: nn.Module, spec: InputSpec, device: torch.device) -> Subject:
@@ -87,7 +87,7 @@ def make_subject(name: str, model: nn.Module, spec: InputSpec, device: torch.dev
     """
     inner = unwrap(model)
     hidden: list[int] = []
-    while isinstance(inner, Masked):
+    while isinstance(inner, MaskedClassifier):
         hidden = sorted({*hidden, *inner.forget})
         inner = unwrap(inner.model)
     return _cut(name, _finite_copy(inner, device), spec, hidden)
@@ -105,7 +105,7 @@ def variant(subject: Subject, name: str, spec: InputSpec, own: bool = False) -> 
     shared: dict[int, object] = {}
     if not own:
         last = f"{subject.layers[-1]}."
-        kept = state(subject.model.model).items()
+        kept = state(subject.model.module).items()
         shared = {id(tensor): tensor for key, tensor in kept if not key.startswith(last)}
     return _cut(name, copy.deepcopy(subject.model, shared), spec, [])
 
@@ -136,6 +136,6 @@ def _cut(name: str, model: LogitsModel, spec: InputSpec, hidden: list[int]) -> S
     with torch.no_grad():
         if bool(model(grey).isnan().any()):
             raise ModelError(f"{name}: its logits are NaN", "Load a checkpoint whose weights work.")
-    layers = layer_names(model.model, grey)
+    layers = layer_names(model.module, grey)
     cut = split_at(model, layers[-1], grey, "before the last layer")
     return Subject(name, model, layers, cut, hidden)

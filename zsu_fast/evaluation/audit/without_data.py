@@ -108,5 +108,5 @@ def resynthesise(case: Case) -> None:
 
 def _before_last(subject: Subject) -> dict[str, Tensor]:
     prefix = f"{subject.layers[-1]}."
-    named = subject.model.model.named_parameters()
+    named = subject.model.module.named_parameters()
     return {n: p.detach() for n, p in named if not n.startswith(prefix)}

@@ -11,11 +11,11 @@ from ...runtime.flops import multiply_adds
 from ...runtime.progress import Reporter
 from ...splitting.split import Split
 from ...synthesis.ascent import AscentSettings
-from ...synthesis.dead_leaves import scene_chunks
+from ...synthesis.dead_leaves import dead_leaves_chunks
 from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import input_space
 from ...synthesis.synthesize import ascend
-from ..features import Rows, make_rows
+from ..features import FeatureSet, build_feature_set
 from .settings import DeepSettings
 
 
@@ -27,7 +27,7 @@ def make_deep_rows(
     forget: Tensor,
     seed: int,
     settings: DeepSettings,
-) -> tuple[Rows, Rows, int]:
+) -> tuple[FeatureSet, FeatureSet, int]:
     """Training rows, held-out rows, and how many of the former, the first ones, are impressions."""
     device = forget.device
     labels = made.labels.to(device)
@@ -43,14 +43,14 @@ def make_deep_rows(
         (held, held_scenes, settings.mixtures // 4),
     ):
         picked = tuple(f[one] for f in impressions)
-        near = make_rows(cut.tail, picked, labels[one], forget, mixtures, generator)
-        near = near.pick(torch.arange(len(near), device=device))
+        near = build_feature_set(cut.tail, picked, labels[one], forget, mixtures, generator)
+        near = near.select(torch.arange(len(near), device=device))
         far = tuple(f[other] for f in scenery)
         with torch.no_grad():
             chunks = zip(*[f.split(256) for f in far], strict=True)
             teacher = torch.cat([cut.tail(*chunk) for chunk in chunks])
         top = teacher.argmax(1)
-        sides.append(_join([near, Rows(far, teacher, top, forget[top])]))
+        sides.append(_join([near, FeatureSet(far, teacher, top, forget[top])]))
     return sides[0], sides[1], int((~held).sum())
 
 
@@ -74,7 +74,7 @@ def _scenery(
     few = AscentSettings(pushed // len(targets), (0.3, 0.99), 40, 0, 0.02, 0.0, seed)
     wanted = len(targets) * few.per_class
     first, missing, seen = [], wanted, []
-    for chunk in scene_chunks(scenes, spec.shape, seed):
+    for chunk in dead_leaves_chunks(scenes, spec.shape, seed):
         chunk = low + chunk * (high - low)
         if missing > 0:
             first.append(chunk[:missing])
@@ -101,9 +101,9 @@ def _targets(classes: Tensor, forget: Tensor, most: int) -> list[int]:
     return sorted([*gone.tolist(), *kept.tolist()])
 
 
-def _join(parts: list[Rows]) -> Rows:
+def _join(parts: list[FeatureSet]) -> FeatureSet:
     features = zip(*[p.features for p in parts], strict=True)
-    return Rows(
+    return FeatureSet(
         tuple(torch.cat(column) for column in features),
         torch.cat([p.teacher for p in parts]),
         torch.cat([p.label for p in parts]),

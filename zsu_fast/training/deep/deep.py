@@ -12,7 +12,7 @@ The last layer *and* the layers ahead of it are trained, on four terms:
    what the trained layers ahead of the last take: what is left inside is quickly relearned.
 
 Features are only kept where they are seen, and impressions lie far from any real image: so the
-rows are mostly *scenes* (`draw_scenes`), as drawn and pushed to each class by a few ascent steps,
+rows are mostly *scenes* (`sample_dead_leaves`), as drawn and pushed to each class by a few ascent steps,
 beside the impressions and mixtures of them.
 """
 
@@ -32,8 +32,8 @@ from ...runtime.flops import multiply_adds
 from ...runtime.progress import Reporter
 from ...splitting.split import Split
 from ...synthesis.impressions import ClassImpressions
-from ..features import Rows, RowSettings
-from ..loop import Fit, LoopSettings, natural_rate
+from ..features import FeatureSet, FeatureSettings
+from ..loop import Fit, LoopSettings, relative_learning_rate
 from .data import make_deep_rows
 from .losses import SHARE_OF_ROOM, DeepObjective, room_above_floor
 from .settings import DeepSettings
@@ -48,7 +48,7 @@ def forget_deeply(
     cut: Split,
     made: ClassImpressions,
     forget: Tensor,
-    rows: RowSettings,
+    rows: FeatureSettings,
     loop: LoopSettings,
     seed: int,
     report: Reporter,
@@ -88,12 +88,12 @@ def forget_deeply(
     margin = rows.margin_for(train.teacher[:impressions], train.label[:impressions])
     asked = min(margin, SHARE_OF_ROOM * room_above_floor(tail, train, forget))
     objective = DeepObjective(tail, train, forget, asked, settings)
-    named = dict(model.model.named_parameters())
+    named = dict(model.module.named_parameters())
     parameters = [named[name] for name in cut.parameters]
     row = multiply_adds(cut.tail, *train.features_at(train.label.new_zeros(1)))
     steps = min(settings.steps_for(row, device), loop.steps or settings.steps)
     start = [p.detach().clone() for p in parameters]
-    fit = Fit(learning_rate=loop.learning_rate or natural_rate(parameters))
+    fit = Fit(learning_rate=loop.learning_rate or relative_learning_rate(parameters))
     before = objective.look(train, held_out)
     while not _descend(fit, steps, objective, parameters, train, held_out, seed, report):
         with torch.no_grad():  # values blew up: from the start, more slowly
@@ -121,8 +121,8 @@ def _descend(
     steps: int,
     objective: DeepObjective,
     parameters: list[nn.Parameter],
-    rows: Rows,
-    held_out: Rows,
+    rows: FeatureSet,
+    held_out: FeatureSet,
     seed: int,
     report: Reporter,
 ) -> bool:
@@ -140,7 +140,7 @@ def _descend(
         rate = fit.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimiser.param_groups:
             group["lr"] = rate
-        loss = objective(rows.pick(picked))
+        loss = objective(rows.select(picked))
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, grad, mask in zip(parameters, grads, masks, strict=True):
             parameter.grad = grad if grad is None or mask is None else grad * mask

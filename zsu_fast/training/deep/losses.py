@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..features import Rows
-from ..loop import Check
-from ..losses import Masked
+from ..features import FeatureSet
+from ..loop import ValidationResult
+from ..losses import MaskedKL
 from .settings import DeepSettings
 from .tail import DualClassifierTail, TailOutputs
 
@@ -22,7 +22,7 @@ _FAR = 1e4  # below all logits
 
 
 @torch.no_grad()
-def room_above_floor(tail: DualClassifierTail, rows: Rows, forget: Tensor) -> float:
+def room_above_floor(tail: DualClassifierTail, rows: FeatureSet, forget: Tensor) -> float:
     """The margin that 19 of 20 rows can meet without any other logit rising, or infinity.
 
     A ReLU behind the last layer, as in SqueezeNet, leaves logits a lowest value. What a larger
@@ -37,7 +37,7 @@ def room_above_floor(tail: DualClassifierTail, rows: Rows, forget: Tensor) -> fl
     try:
         bias[forget] = -_FAR
         for part in some.split(256):
-            picked = rows.pick(part)
+            picked = rows.select(part)
             lowest = tail(*picked.features).logits[:, forget].logsumexp(1)
             rooms.append(picked.teacher[:, ~forget].logsumexp(1) - lowest)
     finally:
@@ -52,20 +52,20 @@ class DeepObjective:
     def __init__(
         self,
         tail: DualClassifierTail,
-        rows: Rows,
+        rows: FeatureSet,
         forget: Tensor,
         margin: float,
         settings: DeepSettings,
     ) -> None:
         self.tail, self.forget, self.settings = tail, forget, settings
-        self.margin, self.masked = margin, Masked(forget, margin)
+        self.margin, self.masked = margin, MaskedKL(forget, margin)
         with torch.no_grad():
             energy = torch.cat(
                 [part.features.square().flatten(1).mean(1) for part in self._parts(rows)]
             )
         self.energy = energy.mean().clamp(min=1e-12)
 
-    def __call__(self, rows: Rows) -> Tensor:
+    def __call__(self, rows: FeatureSet) -> Tensor:
         """The loss of a batch, with autograd."""
         seen, s = self.tail(*rows.features), self.settings
         inside = [self.evidence(outputs, rows.teacher) for outputs in seen.inside]
@@ -99,11 +99,11 @@ class DeepObjective:
         return explained / target.square().sum().clamp(min=1e-12)
 
     @torch.no_grad()
-    def look(self, rows: Rows, held_out: Rows) -> dict[str, float]:
+    def look(self, rows: FeatureSet, held_out: FeatureSet) -> dict[str, float]:
         """`forget_deeply`'s facts; the evidence needs more rows than are held out."""
         unmasked = torch.cat([part.unmasked for part in self._parts(held_out)])
         some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:2048]
-        some_rows = rows.pick(some.to(rows.label.device))
+        some_rows = rows.select(some.to(rows.label.device))
         parts = [(part.features, *part.inside) for part in self._parts(some_rows)]
         shares = [
             float(self.evidence(torch.cat(column), some_rows.teacher))
@@ -116,7 +116,9 @@ class DeepObjective:
         return facts | ({"evidence_inside": max(shares[1:])} if shares[1:] else {})
 
     @torch.no_grad()
-    def check(self, rows: Rows, step: int, attempt: int, rate: float, loss: float) -> Check:
+    def check(
+        self, rows: FeatureSet, step: int, attempt: int, rate: float, loss: float
+    ) -> ValidationResult:
         logits = torch.cat([part.logits for part in self._parts(rows)])
         divergence = float(self.masked.divergence(logits, rows))
         answer, kept = logits.argmax(1), ~rows.forgotten
@@ -125,8 +127,8 @@ class DeepObjective:
         leak = float(self.forget[answer].float().mean())
         if not bool(logits.isfinite().all()):
             divergence = math.nan
-        return Check(step, attempt, rate, loss, divergence, leak, agreement)
+        return ValidationResult(step, attempt, rate, loss, divergence, leak, agreement)
 
-    def _parts(self, rows: Rows) -> Iterator[TailOutputs]:
+    def _parts(self, rows: FeatureSet) -> Iterator[TailOutputs]:
         chunks = zip(*[f.split(256) for f in rows.features], strict=True)
         return (self.tail(*chunk) for chunk in chunks)

@@ -24,13 +24,13 @@ class DeepSettings:
 
     Attributes:
         scenes: drawn images, at most.
-        scenes_a_layer: so many for each trained layer, since a deeper tail has more to keep; fewer
+        scenes_per_layer: so many for each trained layer, since a deeper tail has more to keep; fewer
             where they cost much, 256 at least.
         pushed: of them, started an ascent to a class from; fewer in proportion, 256 at least.
-        mixtures: of impressions at the cut (`make_rows`), which say what no scene does where
+        mixtures: of impressions at the cut (`build_feature_set`), which say what no scene does where
             images are no photographs.
         steps, batch: optimiser steps, and rows in each.
-        steps_a_layer: so many steps are enough for each trained layer; and fewer, not below 100,
+        steps_per_layer: so many steps are enough for each trained layer; and fewer, not below 100,
             where they would keep a CPU busy for long.
         unmask: weight of the frozen original last layer's divergence.
         shrink: weight of the features' mean square, in units of the original's.
@@ -42,11 +42,11 @@ class DeepSettings:
     """
 
     scenes: int = 12000
-    scenes_a_layer: int = 2000
+    scenes_per_layer: int = 2000
     pushed: int = 3000
     mixtures: int = 512
     steps: int = 1500
-    steps_a_layer: int = 300
+    steps_per_layer: int = 300
     batch: int = 256
     unmask: float = 0.3
     shrink: float = 0.15
@@ -57,12 +57,12 @@ class DeepSettings:
 
     def fit_to(self, layers: int) -> DeepSettings:
         """What so many trained layers need of all this."""
-        scenes = min(self.scenes, self.scenes_a_layer * layers)
+        scenes = min(self.scenes, self.scenes_per_layer * layers)
         return replace(
             self,
             scenes=scenes,
             pushed=self.pushed * scenes // self.scenes,
-            steps=min(self.steps, self.steps_a_layer * layers),
+            steps=min(self.steps, self.steps_per_layer * layers),
         )
 
     def scenes_for(

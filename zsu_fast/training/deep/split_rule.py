@@ -29,7 +29,7 @@ def find_deep_split(model: LogitsModel, at: str | int, images: Tensor) -> Split:
     Raises:
         ArgumentError: nothing but the last layer would be trained.
     """
-    names = layer_names(model.model, images[:4])
+    names = layer_names(model.module, images[:4])
     if at == "auto":
         share = _SHARE if images[0].numel() <= _LARGE else _SHARE_OF_LARGE
         start = len(names) - 1 - max(1, round(share * len(names)))

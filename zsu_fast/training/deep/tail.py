@@ -45,21 +45,21 @@ class DualClassifierTail(nn.Module):
 
     def __init__(self, model: LogitsModel, cut: Split, images: Tensor) -> None:
         super().__init__()
-        names = layer_names(model.model, images)
+        names = layer_names(model.module, images)
         last = tails.split_at(model, names[-1], images, "the last layer")
         self.tail, self.frozen = cut.tail, copy.deepcopy(last.tail).eval()
         self.frozen.requires_grad_(False)
-        modules = dict(model.model.named_modules())
+        modules = dict(model.module.named_modules())
         self.last = modules[names[-1]]
         self.trained = [modules[n] for n in names[:-1] if f"{n}.weight" in cut.parameters]
         self.inner = self.trained
         with torch.enable_grad():
-            logits, inner, _ = self._run(*[x.detach() for x in cut.head(images)])
+            logits, inner, _ = self._run(*[x.detach() for x in cut.backbone(images)])
             readers = _readers(logits)
         self.inner = [layer for layer, x in inner if readers[x.grad_fn] == 1]
         with torch.no_grad():
-            answers = self(*cut.head(images))
-        if len(last.head(images)) != 1 or not torch.allclose(
+            answers = self(*cut.backbone(images))
+        if len(last.backbone(images)) != 1 or not torch.allclose(
             answers.logits, answers.unmasked, 1e-3, 1e-3
         ):
             raise ModelError(
