@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -65,3 +66,41 @@ def check_flag(argument: str, value: Any) -> None:
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a finite real number; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_int(argument: str, value: Any, least: int = 1, *, optional: bool = False) -> None:
+    """Raises unless ``value`` is a whole number of at least ``least``; True and False are none.
+
+    Args:
+        argument: the name of the argument.
+        value: what was given.
+        least: the smallest allowed value.
+        optional: whether None is allowed too.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        or_none = ", or None" if optional else ""
+        raise ArgumentError(
+            argument, f"got {value!r}", f"Pass a whole number, {least} or more{or_none}."
+        )
+
+
+def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises unless ``value`` is one of ``choices``.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ArgumentError(argument, f"got {value!r}", f"Pass one of {', '.join(choices)}.")
+
+
+def shorten(items: Iterable[Any], most: int = 8) -> str:
+    """The first ``most`` items with commas between, and how many more there are."""
+    texts = [str(item) for item in items]
+    shown = ", ".join(texts[:most])
+    return shown + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -366,7 +366,11 @@ class ZeroShotUnlearner:
             raise ArgumentError(
                 "apply()", "called before fit()", "Call run(), or synthesise(), split(), fit()."
             )
-        target = self.original if self.inplace else deep_copy(self.original)
+        target = (
+            self.original
+            if self.inplace
+            else deep_copy(self.original, "Pass inplace=True, or the module inside the wrapper.")
+        )
         changed = dict(self.work.module.named_parameters())
         values = {n: changed[n].detach() for n in self.split_point.parameters}
         with restored_on_failure(target, values), self.ranks.all_or_none():

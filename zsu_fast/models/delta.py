@@ -7,7 +7,6 @@ delta of other weights and one that was cut off or altered are refused.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ModelError
 from . import checkpoint
-from .parameters import unwrap, weights_hash
+from .parameters import deep_copy, unwrap, weights_hash
 
 FORMAT = "zsu_fast.delta/1"
 
@@ -86,13 +85,7 @@ def apply_delta(base: nn.Module, path: str | Path) -> nn.Module:
             f"delta: {path} fits weights {str(metadata.get('base'))[:12]}..., these are "
             f"{weights_hash(base)[:12]}.... Pass the model that was unlearned, in its own dtype."
         )
-    try:
-        result = copy.deepcopy(base)
-    except Exception as error:
-        raise ModelError(
-            f"{type(base).__name__} cannot be copied by copy.deepcopy ({error})",
-            "Pass the module inside the wrapper.",
-        ) from error
+    result = deep_copy(base, "Pass the module inside the wrapper.")
     damaged = f"delta: {path} was altered or damaged. Copy it anew from where it was written."
     own = _tensors(result)
     for name, first in _ties(metadata, damaged).items():

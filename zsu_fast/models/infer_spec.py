@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, ModelError
+from ..errors import ArgumentError
 from .input_spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec, stated_shape, stated_spec
-from .parameters import computed_tensors, unwrap
+from .parameters import UNCOPYABLE, deep_copy, unwrap
 from .wrapper import grey_images, pick_logits
 
 # No model is fed with pixels beyond this, and their squares are still finite.
@@ -82,13 +81,7 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
     Raises:
         ArgumentError: the model runs at none of them, or at several with no such map.
     """
-    try:
-        probe = copy.deepcopy(model, computed_tensors(model)).float().eval()
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})",
-            "Remove what cannot be copied: open files, locks, non-leaf tensors in attributes.",
-        ) from error
+    probe = deep_copy(model, UNCOPYABLE).float().eval()
     layers = [m for m in probe.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     device = next((p.device for p in probe.parameters()), torch.device("cpu"))
     if not layers:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 
+# What to do about a model that can't be copied.
+UNCOPYABLE = "Remove what cannot be copied: open files, locks, non-leaf tensors in attributes."
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside ``torch.compile`` and (Distributed)DataParallel, however nested."""
@@ -80,11 +83,15 @@ def restored_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[None
         raise
 
 
-def deep_copy(model: nn.Module) -> nn.Module:
+def deep_copy(model: nn.Module, remedy: str) -> nn.Module:
+    """``copy.deepcopy(model)``, also where autograd made tensors that are kept in attributes.
+
+    Raises:
+        ModelError: it can't be copied; ``remedy`` says what to do instead.
+    """
     try:
         return copy.deepcopy(model, computed_tensors(model))
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})",
-            "Pass inplace=True, or the module inside the wrapper.",
+            f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})", remedy
         ) from error

@@ -4,7 +4,6 @@ Nothing in this file changes the model it is given."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, ModelError
 from .input_spec import InputSpec
-from .parameters import computed_tensors, state, unwrap
+from .parameters import UNCOPYABLE, deep_copy, state, unwrap
 
 
 class LogitsModel(nn.Module):
@@ -65,13 +64,7 @@ def working_copy(model: nn.Module, device: torch.device) -> LogitsModel:
                 f"{name} holds {bad} NaN or infinite values of {tensor.numel()}",
                 "Load a checkpoint whose weights are finite.",
             )
-    try:
-        copied = copy.deepcopy(inner, computed_tensors(inner))
-    except Exception as error:
-        raise ModelError(
-            f"{type(inner).__name__} cannot be copied by copy.deepcopy ({error})",
-            "Remove what cannot be copied: open files, locks, non-leaf tensors in attributes.",
-        ) from error
+    copied = deep_copy(inner, UNCOPYABLE)
     copied = copied.to(device=device).float().eval()
     for module in copied.modules():
         if getattr(module, "inplace", False) is True:
