@@ -15,7 +15,7 @@ from .evaluation.audit.result import Audit
 from .evaluation.baselines import random_embeddings
 from .models.delta import apply_delta, save_delta
 from .models.input_spec import InputSpec
-from .planning import Plan, plan
+from .planning.plan import Plan, plan
 from .provenance.ledger import Ledger
 from .runtime.doctor import doctor
 from .runtime.events import Event

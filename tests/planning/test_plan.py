@@ -16,8 +16,10 @@ from zsu_fast.cli.app import app
 import zsu_fast
 from zsu_fast import Plan, ZeroShotUnlearner
 from zsu_fast.errors import ArgumentError
-from zsu_fast.planning import _cards_needed, _measured, _Meter, _Work
-from zsu_fast.runtime import accelerators as hardware
+from zsu_fast.planning.pilot import PilotResult
+from zsu_fast.planning.plan import gpus_needed, measured_seconds
+from zsu_fast.runtime import accelerators
+from zsu_fast.runtime.measuring import PeakMemory
 
 OPTIONS: dict[str, Any] = {
     "input_shape": SPEC.shape, "mean": SPEC.mean, "std": SPEC.std, "impressions_per_class": 8,
@@ -26,26 +28,26 @@ OPTIONS: dict[str, Any] = {
 STAGES = ["prepare", "synthesise", "split", "fit", "apply"]
 
 
-def work(**changes: Any) -> _Work:
-    """A pilot's findings, made up: steps cost 0.1 s and 0.01 s a row."""
+def pilot(**changes: Any) -> PilotResult:
+    """An invented pilot: steps cost 0.1 s and 0.01 s a row."""
     run = ZeroShotUnlearner(tiny(), [1], tail="last", progress=False, **OPTIONS)
     seconds = {
         "prepare": 1.0, "step wide": 1.1, "step narrow": 0.35, "fill wide": 0.0, "forward": 0.0,
-        "split": 2.0, "feature": 0.5, "label": 0.25, "tail step": 0.125, "look": 0.0, "apply": 3.0,
+        "split": 2.0, "feature": 0.5, "label": 0.25, "fit step": 0.125, "validate": 0.0, "apply": 3.0,
     }  # fmt: skip
     values: dict[str, Any] = {
-        "run": run, "space": None, "count": 100, "width": 100, "shard": 400, "steps": 5.0,
-        "most_steps": 8, "row_bytes": 1, "rows": 200, "validation": 60, "tail_steps": 80, "batch": 64,
+        "run": run, "space": None, "count": 100, "width": 100, "shard": 400, "mean_steps": 5.0,
+        "max_steps": 8, "row_bytes": 1, "train_rows": 200, "validation_rows": 60, "fit_steps": 80, "batch": 64,
         "tail_work": 1, "seconds": seconds,
     }  # fmt: skip
-    return _Work(**values | changes)
+    return PilotResult(**values | changes)
 
 
 # --- arithmetic ------------------------------------------------------------------------------
 
 
 def test_seconds_follow_from_those_of_single_steps() -> None:
-    got = _measured(work())
+    got = measured_seconds(pilot())
     assert list(got) == STAGES
     assert got["prepare"] == 1
     assert got["synthesise"] == pytest.approx(8 * 0.1 + 100 * 5 * 0.01)
@@ -55,29 +57,29 @@ def test_seconds_follow_from_those_of_single_steps() -> None:
 
 
 def test_rows_beyond_a_batch_refill_it_and_shards_add_up() -> None:
-    refilled = _measured(work(count=400))["synthesise"]
+    refilled = measured_seconds(pilot(count=400))["synthesise"]
     assert refilled == pytest.approx((400 * 5 / 100 + 8 / 2) * 0.1 + 400 * 5 * 0.01)
-    assert _measured(work(count=1200))["synthesise"] == pytest.approx(3 * refilled)
+    assert measured_seconds(pilot(count=1200))["synthesise"] == pytest.approx(3 * refilled)
 
 
 @pytest.mark.parametrize(
-    ("within", "cards"), [(None, 1), (20.0, 1), (11.0, 1), (6.0, 2), (3.0, 5), (1.0, None)]
+    ("within", "gpus"), [(None, 1), (20.0, 1), (11.0, 1), (6.0, 2), (3.0, 5), (1.0, None)]
 )
-def test_gpus_for_a_time(within: float | None, cards: int | None) -> None:
+def test_gpus_needed_to_finish_in_time(within: float | None, gpus: int | None) -> None:
     seconds = {"synthesise": 10.0, "fit": 1.0, "total": 11.0}
-    assert _cards_needed(seconds, within) == cards
+    assert gpus_needed(seconds, within) == gpus
 
 
-def test_the_meter_sees_a_peak_that_is_gone_again() -> None:
-    meter = _Meter(torch.device("cpu"))
-    meter.mark("before")
+def test_peak_memory_counts_what_was_freed_again() -> None:
+    memory = PeakMemory(torch.device("cpu"))
+    memory.end_stage("before")
     block = torch.ones(50 * 2**20)  # 200 MiB, touched
     del block
-    meter.mark("block", more=2**30)
-    meter.mark("after")
-    base = meter.peaks["before"]
-    assert meter.peaks["block"] - base > 150 * 2**20 + 2**30
-    assert meter.peaks["after"] - base < 100 * 2**20
+    memory.end_stage("block", more=2**30)
+    memory.end_stage("after")
+    base = memory.peaks["before"]
+    assert memory.peaks["block"] - base > 150 * 2**20 + 2**30
+    assert memory.peaks["after"] - base < 100 * 2**20
 
 
 # --- plans of real runs ----------------------------------------------------------------------
@@ -130,15 +132,15 @@ def test_planning_leaves_the_model_alone() -> None:
         zsu_fast.plan(model, [1], **OPTIONS | {"inplace": True})
 
 
-def test_cards_that_are_not_here_are_planned_on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_gpus_are_planned_on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     slow, fast = (zsu_fast.plan(tiny(), [1], hardware=n, **OPTIONS) for n in ("T4", "h100"))
     assert fast.basis == "on paper"
     assert "H100" in fast.device
     assert any("30 %" in note and "nothing was run" in note for note in fast.notes)
     assert fast.gpus == 1
     assert fast.seconds["synthesise"] <= slow.seconds["synthesise"]
-    small = hardware.Accelerator("small", 1e12, 1e12, 1e4)
-    monkeypatch.setitem(hardware.ACCELERATORS, "h100", small)
+    small = accelerators.Accelerator("small", 1e12, 1e12, 1e4)
+    monkeypatch.setitem(accelerators.ACCELERATORS, "h100", small)
     assert zsu_fast.plan(tiny(), [1], hardware="h100", **OPTIONS).gpus is None
 
 
