@@ -26,8 +26,7 @@ from .models.parameters import deep_copy, replace_parameters, restored_on_failur
 from .models.wrapper import count_classes, resolve_device, working_copy
 from .provenance.ledger import Ledger, as_ledger
 from .provenance.record import Record
-from .runtime import distributed
-from .runtime.distributed import Ranks
+from .runtime.distributed import all_or_none, join
 from .runtime.events import Callback
 from .runtime.flops import multiply_adds
 from .runtime.precision import Precision
@@ -154,10 +153,7 @@ class ZeroShotUnlearner:
         ranks: the ranks that make the call.
     """
 
-    ranks: Ranks
-
     @torch_defaults()
-    @distributed.joins_ranks
     def __init__(
         self,
         model: nn.Module,
@@ -203,69 +199,73 @@ class ZeroShotUnlearner:
             if k not in ("self", "model", "forget", "forgotten", "ledger", "impressions",
                          "progress", "callback", "distributed")
         }  # fmt: skip
-        check_flag("inplace", inplace)
-        if not isinstance(space, str) or space not in SPACES:
-            raise ArgumentError("space", f"got {space!r}", f"Pass one of {', '.join(SPACES)}.")
-        self.loop = LoopSettings(steps, batch, learning_rate, early_stop, loop)
-        self.rows = FeatureSettings(mixtures, margin)
-        if isinstance(tail, bool) or not isinstance(tail, str | int):
-            raise ArgumentError(
-                "tail", f"got {tail!r}", "Pass 'auto', 'last', a module's name, or a whole number."
+        self.ranks = join(distributed)
+        with self.ranks.all_or_none():
+            check_flag("inplace", inplace)
+            if not isinstance(space, str) or space not in SPACES:
+                raise ArgumentError("space", f"got {space!r}", f"Pass one of {', '.join(SPACES)}.")
+            self.loop = LoopSettings(steps, batch, learning_rate, early_stop, loop)
+            self.rows = FeatureSettings(mixtures, margin)
+            if isinstance(tail, bool) or not isinstance(tail, str | int):
+                raise ArgumentError(
+                    "tail",
+                    f"got {tail!r}",
+                    "Pass 'auto', 'last', a module's name, or a whole number.",
+                )
+            if device is None and self.ranks.device.type == "cuda":
+                device = self.ranks.device
+            self.device = resolve_device(model, device)
+            self.spec = resolve_spec(model, input_shape, mean, std)
+            self.original, self.inplace = model, inplace
+            self.work = working_copy(model, self.device)
+            self.classes = count_classes(self.work, self.spec, self.device)
+            self.forget = check_forget(forget, self.classes)
+            self.ledger = as_ledger(ledger) if self.ranks.is_main else None
+            if forgotten is None:
+                forgotten = self.ranks.broadcast_object(
+                    self.ledger.forgotten() if self.ledger else None
+                )
+            self.forgotten = check_forgotten(forgotten, self.forget, self.classes)
+            grey = torch.zeros(1, *self.spec.shape, device=self.device)
+            self.multiply_adds = multiply_adds(self.work, grey)
+            self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
+            self.forget_mask[self.forget + self.forgotten] = True
+            # classes of which impressions are made: those that the model still answers, or some
+            self.active_classes = self._sample(retain_sample, seed)
+            per_class = impressions_per_class
+            if per_class is None:
+                per_class = default_per_class(len(self.active_classes))
+            elif isinstance(per_class, bool) or not isinstance(per_class, int) or per_class < 1:
+                raise ArgumentError(
+                    "impressions_per_class",
+                    f"got {per_class!r}",
+                    "Pass a whole number, 1 or more, or None.",
+                )
+            self.ascent = AscentSettings(
+                per_class, confidence, max_steps, restarts, step_size, beta, seed, precision,
+                batch_norm,
+            )  # fmt: skip
+            check_objective(objective, weights)
+            check_depth(depth, objective, space)
+            self.objective, self.weights, self.depth = objective, weights, depth
+            self.tail, self.seed, self.space, self.cache = tail, seed, space, cache
+            self.report = Reporter(progress, callback, self.ranks, quiet=not self.ranks.is_main)
+            self.impressions = self._check_impressions(impressions)
+            self.split_point: Split | None = None
+            self.result: Fit | None = None
+            self.record = Record.begin(
+                model, self.spec, self.forget, self.classes, settings, self.device
             )
-        if device is None and self.ranks.device.type == "cuda":
-            device = self.ranks.device
-        self.device = resolve_device(model, device)
-        self.spec = resolve_spec(model, input_shape, mean, std)
-        self.original, self.inplace = model, inplace
-        self.work = working_copy(model, self.device)
-        self.classes = count_classes(self.work, self.spec, self.device)
-        self.forget = check_forget(forget, self.classes)
-        self.ledger = as_ledger(ledger) if self.ranks.is_main else None
-        if forgotten is None:
-            forgotten = self.ranks.broadcast_object(
-                self.ledger.forgotten() if self.ledger else None
+            self.record.depth["depth"] = depth
+            self.record.forgotten = self.forgotten
+            if self.ledger is not None:
+                self.ledger.check(self.record.weights_before)
+            own = ("device", "cache", "inplace", "ledger")
+            self.ranks.check_same(
+                {k: v for k, v in self.record.settings.items() if k not in own}
+                | {"model": self.record.weights_before, "forget": self.forget}
+                | {"forgotten": self.forgotten}
             )
-        self.forgotten = check_forgotten(forgotten, self.forget, self.classes)
-        grey = torch.zeros(1, *self.spec.shape, device=self.device)
-        self.multiply_adds = multiply_adds(self.work, grey)
-        self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
-        self.forget_mask[self.forget + self.forgotten] = True
-        # classes of which impressions are made: those that the model still answers, or some
-        self.active_classes = self._sample(retain_sample, seed)
-        per_class = impressions_per_class
-        if per_class is None:
-            per_class = default_per_class(len(self.active_classes))
-        elif isinstance(per_class, bool) or not isinstance(per_class, int) or per_class < 1:
-            raise ArgumentError(
-                "impressions_per_class",
-                f"got {per_class!r}",
-                "Pass a whole number, 1 or more, or None.",
-            )
-        self.ascent = AscentSettings(
-            per_class, confidence, max_steps, restarts, step_size, beta, seed, precision,
-            batch_norm,
-        )  # fmt: skip
-        check_objective(objective, weights)
-        check_depth(depth, objective, space)
-        self.objective, self.weights, self.depth = objective, weights, depth
-        self.tail, self.seed, self.space, self.cache = tail, seed, space, cache
-        self.report = Reporter(progress, callback, self.ranks)
-        self.impressions = self._check_impressions(impressions)
-        self.split_point: Split | None = None
-        self.result: Fit | None = None
-        self.record = Record.begin(
-            model, self.spec, self.forget, self.classes, settings, self.device
-        )
-        self.record.depth["depth"] = depth
-        self.record.forgotten = self.forgotten
-        if self.ledger is not None:
-            self.ledger.check(self.record.weights_before)
-        own = ("device", "cache", "inplace", "ledger")
-        self.ranks.check_same(
-            {k: v for k, v in self.record.settings.items() if k not in own}
-            | {"model": self.record.weights_before, "forget": self.forget}
-            | {"forgotten": self.forgotten}
-        )
 
     def run(self) -> nn.Module:
         """All steps; the unlearned model."""
@@ -277,7 +277,7 @@ class ZeroShotUnlearner:
         return self.apply()
 
     @torch_defaults()
-    @distributed.all_or_none
+    @all_or_none
     def synthesise(self) -> ClassImpressions:
         """Makes impressions of every class but those forgotten before, in one batch."""
         space: SearchSpace
@@ -302,7 +302,7 @@ class ZeroShotUnlearner:
         return self.impressions
 
     @torch_defaults()
-    @distributed.all_or_none
+    @all_or_none
     def split(self) -> Split:
         """Cuts the model at ``tail``; "auto" is "last" where impressions need the cut first."""
         if self.space == "tail-input":
@@ -322,7 +322,7 @@ class ZeroShotUnlearner:
         return cut
 
     @torch_defaults()
-    @distributed.all_or_none
+    @all_or_none
     def fit(self) -> Fit:
         """Trains the tail on the cached features of the impressions that are not held out."""
         cut = self.split_point or self.split()
@@ -359,7 +359,7 @@ class ZeroShotUnlearner:
         return self.result
 
     @torch_defaults()
-    @distributed.all_or_none
+    @all_or_none
     def apply(self) -> nn.Module:
         """The user's model, or a copy, with the tail's weights replaced."""
         if self.split_point is None or self.result is None:

@@ -187,5 +187,5 @@ def test_doctor_names_versions_devices_and_extras() -> None:
     told = json.loads(call("doctor", "--json"))
     assert told["torch"] == torch.__version__
     assert told["devices"]["cpu"]["chosen"] in told["devices"]["cpu"]["backends"]
-    assert set(told["extras"]) == {"torchvision", "timm", "transformers", "matplotlib", "PIL"}
+    assert set(told["extras"]) == {"torchvision", "timm", "transformers", "PIL"}
     assert "torch" in call("doctor")
