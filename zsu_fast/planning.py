@@ -31,7 +31,7 @@ from .synthesis.ascent import Ascent
 from .synthesis.space import SearchSpace, input_space, tail_input_space
 from .synthesis.synthesize import ascend, batch_rows
 from .training.class_subset import ClassSubsetTail
-from .training.fit_task import FitTask
+from .training.fit_task import FitTask, make_fit_task
 from .training.loop import _Attempt
 from .training.train_step import make_train_step
 from .unlearner import ZeroShotUnlearner
@@ -253,20 +253,19 @@ def _pilot(model: nn.Module, forget: Any, options: dict[str, Any], meter: _Meter
     with threads_for(run.multiply_adds, device):
         features = cut.features(points) if run.space == "input" else space.parts(points)
         seconds["feature"] = clock.lap() / len(made)
-        fit_task = run.fit_task(cut, features, labels)
-        pilot_rows = len(fit_task.rows) + len(fit_task.validation)
+        task = make_fit_task(
+            run.work, cut, features, labels, run.forget_mask, run.objective, run.rows, run.seed
+        )
+        pilot_rows = len(task.train) + len(task.validation)
         seconds["label"] = clock.lap() / pilot_rows
     held = count // 4 if run.ascent.per_class >= 4 else 0
     having = len(run.active_classes)
-    rows = count - held + run.rows.count(count - held, having)
-    validation = held + run.rows.count(held, 0) if held else max(1024, having)
-    tail_work = multiply_adds(
-        fit_task.tail, *fit_task.rows.features_at(torch.zeros(1, dtype=torch.int64, device=device))
-    )
-    batch = min(run.loop.batch_for(tail_work), rows)
-    _time_tail(run, fit_task, batch, tail_work, clock, seconds)
+    rows = count - held + run.rows.mixtures_for(count - held, having)
+    validation = held + run.rows.mixtures_for(held, 0) if held else max(1024, having)
+    batch = min(run.loop.batch_for(task.row_work), rows)
+    _time_tail(run, task, batch, clock, seconds)
     row = sum(f[0].numel() * f.element_size() for f in features)
-    if not isinstance(fit_task.tail, ClassSubsetTail):
+    if not isinstance(task.tail, ClassSubsetTail):
         row += 4 * run.classes  # the teacher's logits
     meter.mark("fit", (rows + validation - pilot_rows) * row)
     copy.deepcopy(model, computed_tensors(model))
@@ -276,32 +275,29 @@ def _pilot(model: nn.Module, forget: Any, options: dict[str, Any], meter: _Meter
     return _Work(
         run, space, count, width, shard, float(made.steps.float().mean()), int(made.steps.max()),
         memory.bytes_per_row(space.fast_model, start), rows, validation,
-        run.loop.steps_for(run.classes), batch, tail_work, seconds,
+        run.loop.steps_for(run.classes), batch, task.row_work, seconds,
     )  # fmt: skip
 
 
 def _time_tail(
     run: ZeroShotUnlearner,
-    fit_task: FitTask,
+    task: FitTask,
     batch: int,
-    work: int,
     clock: _Clock,
     seconds: dict[str, float],
 ) -> None:
     """Times a step of the tail and a look at a validation row; the tail is worthless afterwards."""
-    stepper = make_train_step(
-        run.loop.loop, fit_task.tail, fit_task.parameters, fit_task.rows, fit_task.objective
-    )
-    index = torch.randint(len(fit_task.rows), (_TAIL_STEPS, batch), generator=fit_task.generator)
+    stepper = make_train_step(run.loop.loop, task)
+    index = torch.randint(len(task.train), (_TAIL_STEPS, batch), generator=task.generator)
     rates = [1e-6] * _TAIL_STEPS
-    with threads_for(work * batch, run.device):
+    with threads_for(task.row_work * batch, run.device):
         stepper.run(index, rates)  # warm-up, and capture on a GPU
         clock.lap()
         stepper.run(index, rates)
         seconds["tail step"] = clock.lap() / _TAIL_STEPS
         with torch.no_grad():
-            fit_task.validation_loss.score(fit_task.tail, fit_task.validation)
-        seconds["look"] = clock.lap() / len(fit_task.validation)
+            task.validation_loss.score(task.tail, task.validation)
+        seconds["look"] = clock.lap() / len(task.validation)
 
 
 def _measured(work: _Work) -> dict[str, float]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import ArgumentError, check_flag
 from .models.class_indices import check_forget, check_forgotten
@@ -42,14 +42,14 @@ from .synthesis.ascent import AscentSettings
 from .synthesis.impressions import ClassImpressions, default_per_class
 from .synthesis.space import SPACES, SearchSpace, SpaceName, input_space, tail_input_space
 from .synthesis.synthesize import ascend, synthesize
-from .training import class_subset
+from .training.class_subset import ClassSubsetTail
 from .training.deep.deep import forget_deeply
-from .training.deep.settings import Depth, check_depth
+from .training.deep.settings import DeepSettings, Depth, check_depth
 from .training.deep.split_rule import find_deep_split
-from .training.features import FeatureSettings, train_val_sets
-from .training.fit_task import SUBSET_ABOVE, FitTask
+from .training.features import FeatureSettings
+from .training.fit_task import make_fit_task
 from .training.loop import Fit, LoopSettings, train_tail
-from .training.losses import ForgetOnlyKL, MaskedKL, check_objective, make_objective
+from .training.losses import ObjectiveName, ObjectiveSettings
 from .training.train_step import Loop
 
 
@@ -167,7 +167,7 @@ class ZeroShotUnlearner:
         ledger: Ledger | str | Path | None = None,
         tail: str | int = "auto",
         depth: Depth = "output",
-        objective: str = "masked",
+        objective: ObjectiveName = "masked",
         impressions: ClassImpressions | None = None,
         space: SpaceName = "input",
         impressions_per_class: int | None = None,
@@ -208,6 +208,7 @@ class ZeroShotUnlearner:
             raise ArgumentError("space", f"got {space!r}", f"Pass one of {', '.join(SPACES)}.")
         self.loop = LoopSettings(steps, batch, learning_rate, early_stop, loop)
         self.rows = FeatureSettings(mixtures, margin)
+        self.deep = DeepSettings()
         if isinstance(tail, bool) or not isinstance(tail, str | int):
             raise ArgumentError(
                 "tail", f"got {tail!r}", "Pass 'auto', 'last', a module's name, or a whole number."
@@ -245,9 +246,9 @@ class ZeroShotUnlearner:
             per_class, confidence, max_steps, restarts, step_size, beta, seed, precision,
             batch_norm,
         )  # fmt: skip
-        check_objective(objective, weights)
+        self.objective = ObjectiveSettings(objective, weights)
         check_depth(depth, objective, space)
-        self.objective, self.weights, self.depth = objective, weights, depth
+        self.depth = depth
         self.tail, self.seed, self.space, self.cache = tail, seed, space, cache
         self.report = Reporter(progress, callback, self.ranks)
         self.impressions = self._check_impressions(impressions)
@@ -331,7 +332,7 @@ class ZeroShotUnlearner:
             with self._stage("deepen"):
                 self.record.depth |= forget_deeply(
                     self.work, self.spec, cut, made, self.forget_mask, self.rows, self.loop,
-                    self.seed, self.report,
+                    self.seed, self.report, self.deep,
                 )  # fmt: skip
                 # nothing leads by now: the margin stays what the original's lead asked for
                 self.rows = replace(self.rows, margin=self.record.depth["margin"])
@@ -346,13 +347,13 @@ class ZeroShotUnlearner:
                 features = tail_input_space(cut, self.spec, self.device).parts(points)
             else:
                 features = cut.features(points)
-            fit_task = self.fit_task(cut, features, labels)
-            self.result = train_tail(
-                fit_task.tail, fit_task.parameters, fit_task.rows, fit_task.validation, fit_task.objective,
-                fit_task.validation_loss, self.loop, fit_task.generator, self.report,
+            task = make_fit_task(
+                self.work, cut, features, labels, self.forget_mask, self.objective, self.rows,
+                self.seed,
             )  # fmt: skip
-            if isinstance(fit_task.tail, class_subset.ClassSubsetTail):
-                fit_task.tail.write_back()
+            self.result = train_tail(task, self.loop, self.report)
+            if isinstance(task.tail, ClassSubsetTail):
+                task.tail.write_back()
             trained = dict(self.work.module.named_parameters())
             self.result = self.ranks.broadcast_object(self.result)
             self.ranks.copy_from_main([trained[name] for name in cut.parameters])
@@ -384,38 +385,6 @@ class ZeroShotUnlearner:
             if self.ledger is not None:  # last, so that nothing is recorded of a run that fails
                 self.ledger.append(self.record)
         return target
-
-    def fit_task(self, cut: Split, features: tuple[Tensor, ...], labels: Tensor) -> FitTask:
-        """What is trained on what, from the impressions' features at the cut."""
-        generator = torch.Generator().manual_seed(self.seed)
-        trained = dict(self.work.module.named_parameters())
-        parameters = [trained[name] for name in cut.parameters]
-        # only one layer, with weights of its own for each class
-        alone = (
-            self.objective == "masked"
-            and cut.output_level
-            and all(len(p) == self.classes for p in parameters)
-        )
-        names: list[str] = []
-        if (
-            alone
-            and self.classes > SUBSET_ABOVE
-            and class_subset.supports_subset(cut.tail, parameters, features)
-        ):
-            names = class_subset.row_names(cut.tail, parameters)
-        train, validation, margin = train_val_sets(
-            cut.tail, features, labels, self.forget_mask, self.rows, generator, alone, names
-        )
-        if names:  # the retained logits are never computed again
-            gone = self.forget_mask.nonzero()[:, 0]
-            few = class_subset.ClassSubsetTail(cut.tail, names, gone, copied=True)
-            goal = ForgetOnlyKL(self.forget_mask, margin)
-            return FitTask(few, list(few.parameters()), train, validation, goal, goal, generator)
-        validation_loss = MaskedKL(self.forget_mask, margin, alone)
-        objective = make_objective(self.objective, self.weights, validation_loss)
-        return FitTask(
-            cut.tail, parameters, train, validation, objective, validation_loss, generator
-        )
 
     def _sample(self, retain_sample: int | None, seed: int) -> list[int]:
         """Classes to make impressions of, sorted; not of those forgotten before."""
