@@ -7,8 +7,8 @@ import torch
 from support import changed_tensors, same_bits, tiny, tiny_data, untouched
 
 from zsu_fast import ArgumentError, random_embeddings
-from zsu_fast.evaluation import baselines
 from zsu_fast.splitting.layers import layer_names
+from zsu_fast.training.teacher import Teacher
 
 FORGET = [1, 3]
 
@@ -46,12 +46,12 @@ def test_noise_ahead_of_a_deeper_tail_is_as_large_as_its_features(
     """A layer ten times as large ahead of the cut gives rows ten times as large."""
     sizes = []
 
-    def note(tail, rows, *args):  # type: ignore[no-untyped-def]
+    def note(teacher, rows):  # type: ignore[no-untyped-def]
         sizes.append(float(rows[0].square().mean().sqrt()))
-        return label_features(tail, rows, *args)
+        return label(teacher, rows)
 
-    label_features = baselines.label_features
-    monkeypatch.setattr(baselines, "label_features", note)
+    label = Teacher.label
+    monkeypatch.setattr(Teacher, "label", note)
     model = tiny()
     *_, before_last, _ = layer_names(model, tiny_data(2)[0])
     for factor in (1, 10):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ from support import QUICK, TinyNet, tiny_data, train
 from torch import Tensor, nn
 
 import zsu_fast
-from zsu_fast import unlearner
 from zsu_fast.errors import ArgumentError
 from zsu_fast.models import zoo
 from zsu_fast.models.parameters import weights_hash
@@ -23,7 +21,6 @@ from zsu_fast.synthesis.dead_leaves import sample_dead_leaves
 from zsu_fast.synthesis.impressions import ClassImpressions
 from zsu_fast.synthesis.synthesize import synthesize
 from zsu_fast.training.deep.data import _targets
-from zsu_fast.training.deep.deep import forget_deeply
 from zsu_fast.training.deep.losses import DeepObjective, room_above_floor
 from zsu_fast.training.deep.settings import DeepSettings
 from zsu_fast.training.deep.split_rule import find_deep_split
@@ -48,11 +45,9 @@ class Run:
 def karpathynet() -> Run:
     original = zoo.load("karpathynet")
     made = synthesize(original, per_class=8, progress=False)
-    with pytest.MonkeyPatch.context() as patch:
-        small = functools.partial(forget_deeply, settings=SMALL)
-        patch.setattr(unlearner, "forget_deeply", small)
-        run = ZeroShotUnlearner(original, FORGET, depth="deep", impressions=made, progress=False)
-        deep = run.run()
+    run = ZeroShotUnlearner(original, FORGET, depth="deep", impressions=made, progress=False)
+    run.deep = SMALL
+    deep = run.run()
     output = zsu_fast.unlearn(original, FORGET, impressions=made, progress=False)
     fresh = synthesize(original, per_class=16, seed=99, progress=False)
     return Run(original, deep, output, run, fresh)
@@ -134,12 +129,10 @@ def test_tiny_model_forgets(tiny: nn.Module) -> None:
     assert result.retain_accuracy > mask.retain_accuracy - 5
 
 
-def test_each_term_does_its_part(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_term_does_its_part(tiny: nn.Module) -> None:
     def facts(**weights: float) -> tuple[dict[str, float], float]:
-        settings = DeepSettings(scenes=512, pushed=256, **weights)
-        one = functools.partial(forget_deeply, settings=settings)
-        monkeypatch.setattr(unlearner, "forget_deeply", one)
         run = ZeroShotUnlearner(tiny, [1], depth="deep", **QUICK)
+        run.deep = DeepSettings(scenes=512, pushed=256, **weights)
         made = run.run()
         size = made.fc1(tiny_features(made)).relu().square().mean().detach()
         return {k: v["after"] for k, v in run.record.depth.items() if isinstance(v, dict)}, float(
@@ -183,14 +176,12 @@ def test_inner_layers_are_those_whose_input_nothing_else_reads() -> None:
     assert inside.shape == (4, 16)
 
 
-def test_what_inner_layers_take_is_erased_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_inner_layers_take_is_erased_too() -> None:
     model = train(Residual())
 
     def evidence(weight: float) -> dict[str, float]:
-        settings = DeepSettings(scenes=512, pushed=256, inside=weight, steps=200)
-        one = functools.partial(forget_deeply, settings=settings)
-        monkeypatch.setattr(unlearner, "forget_deeply", one)
         run = ZeroShotUnlearner(model, [1], depth="deep", tail="one", **QUICK | {"steps": 200})
+        run.deep = DeepSettings(scenes=512, pushed=256, inside=weight, steps=200)
         run.run()
         told: dict[str, float] = run.record.depth["evidence_inside"]
         return told

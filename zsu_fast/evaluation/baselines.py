@@ -22,9 +22,11 @@ from ..runtime.progress import Reporter
 from ..runtime.torch_defaults import torch_defaults
 from ..splitting import split as tails
 from ..splitting.split import Split
-from ..training.features import FeatureSet, FeatureSettings, label_features, mean_logit_margin
+from ..training.features import FeatureSet, FeatureSettings
+from ..training.fit_task import FitTask, trained_parameters
 from ..training.loop import LoopSettings, train_tail
 from ..training.losses import MaskedKL
+from ..training.teacher import Teacher
 
 # Rows to train on beside those for mixtures, and rows held out: as many as the default makes of ten
 # classes. Fewer where a row is a whole feature map.
@@ -89,31 +91,21 @@ def train_on_noise(
     scales = [1.0 if cut.output_level else float(f.square().mean().sqrt()) for f in seen]
     fit = max(1024, _VALUES // sum(f[0].numel() for f in seen))
 
+    teacher, settings = Teacher(cut.tail, forget), FeatureSettings()
+
     def rows(wanted: int) -> FeatureSet:
         count = min(fit, wanted)
         embeddings = tuple(
             scale * torch.randn(count, *f.shape[1:], generator=draw).abs().to(device)
             for f, scale in zip(seen, scales, strict=True)
         )
-        return label_features(cut.tail, embeddings, forget)
+        return teacher.label(embeddings)
 
-    train = rows(_IMPRESSIONS + FeatureSettings().count(_IMPRESSIONS, classes))
+    train = rows(_IMPRESSIONS + settings.mixtures_for(_IMPRESSIONS, classes))
     held_out = rows(_HELD_OUT)
-    lead = mean_logit_margin(cut.tail, train, len(train), classes)
+    logit_margin = teacher.mean_logit_margin(train, len(train))
     # all logits move: that serves random rows better than the forgotten ones alone (LeNet5: FA 4
     # instead of 40)
-    validation_loss = MaskedKL(
-        forget, FeatureSettings().margin_of(lead, classes, forget_logits_only=False)
-    )
-    named = dict(model.module.named_parameters())
-    train_tail(
-        cut.tail,
-        [named[name] for name in cut.parameters],
-        train,
-        held_out,
-        validation_loss,
-        validation_loss,
-        LoopSettings(),
-        draw,
-        Reporter(False),
-    )
+    loss = MaskedKL(forget, settings.margin_for(logit_margin, classes, forget_logits_only=False))
+    task = FitTask(cut.tail, trained_parameters(model, cut), train, held_out, loss, loss, draw)
+    train_tail(task, LoopSettings(), Reporter(False))

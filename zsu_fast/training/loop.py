@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, check_flag, is_number
 from ..runtime.events import Stopped
-from ..runtime.flops import multiply_adds
 from ..runtime.progress import Reporter
 from ..runtime.threads import threads_for
-from .features import FeatureSet
-from .losses import MaskedKL, Objective
+from .fit_task import FitTask
 from .train_step import LOOPS, Loop, make_train_step
 
 # A step moves the bias of a logit by this share of the logits' spread. By the rate of the weights
@@ -116,67 +114,36 @@ class Fit:
     learning_rate: float = 0.0
 
 
-def train_tail(
-    tail: nn.Module,
-    parameters: list[nn.Parameter],
-    rows: FeatureSet,
-    held_out: FeatureSet,
-    objective: Objective,
-    validation_loss: MaskedKL,
-    settings: LoopSettings,
-    generator: torch.Generator,
-    report: Reporter,
-) -> Fit:
-    """Trains ``parameters`` of ``tail`` by AdamW on ``objective``.
+def train_tail(task: FitTask, settings: LoopSettings, report: Reporter) -> Fit:
+    """Trains the task's parameters by AdamW on its objective, without leaving the tail worse off.
 
     Args:
-        tail: features -> logits, in eval mode; changed in place.
-        parameters: what to train.
-        rows: the training rows; batches are drawn from them without replacement.
-        held_out: rows made from other impressions.
-        objective: what to descend on.
-        validation_loss: scores the held-out rows.
-        settings: steps, batch, rate, stop.
-        generator: draws the batches, on the CPU.
-        report: told after every check.
+        task: what is trained; batches are drawn from its rows without replacement.
+        settings: steps, batch, learning rate, stop.
+        report: called after every validation.
 
     Returns:
         The history and why it ended.
     """
-    one = rows.select(torch.zeros(1, dtype=torch.int64, device=rows.label.device))
-    work = multiply_adds(tail, *one.features)
-    rate = settings.learning_rate or objective.learning_rate or relative_learning_rate(parameters)
-    scales = [1.0] * len(parameters)
-    if (
-        validation_loss.forget_logits_only
-        and settings.learning_rate is objective.learning_rate is None
-    ):
-        biases = [p.ndim == 1 for p in parameters]
-        spread = float(rows.teacher.std()) if rows.spread is None else rows.spread
-        scales = [BIAS_STEP * spread / rate if b else 1.0 for b in biases]
-    attempt = _Attempt(
-        tail,
-        parameters,
-        rows,
-        held_out,
-        objective,
-        validation_loss,
-        settings,
-        work,
-        scales,
-        generator,
-    )
+    rate = settings.learning_rate or task.objective.learning_rate
+    scales = [1.0] * len(task.parameters)
+    if rate is None:
+        rate = relative_learning_rate(task.parameters)
+        if task.validation_loss.forget_logits_only:
+            bias_scale = BIAS_STEP * task.train.teacher_std() / rate
+            scales = [bias_scale if p.ndim == 1 else 1.0 for p in task.parameters]
+    attempt = _Attempt(task, settings, scales)
     fit = Fit()
     start = attempt.save()
     first = attempt.check(0, 0, 0.0, math.nan)
     fit.history.append(first)
     fit.best, best_state = first, start
-    scales, number = [1.0], 0
+    factors, number = [1.0], 0
     try:
-        while number < len(scales):
-            scale = scales[number]
+        while number < len(factors):
+            scale = factors[number]
             attempt.load(start)
-            with threads_for(work * attempt.batch, rows.label.device):
+            with threads_for(task.row_work * attempt.batch, task.device):
                 outcome, best, state = attempt.run(number, rate * scale, fit.history, report)
             if best is not None and (not settings.early_stop or _better(best, fit.best)):
                 fit.best, best_state, fit.learning_rate = best, state, rate * scale
@@ -187,7 +154,7 @@ def train_tail(
                 break
             if number == 0:  # too fast if values blew up, else too slow, as far as one can tell
                 blew_up = not math.isfinite(fit.history[-1].divergence)
-                scales += [0.3, 0.1, 0.03] if blew_up else [3.0, 0.3, 0.1]
+                factors += [0.3, 0.1, 0.03] if blew_up else [3.0, 0.3, 0.1]
             number += 1
     except Stopped as stop:
         fit.stopped = str(stop)
@@ -219,28 +186,13 @@ class _Attempt:
     PATIENCE = 8  # checks without a gain before it ends
     GAIN = 0.01  # a smaller relative gain is none
 
-    def __init__(
-        self,
-        tail: nn.Module,
-        parameters: list[nn.Parameter],
-        rows: FeatureSet,
-        held_out: FeatureSet,
-        objective: Objective,
-        validation_loss: MaskedKL,
-        settings: LoopSettings,
-        work: int,
-        scales: list[float],
-        generator: torch.Generator,
-    ) -> None:
-        self.tail, self.parameters = tail, parameters
-        self.rows, self.held_out = rows, held_out
-        self.objective, self.validation_loss = objective, validation_loss
-        self.steps = settings.steps_for(len(validation_loss.forget))
+    def __init__(self, task: FitTask, settings: LoopSettings, scales: list[float]) -> None:
+        self.task, self.parameters = task, task.parameters
+        self.steps = settings.steps_for(len(task.validation_loss.forget))
         self.early_stop = settings.early_stop
-        self.batch = min(settings.batch_for(work), len(rows))
-        self.generator = generator
+        self.batch = min(settings.batch_for(task.row_work), len(task.train))
         self.order, self.at = torch.empty(0, dtype=torch.int64), 0
-        self.stepper = make_train_step(settings.loop, tail, parameters, rows, objective, scales)
+        self.stepper = make_train_step(settings.loop, task, scales)
         self.best: ValidationResult | None = None
         self.best_state: list[Tensor] = []
 
@@ -261,7 +213,7 @@ class _Attempt:
         batches = []
         for _ in range(steps):
             if self.at + self.batch > len(self.order):
-                self.order = torch.randperm(len(self.rows), generator=self.generator)
+                self.order = torch.randperm(len(self.task.train), generator=self.task.generator)
                 self.at = 0
             batches.append(self.order[self.at : self.at + self.batch])
             self.at += self.batch
@@ -269,7 +221,11 @@ class _Attempt:
 
     def check(self, step: int, attempt: int, rate: float, loss: float) -> ValidationResult:
         return ValidationResult(
-            step, attempt, rate, loss, *self.validation_loss.score(self.tail, self.held_out)
+            step,
+            attempt,
+            rate,
+            loss,
+            *self.task.validation_loss.score(self.task.tail, self.task.validation),
         )
 
     def run(

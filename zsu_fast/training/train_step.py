@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..runtime.flops import multiply_adds
 from ..runtime.precision import fp32_precision, has_bfloat16
 from ..runtime.threads import SMALL
-from .features import FeatureSet
-from .losses import Objective
+from .fit_task import FitTask
 
 Loop = Literal["auto", "eager", "compiled", "graph"]
 LOOPS = ("auto", "eager", "compiled", "graph")
@@ -44,14 +42,7 @@ class TrainStep(Protocol):
         ...
 
 
-def make_train_step(
-    loop: Loop,
-    tail: nn.Module,
-    parameters: list[nn.Parameter],
-    rows: FeatureSet,
-    objective: Objective,
-    scales: Sequence[float] | None = None,
-) -> TrainStep:
+def make_train_step(loop: Loop, task: FitTask, scales: Sequence[float] | None = None) -> TrainStep:
     """The stepper that ``loop`` names; "auto" is a graph on a GPU and eager on a CPU.
 
     On a CPU a compiled tail does not pay for itself within a run: compiling costs 2 to 12 s, a
@@ -61,26 +52,26 @@ def make_train_step(
     Raises:
         ArgumentError: "graph" without a GPU, or a tail that can't be captured.
     """
-    on_gpu = rows.label.device.type == "cuda"
+    on_gpu = task.device.type == "cuda"
     if loop == "compiled":
-        return CompiledTrainStep(tail, parameters, rows, objective, scales)
+        return CompiledTrainStep(task, scales)
     if loop == "graph" and not on_gpu:
         raise ArgumentError(
             "loop",
-            f"got 'graph', and the model is on {rows.label.device}",
+            f"got 'graph', and the model is on {task.device}",
             "CUDA graphs need a CUDA device: pass device='cuda', or loop='auto'.",
         )
     if loop == "eager" or not on_gpu:
-        return EagerTrainStep(tail, parameters, rows, objective, scales)
+        return EagerTrainStep(task, scales)
     try:
-        return GraphTrainStep(tail, parameters, rows, objective, scales)
+        return GraphTrainStep(task, scales)
     except RuntimeError as error:
         if loop == "graph":
             raise ArgumentError(
                 "loop", f"got 'graph', and capture failed: {error}", "Pass loop='auto'."
             ) from error
         _log.warning("the tail loop runs eagerly, its capture in a CUDA graph failed: %s", error)
-        return EagerTrainStep(tail, parameters, rows, objective, scales)
+        return EagerTrainStep(task, scales)
 
 
 class EagerTrainStep:
@@ -89,19 +80,10 @@ class EagerTrainStep:
     name = "eager"
     capturable = False
 
-    def __init__(
-        self,
-        tail: nn.Module,
-        parameters: list[nn.Parameter],
-        rows: FeatureSet,
-        objective: Objective,
-        scales: Sequence[float] | None = None,
-    ) -> None:
-        self.tail, self.parameters, self.rows, self.objective = tail, parameters, rows, objective
-        self.scales = [1.0] * len(parameters) if scales is None else list(scales)
-        self.device = rows.label.device
-        plain = getattr(tail, "_orig_mod", tail)  # counting would compile it with its hooks
-        self.row_work = multiply_adds(plain, *(f[:1] for f in rows.features))
+    def __init__(self, task: FitTask, scales: Sequence[float] | None = None) -> None:
+        self.task, self.tail, self.parameters = task, task.tail, task.parameters
+        self.scales = [1.0] * len(self.parameters) if scales is None else list(scales)
+        self.device, self.row_work = task.device, task.row_work
         self.reset()
 
     def reset(self) -> None:
@@ -129,9 +111,9 @@ class EagerTrainStep:
 
     def step(self, picked: Tensor) -> Tensor:
         """One step on the rows ``picked``, int64 [batch]; no synchronisation."""
-        rows = self.rows.select(picked)
+        rows = self.task.train.select(picked)
         logits = self.tail(*rows.features)
-        loss, dlogits = self.objective(logits.detach(), rows)
+        loss, dlogits = self.task.objective(logits.detach(), rows)
         grads = torch.autograd.grad(logits, self.parameters, dlogits)
         if isinstance(self.optimiser, _FusedAdam):
             self.optimiser.step(grads)
@@ -208,16 +190,10 @@ class CompiledTrainStep(EagerTrainStep):
 
     name = "compiled"
 
-    def __init__(
-        self,
-        tail: nn.Module,
-        parameters: list[nn.Parameter],
-        rows: FeatureSet,
-        objective: Objective,
-        scales: Sequence[float] | None = None,
-    ) -> None:
-        compiled: Any = torch.compile(tail, dynamic=False)
-        super().__init__(compiled, parameters, rows, objective, scales)
+    def __init__(self, task: FitTask, scales: Sequence[float] | None = None) -> None:
+        super().__init__(task, scales)
+        compiled: Any = torch.compile(task.tail, dynamic=False)
+        self.tail = compiled
 
 
 class GraphTrainStep(EagerTrainStep):
@@ -230,16 +206,9 @@ class GraphTrainStep(EagerTrainStep):
     name = "graph"
     capturable = True
 
-    def __init__(
-        self,
-        tail: nn.Module,
-        parameters: list[nn.Parameter],
-        rows: FeatureSet,
-        objective: Objective,
-        scales: Sequence[float] | None = None,
-    ) -> None:
+    def __init__(self, task: FitTask, scales: Sequence[float] | None = None) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
-        super().__init__(tail, parameters, rows, objective, scales)
+        super().__init__(task, scales)
 
     def reset(self) -> None:
         super().reset()

@@ -15,7 +15,8 @@ from ...synthesis.dead_leaves import dead_leaves_chunks
 from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import input_space
 from ...synthesis.synthesize import ascend
-from ..features import FeatureSet, build_feature_set
+from ..features import FeatureSet
+from ..teacher import Teacher, build_feature_set
 from .settings import DeepSettings
 
 
@@ -43,7 +44,9 @@ def make_deep_rows(
         (held, held_scenes, settings.mixtures // 4),
     ):
         picked = tuple(f[one] for f in impressions)
-        near = build_feature_set(cut.tail, picked, labels[one], forget, mixtures, generator)
+        near = build_feature_set(
+            Teacher(cut.tail, forget), picked, labels[one], mixtures, generator
+        )
         near = near.select(torch.arange(len(near), device=device))
         far = tuple(f[other] for f in scenery)
         with torch.no_grad():

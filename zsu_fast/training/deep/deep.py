@@ -32,7 +32,7 @@ from ...runtime.flops import multiply_adds
 from ...runtime.progress import Reporter
 from ...splitting.split import Split
 from ...synthesis.impressions import ClassImpressions
-from ..features import FeatureSet, FeatureSettings
+from ..features import FeatureSet, FeatureSettings, logit_margin
 from ..loop import Fit, LoopSettings, relative_learning_rate
 from .data import make_deep_rows
 from .losses import SHARE_OF_ROOM, DeepObjective, room_above_floor
@@ -85,7 +85,8 @@ def forget_deeply(
     tail = DualClassifierTail(model, cut, made.images[:4].to(device))
     settings = (settings or DeepSettings()).fit_to(len(tail.trained) + 1)
     train, held_out, impressions = make_deep_rows(model, spec, cut, made, forget, seed, settings)
-    margin = rows.margin_for(train.teacher[:impressions], train.label[:impressions])
+    margins = logit_margin(train.teacher[:impressions], train.label[:impressions])
+    margin = rows.margin_for(float(margins.mean()), len(forget), forget_logits_only=False)
     asked = min(margin, SHARE_OF_ROOM * room_above_floor(tail, train, forget))
     objective = DeepObjective(tail, train, forget, asked, settings)
     named = dict(model.module.named_parameters())
