@@ -229,7 +229,7 @@ def _pilot(model: nn.Module, forget: Any, options: dict[str, Any], meter: _Meter
     some = sorted({*run.active_classes[::every][:_PILOT_CLASSES], run.forget[0]})
     per_class = max(1, min(run.ascent.per_class, _PILOT // len(some)))
     few = replace(run.ascent, per_class=per_class)
-    made = ascend(run.work, space, run.spec, some, few, Reporter(False))
+    made = ascend(run.work, space, some, few, Reporter(False))
     start = space.start(torch.zeros(1, *space.shape, device=device))
     with threads_for(multiply_adds(space.exact, start), device):
         classes = (run.active_classes * run.ascent.per_class)[:count]

@@ -35,10 +35,9 @@ from .runtime.progress import Reporter
 from .runtime.threads import threads_for
 from .runtime.torch_defaults import torch_defaults
 from .splitting import split as tails
-from .splitting.layers import layer_names
 from .splitting.split import Split
 from .synthesis import class_sampling as sampling
-from .synthesis.ascent import AscentSettings
+from .synthesis.ascent_settings import AscentSettings
 from .synthesis.impressions import ClassImpressions, default_per_class
 from .synthesis.space import SPACES, SearchSpace, SpaceName, input_space, tail_input_space
 from .synthesis.synthesize import ascend, synthesize
@@ -288,7 +287,7 @@ class ZeroShotUnlearner:
             space = input_space(self.work, self.spec, self.ascent.precision)
         with self._stage("synthesise"):
             self.impressions = ascend(
-                self.work, space, self.spec, self.active_classes, self.ascent, self.report, self.cache,
+                self.work, space, self.active_classes, self.ascent, self.report, self.cache,
                 ranks=self.ranks,
             )  # fmt: skip
         counts = torch.bincount(self.impressions.labels, minlength=self.classes)
@@ -419,16 +418,10 @@ class ZeroShotUnlearner:
 
     def _sample(self, retain_sample: int | None, seed: int) -> list[int]:
         """Classes to make impressions of, sorted; not of those forgotten before."""
-        sampling.check_retain_sample(retain_sample)
-        retained = sorted({*range(self.classes)} - {*self.forget, *self.forgotten})
-        size = sampling.sample_size(len(retained), retain_sample)
-        self.sampled = sampling.ALL
-        if size == len(retained):
-            return sorted([*self.forget, *retained])
-        last = layer_names(self.work.module, noise_images(self.spec, 2).to(self.device))[-1]
-        weight = sampling.class_weights(self.work.module, last, self.classes)
-        self.sampled = sampling.RANDOM if weight is None else sampling.RULE
-        return sampling.sample_classes(weight, self.forget, retained, size, seed)
+        chosen, self.sampled = sampling.classes_to_synthesise(
+            self.work, self.spec, self.classes, self.forget, self.forgotten, retain_sample, seed
+        )
+        return chosen
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
