@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from support import tiny
 from torch import Tensor, nn
 
 from zsu_fast import ClassImpressions, ops, synthesize
-from zsu_fast.synthesis.ascent import hash_ints
+from zsu_fast.runtime import cuda_graph
+from zsu_fast.synthesis.ascent import STEPS_PER_GRAPH, capture_steps, hash_ints
 from zsu_fast.synthesis.ascent_settings import BatchLimits
 
 FIELDS = ("images", "labels", "confidence", "target", "steps", "hit")
@@ -185,3 +188,37 @@ def test_gradients_that_are_not_finite_end_a_row() -> None:
     assert not made.hit[made.labels == 1].any()
     assert made.hit[made.labels != 1].all()
     assert made.images.isfinite().all()
+
+
+# --- captured steps --------------------------------------------------------------------------
+
+
+def test_steps_are_captured_once_per_batch_and_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the CUDA graph, which runs what was captured."""
+    captures = 0
+
+    class Graph:
+        def __init__(self, run: Callable[[], None]) -> None:
+            nonlocal captures
+            captures += 1
+            self.replay = run
+
+    monkeypatch.setattr(cuda_graph, "warm_up", lambda run, _device: run())
+    monkeypatch.setattr(cuda_graph, "capture", Graph)
+    one, other = (SimpleNamespace(penalises=False, steps=0) for _ in range(2))
+
+    def step(batch: Any) -> None:
+        batch.steps += 1
+
+    take_steps = capture_steps(step, torch.device("cuda"))
+    expected = 3  # to warm up
+    for _ in range(3):
+        take_steps(one)
+        expected += STEPS_PER_GRAPH
+    assert (captures, one.steps) == (1, expected)
+    one.penalises = True
+    take_steps(one)
+    assert (captures, one.steps) == (2, expected + 3 + STEPS_PER_GRAPH)
+    take_steps(other)
+    assert (captures, other.steps) == (3, 3 + STEPS_PER_GRAPH)
+    assert capture_steps(step, torch.device("cpu")) is step

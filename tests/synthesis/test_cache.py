@@ -91,16 +91,16 @@ def test_a_second_call_takes_no_step(tmp_path: Path, steps: list[int]) -> None:
 
 def test_unlearn_finds_them_too(tmp_path: Path, steps: list[int]) -> None:
     for space in ("input", "tail-input"):
-        kept = QUICK | {"cache": tmp_path, "space": space}
-        first = runner([1, 3], **kept)
+        options = QUICK | {"cache": tmp_path, "space": space}
+        first = runner([1, 3], **options)
         changed = first.run()
         assert steps
         steps.clear()
-        again = runner([0], **kept)  # other classes, the same impressions
+        again = runner([0], **options)  # other classes, the same impressions
         again.run()
         assert steps == []
         assert same(first.impressions, again.impressions)
-        assert same_bits(changed, runner([1, 3], **kept).run())
+        assert same_bits(changed, runner([1, 3], **options).run())
     assert len(shards(tmp_path)) == 6
 
 
@@ -165,7 +165,7 @@ def test_a_damaged_shard_is_made_anew(tmp_path: Path, steps: list[int], damage: 
     with pytest.warns(UserWarning, match=r"cache: .*00001\.safetensors.* made anew"):
         assert same(make(tmp_path), first)
     assert steps
-    assert path.read_bytes() == content  # and kept again
+    assert path.read_bytes() == content  # and stored again
 
 
 def test_a_shard_that_is_not_of_this_run_is_not_used(tmp_path: Path) -> None:

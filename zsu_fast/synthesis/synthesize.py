@@ -129,7 +129,7 @@ def ascend(
         model: the whole model, for the key of the cache.
         space: where the impressions lie.
         classes: class indices, sorted.
-        settings: see there.
+        settings: how they ascend.
         report: if its callback stops the ascent, the points that have reached their target stay.
         cache: see `synthesize`.
         init: where the impressions start, [N, *space.shape] in the order of the classes; None for
