@@ -200,7 +200,7 @@ def captured(run: Callable[[], Any]) -> tuple[Any, Any]:
 @contextmanager
 def eager_ascent() -> Iterator[None]:
     """The ascent's steps one by one, not captured."""
-    with mock.patch.object(ascent, "_step_many", lambda step, _device: step):
+    with mock.patch.object(ascent, "capture_steps", lambda step, _device: step):
         yield
 
 

@@ -170,7 +170,7 @@ def on_fake_gpu() -> Iterator[None]:
             (torch.cuda, "reset_peak_memory_stats", lambda _device=None: None),
             (torch, "tensor", _tensor),
             (nn.Module, "to", _move),
-            (ascent, "_step_many", lambda step, _device: step),
+            (ascent, "capture_steps", lambda step, _device: step),
             (train_step, "GraphTrainStep", train_step.EagerTrainStep),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

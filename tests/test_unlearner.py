@@ -269,7 +269,7 @@ def test_one_impression_of_each_of_forty_classes() -> None:
     result = evaluate(runner.run(), (images, labels), forget)
     assert len(runner.impressions) == 40
     assert runner.split_point.name == "fc2"
-    assert "with one impression a class" in runner.split_point.reason
+    assert "with one impression per class" in runner.split_point.reason
     assert result.forget_accuracy <= 5, str(result)
     assert result.retain_accuracy >= 90, str(result)
 
@@ -539,7 +539,7 @@ def test_auto_moves_ahead_of_weights_tied_to_the_head(tail: str) -> None:
     assert result.first.weight is result.final.weight
     assert changed_tensors(model, result) >= {"first.weight", "final.weight", "final.bias"}
     if tail == "last":
-        assert "tied to the head" in runner.split_point.reason
+        assert "tied to the backbone" in runner.split_point.reason
 
 
 def test_a_named_tail_tied_to_the_head_is_refused() -> None:

@@ -184,8 +184,8 @@ class ZeroShotUnlearner:
         space = self.search_space()
         with self._stage("synthesise"):
             self.impressions = ascend(
-                self.work, space, self.spec, self.active_classes, self.options.ascent,
-                self.report, self.options.cache, ranks=self.ranks,
+                self.work, space, self.active_classes, self.options.ascent, self.report,
+                self.options.cache, ranks=self.ranks,
             )  # fmt: skip
         counts = torch.bincount(self.impressions.labels, minlength=self.classes)
         missing = int((counts[self.active_classes] == 0).sum())

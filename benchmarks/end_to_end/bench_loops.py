@@ -23,7 +23,7 @@ from zsu_fast.models.wrapper import working_copy
 from zsu_fast.runtime.progress import Reporter
 from zsu_fast.splitting.split import split_at
 from zsu_fast.synthesis import synthesize
-from zsu_fast.synthesis.ascent import AscentSettings
+from zsu_fast.synthesis.ascent_settings import AscentSettings
 from zsu_fast.synthesis.space import input_space
 from zsu_fast.training.fit_task import FitTask, trained_parameters
 from zsu_fast.training.losses import MaskedKL
@@ -92,7 +92,7 @@ def test_ascent_loop(benchmark: Any, table: Table) -> None:
 
     def made() -> Tensor:
         with Reporter(False, None) as report:
-            return synthesize.ascend(model, space, spec, range(10), settings, report).images
+            return synthesize.ascend(model, space, range(10), settings, report).images
 
     def eager() -> Tensor:
         with eager_ascent():

@@ -36,7 +36,7 @@ from benchmarks.harness import RESULTS, machine
 from zsu_fast import ops
 from zsu_fast.synthesis import ascent, inference_copy, space as space_module
 from zsu_fast.synthesis.inference_copy import InferenceCopy
-from zsu_fast.synthesis.synthesize import joined
+from zsu_fast.synthesis.synthesize import to_impressions
 from zsu_fast.training import train_step
 from zsu_fast.unlearner import ZeroShotUnlearner
 
@@ -149,7 +149,7 @@ def fixed_ascent(run: ZeroShotUnlearner, batched: bool, steps: int) -> Any:
     labels = torch.arange(run.classes).repeat_interleave(per_class)
     number = torch.arange(per_class).repeat(run.classes)
     made = ascent.Ascent(space, labels, number, run.ascent, len(labels))
-    rows = made._fill([])
+    rows = made.fill()
     index = torch.arange(len(rows.index))
     for part in index.split(len(index) if batched else 1):
         x, label, target = rows.x[part].clone(), rows.label[part], rows.target[part]
@@ -176,7 +176,7 @@ def fixed_ascent(run: ZeroShotUnlearner, batched: bool, steps: int) -> Any:
             made.points[rows.index[number]] = kept[at]
             made.hit[rows.index[number]] = bool(reached[at])
     index = torch.arange(len(labels))
-    return joined([made.result(index)], [index], run.spec, space, run.ranks)
+    return to_impressions(made.result(index), space)
 
 
 def whole_model_epochs(run: ZeroShotUnlearner, layers: list[str]) -> nn.Module:
@@ -202,7 +202,7 @@ def whole_model_epochs(run: ZeroShotUnlearner, layers: list[str]) -> nn.Module:
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-    return model.model
+    return model.module
 
 
 # --- switches -------------------------------------------------------------------------------------
@@ -219,9 +219,9 @@ def switched(levers: Levers) -> Iterator[None]:
         if not levers.bfloat16:
             put(space_module, "inference_copy", copier(levers))
         if not levers.input_only:
-            put(ascent.Ascent, "_step", step_with_weight_gradients)
+            put(ascent.Ascent, "step", step_with_weight_gradients)
         if not levers.compact:
-            put(ascent, "_bucket", lambda rows, _d: sys.maxsize if rows else 0)
+            put(ascent, "bucket_size", lambda rows, _d: sys.maxsize if rows else 0)
         if not levers.native:
             put(ops, "ascent_step_", plain_ascent_step_)
             put(train_step.EagerTrainStep, "step", plain_tail_step)
@@ -238,7 +238,7 @@ def copier(levers: Levers) -> Callable[..., InferenceCopy]:
         if levers.channels_last:
             return inference_copy.inference_copy(model, images, "float32")
         copied = copy.deepcopy(model)
-        folded = inference_copy._folded(copied, images) if levers.folded else None
+        folded = inference_copy.fold_batch_norms(copied, images) if levers.folded else None
         copied = copied if folded is None else folded
         if levers.pooled:
             copied = inference_copy.pool_before_relu(copied) or copied
@@ -248,22 +248,22 @@ def copier(levers: Levers) -> Callable[..., InferenceCopy]:
     return made
 
 
-def step_with_weight_gradients(self: Any, rows: Any) -> None:
-    """`Ascent._step` by ``loss.backward()``."""
-    x = rows.x.detach().requires_grad_(True)
+def step_with_weight_gradients(self: Any, batch: Any) -> None:
+    """`Ascent.step` by ``loss.backward()``."""
+    x = batch.x.detach().requires_grad_(True)
     logits = self.model(x)
-    own = logits.gather(1, rows.label[:, None])[:, 0]
+    own = logits.gather(1, batch.label[:, None])[:, 0]
     self.model.module.zero_grad()
     own.sum().backward()
     with torch.no_grad():
         probability = logits.softmax(1)
-        rows.confidence.copy_(probability.gather(1, rows.label[:, None])[:, 0])
-        leads = probability.argmax(1) == rows.label
-        tired = rows.step >= self.settings.max_steps
-        rows.reached |= (rows.confidence >= rows.target) & leads & rows.active
-        rows.active &= ~rows.reached & ~tired
+        batch.confidence.copy_(probability.gather(1, batch.label[:, None])[:, 0])
+        highest = probability.argmax(1) == batch.label
+        last_step = batch.step >= self.settings.max_steps
+        batch.reached |= (batch.confidence >= batch.target) & highest & batch.active
+        batch.active &= ~batch.reached & ~last_step
         ops.ascent_step_(
-            rows.x, x.grad, rows.moment, rows.variance, rows.step, rows.active,
+            batch.x, x.grad, batch.exp_avg, batch.exp_avg_sq, batch.step, batch.active,
             self.space.low, self.space.high, self.rate, self.beta,
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import zsu_fast
 from zsu_fast.models import checkpoint, zoo
 from zsu_fast.models.parameters import weights_hash
 from zsu_fast.provenance.ledger import verify
+from zsu_fast.synthesis.ascent_settings import BatchLimits
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -32,15 +34,14 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 def work(folder: Path, ready: Connection) -> None:
     """One run, in a process of its own."""
     warnings.simplefilter("ignore")
-    # eight shards in place of one, so that there is something to resume
-    zsu_fast.synthesis.synthesize._BATCH_VALUES = 10 * 28 * 28  # type: ignore[attr-defined]
-    zsu_fast.synthesis.synthesize.BATCHES_PER_SHARD = 1  # type: ignore[attr-defined]
     ready.send("go")
-    result = zsu_fast.unlearn(
+    run = zsu_fast.ZeroShotUnlearner(
         zoo.load("lenet5"), [1, 2], impressions_per_class=8, tail="last", steps=60,
         cache=folder / "cache", ledger=folder / "ledger.jsonl", progress=False,
     )  # fmt: skip
-    checkpoint.save_weights(folder / "out.safetensors", result)
+    # eight shards in place of one, so that there is something to resume
+    run.ascent = replace(run.ascent, limits=BatchLimits(values=10 * 28 * 28, batches_per_shard=1))
+    checkpoint.save_weights(folder / "out.safetensors", run.run())
 
 
 def start(folder: Path) -> multiprocessing.process.BaseProcess:

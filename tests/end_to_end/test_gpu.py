@@ -19,7 +19,7 @@ from zsu_fast.models.wrapper import working_copy
 from zsu_fast.runtime import memory
 from zsu_fast.runtime.progress import Reporter
 from zsu_fast.synthesis import ascent, synthesize
-from zsu_fast.synthesis.ascent import AscentSettings
+from zsu_fast.synthesis.ascent_settings import AscentSettings
 from zsu_fast.synthesis.space import input_space
 from zsu_fast.unlearner import ZeroShotUnlearner
 
@@ -94,10 +94,10 @@ def made(width: int | None = None, eager: bool = False, **options: Any) -> Any:
     fit = memory.rows_that_fit
     with (
         mock.patch.object(memory, "rows_that_fit", lambda *a: width or fit(*a)),
-        mock.patch.object(ascent, "_step_many", lambda s, _d: s) if eager else nullcontext(),
+        mock.patch.object(ascent, "capture_steps", lambda s, _d: s) if eager else nullcontext(),
         Reporter(False, None) as report,
     ):
-        return synthesize.ascend(model, space, spec, range(10), settings, report)
+        return synthesize.ascend(model, space, range(10), settings, report)
 
 
 def test_captured_ascent_is_the_eager_ascent() -> None:
@@ -133,15 +133,15 @@ def test_captures_are_few_where_rows_wait_in_a_queue() -> None:
 
 
 def test_memory_that_runs_out_halves_the_batch() -> None:
-    real, failed = ascent.Ascent._step, []
+    real, failed = ascent.Ascent.step, []
 
-    def step(self: Any, rows: Any) -> None:
-        if len(rows.index) > 100:
-            failed.append(len(rows.index))
+    def step(self: Any, batch: Any) -> None:
+        if len(batch.index) > 100:
+            failed.append(len(batch.index))
             raise torch.OutOfMemoryError("CUDA out of memory, says the test")
-        real(self, rows)
+        real(self, batch)
 
-    with mock.patch.object(ascent.Ascent, "_step", step):
+    with mock.patch.object(ascent.Ascent, "step", step):
         got = made()
     assert failed
     assert bool(got.hit.all())

@@ -15,6 +15,7 @@ import zsu_fast
 from zsu_fast import ZeroShotUnlearner
 from zsu_fast.errors import ArgumentError
 from zsu_fast.synthesis import class_sampling as sampling
+from zsu_fast.synthesis.ascent_settings import BatchLimits
 from zsu_fast.synthesis.synthesize import batch_rows
 from zsu_fast.training.class_subset import ClassSubsetTail, supports_subset
 from zsu_fast.training.features import FeatureSet
@@ -73,11 +74,11 @@ def test_a_sample_has_the_forgotten_the_nearest_and_some_by_lot() -> None:
     assert chosen != sampling.sample_classes(weight, [3, 4], retained, 6, seed=1)
 
 
-def test_nearness_is_the_same_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearness_is_the_same_in_tiles() -> None:
     weight, others = torch.randn(50, 8, 2, 2), torch.arange(5, 50)
     want = sampling.nearness(weight, [0, 1], others)
-    monkeypatch.setattr(sampling, "_TILE", 100)
-    torch.testing.assert_close(sampling.nearness(weight, [0, 1], others), want)
+    tiled = sampling.nearness(weight, [0, 1], others, tile_values=100)
+    torch.testing.assert_close(tiled, want)
     flat = weight.flatten(1) - weight.flatten(1).mean(0)
     cosines = nn.functional.cosine_similarity(flat[others][:, None], flat[None, :2], dim=2)
     torch.testing.assert_close(want, cosines.amax(1))
@@ -109,7 +110,7 @@ def test_a_run_makes_impressions_of_the_sample_alone_and_says_so() -> None:
     assert len(made) == 3
     told = run.record.impressions
     assert told["classes"] == 3
-    assert told["rule"] == sampling.RULE
+    assert told["rule"] == sampling.NEAREST
     assert not [note for note in run.record.warnings if "no impression reached" in note]
     assert_forgets(result, [1])
     whole = ZeroShotUnlearner(tiny(), [1], input_shape=(3, 8, 8), **QUICK)
@@ -324,7 +325,6 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("narrowed", [True, False])
 def test_no_tensor_has_rows_times_classes(monkeypatch: pytest.MonkeyPatch, narrowed: bool) -> None:
     classes = 3000
-    monkeypatch.setattr("zsu_fast.synthesis.synthesize._BATCH_LOGITS", 16 * classes)
     model = Many(classes).eval()
     run = ZeroShotUnlearner(
         model, [7, 8], retain_sample=30, impressions_per_class=4, mixtures=1000, steps=5, batch=16,
@@ -335,6 +335,7 @@ def test_no_tensor_has_rows_times_classes(monkeypatch: pytest.MonkeyPatch, narro
         subset_above=256 if narrowed else 10**9,
     )  # fmt: skip
     run.rows = replace(run.rows, limits=limits)
+    run.ascent = replace(run.ascent, limits=BatchLimits(logits=16 * classes))
     weights = {tuple(p.shape) for p in model.parameters()} | {(16, classes)}
     with Largest(weights) as seen:
         run.synthesise()
@@ -346,18 +347,17 @@ def test_no_tensor_has_rows_times_classes(monkeypatch: pytest.MonkeyPatch, narro
     assert run.result.history[-1].step == 5
 
 
-def test_few_rows_climb_at_once_where_classes_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_ascend_at_once_where_classes_are_many() -> None:
     run = ZeroShotUnlearner(Many(64), [0], progress=False)
     from zsu_fast.synthesis.space import input_space
 
     space = input_space(run.work, run.spec, "float32")
     wide = batch_rows(space)[1]
-    monkeypatch.setattr("zsu_fast.synthesis.synthesize._BATCH_LOGITS", 20 * 64)
     assert wide > 20
-    assert batch_rows(space) == (80, 20)
+    assert batch_rows(space, BatchLimits(logits=20 * 64)) == (80, 20)
 
 
-def test_few_rows_climb_at_once_where_they_fill_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_ascend_at_once_where_they_fill_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     run = ZeroShotUnlearner(Many(64), [0], progress=False)
     from zsu_fast.synthesis.space import input_space
 
@@ -369,5 +369,4 @@ def test_few_rows_climb_at_once_where_they_fill_a_cache(monkeypatch: pytest.Monk
         (weights, 0, 8),
     ):
         monkeypatch.setattr("zsu_fast.runtime.memory.bytes_per_row", lambda *_, row=row: row)
-        monkeypatch.setattr("zsu_fast.synthesis.synthesize._CACHE_BYTES", cache)
-        assert batch_rows(space)[1] == rows
+        assert batch_rows(space, BatchLimits(cache_bytes=cache))[1] == rows

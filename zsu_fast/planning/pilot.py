@@ -143,7 +143,7 @@ class _Pilot:
         classes = sorted({*active[::every][:_CLASSES], run.forget[0]})
         per_class = max(1, min(run.ascent.per_class, PILOT_IMPRESSIONS // len(classes)))
         few = replace(run.ascent, per_class=per_class)
-        impressions = ascend(run.work, self.space, run.spec, classes, few, Reporter(False))
+        impressions = ascend(run.work, self.space, classes, few, Reporter(False))
         with threads_for(multiply_adds(self.space.exact, self.start), run.device):
             labels = torch.tensor((active * run.ascent.per_class)[: self.count])
             for name, rows in (("wide", self.width), ("narrow", max(1, self.width // 4))):

@@ -19,7 +19,7 @@ from ...runtime.flops import multiply_adds
 from ...runtime.progress import Reporter
 from ...runtime.threads import threads_for
 from ...runtime.torch_defaults import torch_defaults
-from ...synthesis.ascent import AscentSettings
+from ...synthesis.ascent_settings import AscentSettings
 from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import input_space
 from ...synthesis.synthesize import ascend
@@ -238,7 +238,7 @@ def _held_out(case: Case, given: ClassImpressions | None) -> ClassImpressions:
         )
     settings = AscentSettings(per_class=per_class, seed=_HELD_OUT_SEED + case.seed)
     space = input_space(case.original.model, case.spec, settings.precision)
-    made = ascend(case.original.model, space, case.spec, sorted(chosen), settings, Reporter(False))
+    made = ascend(case.original.model, space, sorted(chosen), settings, Reporter(False))
     case.counts["impressions"] = len(made)
     if made.hit_rate < 0.5:
         case.notes.append(

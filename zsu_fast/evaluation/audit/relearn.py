@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ...models.input_spec import InputSpec
 from ...runtime.torch_defaults import torch_defaults
-from ...splitting.batch_dim import Features
+from ...splitting.batch_dim import BoundaryTensors
 from .subject import Subject, variant
 
 # Adam's learning rate, and rows a step, half of them of forgotten classes.
@@ -102,8 +102,8 @@ def start_of(subject: Subject, forget: list[int]) -> str:
 
 def _train(
     model: nn.Module,
-    shots: Features,
-    test: Features,
+    shots: BoundaryTensors,
+    test: BoundaryTensors,
     parameters: list[nn.Parameter],
     lesson: RelearnTask,
 ) -> Relearned:

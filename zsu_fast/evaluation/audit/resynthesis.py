@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...models.input_spec import InputSpec
 from ...runtime.progress import Reporter
-from ...synthesis.ascent import AscentSettings
+from ...synthesis.ascent_settings import AscentSettings
 from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import input_space
 from ...synthesis.synthesize import ascend
@@ -44,6 +44,6 @@ def reach(
         return Reached(0.0, float(MOST), None)
     settings = AscentSettings(per_class=per_class, max_steps=MOST, restarts=0, seed=seed)
     space = input_space(subject.model, spec, settings.precision)
-    made = ascend(subject.model, space, spec, classes, settings, Reporter(False))
+    made = ascend(subject.model, space, classes, settings, Reporter(False))
     steps = made.steps.float().masked_fill(~made.hit, MOST)
     return Reached(100 * made.hit_rate, float(steps.mean()), made)

@@ -19,7 +19,7 @@ from ...errors import ModelError
 from ...models.input_spec import InputSpec
 from ...models.parameters import state, unwrap
 from ...models.wrapper import LogitsModel, working_copy
-from ...splitting.batch_dim import Features
+from ...splitting.batch_dim import BoundaryTensors
 from ...splitting.layers import layer_names
 from ...splitting.split import Split, split_at
 from ..accuracy import MaskedClassifier
@@ -60,7 +60,7 @@ class Subject:
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def logits(self, crossing: Features) -> Tensor:
+    def logits(self, crossing: BoundaryTensors) -> Tensor:
         """[N, C] from what crosses the cut, -inf where a class is hidden."""
         logits: Tensor = self.cut.tail(*crossing)
         if self.hidden:

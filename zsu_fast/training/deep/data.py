@@ -10,7 +10,7 @@ from ...models.wrapper import LogitsModel
 from ...runtime.flops import multiply_adds
 from ...runtime.progress import Reporter
 from ...splitting.split import Split
-from ...synthesis.ascent import AscentSettings
+from ...synthesis.ascent_settings import AscentSettings
 from ...synthesis.dead_leaves import dead_leaves_chunks
 from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import input_space
@@ -86,7 +86,7 @@ def _scenery(
     starts = torch.cat(first)
     starts = starts[torch.arange(wanted) % len(starts)]
     space = input_space(model, spec, few.precision)
-    ascended = ascend(model, space, spec, targets, few, Reporter(False), starts=starts)
+    ascended = ascend(model, space, targets, few, Reporter(False), init=starts)
     seen.insert(0, cut.features(ascended.images.to(forget.device)))
     return tuple(torch.cat(column) for column in zip(*seen, strict=True))
 
