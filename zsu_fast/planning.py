@@ -32,8 +32,8 @@ from .synthesis.space import SearchSpace, input_space, tail_input_space
 from .synthesis.synthesize import ascend, batch_rows
 from .training.class_subset import ClassSubsetTail
 from .training.fit_task import FitTask, make_fit_task
-from .training.loop import _Attempt
 from .training.train_step import make_train_step
+from .training.trainer import Schedule
 from .unlearner import ZeroShotUnlearner
 
 # Impressions made to see how many steps the ascent takes and where the model is cut.
@@ -310,7 +310,7 @@ def _measured(work: _Work) -> dict[str, float]:
         for rows in _shards(work)
     )
     more = max(0, min(work.count, MOST_IMAGES) - _PILOT)
-    looks = 1 + _Attempt.CHECKS
+    looks = 1 + Schedule.validations
     return {
         "prepare": s["prepare"],
         "synthesise": synthesise + work.count * s["forward"],
@@ -352,7 +352,7 @@ def _on_paper(work: _Work, card: Accelerator) -> dict[str, float]:
         "fit": work.count * forward
         + (work.rows + work.validation) * label
         + work.tail_steps * trained
-        + (1 + _Attempt.CHECKS) * work.validation * work.tail_work / rate,
+        + (1 + Schedule.validations) * work.validation * work.tail_work / rate,
         "apply": work.seconds["apply"],
     }
 

@@ -43,14 +43,16 @@ from .synthesis.impressions import ClassImpressions, default_per_class
 from .synthesis.space import SPACES, SearchSpace, SpaceName, input_space, tail_input_space
 from .synthesis.synthesize import ascend, synthesize
 from .training.class_subset import ClassSubsetTail
+from .training.deep.data import DeepInputs
 from .training.deep.deep import forget_deeply
 from .training.deep.settings import DeepSettings, Depth, check_depth
 from .training.deep.split_rule import find_deep_split
 from .training.features import FeatureSettings
 from .training.fit_task import make_fit_task
-from .training.loop import Fit, LoopSettings, train_tail
+from .training.loop import LoopSettings, train_tail
 from .training.losses import ObjectiveName, ObjectiveSettings
 from .training.train_step import Loop
+from .training.trainer import Fit
 
 
 def unlearn(model: nn.Module, forget: Any, **options: Any) -> nn.Module:
@@ -330,10 +332,10 @@ class ZeroShotUnlearner:
         made = self._made()
         if self.depth == "deep":
             with self._stage("deepen"):
+                inputs = DeepInputs(self.work, self.spec, cut, made, self.forget_mask, self.seed)
                 self.record.depth |= forget_deeply(
-                    self.work, self.spec, cut, made, self.forget_mask, self.rows, self.loop,
-                    self.seed, self.report, self.deep,
-                )  # fmt: skip
+                    inputs, self.rows, self.loop, self.deep, self.report
+                )
                 # nothing leads by now: the margin stays what the original's lead asked for
                 self.rows = replace(self.rows, margin=self.record.depth["margin"])
                 trained = dict(self.work.module.named_parameters())
