@@ -38,13 +38,15 @@ from .synthesis.impressions import ClassImpressions, check_impressions
 from .synthesis.space import SearchSpace, SpaceName, input_space, tail_input_space
 from .synthesis.synthesize import ascend, synthesize
 from .training.class_subset import ClassSubsetTail
+from .training.deep.data import DeepInputs
 from .training.deep.deep import forget_deeply
 from .training.deep.settings import Depth
 from .training.deep.split_rule import find_deep_split
 from .training.fit_task import FitTask, make_fit_task, trained_parameters
-from .training.loop import Fit, train_tail
+from .training.loop import train_tail
 from .training.losses import ObjectiveName
 from .training.train_step import Loop
+from .training.trainer import Fit
 
 
 def unlearn(model: nn.Module, forget: Any, **options: Any) -> nn.Module:
@@ -329,10 +331,12 @@ class ZeroShotUnlearner:
     def _deepen(self, split: Split, impressions: ClassImpressions) -> Split:
         """Trains the layers ahead of the last; returns the split that is fitted afterwards."""
         options = self.options
+        inputs = DeepInputs(
+            self.work, self.spec, split, impressions, self.forget_mask, options.seed
+        )
         self.record.depth |= forget_deeply(
-            self.work, self.spec, split, impressions, self.forget_mask, options.features,
-            options.loop, options.seed, self.report, options.deep,
-        )  # fmt: skip
+            inputs, options.features, options.loop, options.deep, self.report
+        )
         # logits have collapsed by now: keep the margin computed from the original
         margin = self.record.depth["margin"]
         options.features = replace(options.features, margin=margin)

@@ -20,7 +20,7 @@ from zsu_fast.synthesis import dead_leaves as drawing
 from zsu_fast.synthesis.dead_leaves import sample_dead_leaves
 from zsu_fast.synthesis.impressions import ClassImpressions
 from zsu_fast.synthesis.synthesize import synthesize
-from zsu_fast.training.deep.data import _targets
+from zsu_fast.training.deep.data import target_classes
 from zsu_fast.training.deep.losses import DeepObjective, room_above_floor
 from zsu_fast.training.deep.settings import DeepSettings
 from zsu_fast.training.deep.split_rule import find_deep_split
@@ -206,10 +206,9 @@ def test_features_shrink_less_where_inner_layers_are_erased_too() -> None:
         for both in (0.0, 1.0):
             weights = {"unmask": 0, "erase": 0, "inside": 0, "shrink_inside": both}
             settings = DeepSettings(**weights, shrink=4 * both)
-            objective = DeepObjective(
-                DualClassifierTail(model, cut, images), rows, forget, 1.0, settings
-            )
-            losses.append(float(objective(rows).detach()))
+            tail = DualClassifierTail(model, cut, images)
+            objective = DeepObjective(tail, rows, forget, 1.0, settings)
+            losses.append(float(objective.loss(tail(*rows.features), rows).detach()))
         return losses[1] - losses[0]
 
     assert shrunk("one") == pytest.approx(1, abs=1e-3)  # `three` is an inner layer
@@ -360,11 +359,11 @@ def test_scenes_are_pushed_to_few_of_many_classes() -> None:
     forget = torch.zeros(1000, dtype=torch.bool)
     forget[100:900] = True
     classes = torch.arange(0, 1000, 2)
-    got = _targets(classes, forget, 100)
+    got = target_classes(classes, forget, 100)
     assert len(set(got)) == 100
     assert set(got) <= set(classes.tolist())
     assert sum(bool(forget[c]) for c in got) == 50
-    assert _targets(classes, forget, 500) == classes.tolist()
-    few_gone = _targets(torch.arange(1000), torch.arange(1000) == 7, 100)
+    assert target_classes(classes, forget, 500) == classes.tolist()
+    few_gone = target_classes(torch.arange(1000), torch.arange(1000) == 7, 100)
     assert 7 in few_gone
     assert len(few_gone) == 100

@@ -15,17 +15,16 @@ from zsu_fast import ArgumentError, Event
 from zsu_fast.runtime.progress import Reporter
 from zsu_fast.training.features import FeatureSet
 from zsu_fast.training.fit_task import FitTask
-from zsu_fast.training.loop import Fit, LoopSettings, ValidationResult, train_tail
-from zsu_fast.training.losses import Differential, MaskedKL
+from zsu_fast.training.loop import LoopSettings, train_tail
+from zsu_fast.training.losses import Differential, LogitObjective, MaskedKL
 from zsu_fast.training.teacher import Teacher, build_feature_set
+from zsu_fast.training.trainer import Fit, ValidationResult
 
 FORGET = torch.tensor([False, True, False, False])
 
 
-class Scripted:
+class Scripted(LogitObjective):
     """An objective that does as a script says: ``script(call, logits, rows) -> loss``."""
-
-    name = "scripted"
 
     def __init__(
         self, script: Callable[[int, Tensor, FeatureSet], Tensor], rate: float | None = None

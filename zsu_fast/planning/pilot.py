@@ -105,7 +105,7 @@ class _Pilot:
         self.space = run.search_space()
         self.seconds["prepare"] = self.watch.lap()
         memory.end_stage("prepare")
-        self.count = len(run.active_classes) * run.ascent.per_class
+        self.count = len(run.active_classes) * run.options.ascent.per_class
         self.shard, width = batch_rows(self.space)
         self.width = min(width, self.count)
         self.start = self.space.start(torch.zeros(1, *self.space.shape, device=run.device))
@@ -131,7 +131,7 @@ class _Pilot:
             mean_steps=float(impressions.steps.float().mean()),
             max_steps=int(impressions.steps.max()),
             row_bytes=bytes_per_row(self.space.fast_model, self.start),
-            fit_steps=self.run.loop.steps_for(self.run.classes),
+            fit_steps=self.run.options.loop.steps_for(self.run.classes),
             seconds=self.seconds,
             **fit,
         )
@@ -141,13 +141,13 @@ class _Pilot:
         run, active = self.run, self.run.active_classes
         every = max(1, len(active) // _CLASSES)
         classes = sorted({*active[::every][:_CLASSES], run.forget[0]})
-        per_class = max(1, min(run.ascent.per_class, PILOT_IMPRESSIONS // len(classes)))
-        few = replace(run.ascent, per_class=per_class)
+        per_class = max(1, min(run.options.ascent.per_class, PILOT_IMPRESSIONS // len(classes)))
+        few = replace(run.options.ascent, per_class=per_class)
         impressions = ascend(run.work, self.space, classes, few, Reporter(False))
         with threads_for(multiply_adds(self.space.exact, self.start), run.device):
-            labels = torch.tensor((active * run.ascent.per_class)[: self.count])
+            labels = torch.tensor((active * run.options.ascent.per_class)[: self.count])
             for name, rows in (("wide", self.width), ("narrow", max(1, self.width // 4))):
-                ascent = Ascent(self.space, labels[:rows], torch.arange(rows), run.ascent, rows)
+                ascent = Ascent(self.space, labels[:rows], torch.arange(rows), run.options.ascent, rows)
                 fill, step = ascent.time_steps()
                 self.seconds |= {f"fill {name}": fill, f"step {name}": step}
             images = impressions.images.to(run.device)
@@ -163,17 +163,17 @@ class _Pilot:
         run = self.run
         self.watch.lap()
         with threads_for(run.multiply_adds, run.device):
-            features = run.features(split, impressions)
+            features = run.features_of(split, impressions)
             self.seconds["feature"] = self.watch.lap() / len(impressions)
-            task = run.fit_task(split, features, impressions.labels.to(run.device))
+            task = run.fit_task(split, features, impressions)
             pilot_rows = len(task.train) + len(task.validation)
             self.seconds["label"] = self.watch.lap() / pilot_rows
-        held = self.count // 4 if run.ascent.per_class >= 4 else 0
+        held = self.count // 4 if run.options.ascent.per_class >= 4 else 0
         classes = len(run.active_classes)
-        train = self.count - held + run.rows.count(self.count - held, classes)
-        validation = held + run.rows.count(held, 0) if held else max(1024, classes)
-        work = task.work()
-        batch = min(run.loop.batch_for(work), train)
+        train = self.count - held + run.options.features.mixtures_for(self.count - held, classes)
+        validation = held + run.options.features.mixtures_for(held, 0) if held else max(1024, classes)
+        work = task.row_work
+        batch = min(run.options.loop.batch_for(work), train)
         self._time_steps(task, batch, work)
         row_bytes = sum(f[0].numel() * f.element_size() for f in features)
         if not isinstance(task.tail, ClassSubsetTail):
@@ -185,7 +185,7 @@ class _Pilot:
 
     def _time_steps(self, task: FitTask, batch: int, work: int) -> None:
         """Times an optimiser step and the validation of a row; the tail is worthless afterwards."""
-        step = make_train_step(self.run.loop.loop, task)
+        step = make_train_step(self.run.options.loop.loop, task)
         index = torch.randint(len(task.train), (_TIMED_STEPS, batch), generator=task.generator)
         rates = [1e-6] * _TIMED_STEPS
         with threads_for(work * batch, self.run.device):

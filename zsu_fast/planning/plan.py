@@ -19,7 +19,7 @@ from ..runtime.accelerators import UTILISATION, Accelerator, accelerator
 from ..runtime.flops import multiply_adds
 from ..runtime.measuring import PeakMemory
 from ..splitting.separability import MOST_IMAGES
-from ..training.loop import VALIDATIONS
+from ..training.trainer import Schedule
 from .pilot import PILOT_IMPRESSIONS, PilotResult, run_pilot
 
 # An ascent step is a forward pass and a backward pass to the input: this many forward passes.
@@ -185,11 +185,11 @@ def measured_seconds(pilot: PilotResult) -> dict[str, float]:
     return {
         "prepare": s["prepare"],
         "synthesise": synthesise + pilot.count * s["forward"],
-        "split": s["split"] + (more * s["forward"] if pilot.run.tail == "auto" else 0.0),
+        "split": s["split"] + (more * s["forward"] if pilot.run.options.tail == "auto" else 0.0),
         "fit": pilot.count * s["feature"]
         + (pilot.train_rows + pilot.validation_rows) * s["label"]
         + pilot.fit_steps * s["fit step"]
-        + (1 + VALIDATIONS) * pilot.validation_rows * s["validate"],
+        + (1 + Schedule.validations) * pilot.validation_rows * s["validate"],
         "apply": s["apply"],
     }
 
@@ -225,7 +225,7 @@ def estimated_seconds(pilot: PilotResult, card: Accelerator) -> dict[str, float]
         "fit": pilot.count * forward
         + (pilot.train_rows + pilot.validation_rows) * label
         + pilot.fit_steps * step
-        + (1 + VALIDATIONS) * pilot.validation_rows * pilot.tail_work / rate,
+        + (1 + Schedule.validations) * pilot.validation_rows * pilot.tail_work / rate,
         "apply": pilot.seconds["apply"],
     }
 

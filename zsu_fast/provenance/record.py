@@ -17,7 +17,7 @@ from ..models.parameters import unwrap, weights_hash
 from ..splitting.split import Split
 from ..synthesis import class_sampling as sampling
 from ..synthesis.impressions import ClassImpressions
-from ..training.loop import Fit
+from ..training.trainer import Fit
 from ..version import VERSION
 
 

@@ -14,7 +14,7 @@ from ..runtime.flops import multiply_adds
 from ..splitting.split import Split
 from .class_subset import ClassSubsetTail, parameter_names, supports_subset
 from .features import FeatureSet, FeatureSettings
-from .losses import ForgetOnlyKL, MaskedKL, Objective, ObjectiveSettings
+from .losses import ForgetOnlyKL, MaskedKL, Objective, ObjectiveSettings, ValidationLoss
 from .teacher import Teacher, train_val_sets
 
 
@@ -30,6 +30,8 @@ class FitTask:
         objective: the training loss.
         validation_loss: scores the validation rows, whatever the objective.
         generator: draws the batches, on the CPU.
+        masks: factor on the gradient of each parameter, of its shape; None leaves it as it is.
+        fast_kernels: allow the fused AdamW kernel and products in bfloat16.
     """
 
     tail: nn.Module
@@ -37,8 +39,10 @@ class FitTask:
     train: FeatureSet
     validation: FeatureSet
     objective: Objective
-    validation_loss: MaskedKL
+    validation_loss: ValidationLoss
     generator: torch.Generator
+    masks: Sequence[Tensor | None] | None = None
+    fast_kernels: bool = True
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -18,20 +20,59 @@ OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
 
 
 class Objective(Protocol):
-    """The training loss of the tail's logits on some rows."""
+    """A training loss.
+
+    Attributes:
+        learning_rate: None for one in proportion to the size of the trained weights.
+    """
 
     learning_rate: float | None
-    """None: in proportion to the size of the tail's weights."""
 
-    def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        """Returns the loss (scalar) and its gradient [N, C], in one pass over ``logits``.
+    def gradients(
+        self, tail: nn.Module, parameters: Sequence[nn.Parameter], rows: FeatureSet
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Returns the loss of ``rows``, a scalar, and its gradient for each parameter."""
+        ...
 
-        It needs no autograd: the train step backpropagates the gradient through the tail.
+
+class ValidationLoss(Protocol):
+    """Scores a tail on validation rows.
+
+    Attributes:
+        forget: bool [C].
+        forget_logits_only: whether only the forgotten logits are trained.
+    """
+
+    forget: Tensor
+    forget_logits_only: bool
+
+    def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:
+        """Returns divergence (NaN if a logit is not finite), leak, and agreement.
+
+        See `ValidationResult`.
         """
         ...
 
 
-class Differential:
+class LogitObjective(ABC):
+    """An `Objective` that is a function of the tail's logits, with a fused gradient."""
+
+    learning_rate: float | None = None
+
+    @abstractmethod
+    def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+        """Returns the loss, a scalar, and its gradient [N, C], in one pass and without autograd."""
+
+    def gradients(
+        self, tail: nn.Module, parameters: Sequence[nn.Parameter], rows: FeatureSet
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Returns the loss of ``rows`` and its gradients, through the tail by autograd."""
+        logits = tail(*rows.features)
+        loss, dlogits = self(logits.detach(), rows)
+        return loss, torch.autograd.grad(logits, list(parameters), dlogits)
+
+
+class Differential(LogitObjective):
     """Signed cross-entropy: ``-w_f * CE_forget + w_r * CE_retain``, each a mean over its own rows.
 
     Section 4.3 of the paper, with the signs of its prose: ascend on the forgotten classes, descend
@@ -52,7 +93,7 @@ class Differential:
         return losses.sum(), dlogits
 
 
-class MaskedKL:
+class MaskedKL(LogitObjective):
     """KL divergence from the teacher's softmax without the forgotten classes, renormalised.
 
     It is bounded below: 0 is the mask itself. The margin is added to the forgotten logits first,
@@ -68,8 +109,6 @@ class MaskedKL:
             from 61 to 45; with this it is 62).
     """
 
-    learning_rate: float | None = None
-
     def __init__(self, forget: Tensor, margin: float, forget_logits_only: bool = False) -> None:
         self.forget, self.shift = forget, margin * forget.float()
         self.forget_logits_only = forget_logits_only
@@ -82,25 +121,21 @@ class MaskedKL:
 
     @torch.no_grad()
     def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:
-        """Validates ``tail`` on ``rows``.
-
-        Returns:
-            Divergence (NaN if a logit is not finite), leak, and agreement: see `ValidationResult`.
-        """
+        """Returns divergence, leak and agreement of ``tail``: see `ValidationLoss.score`."""
         divergence = leaks = agree = torch.zeros((), device=self.forget.device)
         for index in rows.chunks(len(self.forget)):
             part = rows.select(index)
             logits = tail(*part.features)
             bad = torch.where(logits.isfinite().all(), 0.0, torch.nan)
             divergence = divergence + len(index) * (self.divergence(logits, part) + bad)
-            leaked, same = self._answers(logits, part)
+            leaked, same = self.answers(logits, part)
             leaks = leaks + leaked.sum()
             agree = agree + (same & ~part.forgotten).sum()
         retained = int((~rows.forgotten).sum())
         agreement = float(agree) / retained if retained else 1.0
         return float(divergence) / len(rows), float(leaks) / len(rows), agreement
 
-    def _answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+    def answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         """Whether each row's top class is forgotten, and whether it is the masked teacher's."""
         answer = logits.argmax(1)
         masked = rows.teacher.masked_fill(self.forget, -torch.inf).argmax(1)
@@ -145,7 +180,7 @@ class ForgetOnlyKL(MaskedKL):
         coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
         return torch.cat([logits + self.margin, rows.retained.logsumexp[:, None]], 1), coef
 
-    def _answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+    def answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         assert rows.retained is not None
         leaked = logits.amax(1) > rows.retained.max
         return leaked, ~leaked  # the top retained class never changes
