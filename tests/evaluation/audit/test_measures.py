@@ -9,37 +9,37 @@ import pytest
 import torch
 from support import SPEC, snapshot, tiny, tiny_data
 
-from zsu_fast.evaluation.audit import distances, drift, membership, probe, representation
+from zsu_fast.evaluation.audit import divergences, drift, membership, probe, similarity
 from zsu_fast.evaluation.audit.last_layer import LastLayer, examine
-from zsu_fast.evaluation.audit.observe import looked_at, summary
+from zsu_fast.evaluation.audit.activations import looked_at, summary
 from zsu_fast.evaluation.audit.relearn import RelearnTask, relearn
 from zsu_fast.evaluation.audit.relearning import _anamnesis
 from zsu_fast.evaluation.audit.result import Row
-from zsu_fast.evaluation.audit.subject import make_subject, variant
+from zsu_fast.evaluation.audit.audited_model import make_audited_model, variant
 from zsu_fast.evaluation.audit.verdict import Evidence, checks, sentences
 
 
 def test_cka_is_one_for_rotations_and_small_for_noise() -> None:
     x = torch.randn(500, 20)
     turn, _ = torch.linalg.qr(torch.randn(20, 20))
-    assert representation.linear_cka(x, 3 * x @ turn + 5) == pytest.approx(1)
-    assert representation.linear_cka(x, torch.randn(500, 20)) < 0.1
-    assert representation.linear_cka(x[:2], x[:2]) is None
-    assert representation.linear_cka(x, torch.ones(500, 3)) is None
+    assert similarity.linear_cka(x, 3 * x @ turn + 5) == pytest.approx(1)
+    assert similarity.linear_cka(x, torch.randn(500, 20)) < 0.1
+    assert similarity.linear_cka(x[:2], x[:2]) is None
+    assert similarity.linear_cka(x, torch.ones(500, 3)) is None
     wide = torch.randn(30, 400)  # fewer rows than columns: the other formula
     y = torch.randn(30, 5)
     a, b = (wide - wide.mean(0)).double(), (y - y.mean(0)).double()
     want = (b.T @ a).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())
-    assert representation.linear_cka(wide, y) == pytest.approx(float(want))
+    assert similarity.linear_cka(wide, y) == pytest.approx(float(want))
 
 
 def test_knn_votes_among_the_nearest() -> None:
     train = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9], [0, 1.1]])
     labels = torch.tensor([0, 0, 1, 1, 2])
     test = torch.tensor([[2.0, 0.1], [0.1, 3]])
-    assert representation.knn_answers(train, labels, test, 3, k=2).tolist() == [0, 1]
-    assert representation.knn_answers(train, labels, test, 3, k=1).tolist()[0] == 0
-    assert len(representation.knn_answers(train, labels, test, 3, k=99)) == 2
+    assert similarity.knn_answers(train, labels, test, 3, k=2).tolist() == [0, 1]
+    assert similarity.knn_answers(train, labels, test, 3, k=1).tolist()[0] == 0
+    assert len(similarity.knn_answers(train, labels, test, 3, k=99)) == 2
 
 
 def test_auc_counts_pairs_and_halves_ties() -> None:
@@ -71,14 +71,14 @@ def test_distances_by_hand() -> None:
     p = torch.tensor([[0.0, math.log(3)]])  # 1/4, 3/4
     q = torch.tensor([[0.0, 0.0]])
     want = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
-    assert distances.kl(p, q) == pytest.approx(want, rel=1e-5)
-    assert distances.kl(p, p) == pytest.approx(0, abs=1e-7)
-    assert distances.activation(p, q) == pytest.approx(math.sqrt(2) / 4)
-    assert distances.js(p, q) == pytest.approx(distances.js(q, p))
+    assert divergences.kl(p, q) == pytest.approx(want, rel=1e-5)
+    assert divergences.kl(p, p) == pytest.approx(0, abs=1e-7)
+    assert divergences.activation(p, q) == pytest.approx(math.sqrt(2) / 4)
+    assert divergences.js(p, q) == pytest.approx(divergences.js(q, p))
     apart = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-torch.inf, 0.0]])
-    assert distances.js(*apart) == pytest.approx(math.log(2))
-    assert distances.kl(*apart) == pytest.approx(-math.log(1e-12), rel=1e-4)
-    assert distances.activation(*apart) == pytest.approx(math.sqrt(2))
+    assert divergences.js(*apart) == pytest.approx(math.log(2))
+    assert divergences.kl(*apart) == pytest.approx(-math.log(1e-12), rel=1e-4)
+    assert divergences.activation(*apart) == pytest.approx(math.sqrt(2))
 
 
 def test_feature_drift() -> None:
@@ -180,7 +180,7 @@ def test_relearning_ends_at_the_goal_and_starts_alike() -> None:
     images, labels = tiny_data(100)
     test_images, test_labels = tiny_data(100, seed=9)
     mine = test_labels == 1
-    original = make_subject("original", tiny(), SPEC, torch.device("cpu"))
+    original = make_audited_model("original", tiny(), SPEC, torch.device("cpu"))
     hidden = variant(original, "hidden", SPEC)
     with torch.no_grad():
         hidden.last.bias[1] = -1e9
@@ -207,7 +207,7 @@ def test_relearning_ends_at_the_goal_and_starts_alike() -> None:
 def test_one_lucky_look_is_not_relearned() -> None:
     """The goal has to be met by the mean of the last three looks."""
     images, labels = tiny_data(100)
-    original = make_subject("original", tiny(), SPEC, torch.device("cpu"))
+    original = make_audited_model("original", tiny(), SPEC, torch.device("cpu"))
     mine = labels == 1
     lesson = RelearnTask(images, labels, images[mine], labels[mine], [1], 80, 60, 0, SPEC)
     done = relearn(original, lesson, True)
@@ -219,7 +219,7 @@ def test_one_lucky_look_is_not_relearned() -> None:
 
 
 def test_variants_share_what_lies_before_the_last_layer() -> None:
-    original = make_subject("original", tiny(), SPEC, torch.device("cpu"))
+    original = make_audited_model("original", tiny(), SPEC, torch.device("cpu"))
     shared = variant(original, "shared", SPEC)
     assert shared.model.module.fc1.weight is original.model.module.fc1.weight
     assert shared.last.weight is not original.last.weight
@@ -228,7 +228,10 @@ def test_variants_share_what_lies_before_the_last_layer() -> None:
     assert own.backbone == shared.backbone == original.backbone
     with torch.no_grad():
         own.model.module.fc1.weight.add_(1)
-    assert make_subject("own", own.model.module, SPEC, torch.device("cpu")).backbone != own.backbone
+    assert (
+        make_audited_model("own", own.model.module, SPEC, torch.device("cpu")).backbone
+        != own.backbone
+    )
 
 
 @pytest.mark.parametrize(
@@ -276,8 +279,8 @@ def test_a_golden_model_that_never_relearned_vouches_for_nobody(
 ) -> None:
     """163 of more than 400 steps are below half whatever the golden model takes; 240 may not be."""
     rows = {name: Row(name) for name in ("original", "unlearned", "golden")}
-    case = SimpleNamespace(rows=rows, notes=[])
-    _anamnesis(case, "full", {"original": 126, "unlearned": steps, "golden": None}, 400)  # type: ignore[arg-type]
+    context = SimpleNamespace(rows=rows, notes=[])
+    _anamnesis(context, "full", {"original": 126, "unlearned": steps, "golden": None}, 400)  # type: ignore[arg-type]
     assert rows["unlearned"].values.get("ain_full") == index
     assert rows["original"].values["ain_full"] == 126 / 400
     if index is None:

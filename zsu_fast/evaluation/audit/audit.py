@@ -23,13 +23,13 @@ from ...synthesis.ascent import AscentSettings
 from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import input_space
 from ...synthesis.synthesize import ascend
-from . import baselines, with_data, without_data
-from .case import Case
+from . import baselines, data_metrics, data_free_metrics
+from .context import AuditContext
 from .metrics import METRICS
-from .observe import Observer, Seen
+from .activations import ActivationCollector, Activations
 from .relearning import GOAL, relearn_all
 from .result import GOLDEN, MASK, ORIGINAL, RANDOM, UNLEARNED, Audit, Row
-from .subject import make_subject
+from .audited_model import make_audited_model
 from .unmask import unmasked
 from .verdict import Evidence, checks, findings, sentences
 
@@ -99,7 +99,7 @@ def audit(
             raise ArgumentError(name, f"got {value!r}", f"Pass a whole number, {least} or more.")
     where = resolve_device(original, device)
     spec = resolve_spec(original, input_shape, mean, std)
-    first = make_subject(ORIGINAL, original, spec, where)
+    first = make_audited_model(ORIGINAL, original, spec, where)
     classes = count_classes(first.model, spec, where)
     wanted = check_forget(forget, classes)
     settings = {
@@ -111,15 +111,15 @@ def audit(
     models = {ORIGINAL: original, UNLEARNED: unlearned, GOLDEN: golden}
     hashes = {n: weights_hash(m) for n, m in models.items() if m is not None}
     with Reporter(progress) as report, threads_for(work, where):
-        case = Case(first, wanted, classes, spec, seed, work, settings)
-        _add(case, UNLEARNED, unlearned)
+        context = AuditContext(first, wanted, classes, spec, seed, work, settings)
+        _add(context, UNLEARNED, unlearned)
         if golden is not None:
-            _add(case, GOLDEN, golden)
-        return _measure(case, data, train_data, impressions, hashes, report)
+            _add(context, GOLDEN, golden)
+        return _measure(context, data, train_data, impressions, hashes, report)
 
 
 def _measure(
-    case: Case,
+    context: AuditContext,
     data: Any,
     train_data: Any,
     impressions: ClassImpressions | None,
@@ -137,72 +137,74 @@ def _measure(
 
     started = time.perf_counter()
     with part("baselines"):
-        _add_baselines(case)
+        _add_baselines(context)
     with part("impressions"):
-        made = _held_out(case, impressions)
-        everyone = Observer(case.subjects, list(case.variants.values()), len(made))
+        made = _held_out(context, impressions)
+        everyone = ActivationCollector(context.subjects, list(context.variants.values()), len(made))
         held = everyone.look([(made.images, made.labels)])
     with part("agreement and drift"):
-        last = without_data.on_impressions(case, held)
+        last = data_free_metrics.on_impressions(context, held)
     with part("re-synthesis"):
-        without_data.resynthesise(case)
+        data_free_metrics.resynthesise(context)
     seen = held
     if data is not None:
         with part("images"):
-            seen, labelled = with_data.look(case, data, train_data)
-            with_data.on_images(case, seen)
+            seen, labelled = data_metrics.look(context, data, train_data)
+            data_metrics.on_images(context, seen)
         with part("probe"):
-            with_data.separability(case, labelled)
+            data_metrics.separability(context, labelled)
         if train_data is not None:
             with part("membership"):
-                with_data.membership_of(case, labelled.train, seen)
+                data_metrics.membership_of(context, labelled.train, seen)
         with part("relearning"):
-            relearn_all(case, labelled, one_set=train_data is None)
+            relearn_all(context, labelled, one_set=train_data is None)
     elif train_data is not None:
-        case.notes.append("train_data was given without data, so it was not used")
-    top = _top_answers(case, seen)
-    _fill_missing(case, data is not None, train_data is not None)
+        context.notes.append("train_data was given without data, so it was not used")
+    top = _top_answers(context, seen)
+    _fill_missing(context, data is not None, train_data is not None)
     timings["total"] = time.perf_counter() - started
-    rows = [case.rows[n] for n in (ORIGINAL, MASK, RANDOM, UNLEARNED, GOLDEN) if n in case.rows]
-    evidence = Evidence(rows, last, top.get(UNLEARNED, -1), case.classes, case.forget)
+    rows = [
+        context.rows[n] for n in (ORIGINAL, MASK, RANDOM, UNLEARNED, GOLDEN) if n in context.rows
+    ]
+    evidence = Evidence(rows, last, top.get(UNLEARNED, -1), context.classes, context.forget)
     found, tests = findings(evidence), checks(evidence)
     return Audit(
-        sentences(evidence, found, tests), found, tests, rows, case.forget, case.classes,
-        case.settings, case.counts, hashes, case.notes, timings, case.pictures, made,
+        sentences(evidence, found, tests), found, tests, rows, context.forget, context.classes,
+        context.settings, context.counts, hashes, context.notes, timings, context.pictures, made,
     )  # fmt: skip
 
 
-def _add(case: Case, name: str, model: nn.Module) -> None:
+def _add(context: AuditContext, name: str, model: nn.Module) -> None:
     """Takes a model in; it has to have the original's logits."""
-    subject = make_subject(name, model, case.spec, case.device)
+    subject = make_audited_model(name, model, context.spec, context.device)
     with torch.no_grad():
-        logits = subject.model(torch.zeros(2, *case.spec.shape, device=case.device))
-    if logits.shape != (2, case.classes):
+        logits = subject.model(torch.zeros(2, *context.spec.shape, device=context.device))
+    if logits.shape != (2, context.classes):
         raise ArgumentError(
             name,
             f"its logits are {tuple(logits.shape)} for two images",
-            f"Pass a model with the original's {case.classes} logits.",
+            f"Pass a model with the original's {context.classes} logits.",
         )
-    case.subjects.append(subject)
-    case.rows[name] = Row(name)
+    context.subjects.append(subject)
+    context.rows[name] = Row(name)
 
 
-def _add_baselines(case: Case) -> None:
-    case.subjects.append(baselines.masked(case.original, case.forget, case.spec))
-    case.rows[MASK] = Row(MASK)
-    case.rows[RANDOM] = Row(RANDOM)
+def _add_baselines(context: AuditContext) -> None:
+    context.subjects.append(baselines.masked(context.original, context.forget, context.spec))
+    context.rows[MASK] = Row(MASK)
+    context.rows[RANDOM] = Row(RANDOM)
     try:
-        case.subjects.append(
-            baselines.random_embeddings(case.original, case.gone, case.spec, case.seed)
+        context.subjects.append(
+            baselines.random_embeddings(context.original, context.gone, context.spec, context.seed)
         )
     except ZsuFastError as error:
         for metric in METRICS:
-            case.rows[RANDOM].missing[metric.key] = str(error)
-    for subject in case.subjects:
-        for kind, rows in (("rows", case.forget), ("whole", None)):
+            context.rows[RANDOM].missing[metric.key] = str(error)
+    for subject in context.subjects:
+        for kind, rows in (("rows", context.forget), ("whole", None)):
             try:
-                case.variants[subject.name, kind] = unmasked(
-                    subject, case.original, rows, case.classes, case.spec
+                context.variants[subject.name, kind] = unmasked(
+                    subject, context.original, rows, context.classes, context.spec
                 )
             except ZsuFastError as error:
                 keys = (
@@ -213,61 +215,63 @@ def _add_baselines(case: Case) -> None:
                           "whole_head_impressions_ra")
                 )  # fmt: skip
                 for key in keys:
-                    case.rows[subject.name].missing[key] = str(error)
+                    context.rows[subject.name].missing[key] = str(error)
 
 
-def _held_out(case: Case, given: ClassImpressions | None) -> ClassImpressions:
+def _held_out(context: AuditContext, given: ClassImpressions | None) -> ClassImpressions:
     if given is not None:
         if (
             given.space != "input"
-            or given.spec.shape != case.spec.shape
-            or not bool(case.gone[given.labels].any())
+            or given.spec.shape != context.spec.shape
+            or not bool(context.gone[given.labels].any())
         ):
             raise ArgumentError(
                 "impressions",
                 f"got {len(given)} of shape {given.spec.shape} in the space {given.space!r}",
-                f"Pass some of shape {case.spec.shape}, of forgotten classes among them.",
+                f"Pass some of shape {context.spec.shape}, of forgotten classes among them.",
             )
         return given
-    per_class, chosen = case.settings["impressions_per_class"], list(range(case.classes))
-    if case.classes > 50:
+    per_class, chosen = context.settings["impressions_per_class"], list(range(context.classes))
+    if context.classes > 50:
         per_class = min(per_class, 4)
-        chosen = [*case.some(case.forget, 16), *case.some(case.kept, 32)]
-        case.notes.append(
-            f"impressions of {len(chosen)} of {case.classes} classes, {per_class} each"
+        chosen = [*context.some(context.forget, 16), *context.some(context.kept, 32)]
+        context.notes.append(
+            f"impressions of {len(chosen)} of {context.classes} classes, {per_class} each"
         )
-    settings = AscentSettings(per_class=per_class, seed=_HELD_OUT_SEED + case.seed)
-    space = input_space(case.original.model, case.spec, settings.precision)
-    made = ascend(case.original.model, space, case.spec, sorted(chosen), settings, Reporter(False))
-    case.counts["impressions"] = len(made)
+    settings = AscentSettings(per_class=per_class, seed=_HELD_OUT_SEED + context.seed)
+    space = input_space(context.original.model, context.spec, settings.precision)
+    made = ascend(
+        context.original.model, space, context.spec, sorted(chosen), settings, Reporter(False)
+    )
+    context.counts["impressions"] = len(made)
     if made.hit_rate < 0.5:
-        case.notes.append(
+        context.notes.append(
             f"only {100 * made.hit_rate:.0f} % of the original's impressions reached their "
             f"confidence: what is measured on them says little"
         )
     return made
 
 
-def _top_answers(case: Case, seen: Seen) -> dict[str, int]:
+def _top_answers(context: AuditContext, seen: Activations) -> dict[str, int]:
     """Puts each model's most frequent answer on retained classes; returns it by name."""
     found: dict[str, int] = {}
-    retain = ~case.gone[seen.labels]
+    retain = ~context.gone[seen.labels]
     if not bool(retain.any()):
         return found
     labels = seen.labels[retain]
-    weight = 1 / torch.bincount(labels, minlength=case.classes)[labels].double()
-    for subject in case.subjects:
+    weight = 1 / torch.bincount(labels, minlength=context.classes)[labels].double()
+    for subject in context.subjects:
         answers = seen.answers[subject.name][retain]
-        total = torch.zeros(case.classes, dtype=torch.float64).index_add_(0, answers, weight)
+        total = torch.zeros(context.classes, dtype=torch.float64).index_add_(0, answers, weight)
         share = total / weight.sum()
         found[subject.name] = int(share.argmax())
-        case.rows[subject.name].put("top_answer", 100 * float(share.max()))
+        context.rows[subject.name].put("top_answer", 100 * float(share.max()))
     return found
 
 
-def _fill_missing(case: Case, data: bool, train_data: bool) -> None:
+def _fill_missing(context: AuditContext, data: bool, train_data: bool) -> None:
     """Gives each metric without a value its reason."""
-    for row in case.rows.values():
+    for row in context.rows.values():
         for metric in METRICS:
             if metric.key in row.values or metric.key in row.missing:
                 continue
@@ -278,7 +282,7 @@ def _fill_missing(case: Case, data: bool, train_data: bool) -> None:
                     "it compares training images with others, and only one set was given "
                     "(train_data is missing)"
                 )
-            elif metric.needs == "golden" and GOLDEN not in case.rows:
+            elif metric.needs == "golden" and GOLDEN not in context.rows:
                 reason = "no golden model was given"
             else:
                 reason = "the images at hand do not allow it"

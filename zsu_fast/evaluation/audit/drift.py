@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .subject import Subject
+from .audited_model import AuditedModel
 
 
 @dataclass
@@ -28,7 +28,7 @@ class LayerDrift:
     features_retain: float | None = None
 
 
-def weight_drift(subject: Subject, original: Subject, layer: str) -> float | None:
+def weight_drift(subject: AuditedModel, original: AuditedModel, layer: str) -> float | None:
     """||W' - W|| / ||W|| of a layer's parameters; None where the shapes differ."""
     named = dict(subject.model.module.named_modules())
     other = dict(original.model.module.named_modules())

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ...models.input_spec import InputSpec
 from ...runtime.torch_defaults import torch_defaults
 from ...splitting.batch_dim import Features
-from .subject import Subject, variant
+from .audited_model import AuditedModel, variant
 
 # Adam's learning rate, and rows a step, half of them of forgotten classes.
 RATE, BATCH = 1e-3, 32
@@ -62,7 +62,7 @@ class Relearned:
     curve: list[tuple[int, float]]
 
 
-def relearn(subject: Subject, lesson: RelearnTask, everything: bool) -> Relearned:
+def relearn(subject: AuditedModel, lesson: RelearnTask, everything: bool) -> Relearned:
     """Trains a copy of ``subject`` on the shots until it answers the forgotten classes again.
 
     First the last layer's rows of the forgotten classes are set to the mean of the other rows,
@@ -89,7 +89,7 @@ def relearn(subject: Subject, lesson: RelearnTask, everything: bool) -> Relearne
         return _train(tail, features(shots), features(test), parameters, lesson)
 
 
-def start_of(subject: Subject, forget: list[int]) -> str:
+def start_of(subject: AuditedModel, forget: list[int]) -> str:
     """A hash of the weights that relearning starts from: equal ones need one run."""
     kept = []
     for parameter in subject.last.parameters():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .case import Case, Labelled
+from .context import AuditContext, Labelled
 from .relearn import BATCH, Relearned, RelearnTask, relearn, start_of
 from .result import GOLDEN, ORIGINAL
 
@@ -21,26 +21,26 @@ AIN = 0.5
 RELEARNED = 20
 
 
-def relearn_all(case: Case, at: Labelled, one_set: bool) -> None:
+def relearn_all(context: AuditContext, at: Labelled, one_set: bool) -> None:
     """Puts relearn times and Anamnesis Indices on every row."""
-    most = case.settings["relearn_steps"]
+    most = context.settings["relearn_steps"]
     keys = [f"{a}_{b}" for a in ("relearn_head", "relearn_full") for b in ("steps", "fa")]
     keys += ["ain_head", "ain_full"]
     lesson: RelearnTask | str = "relearn_steps=0 leaves it out"
     if most != 0:
-        lesson = _lesson(case, at, 100 if most is None else most, one_set)
+        lesson = _lesson(context, at, 100 if most is None else most, one_set)
     if isinstance(lesson, str):
-        for subject in case.subjects:
+        for subject in context.subjects:
             for key in keys:
-                case.rows[subject.name].put(key, None, lesson)
+                context.rows[subject.name].put(key, None, lesson)
         return
-    work = 3 * case.work * BATCH * lesson.most
-    costly = most is None and case.device.type == "cpu" and work > _RELEARN_WORK
+    work = 3 * context.work * BATCH * lesson.most
+    costly = most is None and context.device.type == "cpu" and work > _RELEARN_WORK
     for kind in ("head", "full"):
         counted: dict[str, int | None] = {}
         memo: dict[str, Relearned] = {}
-        for subject in case.subjects:
-            row = case.rows[subject.name]
+        for subject in context.subjects:
+            row = context.rows[subject.name]
             if kind == "full" and costly:
                 for key in ("relearn_full_steps", "relearn_full_fa", "ain_full"):
                     row.put(
@@ -49,7 +49,7 @@ def relearn_all(case: Case, at: Labelled, one_set: bool) -> None:
                         f"by relearn_steps=100",
                     )  # fmt: skip
                 continue
-            key = start_of(subject, case.forget)  # a mask starts where the original does
+            key = start_of(subject, context.forget)  # a mask starts where the original does
             if key not in memo:
                 memo[key] = relearn(subject, lesson, everything=kind == "full")
             done = memo[key]
@@ -57,13 +57,13 @@ def relearn_all(case: Case, at: Labelled, one_set: bool) -> None:
             row.relearning[kind] = done.curve
             row.put(f"relearn_{kind}_steps", done.steps or lesson.most)
             row.put(f"relearn_{kind}_fa", done.accuracy)
-        _anamnesis(case, kind, counted, lesson.most)
+        _anamnesis(context, kind, counted, lesson.most)
 
 
-def _anamnesis(case: Case, kind: str, counted: dict[str, int | None], most: int) -> None:
+def _anamnesis(context: AuditContext, kind: str, counted: dict[str, int | None], most: int) -> None:
     golden = counted.get(GOLDEN)
     for name, steps in counted.items():
-        row = case.rows[name]
+        row = context.rows[name]
         if GOLDEN not in counted:
             continue
         if name == GOLDEN:
@@ -84,15 +84,15 @@ def _anamnesis(case: Case, kind: str, counted: dict[str, int | None], most: int)
         else:
             row.put(f"ain_{kind}", (steps or most) / (golden or most))
     if golden is None and GOLDEN in counted:
-        case.notes.append(
+        context.notes.append(
             f"the golden model did not relearn within {most} steps ({kind}): indices are at "
             f"most what is shown"
         )
 
 
-def _lesson(case: Case, at: Labelled, most: int, one_set: bool) -> RelearnTask | str:
+def _lesson(context: AuditContext, at: Labelled, most: int, one_set: bool) -> RelearnTask | str:
     """What relearning is taught and tested on, or why there is nothing."""
-    shots, wanted = case.settings["shots"], case.some(case.forget, RELEARNED)
+    shots, wanted = context.settings["shots"], context.some(context.forget, RELEARNED)
     source, target = at.train, at.test
     source_labels, target_labels = (
         source.labels[source.pictured],
@@ -102,25 +102,27 @@ def _lesson(case: Case, at: Labelled, most: int, one_set: bool) -> RelearnTask |
     test: list[Tensor] = []
     for c in source_labels.unique().tolist():
         rows = (source_labels == c).nonzero()[:, 0]
-        if one_set and case.gone[c]:
+        if one_set and context.gone[c]:
             count = min(shots, len(rows) // 2)
             teach.append(rows[:count])
             test.append(rows[count:])
         else:
             teach.append(rows[:shots])
     if not one_set:
-        test = [case.gone[target_labels].nonzero()[:, 0]]
+        test = [context.gone[target_labels].nonzero()[:, 0]]
     taught = source_labels[torch.cat(teach)] if teach else torch.zeros(0, dtype=torch.int64)
     if not set(wanted) <= set(taught.tolist()) or not test or not len(torch.cat(test)):
         return "too few images: it takes shots of each forgotten class and others to test on"
-    evaluation = case.rows[ORIGINAL].evaluation
+    evaluation = context.rows[ORIGINAL].evaluation
     assert evaluation is not None  # there are images
     before = sum(evaluation.per_class.get(c, 0.0) for c in wanted) / len(wanted)
     if not before:
         return "the original has no FA to get back to"
-    case.settings["shots_used"] = min(int(n) for n in torch.bincount(taught)[torch.tensor(wanted)])
+    context.settings["shots_used"] = min(
+        int(n) for n in torch.bincount(taught)[torch.tensor(wanted)]
+    )
     tested = torch.cat(test)
     return RelearnTask(
         source.images[torch.cat(teach)], taught, target.images[tested], target_labels[tested],
-        case.forget, GOAL * before, most, case.seed, case.spec,
+        context.forget, GOAL * before, most, context.seed, context.spec,
     )  # fmt: skip

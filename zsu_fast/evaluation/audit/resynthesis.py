@@ -10,7 +10,7 @@ from ...synthesis.ascent import AscentSettings
 from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import input_space
 from ...synthesis.synthesize import ascend
-from .subject import Subject
+from .audited_model import AuditedModel
 
 
 @dataclass
@@ -33,7 +33,7 @@ MOST = 100
 
 
 def reach(
-    subject: Subject, classes: list[int], per_class: int, spec: InputSpec, seed: int
+    subject: AuditedModel, classes: list[int], per_class: int, spec: InputSpec, seed: int
 ) -> Reached:
     """Synthesises impressions of ``classes`` of this model, one attempt each.
 

@@ -11,12 +11,16 @@ from torch import Tensor
 
 from ...errors import ModelError
 from ...models.input_spec import InputSpec
-from .subject import Subject, variant
+from .audited_model import AuditedModel, variant
 
 
 def unmasked(
-    subject: Subject, original: Subject, rows: list[int] | None, classes: int, spec: InputSpec
-) -> Subject:
+    subject: AuditedModel,
+    original: AuditedModel,
+    rows: list[int] | None,
+    classes: int,
+    spec: InputSpec,
+) -> AuditedModel:
     """``subject`` with rows of the original's last layer put back.
 
     Args:
@@ -53,7 +57,7 @@ def unmasked(
     return made
 
 
-def rows_of(subject: Subject, classes: int) -> Tensor:
+def rows_of(subject: AuditedModel, classes: int) -> Tensor:
     """[C, D]: each class's weights and bias in the last layer, as one vector.
 
     Raises:

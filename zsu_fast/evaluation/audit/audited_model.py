@@ -26,7 +26,7 @@ from ..accuracy import MaskedClassifier
 
 
 @dataclass
-class Subject:
+class AuditedModel:
     """A model under audit.
 
     Attributes:
@@ -73,11 +73,13 @@ class Subject:
         return self.logits(self.cut.backbone(images))
 
 
-def make_subject(name: str, model: nn.Module, spec: InputSpec, device: torch.device) -> Subject:
+def make_audited_model(
+    name: str, model: nn.Module, spec: InputSpec, device: torch.device
+) -> AuditedModel:
     """Copies ``model`` and cuts the copy before its last layer.
 
     Args:
-        name: see `Subject`.
+        name: see `AuditedModel`.
         model: any image classifier, or what `zsu_fast.mask` returns.
         spec: the images it takes.
         device: where to compute.
@@ -93,7 +95,7 @@ def make_subject(name: str, model: nn.Module, spec: InputSpec, device: torch.dev
     return _cut(name, _finite_copy(inner, device), spec, hidden)
 
 
-def variant(subject: Subject, name: str, spec: InputSpec, own: bool = False) -> Subject:
+def variant(subject: AuditedModel, name: str, spec: InputSpec, own: bool = False) -> AuditedModel:
     """A copy of ``subject`` that nothing hides and whose last layer may be changed freely.
 
     Args:
@@ -130,7 +132,7 @@ def _finite_copy(model: nn.Module, device: torch.device) -> LogitsModel:
     return working_copy(copied, device)
 
 
-def _cut(name: str, model: LogitsModel, spec: InputSpec, hidden: list[int]) -> Subject:
+def _cut(name: str, model: LogitsModel, spec: InputSpec, hidden: list[int]) -> AuditedModel:
     device = next(model.parameters()).device
     grey = torch.zeros(2, *spec.shape, device=device)
     with torch.no_grad():
@@ -138,4 +140,4 @@ def _cut(name: str, model: LogitsModel, spec: InputSpec, hidden: list[int]) -> S
             raise ModelError(f"{name}: its logits are NaN", "Load a checkpoint whose weights work.")
     layers = layer_names(model.module, grey)
     cut = split_at(model, layers[-1], grey, "before the last layer")
-    return Subject(name, model, layers, cut, hidden)
+    return AuditedModel(name, model, layers, cut, hidden)

@@ -12,13 +12,13 @@ from torch import Tensor
 from ...models.input_spec import InputSpec
 from ...synthesis.impressions import ClassImpressions
 from ..accuracy import Evaluation
-from .observe import Seen
+from .activations import Activations
 from .result import ORIGINAL, Row
-from .subject import Subject
+from .audited_model import AuditedModel
 
 
 @dataclass
-class Case:
+class AuditContext:
     """What is audited.
 
     Attributes:
@@ -34,15 +34,15 @@ class Case:
         notes, counts, pictures: see `Audit`.
     """
 
-    original: Subject
+    original: AuditedModel
     forget: list[int]
     classes: int
     spec: InputSpec
     seed: int
     work: int
     settings: dict[str, Any]
-    subjects: list[Subject] = field(default_factory=list)
-    variants: dict[tuple[str, str], Subject] = field(default_factory=dict)
+    subjects: list[AuditedModel] = field(default_factory=list)
+    variants: dict[tuple[str, str], AuditedModel] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
@@ -77,9 +77,9 @@ class Labelled:
         train_rows, test_rows: bool [M], which of the kept features are whose.
     """
 
-    train: Seen
+    train: Activations
     train_rows: Tensor
-    test: Seen
+    test: Activations
     test_rows: Tensor
 
 

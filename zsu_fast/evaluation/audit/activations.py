@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError
 from ...models.input_spec import InputSpec
-from .subject import Subject
+from .audited_model import AuditedModel
 
 # Layers' inputs are pooled to at most this many numbers an image, the last layer's to the second.
 _WIDTH, _LAST_WIDTH = 512, 4096
@@ -25,7 +25,7 @@ _MOST_LAYERS = 8
 
 
 @dataclass
-class Seen:
+class Activations:
     """What the subjects made of one set of images.
 
     Attributes:
@@ -54,8 +54,8 @@ class Seen:
 
 
 @dataclass
-class Observer:
-    """Feeds images to all subjects and collects a `Seen`.
+class ActivationCollector:
+    """Feeds images to all subjects and collects a `Activations`.
 
     Args:
         subjects: whose logits and features are kept.
@@ -64,15 +64,15 @@ class Observer:
         images_per_class: class -> most images that are kept themselves.
     """
 
-    subjects: list[Subject]
-    variants: list[Subject]
+    subjects: list[AuditedModel]
+    variants: list[AuditedModel]
     features_per_class: int
     images_per_class: dict[int, int] = field(default_factory=dict)
 
     @torch.no_grad()
-    def look(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Seen:
+    def look(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Activations:
         """Runs every subject on (images float [n, ...], labels int64 [n]) batches."""
-        groups: dict[str, list[Subject]] = {}
+        groups: dict[str, list[AuditedModel]] = {}
         for subject in [*self.subjects, *self.variants]:
             groups.setdefault(subject.backbone, []).append(subject)
         device = next(self.subjects[0].model.parameters()).device
@@ -111,7 +111,7 @@ class Observer:
         }
         owner = {s.name: key for key, group in groups.items() for s in group if s.name in wanted}
         first = {key: group[0] for key, group in groups.items()}
-        return Seen(
+        return Activations(
             torch.cat(labels),
             {name: torch.cat(parts) for name, parts in logits.items()},
             {name: torch.cat(parts) for name, parts in answers.items()},
@@ -213,7 +213,7 @@ def summary(x: Tensor, most: int) -> Tensor:
 
 @contextmanager
 def _inputs_of(
-    subject: Subject, store: dict[str, list[Tensor]] | None, rows: Tensor, batch: int
+    subject: AuditedModel, store: dict[str, list[Tensor]] | None, rows: Tensor, batch: int
 ) -> Iterator[None]:
     """Collects the pooled input of each looked-at layer, of the batch's ``rows``, in ``store``."""
     if store is None or not len(rows):

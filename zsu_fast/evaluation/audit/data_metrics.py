@@ -1,4 +1,4 @@
-"""What labelled images tell: accuracies, features, membership, distances."""
+"""What labelled images tell: accuracies, features, membership, divergences."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distances, membership, probe, representation
-from .case import Case, Labelled, confusion, evaluation_of, share
-from .observe import Observer, Seen, batches_of
+from . import divergences, membership, probe, similarity
+from .context import AuditContext, Labelled, confusion, evaluation_of, share
+from .activations import ActivationCollector, Activations, batches_of
 from .relearning import RELEARNED
 from .result import GOLDEN, MASK, ORIGINAL
 
@@ -22,54 +22,56 @@ _RELEARN_TEST = 600
 _KEPT_VALUES = 1 << 28
 
 
-def look(case: Case, data: Any, train_data: Any) -> tuple[Seen, Labelled]:
+def look(context: AuditContext, data: Any, train_data: Any) -> tuple[Activations, Labelled]:
     """Runs all models on the images, and says which are for learning and which for measuring."""
-    relearned = case.some(case.forget, RELEARNED)
-    taught = [*relearned, *case.some(case.kept, RELEARNED)]
+    relearned = context.some(context.forget, RELEARNED)
+    taught = [*relearned, *context.some(context.kept, RELEARNED)]
     per_test = max(10, _RELEARN_TEST // len(relearned))
-    most = _KEPT_VALUES // max(1, math.prod(case.spec.shape)) // len(taught)
-    shots = max(1, min(case.settings["shots"], most - per_test))
-    variants = list(case.variants.values())
-    each = max(2, _FEATURES // case.classes)
-    images = {c: (per_test if case.gone[c] else 0) for c in taught}
+    most = _KEPT_VALUES // max(1, math.prod(context.spec.shape)) // len(taught)
+    shots = max(1, min(context.settings["shots"], most - per_test))
+    variants = list(context.variants.values())
+    each = max(2, _FEATURES // context.classes)
+    images = {c: (per_test if context.gone[c] else 0) for c in taught}
     if train_data is None:
-        images = {c: shots + (per_test if case.gone[c] else 0) for c in taught}
-    batches = batches_of(data, case.spec, case.classes, "data")
-    seen = Observer(case.subjects, variants, each, images).look(batches)
-    case.counts["forget_images"] = int(case.gone[seen.labels].sum())
-    case.counts["retain_images"] = len(seen.labels) - case.counts["forget_images"]
+        images = {c: shots + (per_test if context.gone[c] else 0) for c in taught}
+    batches = batches_of(data, context.spec, context.classes, "data")
+    seen = ActivationCollector(context.subjects, variants, each, images).look(batches)
+    context.counts["forget_images"] = int(context.gone[seen.labels].sum())
+    context.counts["retain_images"] = len(seen.labels) - context.counts["forget_images"]
     everything = torch.ones(len(seen.kept), dtype=torch.bool)
     if train_data is None:
         half, other = probe.halves(seen.labels[seen.kept])
         return seen, Labelled(seen, half, seen, other)
-    batches = batches_of(train_data, case.spec, case.classes, "train_data")
-    per_class = max(2, _FEATURES // 2 // case.classes)
-    train = Observer(case.subjects, [], per_class, dict.fromkeys(taught, shots)).look(batches)
-    case.counts["train_images"] = len(train.labels)
-    case.counts["probe_train_images"] = len(train.kept)
+    batches = batches_of(train_data, context.spec, context.classes, "train_data")
+    per_class = max(2, _FEATURES // 2 // context.classes)
+    train = ActivationCollector(context.subjects, [], per_class, dict.fromkeys(taught, shots)).look(
+        batches
+    )
+    context.counts["train_images"] = len(train.labels)
+    context.counts["probe_train_images"] = len(train.kept)
     rows = torch.ones(len(train.kept), dtype=torch.bool)
     return seen, Labelled(train, rows, seen, everything)
 
 
-def on_images(case: Case, seen: Seen) -> None:
+def on_images(context: AuditContext, seen: Activations) -> None:
     """Puts accuracies, un-mask accuracies, confusion and output distances on every row."""
-    gone = case.gone[seen.labels]
+    gone = context.gone[seen.labels]
     none = "no image of the forgotten classes is in the data"
-    for subject in case.subjects:
-        row, answers = case.rows[subject.name], seen.answers[subject.name]
+    for subject in context.subjects:
+        row, answers = context.rows[subject.name], seen.answers[subject.name]
         right = answers == seen.labels
-        row.evaluation = evaluation_of(right, seen.labels, case.forget, case.classes)
+        row.evaluation = evaluation_of(right, seen.labels, context.forget, context.classes)
         row.put("fa", row.evaluation.forget_accuracy, none)
         row.put("ra", row.evaluation.retain_accuracy, none.replace("forgotten", "other"))
         row.put("overall", row.evaluation.overall_accuracy)
-        row.put("leak", share(case.gone[answers], gone), none)
-        row.confusion = confusion(answers, seen.labels, case.forget)
-        if (subject.name, "rows") in case.variants:
-            back = seen.answers[case.variants[subject.name, "rows"].name] == seen.labels
+        row.put("leak", share(context.gone[answers], gone), none)
+        row.confusion = confusion(answers, seen.labels, context.forget)
+        if (subject.name, "rows") in context.variants:
+            back = seen.answers[context.variants[subject.name, "rows"].name] == seen.labels
             row.put("unmask_fa", share(back, gone), none)
             row.put("unmask_ra", share(back, ~gone), none)
-        if (subject.name, "whole") in case.variants:
-            back = seen.answers[case.variants[subject.name, "whole"].name] == seen.labels
+        if (subject.name, "whole") in context.variants:
+            back = seen.answers[context.variants[subject.name, "whole"].name] == seen.labels
             row.put("whole_head_fa", share(back, gone), none)
             row.put("whole_head_ra", share(back, ~gone), none)
         for other in (MASK, GOLDEN):
@@ -77,24 +79,24 @@ def on_images(case: Case, seen: Seen) -> None:
                 if other not in seen.logits or not bool(rows.any()):
                     continue
                 pair = seen.logits[other][rows], seen.logits[subject.name][rows]
-                row.put(f"kl_{other}_{part}", distances.kl(*pair))
-                row.put(f"js_{other}_{part}", distances.js(*pair))
-                row.put(f"activation_{other}_{part}", distances.activation(*pair))
+                row.put(f"kl_{other}_{part}", divergences.kl(*pair))
+                row.put(f"js_{other}_{part}", divergences.js(*pair))
+                row.put(f"activation_{other}_{part}", divergences.activation(*pair))
 
 
-def separability(case: Case, at: Labelled) -> None:
+def separability(context: AuditContext, at: Labelled) -> None:
     """Puts linear probe, k-NN and CKA on every row."""
     train_labels = at.train.labels[at.train.kept][at.train_rows]
     test_labels = at.test.labels[at.test.kept][at.test_rows]
-    gone = case.gone[test_labels]
-    counts = torch.bincount(train_labels, minlength=case.classes)
-    empty = [c for c in range(case.classes) if not counts[c]]
+    gone = context.gone[test_labels]
+    counts = torch.bincount(train_labels, minlength=context.classes)
+    empty = [c for c in range(context.classes) if not counts[c]]
     why = ""
     if not bool(gone.any()):
         why = "no image of the forgotten classes is left to measure on"
-    elif set(empty) & set(case.forget):
+    elif set(empty) & set(context.forget):
         why = f"no image of class {empty[0]} is there to learn from; give more, or train_data"
-    case.counts["probe_test_images"] = len(test_labels)
+    context.counts["probe_test_images"] = len(test_labels)
     memo: dict[int, tuple[float | None, float | None]] = {}
 
     def fitted(name: str, layer: str) -> tuple[float | None, float | None]:
@@ -104,15 +106,15 @@ def separability(case: Case, at: Labelled) -> None:
                 x[at.train_rows],
                 train_labels,
                 at.test.features[name][layer][at.test_rows],
-                case.classes,
+                context.classes,
             )
             right = answers == test_labels
             memo[id(x)] = share(right, gone), share(right, ~gone)
         return memo[id(x)]
 
     neighbours: dict[int, Tensor] = {}
-    for subject in case.subjects:
-        row, name = case.rows[subject.name], subject.name
+    for subject in context.subjects:
+        row, name = context.rows[subject.name], subject.name
         if why:
             for key in ("probe_forget", "probe_retain", "knn_forget", "knn_retain"):
                 row.put(key, None, why)
@@ -125,11 +127,11 @@ def separability(case: Case, at: Labelled) -> None:
             row.put("probe_retain", retain, "no image of the other classes is in the data")
             x = at.train.penultimate(name)
             if id(x) not in neighbours:
-                neighbours[id(x)] = representation.knn_answers(
+                neighbours[id(x)] = similarity.knn_answers(
                     x[at.train_rows],
                     train_labels,
                     at.test.penultimate(name)[at.test_rows],
-                    case.classes,
+                    context.classes,
                 )
             right = neighbours[id(x)] == test_labels
             row.put("knn_forget", share(right, gone))
@@ -142,18 +144,18 @@ def separability(case: Case, at: Labelled) -> None:
             for part, rows in (("forget", gone), ("retain", ~gone)):
                 row.put(
                     f"cka_{other}_{part}",
-                    representation.linear_cka(mine[rows], theirs[rows]),
+                    similarity.linear_cka(mine[rows], theirs[rows]),
                     "it takes at least 3 images whose features differ",
                 )
 
 
-def membership_of(case: Case, train: Seen, test: Seen) -> None:
+def membership_of(context: AuditContext, train: Activations, test: Activations) -> None:
     """Puts the membership attacks on every row."""
-    for subject in case.subjects:
-        row, name = case.rows[subject.name], subject.name
+    for subject in context.subjects:
+        row, name = context.rows[subject.name], subject.name
         for part, wanted in (("forget", True), ("retain", False)):
-            inside = case.gone[train.labels] == wanted
-            outside = case.gone[test.labels] == wanted
+            inside = context.gone[train.labels] == wanted
+            outside = context.gone[test.labels] == wanted
             if not bool(inside.any()) or not bool(outside.any()):
                 for score in membership.SCORES:
                     row.put(f"mia_{part}_{score}", None, f"no images of {part} classes in both")
