@@ -1,4 +1,4 @@
-"""The measures themselves, against values known by hand or from other code."""
+"""The metrics themselves, against values known by hand or from other code."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from support import SPEC, snapshot, tiny, tiny_data
 
 from zsu_fast.evaluation.audit import divergences, drift, membership, probe, similarity
-from zsu_fast.evaluation.audit.last_layer import LastLayer, examine
-from zsu_fast.evaluation.audit.activations import looked_at, summary
-from zsu_fast.evaluation.audit.relearn import RelearnTask, relearn
-from zsu_fast.evaluation.audit.relearning import _anamnesis
+from zsu_fast.evaluation.audit.activations import pool_features, sample_layers
+from zsu_fast.evaluation.audit.audited_model import audited_copy, variant
+from zsu_fast.evaluation.audit.checks import checks
+from zsu_fast.evaluation.audit.evidence import Evidence
+from zsu_fast.evaluation.audit.last_layer import LastLayer, compare_last_layers
+from zsu_fast.evaluation.audit.names import TRAINED_WORDS, CheckName
+from zsu_fast.evaluation.audit.relearning import RelearnTask, add_anamnesis_index, relearn
 from zsu_fast.evaluation.audit.result import Row
-from zsu_fast.evaluation.audit.audited_model import make_audited_model, variant
-from zsu_fast.evaluation.audit.verdict import Evidence, checks, sentences
+from zsu_fast.evaluation.audit.verdict import sentences
 
 
 def test_cka_is_one_for_rotations_and_small_for_noise() -> None:
@@ -37,9 +39,9 @@ def test_knn_votes_among_the_nearest() -> None:
     train = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9], [0, 1.1]])
     labels = torch.tensor([0, 0, 1, 1, 2])
     test = torch.tensor([[2.0, 0.1], [0.1, 3]])
-    assert similarity.knn_answers(train, labels, test, 3, k=2).tolist() == [0, 1]
-    assert similarity.knn_answers(train, labels, test, 3, k=1).tolist()[0] == 0
-    assert len(similarity.knn_answers(train, labels, test, 3, k=99)) == 2
+    assert similarity.knn_predictions(train, labels, test, 3, k=2).tolist() == [0, 1]
+    assert similarity.knn_predictions(train, labels, test, 3, k=1).tolist()[0] == 0
+    assert len(similarity.knn_predictions(train, labels, test, 3, k=99)) == 2
 
 
 def test_auc_counts_pairs_and_halves_ties() -> None:
@@ -59,7 +61,7 @@ def test_membership_scores_survive_a_mask() -> None:
     assert found["confidence"][0] == pytest.approx(1 / (1 + math.exp(-1)))
 
 
-def test_a_model_that_learned_by_heart_gives_its_members_away() -> None:
+def test_a_model_that_memorised_its_images_gives_them_away() -> None:
     labels = torch.arange(200) % 4
     sure = torch.nn.functional.one_hot(labels, 4) * 9.0
     unsure = torch.randn(200, 4)
@@ -67,7 +69,7 @@ def test_a_model_that_learned_by_heart_gives_its_members_away() -> None:
     assert min(areas.values()) > 0.95
 
 
-def test_distances_by_hand() -> None:
+def test_divergences_by_hand() -> None:
     p = torch.tensor([[0.0, math.log(3)]])  # 1/4, 3/4
     q = torch.tensor([[0.0, 0.0]])
     want = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
@@ -91,14 +93,14 @@ def test_feature_drift() -> None:
 def test_probe_finds_what_is_linear_and_nothing_in_noise() -> None:
     labels = torch.arange(600) % 3
     x = torch.randn(600, 10)
-    told = torch.cat([x, 3.0 * torch.nn.functional.one_hot(labels, 3)], 1)
+    informative = torch.cat([x, 3.0 * torch.nn.functional.one_hot(labels, 3)], 1)
     half = torch.arange(600) < 300
 
     def accuracy(features: torch.Tensor) -> float:
-        answers = probe.probe_answers(features[half], labels[half], features[~half], 3)
+        answers = probe.probe_predictions(features[half], labels[half], features[~half], 3)
         return float((answers == labels[~half]).float().mean())
 
-    assert accuracy(told) > 0.95
+    assert accuracy(informative) > 0.95
     assert accuracy(x) < 0.5
 
 
@@ -107,16 +109,16 @@ def test_probe_agrees_with_scikit_learn() -> None:
     labels = torch.arange(400) % 4
     x = torch.randn(400, 12) + 0.8 * torch.nn.functional.one_hot(labels, 12)
     x = (x - x.mean(0)) / x.std(0)
-    ours = probe.probe_answers(x, labels, x, 4)
+    ours = probe.probe_predictions(x, labels, x, 4)
     # sklearn: sum of losses + ||w||^2 / (2 C); ours: mean of losses + 1e-3 ||w||^2
     theirs = linear_model.LogisticRegression(C=1 / (2 * 1e-3 * 400), max_iter=200)
     want = theirs.fit(x.numpy(), labels.numpy()).predict(x.numpy())
     assert float((ours.numpy() == want).mean()) > 0.99
 
 
-def test_halves_share_out_each_class() -> None:
+def test_halves_divide_each_class() -> None:
     labels = torch.tensor([2, 0, 2, 2, 0, 1, 2])
-    a, b = probe.halves(labels)
+    a, b = probe.split_in_half(labels)
     assert (a ^ b).all()
     for half in (a, b):
         assert torch.bincount(labels[half], minlength=3).tolist() in ([1, 1, 2], [1, 0, 2])
@@ -131,7 +133,7 @@ def test_last_layer_is_recognised() -> None:
     old, features = rows()
 
     def kind(new: torch.Tensor, hidden: bool = False) -> str:
-        return examine(new, old, [1, 2], hidden, features).kind
+        return compare_last_layers(new, old, [1, 2], hidden, features).change
 
     assert kind(old.clone()) == "same"
     assert kind(old.clone(), hidden=True) == "masked"
@@ -158,80 +160,76 @@ def test_last_layer_is_recognised() -> None:
     noisy = old.clone()
     noisy[1:3, :-1] += torch.randn(2, 40)
     assert kind(noisy) == "noise"
-    assert examine(None, old, [1], False, features).kind == "unknown"
+    assert compare_last_layers(None, old, [1], False, features).change == "unknown"
 
 
 def test_layers_are_thinned_out_evenly() -> None:
     names = [f"layer{i}" for i in range(53)]
-    chosen = looked_at(names)
+    chosen = sample_layers(names)
     assert len(chosen) == 8
     assert (chosen[0], chosen[-1]) == (names[0], names[-1])
-    assert looked_at(names[:5]) == names[:5]
+    assert sample_layers(names[:5]) == names[:5]
 
 
 def test_summaries_are_bounded() -> None:
-    assert summary(torch.zeros(2, 64, 56, 56), 512).shape == (2, 256)
-    assert summary(torch.zeros(2, 512, 13, 13), 4096).shape == (2, 2048)
-    assert summary(torch.zeros(2, 197, 192), 512).shape == (2, 192)
-    assert summary(torch.zeros(2, 320), 512).shape == (2, 320)
+    assert pool_features(torch.zeros(2, 64, 56, 56), 512).shape == (2, 256)
+    assert pool_features(torch.zeros(2, 512, 13, 13), 4096).shape == (2, 2048)
+    assert pool_features(torch.zeros(2, 197, 192), 512).shape == (2, 192)
+    assert pool_features(torch.zeros(2, 320), 512).shape == (2, 320)
 
 
 def test_relearning_ends_at_the_goal_and_starts_alike() -> None:
     images, labels = tiny_data(100)
     test_images, test_labels = tiny_data(100, seed=9)
     mine = test_labels == 1
-    original = make_audited_model("original", tiny(), SPEC, torch.device("cpu"))
-    hidden = variant(original, "hidden", SPEC)
+    original = audited_copy("original", tiny(), SPEC, torch.device("cpu"))
+    hidden = variant(original, "hidden")
     with torch.no_grad():
-        hidden.last.bias[1] = -1e9
+        hidden.last_layer.bias[1] = -1e9
 
-    def lesson(goal: float) -> RelearnTask:
-        return RelearnTask(
-            images, labels, test_images[mine], test_labels[mine], [1], goal, 60, 0, SPEC
-        )
+    def task(goal: float) -> RelearnTask:
+        return RelearnTask(images, labels, test_images[mine], test_labels[mine], [1], goal, 60, 0)
 
     before = snapshot(original.model)
-    for everything in (False, True):
-        done = relearn(original, lesson(80), everything)
+    for trained in TRAINED_WORDS:
+        done = relearn(original, task(80), trained)
         assert done.steps is not None
         assert done.accuracy >= 80
         assert done.curve[0] == (0, 0.0)
         assert done.curve[-1][0] == done.steps
-        assert relearn(hidden, lesson(80), everything).curve == done.curve
-        never = relearn(original, lesson(101), everything)
+        assert relearn(hidden, task(80), trained).curve == done.curve
+        never = relearn(original, task(101), trained)
         assert never.steps is None
         assert never.curve[-1][0] == 60
     assert snapshot(original.model) == before
 
 
-def test_one_lucky_look_is_not_relearned() -> None:
-    """The goal has to be met by the mean of the last three looks."""
+def test_one_lucky_measurement_is_not_relearned() -> None:
+    """The goal has to be met by the mean of the last three measurements."""
     images, labels = tiny_data(100)
-    original = make_audited_model("original", tiny(), SPEC, torch.device("cpu"))
+    original = audited_copy("original", tiny(), SPEC, torch.device("cpu"))
     mine = labels == 1
-    lesson = RelearnTask(images, labels, images[mine], labels[mine], [1], 80, 60, 0, SPEC)
-    done = relearn(original, lesson, True)
-    looks = [fa for _, fa in done.curve]
-    assert looks[-1] >= 80
-    assert looks[-2] >= 80 or done.accuracy < looks[-1]
-    assert done.accuracy == pytest.approx(sum(looks[-3:]) / 3)
-    assert sum(looks[-4:-1]) / 3 < 80
+    task = RelearnTask(images, labels, images[mine], labels[mine], [1], 80, 60, 0)
+    done = relearn(original, task, "full")
+    measured = [fa for _, fa in done.curve]
+    assert measured[-1] >= 80
+    assert measured[-2] >= 80 or done.accuracy < measured[-1]
+    assert done.accuracy == pytest.approx(sum(measured[-3:]) / 3)
+    assert sum(measured[-4:-1]) / 3 < 80
 
 
-def test_variants_share_what_lies_before_the_last_layer() -> None:
-    original = make_audited_model("original", tiny(), SPEC, torch.device("cpu"))
-    shared = variant(original, "shared", SPEC)
+def test_variants_share_the_weights_before_the_last_layer() -> None:
+    original = audited_copy("original", tiny(), SPEC, torch.device("cpu"))
+    shared = variant(original, "shared")
     assert shared.model.module.fc1.weight is original.model.module.fc1.weight
-    assert shared.last.weight is not original.last.weight
-    own = variant(original, "own", SPEC, own=True)
+    assert shared.last_layer.weight is not original.last_layer.weight
+    own = variant(original, "own", copy_backbone=True)
     assert own.model.module.fc1.weight is not original.model.module.fc1.weight
-    assert own.backbone == shared.backbone == original.backbone
+    assert own.backbone_hash == shared.backbone_hash == original.backbone_hash
     with torch.no_grad():
         own.model.module.fc1.weight.add_(1)
-    assert (
-        make_audited_model("own", own.model.module, SPEC, torch.device("cpu")).backbone
-        != own.backbone
-    )
+    changed = audited_copy("own", own.model.module, SPEC, torch.device("cpu"))
+    assert changed.backbone_hash != own.backbone_hash
 
 
 @pytest.mark.parametrize(
@@ -250,7 +248,7 @@ def test_the_headline_does_not_flatter(probe_forget: float, words: str) -> None:
         row.put("fa", 71.0 if row.name == "original" else 0.0)
         row.put("drift_features_forget", 0.0 if row.name in ("original", "mask") else 2.0)
         row.put("drift_backbone", 0.0 if row.name in ("original", "mask") else 1.0)
-    evidence = Evidence(rows, LastLayer("trained", ""), 0, 10, [1])
+    evidence = Evidence(rows, LastLayer("trained", ""), 0, 9)
     assert sentences(evidence, [], checks(evidence))[0].startswith(words)
 
 
@@ -258,7 +256,7 @@ def test_the_headline_does_not_flatter(probe_forget: float, words: str) -> None:
     ("original", "mine", "golden", "passed"),
     [(28, 90, 100, True), (28, 30, 100, False), (100, 100, 100, None), (60, 90, 55, None)],
 )
-def test_relearning_tells_nothing_where_the_original_needs_as_long(
+def test_relearning_tells_nothing_if_the_original_needs_as_long(
     original: int, mine: int, golden: int, passed: bool | None
 ) -> None:
     steps, index = "relearn_full_steps", "ain_full"
@@ -267,20 +265,21 @@ def test_relearning_tells_nothing_where_the_original_needs_as_long(
         Row("unlearned", {steps: mine, index: mine / golden}),
         Row("golden", {steps: golden}),
     ]
-    evidence = Evidence(rows, LastLayer("trained", "it was trained"), 5, 10, [1])
-    (check,) = (c for c in checks(evidence) if c.name == "relearning, all weights")
+    evidence = Evidence(rows, LastLayer("trained", "it was trained"), 5, 9)
+    (check,) = (c for c in checks(evidence) if c.name == CheckName.RELEARN_FULL)
     assert check.passed is passed
     assert ("tells nothing" in check.says) == (passed is None)
 
 
 @pytest.mark.parametrize(("steps", "index"), [(163, 163 / 400), (240, None), (None, None)])
-def test_a_golden_model_that_never_relearned_vouches_for_nobody(
+def test_a_golden_model_that_never_relearned_gives_no_passing_index(
     steps: int | None, index: float | None
 ) -> None:
-    """163 of more than 400 steps are below half whatever the golden model takes; 240 may not be."""
+    """163 is below half of more than 400 steps, whatever the golden model takes; 240 may not be."""
     rows = {name: Row(name) for name in ("original", "unlearned", "golden")}
     context = SimpleNamespace(rows=rows, notes=[])
-    _anamnesis(context, "full", {"original": 126, "unlearned": steps, "golden": None}, 400)  # type: ignore[arg-type]
+    counts = {"original": 126, "unlearned": steps, "golden": None}
+    add_anamnesis_index(context, "full", counts, 400)  # type: ignore[arg-type]
     assert rows["unlearned"].values.get("ain_full") == index
     assert rows["original"].values["ain_full"] == 126 / 400
     if index is None:

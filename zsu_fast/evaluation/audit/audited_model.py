@@ -1,8 +1,8 @@
-"""A model as the audit sees it: a private copy, cut before its last layer, and un-masked variants.
+"""A model under audit: a private copy, split before its last layer, and variants of it.
 
-The audit looks at several models that often share everything but the last layer: the original,
-its mask, an unlearned model whose last layer was trained. Such subjects have one `backbone`, which
-runs once for all of them.
+Several audited models often share everything but the last layer: the original, its mask, an
+unlearned model whose last layer was trained. Such models have equal `AuditedModel.backbone_hash`,
+and their backbone runs once for all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import ModelError
 from ...models.input_spec import InputSpec
-from ...models.parameters import state, unwrap
+from ...models.parameters import UNCOPYABLE, computed_tensors, deep_copy, state, unwrap
 from ...models.wrapper import LogitsModel, working_copy
 from ...splitting.batch_dim import Features
 from ...splitting.layers import layer_names
@@ -30,28 +30,35 @@ class AuditedModel:
     """A model under audit.
 
     Attributes:
-        name: what it is called in tables: "original", "mask", "unlearned", ...
-        model: a float32 copy in eval mode; changing it changes nothing of the user's.
+        name: its name in tables, one of `names.MODELS` or a description of the variant.
+        model: a float32 copy in eval mode, independent of the user's model.
         layers: names of the modules with weights, in the order of the forward pass; the last one
             is the model's *last layer* (a Linear, or a convolution as in SqueezeNet).
-        cut: the model split before its last layer.
-        hidden: classes whose logits are set to -inf behind the model, by `zsu_fast.mask`.
+        split: the model split before its last layer.
+        spec: the images it takes.
+        hidden: classes whose logits `zsu_fast.mask` sets to -inf after the model.
     """
 
     name: str
     model: LogitsModel
     layers: list[str]
-    cut: Split
+    split: Split
+    spec: InputSpec
     hidden: list[int] = field(default_factory=list)
 
     @property
-    def last(self) -> nn.Module:
+    def last_layer(self) -> nn.Module:
         """The last layer with weights."""
         return self.model.module.get_submodule(self.layers[-1])
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.model.parameters()).device
+
     @cached_property
-    def backbone(self) -> str:
-        """SHA-256 of everything before the last layer: equal for subjects with equal features."""
+    def backbone_hash(self) -> str:
+        """SHA-256 of everything before the last layer: equal for models with equal features."""
         digest = hashlib.sha256(type(self.model.module).__qualname__.encode())
         for name, tensor in sorted(state(self.model.module).items()):
             if not name.startswith(f"{self.layers[-1]}."):
@@ -60,27 +67,37 @@ class AuditedModel:
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def logits(self, crossing: Features) -> Tensor:
-        """[N, C] from what crosses the cut, -inf where a class is hidden."""
-        logits: Tensor = self.cut.tail(*crossing)
+    def logits(self, features: Features) -> Tensor:
+        """Returns logits [N, C] from the backbone's output, -inf for hidden classes."""
+        logits: Tensor = self.split.tail(*features)
         if self.hidden:
             logits = logits.clone()
             logits[:, self.hidden] = -torch.inf
         return logits
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[N, C] from images."""
-        return self.logits(self.cut.backbone(images))
+    def last_layer_rows(self, classes: int) -> Tensor:
+        """Returns each class's weights and bias in the last layer as one vector: [C, D].
+
+        Raises:
+            ModelError: the last layer has no row for each of ``classes``.
+        """
+        parts = [p.detach().float().cpu() for p in self.last_layer.parameters()]
+        if any(len(p) != classes for p in parts):
+            raise ModelError(
+                f"{self.name}: its last layer does not have one row per class",
+                "Rows can't be compared.",
+            )
+        return torch.cat([p.reshape(classes, -1) for p in parts], 1)
 
 
-def make_audited_model(
+def audited_copy(
     name: str, model: nn.Module, spec: InputSpec, device: torch.device
 ) -> AuditedModel:
-    """Copies ``model`` and cuts the copy before its last layer.
+    """Copies ``model`` and splits the copy before its last layer.
 
     Args:
         name: see `AuditedModel`.
-        model: any image classifier, or what `zsu_fast.mask` returns.
+        model: any image classifier, or the result of `zsu_fast.mask`.
         spec: the images it takes.
         device: where to compute.
 
@@ -92,39 +109,32 @@ def make_audited_model(
     while isinstance(inner, MaskedClassifier):
         hidden = sorted({*hidden, *inner.forget})
         inner = unwrap(inner.model)
-    return _cut(name, _finite_copy(inner, device), spec, hidden)
+    return _split(name, _finite_copy(inner, device), spec, hidden)
 
 
-def variant(subject: AuditedModel, name: str, spec: InputSpec, own: bool = False) -> AuditedModel:
-    """A copy of ``subject`` that nothing hides and whose last layer may be changed freely.
+def variant(audited: AuditedModel, name: str, copy_backbone: bool = False) -> AuditedModel:
+    """Copies a model for changes to its last layer; the copy has no hidden classes.
 
     Args:
-        subject: what is copied.
-        name: of the copy.
-        spec: the images it takes.
-        own: copy all weights; otherwise those before the last layer are shared, not copied.
+        audited: the model to copy.
+        name: the name of the copy.
+        copy_backbone: copy all weights; by default those before the last layer are shared.
     """
-    shared: dict[int, object] = {}
-    if not own:
-        last = f"{subject.layers[-1]}."
-        kept = state(subject.model.module).items()
-        shared = {id(tensor): tensor for key, tensor in kept if not key.startswith(last)}
-    return _cut(name, copy.deepcopy(subject.model, shared), spec, [])
+    module = audited.model.module
+    memo = computed_tensors(audited.model)
+    if not copy_backbone:
+        last = f"{audited.layers[-1]}."
+        memo |= {id(t): t for key, t in state(module).items() if not key.startswith(last)}
+    return _split(name, copy.deepcopy(audited.model, memo), audited.spec, [])
 
 
 def _finite_copy(model: nn.Module, device: torch.device) -> LogitsModel:
-    """`working_copy`, which refuses infinite values, but for -inf in a bias: -1e30 stands for it.
+    """`working_copy`, with -1e30 in place of -inf in a bias; it refuses other infinite values.
 
-    A bias of -inf is a way to mask a class, and this audit has to see through it. As -1e30 it
-    still answers nothing, and gradients stay numbers.
+    A bias of -inf is a way to mask a class, and the audit has to see through it. With -1e30 the
+    class is still never predicted, and gradients stay finite.
     """
-    try:
-        copied = copy.deepcopy(model)
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})",
-            "Remove what cannot be copied: open files, locks, non-leaf tensors in attributes.",
-        ) from error
+    copied = deep_copy(model, UNCOPYABLE)
     with torch.no_grad():
         for name, tensor in copied.named_parameters():
             if name.rpartition(".")[2] == "bias":
@@ -132,12 +142,12 @@ def _finite_copy(model: nn.Module, device: torch.device) -> LogitsModel:
     return working_copy(copied, device)
 
 
-def _cut(name: str, model: LogitsModel, spec: InputSpec, hidden: list[int]) -> AuditedModel:
+def _split(name: str, model: LogitsModel, spec: InputSpec, hidden: list[int]) -> AuditedModel:
     device = next(model.parameters()).device
-    grey = torch.zeros(2, *spec.shape, device=device)
+    images = torch.zeros(2, *spec.shape, device=device)
     with torch.no_grad():
-        if bool(model(grey).isnan().any()):
+        if bool(model(images).isnan().any()):
             raise ModelError(f"{name}: its logits are NaN", "Load a checkpoint whose weights work.")
-    layers = layer_names(model.module, grey)
-    cut = split_at(model, layers[-1], grey, "before the last layer")
-    return AuditedModel(name, model, layers, cut, hidden)
+    layers = layer_names(model.module, images)
+    split = split_at(model, layers[-1], images, "before the last layer")
+    return AuditedModel(name, model, layers, split, spec, hidden)

@@ -1,4 +1,4 @@
-"""One audit under way: the models, their rows of results, and what all parts need to know."""
+"""The state of one audit: the models, their rows of results, and what all its parts need."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ from torch import Tensor
 
 from ...models.input_spec import InputSpec
 from ...synthesis.impressions import ClassImpressions
-from ..accuracy import Evaluation
+from ..accuracy import percentage
 from .activations import Activations
-from .result import ORIGINAL, Row
 from .audited_model import AuditedModel
+from .names import Restored
+from .result import Row
 
 
 @dataclass
 class AuditContext:
-    """What is audited.
+    """The state of one audit.
 
     Attributes:
         original: the model before unlearning.
-        forget, classes: what was to be forgotten, and the number of logits.
+        forget, classes: the classes that were to be forgotten, and the number of logits.
         spec: the images the models take.
-        seed: everything random depends on it.
-        work: multiply-adds of one image.
-        settings: as the caller gave them.
-        subjects: all models that get a row.
-        variants: (subject's name, "rows" or "whole") -> the subject un-masked that way.
-        rows: subject's name -> its results.
+        seed: determines everything random.
+        multiply_adds: of one image.
+        settings: the caller's options.
+        models: the models that get a row.
+        restored: (model's name, part) -> the model with that part of the original's last layer
+            put back.
+        rows: model's name -> its results.
         notes, counts, pictures: see `Audit`.
+        device: the device of the original.
+        forget_mask: bool [C], True for forgotten classes.
     """
 
     original: AuditedModel
@@ -39,42 +43,46 @@ class AuditContext:
     classes: int
     spec: InputSpec
     seed: int
-    work: int
+    multiply_adds: int
     settings: dict[str, Any]
-    subjects: list[AuditedModel] = field(default_factory=list)
-    variants: dict[tuple[str, str], AuditedModel] = field(default_factory=dict)
+    models: list[AuditedModel] = field(default_factory=list)
+    restored: dict[tuple[str, Restored], AuditedModel] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     pictures: dict[str, ClassImpressions] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.subjects.append(self.original)
-        self.rows[ORIGINAL] = Row(ORIGINAL)
-        self.device = next(self.original.model.parameters()).device
-        self.gone = torch.zeros(self.classes, dtype=torch.bool)  # [C], the forgotten classes
-        self.gone[self.forget] = True
+        self.add(self.original)
+        self.device = self.original.device
+        self.forget_mask = torch.zeros(self.classes, dtype=torch.bool)
+        self.forget_mask[self.forget] = True
 
     @property
-    def kept(self) -> list[int]:
+    def retained(self) -> list[int]:
         """The classes that were not to be forgotten."""
-        return [c for c in range(self.classes) if not self.gone[c]]
+        return [c for c in range(self.classes) if not self.forget_mask[c]]
 
-    def some(self, classes: list[int], most: int) -> list[int]:
-        """At most so many of ``classes``, drawn by the seed."""
-        if len(classes) <= most:
+    def add(self, audited: AuditedModel) -> None:
+        """Adds a model and an empty row for it."""
+        self.models.append(audited)
+        self.rows[audited.name] = Row(audited.name)
+
+    def subset(self, classes: list[int], limit: int) -> list[int]:
+        """Returns at most ``limit`` of ``classes``, drawn with the seed."""
+        if len(classes) <= limit:
             return classes
         draw = torch.Generator().manual_seed(self.seed)
-        return sorted(classes[i] for i in torch.randperm(len(classes), generator=draw)[:most])
+        return sorted(classes[i] for i in torch.randperm(len(classes), generator=draw)[:limit])
 
 
 @dataclass
-class Labelled:
-    """Images that probes learn from and images that they are measured on.
+class TrainTestSplit:
+    """Images to learn from and images to measure on.
 
     Attributes:
-        train, test: what the models made of them; one object where one set was given.
-        train_rows, test_rows: bool [M], which of the kept features are whose.
+        train, test: the models' activations; one object if the user gave one set.
+        train_rows, test_rows: bool [M], the stored features that belong to each part.
     """
 
     train: Activations
@@ -83,37 +91,25 @@ class Labelled:
     test_rows: Tensor
 
 
-def share(right: Tensor, rows: Tensor) -> float | None:
-    """Per cent of the chosen rows that are true; None where there are none."""
-    total = int(rows.sum())
-    return 100 * int((right & rows).sum()) / total if total else None
+def percent_true(values: Tensor, rows: Tensor) -> float | None:
+    """Returns how many of the selected ``values`` are True, in per cent; None without any.
 
-
-def evaluation_of(right: Tensor, labels: Tensor, forget: Sequence[int], classes: int) -> Evaluation:
-    gone = torch.isin(labels, torch.tensor(list(forget)))
-    count = torch.bincount(labels, minlength=classes)
-    hit = torch.bincount(labels[right], minlength=classes)
-    return Evaluation(
-        share(right, gone),
-        share(right, ~gone),
-        share(right, torch.ones_like(gone)),
-        {c: 100 * int(hit[c]) / int(count[c]) for c in range(classes) if int(count[c])},
-        int(gone.sum()),
-        int((~gone).sum()),
-        list(forget),
-    )
+    Args:
+        values, rows: bool [N].
+    """
+    return percentage(int((values & rows).sum()), int(rows.sum()))
 
 
 def confusion(
-    answers: Tensor, labels: Tensor, forget: Sequence[int], most: int = 5
+    predictions: Tensor, labels: Tensor, forget: Sequence[int], limit: int = 5
 ) -> dict[int, dict[int, float]]:
-    """Forgotten class -> the ``most`` frequent answers -> per cent."""
+    """Forgotten class -> its ``limit`` most frequent predictions -> per cent of its images."""
     table: dict[int, dict[int, float]] = {}
     for c in forget:
-        mine = answers[labels == c]
-        if not len(mine):
+        own = predictions[labels == c]
+        if not len(own):
             continue
-        count = torch.bincount(mine)
-        top = count.argsort(descending=True, stable=True)[:most].tolist()
-        table[c] = {int(a): 100 * int(count[a]) / len(mine) for a in top if int(count[a])}
+        count = torch.bincount(own)
+        top = count.argsort(descending=True, stable=True)[:limit].tolist()
+        table[c] = {int(p): 100 * int(count[p]) / len(own) for p in top if int(count[p])}
     return table

@@ -1,4 +1,4 @@
-"""What labelled images tell: accuracies, features, membership, divergences."""
+"""Metrics on labelled images: accuracies, features, membership, divergences."""
 
 from __future__ import annotations
 
@@ -8,161 +8,197 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..accuracy import Evaluation, count_correct
 from . import divergences, membership, probe, similarity
-from .context import AuditContext, Labelled, confusion, evaluation_of, share
-from .activations import ActivationCollector, Activations, batches_of
-from .relearning import RELEARNED
-from .result import GOLDEN, MASK, ORIGINAL
+from .activations import ActivationCollector, Activations, normalised_batches
+from .context import AuditContext, TrainTestSplit, confusion, percent_true
+from .names import GOLDEN, MASK, ORIGINAL, UNMASK_PREFIXES
+from .relearning import MAX_CLASSES
+from .result import Row
 
-# Features are kept of so many images at most, divided among the classes.
-_FEATURES = 20_000
-# Images on which relearning is measured at most, divided among the forgotten classes.
-_RELEARN_TEST = 600
-# Values of the images that are kept for relearning: 1,783 of 3x224x224.
-_KEPT_VALUES = 1 << 28
+# Features are stored for at most this many images, divided among the classes.
+_MAX_FEATURES = 20_000
+# Relearning is measured on at most this many images, divided among the forgotten classes.
+_MAX_RELEARN_TEST = 600
+# Most numbers in the images that are stored for relearning: 1,783 images of 3x224x224.
+_MAX_STORED_VALUES = 1 << 28
 
 
-def look(context: AuditContext, data: Any, train_data: Any) -> tuple[Activations, Labelled]:
-    """Runs all models on the images, and says which are for learning and which for measuring."""
-    relearned = context.some(context.forget, RELEARNED)
-    taught = [*relearned, *context.some(context.kept, RELEARNED)]
-    per_test = max(10, _RELEARN_TEST // len(relearned))
-    most = _KEPT_VALUES // max(1, math.prod(context.spec.shape)) // len(taught)
-    shots = max(1, min(context.settings["shots"], most - per_test))
-    variants = list(context.variants.values())
-    each = max(2, _FEATURES // context.classes)
-    images = {c: (per_test if context.gone[c] else 0) for c in taught}
+def collect_images(
+    context: AuditContext, data: Any, train_data: Any
+) -> tuple[Activations, TrainTestSplit]:
+    """Runs all models on the images, and divides them into a training and a test part."""
+    forgotten = context.subset(context.forget, MAX_CLASSES)
+    stored = [*forgotten, *context.subset(context.retained, MAX_CLASSES)]
+    per_test = max(10, _MAX_RELEARN_TEST // len(forgotten))
+    limit = _MAX_STORED_VALUES // max(1, math.prod(context.spec.shape)) // len(stored)
+    shots = max(1, min(context.settings["shots"], limit - per_test))
+    tested = {c: (per_test if context.forget_mask[c] else 0) for c in stored}
+    restored = list(context.restored.values())
+    per_class = max(2, _MAX_FEATURES // context.classes)
+    images = tested if train_data is not None else {c: shots + n for c, n in tested.items()}
+    batches = normalised_batches(data, context.spec, context.classes, "data")
+    test = ActivationCollector(context.models, restored, per_class, images).collect(batches)
+    context.counts["forget_images"] = int(context.forget_mask[test.labels].sum())
+    context.counts["retain_images"] = len(test.labels) - context.counts["forget_images"]
     if train_data is None:
-        images = {c: shots + (per_test if context.gone[c] else 0) for c in taught}
-    batches = batches_of(data, context.spec, context.classes, "data")
-    seen = ActivationCollector(context.subjects, variants, each, images).look(batches)
-    context.counts["forget_images"] = int(context.gone[seen.labels].sum())
-    context.counts["retain_images"] = len(seen.labels) - context.counts["forget_images"]
-    everything = torch.ones(len(seen.kept), dtype=torch.bool)
-    if train_data is None:
-        half, other = probe.halves(seen.labels[seen.kept])
-        return seen, Labelled(seen, half, seen, other)
-    batches = batches_of(train_data, context.spec, context.classes, "train_data")
-    per_class = max(2, _FEATURES // 2 // context.classes)
-    train = ActivationCollector(context.subjects, [], per_class, dict.fromkeys(taught, shots)).look(
-        batches
-    )
+        half, other = probe.split_in_half(test.labels[test.feature_index])
+        return test, TrainTestSplit(test, half, test, other)
+    per_class = max(2, _MAX_FEATURES // 2 // context.classes)
+    images = dict.fromkeys(stored, shots)
+    batches = normalised_batches(train_data, context.spec, context.classes, "train_data")
+    train = ActivationCollector(context.models, [], per_class, images).collect(batches)
     context.counts["train_images"] = len(train.labels)
-    context.counts["probe_train_images"] = len(train.kept)
-    rows = torch.ones(len(train.kept), dtype=torch.bool)
-    return seen, Labelled(train, rows, seen, everything)
+    context.counts["probe_train_images"] = len(train.feature_index)
+    rows = [torch.ones(len(a.feature_index), dtype=torch.bool) for a in (train, test)]
+    return test, TrainTestSplit(train, rows[0], test, rows[1])
 
 
-def on_images(context: AuditContext, seen: Activations) -> None:
-    """Puts accuracies, un-mask accuracies, confusion and output distances on every row."""
-    gone = context.gone[seen.labels]
-    none = "no image of the forgotten classes is in the data"
-    for subject in context.subjects:
-        row, answers = context.rows[subject.name], seen.answers[subject.name]
-        right = answers == seen.labels
-        row.evaluation = evaluation_of(right, seen.labels, context.forget, context.classes)
-        row.put("fa", row.evaluation.forget_accuracy, none)
-        row.put("ra", row.evaluation.retain_accuracy, none.replace("forgotten", "other"))
+def add_accuracies(context: AuditContext, images: Activations) -> None:
+    """Adds accuracies, un-mask accuracies and confusion to every row."""
+    labels, forget = images.labels, context.forget_mask[images.labels]
+    no_forgotten = "no image of the forgotten classes is in the data"
+    no_retained = "no image of the other classes is in the data"
+    for audited in context.models:
+        row, predictions = context.rows[audited.name], images.predictions[audited.name]
+        counts = count_correct(predictions, labels, context.classes)
+        row.evaluation = Evaluation.from_counts(*counts, context.forget)
+        row.put("fa", row.evaluation.forget_accuracy, no_forgotten)
+        row.put("ra", row.evaluation.retain_accuracy, no_retained)
         row.put("overall", row.evaluation.overall_accuracy)
-        row.put("leak", share(context.gone[answers], gone), none)
-        row.confusion = confusion(answers, seen.labels, context.forget)
-        if (subject.name, "rows") in context.variants:
-            back = seen.answers[context.variants[subject.name, "rows"].name] == seen.labels
-            row.put("unmask_fa", share(back, gone), none)
-            row.put("unmask_ra", share(back, ~gone), none)
-        if (subject.name, "whole") in context.variants:
-            back = seen.answers[context.variants[subject.name, "whole"].name] == seen.labels
-            row.put("whole_head_fa", share(back, gone), none)
-            row.put("whole_head_ra", share(back, ~gone), none)
-        for other in (MASK, GOLDEN):
-            for part, rows in (("forget", gone), ("retain", ~gone)):
-                if other not in seen.logits or not bool(rows.any()):
-                    continue
-                pair = seen.logits[other][rows], seen.logits[subject.name][rows]
+        leak = percent_true(context.forget_mask[predictions], forget)
+        row.put("leak", leak, no_forgotten)
+        row.confusion = confusion(predictions, labels, context.forget)
+        for part, prefix in UNMASK_PREFIXES.items():
+            restored = context.restored.get((audited.name, part))
+            if restored is not None:
+                correct = images.predictions[restored.name] == labels
+                row.put(f"{prefix}_fa", percent_true(correct, forget), no_forgotten)
+                row.put(f"{prefix}_ra", percent_true(correct, ~forget), no_retained)
+
+
+def add_divergences(context: AuditContext, images: Activations) -> None:
+    """Adds the divergences of the outputs from the mask's and the golden model's to every row."""
+    forget = context.forget_mask[images.labels]
+    for other in (MASK, GOLDEN):
+        if other not in images.logits:
+            continue
+        for part, rows in (("forget", forget), ("retain", ~forget)):
+            if not bool(rows.any()):
+                continue
+            for audited in context.models:
+                row = context.rows[audited.name]
+                pair = images.logits[other][rows], images.logits[audited.name][rows]
                 row.put(f"kl_{other}_{part}", divergences.kl(*pair))
                 row.put(f"js_{other}_{part}", divergences.js(*pair))
                 row.put(f"activation_{other}_{part}", divergences.activation(*pair))
 
 
-def separability(context: AuditContext, at: Labelled) -> None:
-    """Puts linear probe, k-NN and CKA on every row."""
-    train_labels = at.train.labels[at.train.kept][at.train_rows]
-    test_labels = at.test.labels[at.test.kept][at.test_rows]
-    gone = context.gone[test_labels]
-    counts = torch.bincount(train_labels, minlength=context.classes)
-    empty = [c for c in range(context.classes) if not counts[c]]
-    why = ""
-    if not bool(gone.any()):
-        why = "no image of the forgotten classes is left to measure on"
-    elif set(empty) & set(context.forget):
-        why = f"no image of class {empty[0]} is there to learn from; give more, or train_data"
-    context.counts["probe_test_images"] = len(test_labels)
-    memo: dict[int, tuple[float | None, float | None]] = {}
+class _Separability:
+    """Probe and k-NN accuracies of one split, computed once for models of equal features."""
 
-    def fitted(name: str, layer: str) -> tuple[float | None, float | None]:
-        x = at.train.features[name][layer]
-        if id(x) not in memo:  # subjects of one backbone share their features
-            answers = probe.probe_answers(
-                x[at.train_rows],
-                train_labels,
-                at.test.features[name][layer][at.test_rows],
-                context.classes,
+    def __init__(self, context: AuditContext, split: TrainTestSplit) -> None:
+        self.split, self.classes = split, context.classes
+        self.train_labels = split.train.labels[split.train.feature_index][split.train_rows]
+        self.test_labels = split.test.labels[split.test.feature_index][split.test_rows]
+        self.forget = context.forget_mask[self.test_labels]
+        self.memo: dict[tuple[str, int], tuple[float | None, float | None]] = {}
+
+    def probe(self, name: str, layer: str) -> tuple[float | None, float | None]:
+        """(forget, retain) accuracy of a linear probe on the layer's input."""
+        return self._measure("probe", name, layer)
+
+    def knn(self, name: str) -> tuple[float | None, float | None]:
+        """(forget, retain) accuracy of k-NN on the last layer's input."""
+        return self._measure("knn", name, self.split.train.last_layer[name])
+
+    def _measure(self, kind: str, name: str, layer: str) -> tuple[float | None, float | None]:
+        train = self.split.train.features[name][layer]
+        key = kind, id(train)  # models of one backbone share their features
+        if key not in self.memo:
+            test = self.split.test.features[name][layer][self.split.test_rows]
+            train = train[self.split.train_rows]
+            predict = probe.probe_predictions if kind == "probe" else similarity.knn_predictions
+            correct = predict(train, self.train_labels, test, self.classes) == self.test_labels
+            self.memo[key] = (
+                percent_true(correct, self.forget),
+                percent_true(correct, ~self.forget),
             )
-            right = answers == test_labels
-            memo[id(x)] = share(right, gone), share(right, ~gone)
-        return memo[id(x)]
+        return self.memo[key]
 
-    neighbours: dict[int, Tensor] = {}
-    for subject in context.subjects:
-        row, name = context.rows[subject.name], subject.name
-        if why:
+
+def add_separability(context: AuditContext, split: TrainTestSplit) -> None:
+    """Adds linear probe and k-NN to every row."""
+    measured = _Separability(context, split)
+    context.counts["probe_test_images"] = len(measured.test_labels)
+    counts = torch.bincount(measured.train_labels, minlength=context.classes)
+    missing = [c for c in context.forget if not counts[c]]
+    reason = ""
+    if not bool(measured.forget.any()):
+        reason = "no image of the forgotten classes is left to measure on"
+    elif missing:
+        reason = f"there is no image of class {missing[0]} to learn from; pass more, or train_data"
+    no_retained = "no image of the other classes is in the data"
+    for audited in context.models:
+        row = context.rows[audited.name]
+        if reason:
             for key in ("probe_forget", "probe_retain", "knn_forget", "knn_retain"):
-                row.put(key, None, why)
-        else:
-            for entry in row.layers:
-                if entry.layer in at.train.features[name]:
-                    entry.probe_forget, entry.probe_retain = fitted(name, entry.layer)
-            forget, retain = fitted(name, subject.layers[-1])
-            row.put("probe_forget", forget)
-            row.put("probe_retain", retain, "no image of the other classes is in the data")
-            x = at.train.penultimate(name)
-            if id(x) not in neighbours:
-                neighbours[id(x)] = similarity.knn_answers(
-                    x[at.train_rows],
-                    train_labels,
-                    at.test.penultimate(name)[at.test_rows],
-                    context.classes,
-                )
-            right = neighbours[id(x)] == test_labels
-            row.put("knn_forget", share(right, gone))
-            row.put("knn_retain", share(right, ~gone))
-        mine = at.test.penultimate(name)[at.test_rows]
-        for other in (ORIGINAL, GOLDEN):
-            if other not in at.test.features:
-                continue
-            theirs = at.test.penultimate(other)[at.test_rows]
-            for part, rows in (("forget", gone), ("retain", ~gone)):
+                row.put(key, None, reason)
+            continue
+        for entry in row.layers:
+            if entry.layer in split.train.features[audited.name]:
+                accuracies = measured.probe(audited.name, entry.layer)
+                entry.probe_forget, entry.probe_retain = accuracies
+        for kind, (forget, retain) in (
+            ("probe", measured.probe(audited.name, audited.layers[-1])),
+            ("knn", measured.knn(audited.name)),
+        ):
+            row.put(f"{kind}_forget", forget)
+            row.put(f"{kind}_retain", retain, no_retained)
+
+
+def add_cka(context: AuditContext, split: TrainTestSplit) -> None:
+    """Adds the CKA with the original's and the golden model's features to every row."""
+    test, rows = split.test, split.test_rows
+    forget = context.forget_mask[test.labels[test.feature_index][rows]]
+    for other in (ORIGINAL, GOLDEN):
+        if other not in test.features:
+            continue
+        theirs = test.penultimate(other)[rows]
+        for audited in context.models:
+            own, row = test.penultimate(audited.name)[rows], context.rows[audited.name]
+            for part, chosen in (("forget", forget), ("retain", ~forget)):
                 row.put(
                     f"cka_{other}_{part}",
-                    similarity.linear_cka(mine[rows], theirs[rows]),
-                    "it takes at least 3 images whose features differ",
+                    similarity.linear_cka(own[chosen], theirs[chosen]),
+                    "it needs at least 3 images whose features differ",
                 )
 
 
-def membership_of(context: AuditContext, train: Activations, test: Activations) -> None:
-    """Puts the membership attacks on every row."""
-    for subject in context.subjects:
-        row, name = context.rows[subject.name], subject.name
-        for part, wanted in (("forget", True), ("retain", False)):
-            inside = context.gone[train.labels] == wanted
-            outside = context.gone[test.labels] == wanted
-            if not bool(inside.any()) or not bool(outside.any()):
+def add_membership(context: AuditContext, train: Activations, test: Activations) -> None:
+    """Adds the membership attacks to every row."""
+    for audited in context.models:
+        row = context.rows[audited.name]
+        for part, in_part in (("forget", True), ("retain", False)):
+            members = context.forget_mask[train.labels] == in_part
+            others = context.forget_mask[test.labels] == in_part
+            if bool(members.any()) and bool(others.any()):
+                _add_attack(row, part, (train, members), (test, others))
+            else:
                 for score in membership.SCORES:
-                    row.put(f"mia_{part}_{score}", None, f"no images of {part} classes in both")
-                continue
-            areas = membership.attack(
-                train.logits[name][inside], train.labels[inside],
-                test.logits[name][outside], test.labels[outside],
-            )  # fmt: skip
-            for score, area in areas.items():
-                row.put(f"mia_{part}_{score}", area)
+                    reason = f"no images of {part} classes in both sets"
+                    row.put(f"mia_{part}_{score}", None, reason)
+
+
+def _add_attack(
+    row: Row, part: str, members: tuple[Activations, Tensor], others: tuple[Activations, Tensor]
+) -> None:
+    (train, inside), (test, outside) = members, others
+    areas = membership.attack(
+        train.logits[row.name][inside],
+        train.labels[inside],
+        test.logits[row.name][outside],
+        test.labels[outside],
+    )
+    for score, area in areas.items():
+        row.put(f"mia_{part}_{score}", area)
