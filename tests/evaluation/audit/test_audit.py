@@ -95,9 +95,9 @@ def test_it_agrees_with_evaluate() -> None:
     data, model = tiny_data(), other()
     result = quick(model, data=data, relearn_steps=0)
     for name, judged in (("original", tiny()), ("unlearned", model)):
-        want = zsu_fast.evaluate(judged, data, [1])
-        assert result.row(name).evaluation == want
-        assert result.row(name).values["fa"] == want.forget_accuracy
+        expected = zsu_fast.evaluate(judged, data, [1])
+        assert result.row(name).evaluation == expected
+        assert result.row(name).values["fa"] == expected.forget_accuracy
 
 
 def test_models_and_modes_stay_as_they_were() -> None:

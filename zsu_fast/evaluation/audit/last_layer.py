@@ -65,24 +65,42 @@ def compare_last_layers(
     if torch.equal(new[:, :width], old[:, :width]):
         return LastLayer("masked", "only biases of the last layer were changed")
     aligned, chance = _aligned_share(new - old, old, features)
-    is_noise = aligned is not None and aligned < chance + _ALIGNED
-    share = "" if aligned is None else (
-        f"({100 * aligned:.0f} % of the change lies along features, {100 * chance:.0f} % by chance)"
-    )  # fmt: skip
+    noise = None
+    if aligned is not None and aligned < chance + _ALIGNED:
+        noise = (
+            f"{100 * aligned:.0f} % of the change lies along features, {100 * chance:.0f} % by "
+            f"chance"
+        )
     forget_mask = torch.zeros(len(old), dtype=torch.bool)
     forget_mask[forget] = True
-    if bool((moved[~forget_mask] > _SAME).any()):
-        if is_noise:
-            return LastLayer("noise", f"random numbers were added to the last layer {share}")
-        return LastLayer("trained", "only the last layer was changed")
-    several = _several_weights_moved(new[forget_mask], old[forget_mask])
-    if is_noise and several:
+    if not bool((moved[~forget_mask] > _SAME).any()):
+        rows = new[forget_mask], old[forget_mask]
+        return _compare_forgotten_rows(*rows, width, noise, aligned is not None)
+    if noise is not None:
+        return LastLayer("noise", f"random numbers were added to the last layer ({noise})")
+    return LastLayer("trained", "only the last layer was changed")
+
+
+def _compare_forgotten_rows(
+    new: Tensor, old: Tensor, width: int, noise: str | None, has_aligned_share: bool
+) -> LastLayer:
+    """Compares the rows of the forgotten classes if no other row changed.
+
+    Args:
+        new, old: these rows, with ``width`` weights each.
+        width: the number of features.
+        noise: the numbers in words if the change has no direction, else None.
+        has_aligned_share: whether the direction of the change is known.
+    """
+    several = bool(((new != old).sum(1) > 1).all())  # a mask by the bias alone changes one number
+    if noise is not None and several:
         return LastLayer(
             "noise",
-            f"random numbers were added to the last layer's rows of the forgotten classes {share}",
+            f"random numbers were added to the last layer's rows of the forgotten classes "
+            f"({noise})",
         )
-    emptied = new[forget_mask, :width].norm() <= _SAME * old[forget_mask].norm()
-    if aligned is None or bool(emptied) or not several:
+    emptied = bool(new[:, :width].norm() <= _SAME * old.norm())
+    if emptied or not several or not has_aligned_share:
         return LastLayer(
             "masked",
             "the last layer's rows of the forgotten classes were overwritten, and all other rows "
@@ -105,11 +123,6 @@ def _swaps(new: Tensor, old: Tensor, moved: Tensor) -> list[tuple[int, int]]:
         if best != c and float(cosine[c, best]) > _SAME_DIRECTION and distance < 0.05:
             swaps.append((c, best))
     return swaps
-
-
-def _several_weights_moved(new: Tensor, old: Tensor) -> bool:
-    """Whether more than one number per row changed; masking by the bias alone changes one."""
-    return bool(((new != old).sum(1) > 1).all())
 
 
 def _aligned_share(change: Tensor, old: Tensor, features: Tensor) -> tuple[float | None, float]:

@@ -265,7 +265,7 @@ def _curves(record: dict[str, Any] | None) -> list[tuple[str, Markup]]:
     if not record or not record.get("fit", {}).get("history"):
         return []
     history, best = record["fit"]["history"], record["fit"].get("best")
-    mark = (float(best["step"]), "kept") if best else None
+    mark = (float(best["step"]), "best") if best else None
 
     def points(key: str, scale: float = 1.0) -> list[tuple[float, float]]:
         return [(float(c["step"]), scale * c[key]) for c in history if c.get(key) is not None]
