@@ -228,7 +228,7 @@ def test_given_impressions_in_any_order() -> None:
     cut, labels = run.split_point, shuffled.labels
     assert cut is not None
     task = make_fit_task(
-        run.work, cut, cut.features(shuffled.images), labels, run.forget_mask, run.objective,
+        run.work, cut, cut.features(shuffled.images), labels, run.forget_mask, run.options.objective,
         FeatureSettings(mixtures=0), seed=0,
     )  # fmt: skip
     both = (task.train.label, task.validation.label)

@@ -1,8 +1,8 @@
 """Zero-shot class unlearning: the whole procedure in four stages.
 
-`unlearn(model, forget=[...])` runs them: **synthesise** class impressions; **split** the model into
-a frozen backbone and a trainable tail; **fit** the tail on the backbone's features of the
-impressions, which are computed once; **apply** the tail's new weights to a copy of the user's model.
+`unlearn(model, forget=[...])` runs them: **synthesise** class impressions; **split** the model
+into a frozen backbone and a trainable tail; **fit** the tail on the backbone's features of the
+impressions, which are computed once; **apply** the tail's new weights to a copy of the model.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ class ZeroShotUnlearner:
             target = deep_copy(target, "Pass inplace=True, or the module inside the wrapper.")
         names = self.split_point.parameters
         trained = trained_parameters(self.work, self.split_point)
-        values = dict(zip(names, trained, strict=True))
+        values = {n: p.detach() for n, p in zip(names, trained, strict=True)}
         with restored_on_failure(target, names), self.ranks.all_or_none():
             replace_parameters(target, values)
             self.record.distributed = self.ranks.facts()

@@ -144,11 +144,11 @@ def fixed_ascent(run: ZeroShotUnlearner, batched: bool, steps: int) -> Any:
     An image is kept as it was when it reached its confidence: pushed on, it teaches nothing and
     the quality would differ. The steps behind that point are taken all the same.
     """
-    space = space_module.input_space(run.work, run.spec, run.ascent.precision)
-    per_class = run.ascent.per_class
+    space = space_module.input_space(run.work, run.spec, run.options.ascent.precision)
+    per_class = run.options.ascent.per_class
     labels = torch.arange(run.classes).repeat_interleave(per_class)
     number = torch.arange(per_class).repeat(run.classes)
-    made = ascent.Ascent(space, labels, number, run.ascent, len(labels))
+    made = ascent.Ascent(space, labels, number, run.options.ascent, len(labels))
     rows = made.fill()
     index = torch.arange(len(rows.index))
     for part in index.split(len(index) if batched else 1):
@@ -194,7 +194,7 @@ def whole_model_epochs(run: ZeroShotUnlearner, layers: list[str]) -> nn.Module:
         wanted = teacher.masked_fill(run.forget_mask, -torch.inf).softmax(1)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(run.seed)
+    generator = torch.Generator().manual_seed(run.options.seed)
     for _ in range(EPOCHS):
         for picked in torch.randperm(len(label), generator=generator).split(BATCH):
             log_p = (model(images[picked]) + shift).log_softmax(1)
@@ -513,7 +513,14 @@ def write(reports: list[Report]) -> None:
         for report in reports:
             for run in report.runs:
                 figures = [f"{run.seconds:.4f}", f"{run.fa:.4f}", f"{run.ra:.4f}"]
-                row = [run.model, run.contender, run.seed, *figures, report.load, *facts.values()]
+                row = [
+                    run.model,
+                    run.contender,
+                    run.options.seed,
+                    *figures,
+                    report.load,
+                    *facts.values(),
+                ]
                 writer.writerow(row)
     lines = [
         "# Whole calls",

@@ -56,9 +56,9 @@ SHOTS, RELEARN_STEPS = 5_000, 800
 
 # What the table shows; the CSV file has everything.
 COLUMNS = (
-    "fa", "ra", "unmask_fa", "whole_head_fa", "drift_features_forget", "resynthesis_hit",
+    "fa", "ra", "unmask_fa", "unmask_last_layer_fa", "drift_features_forget", "resynthesis_hit",
     "resynthesis_steps", "probe_forget", "knn_forget", "cka_original_forget",
-    "cka_golden_forget", "mia_forget_loss", "relearn_head_steps", "relearn_full_steps",
+    "cka_golden_forget", "mia_forget_loss", "relearn_last_layer_steps", "relearn_full_steps",
     "ain_full", "js_golden_forget",
 )  # fmt: skip
 
@@ -248,7 +248,7 @@ def main() -> None:
         "",
         "Made by `python -m benchmarks.end_to_end.evidence`: `zsu_fast.audit` of each model, mean over seeds, "
         "lowest and highest where they differ by more than 5 %. Accuracies in per cent; "
-        "`zsu_fast/audit/metrics.py` defines every number, `evidence.csv` has all of them and the "
+        "`zsu_fast/evaluation/audit/metrics.py` defines every number, `evidence.csv` has all of them and the "
         f"reasons of those that are missing. Measured on {images} test and training images; "
         f"relearning: at most {SHOTS:,} of each class and {RELEARN_STEPS} steps.",
         "",

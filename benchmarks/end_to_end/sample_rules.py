@@ -80,9 +80,9 @@ def main() -> None:
                 rows = torch.isin(made.labels, torch.tensor([*forget, *some]))
                 task = make_fit_task(
                     run.work, cut, tuple(f[rows] for f in features), made.labels[rows],
-                    run.forget_mask, run.objective, run.rows, run.seed,
+                    run.forget_mask, run.options.objective, run.options.features, run.options.seed,
                 )  # fmt: skip
-                train_tail(task, run.loop, run.report)
+                train_tail(task, run.options.loop, run.report)
                 assert isinstance(task.tail, ClassSubsetTail)
                 task.tail.write_back()
             with torch.no_grad():

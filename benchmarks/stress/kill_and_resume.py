@@ -40,7 +40,9 @@ def work(folder: Path, ready: Connection) -> None:
         cache=folder / "cache", ledger=folder / "ledger.jsonl", progress=False,
     )  # fmt: skip
     # eight shards in place of one, so that there is something to resume
-    run.ascent = replace(run.ascent, limits=BatchLimits(values=10 * 28 * 28, batches_per_shard=1))
+    run.options.ascent = replace(
+        run.options.ascent, limits=BatchLimits(values=10 * 28 * 28, batches_per_shard=1)
+    )
     checkpoint.save_weights(folder / "out.safetensors", run.run())
 
 

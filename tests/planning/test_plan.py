@@ -11,10 +11,10 @@ import torch
 from support import SPEC, tiny, untouched
 from torch import nn
 from typer.testing import CliRunner
-from zsu_fast.cli.app import app
 
 import zsu_fast
 from zsu_fast import Plan, ZeroShotUnlearner
+from zsu_fast.cli.app import app
 from zsu_fast.errors import ArgumentError
 from zsu_fast.planning.pilot import PilotResult
 from zsu_fast.planning.plan import gpus_needed, measured_seconds

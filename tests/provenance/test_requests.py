@@ -10,10 +10,10 @@ import pytest
 import torch
 from support import QUICK, assert_forgets, same_bits, tiny, untouched
 from typer.testing import CliRunner
-from zsu_fast.cli.app import app
 
 import zsu_fast
 from zsu_fast import ArgumentError, Ledger
+from zsu_fast.cli.app import app
 from zsu_fast.models import checkpoint, zoo
 from zsu_fast.models.parameters import weights_hash
 from zsu_fast.provenance.ledger import verify

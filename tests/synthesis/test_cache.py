@@ -44,7 +44,7 @@ def make(folder: Path | None, model: nn.Module | None = None, **options: Any) ->
 def runner(forget: list[int], **options: Any) -> ZeroShotUnlearner:
     """Whose impressions come in three shards too."""
     run = ZeroShotUnlearner(tiny(), forget, **options)
-    run.ascent = replace(run.ascent, limits=SMALL)
+    run.options.ascent = replace(run.options.ascent, limits=SMALL)
     return run
 
 

@@ -46,7 +46,7 @@ def karpathynet() -> Run:
     original = zoo.load("karpathynet")
     made = synthesize(original, per_class=8, progress=False)
     run = ZeroShotUnlearner(original, FORGET, depth="deep", impressions=made, progress=False)
-    run.deep = SMALL
+    run.options.deep = SMALL
     deep = run.run()
     output = zsu_fast.unlearn(original, FORGET, impressions=made, progress=False)
     fresh = synthesize(original, per_class=16, seed=99, progress=False)
@@ -88,7 +88,7 @@ def test_the_last_fit_keeps_the_margin_of_the_original(karpathynet: Run) -> None
     """After deepening nothing logit_margin, and a margin of that would be none: quickly relearned."""
     margin = karpathynet.run.record.depth["margin"]
     assert margin > 1
-    assert karpathynet.run.rows.margin == margin
+    assert karpathynet.run.options.features.margin == margin
 
 
 def test_only_the_last_layers_are_trained(karpathynet: Run) -> None:
@@ -132,7 +132,7 @@ def test_tiny_model_forgets(tiny: nn.Module) -> None:
 def test_each_term_does_its_part(tiny: nn.Module) -> None:
     def facts(**weights: float) -> tuple[dict[str, float], float]:
         run = ZeroShotUnlearner(tiny, [1], depth="deep", **QUICK)
-        run.deep = DeepSettings(scenes=512, pushed=256, **weights)
+        run.options.deep = DeepSettings(scenes=512, pushed=256, **weights)
         made = run.run()
         size = made.fc1(tiny_features(made)).relu().square().mean().detach()
         return {k: v["after"] for k, v in run.record.depth.items() if isinstance(v, dict)}, float(
@@ -181,7 +181,7 @@ def test_what_inner_layers_take_is_erased_too() -> None:
 
     def evidence(weight: float) -> dict[str, float]:
         run = ZeroShotUnlearner(model, [1], depth="deep", tail="one", **QUICK | {"steps": 200})
-        run.deep = DeepSettings(scenes=512, pushed=256, inside=weight, steps=200)
+        run.options.deep = DeepSettings(scenes=512, pushed=256, inside=weight, steps=200)
         run.run()
         told: dict[str, float] = run.record.depth["evidence_inside"]
         return told

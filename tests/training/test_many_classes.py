@@ -270,7 +270,7 @@ def test_teacher_logits_too_large_to_store_are_computed_again() -> None:
 def limited(forget: list[int], limits: MemoryLimits, **options: Any) -> ZeroShotUnlearner:
     """A run of the tiny model with other memory limits."""
     run = ZeroShotUnlearner(tiny(), forget, **QUICK | {"tail": "last"} | options)
-    run.rows = replace(run.rows, limits=limits)
+    run.options.features = replace(run.options.features, limits=limits)
     return run
 
 
@@ -334,8 +334,8 @@ def test_no_tensor_has_rows_times_classes(monkeypatch: pytest.MonkeyPatch, narro
         tile_logits=32 * classes, tile_classes=1000, teacher_bytes=0,
         subset_above=256 if narrowed else 10**9,
     )  # fmt: skip
-    run.rows = replace(run.rows, limits=limits)
-    run.ascent = replace(run.ascent, limits=BatchLimits(logits=16 * classes))
+    run.options.features = replace(run.options.features, limits=limits)
+    run.options.ascent = replace(run.options.ascent, limits=BatchLimits(logits=16 * classes))
     weights = {tuple(p.shape) for p in model.parameters()} | {(16, classes)}
     with Largest(weights) as seen:
         run.synthesise()

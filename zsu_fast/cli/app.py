@@ -28,12 +28,13 @@ from ..models.infer_spec import resolve_spec
 from ..models.input_spec import InputSpec
 from ..models.loading import load_model
 from ..models.parameters import weights_hash
-from ..planning import plan as make_plan
+from ..options import paper_preset
+from ..planning.plan import plan as make_plan
 from ..provenance import ledger as ledgers
 from ..runtime import distributed
 from ..runtime.accelerators import ACCELERATORS
 from ..runtime.doctor import doctor as examine, render
-from ..unlearner import ZeroShotUnlearner, paper_preset
+from ..unlearner import ZeroShotUnlearner
 from .audit import check_report, class_names, print_audit, report_run
 from .demo import mnist_test, run as run_demo
 

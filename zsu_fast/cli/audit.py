@@ -43,7 +43,7 @@ def report_run(
         input_shape=spec.shape,
         mean=spec.mean,
         std=spec.std,
-        seed=run.seed,
+        seed=run.options.seed,
         device=run.device,
         progress=progress,
     )

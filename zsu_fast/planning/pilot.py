@@ -147,7 +147,9 @@ class _Pilot:
         with threads_for(multiply_adds(self.space.exact, self.start), run.device):
             labels = torch.tensor((active * run.options.ascent.per_class)[: self.count])
             for name, rows in (("wide", self.width), ("narrow", max(1, self.width // 4))):
-                ascent = Ascent(self.space, labels[:rows], torch.arange(rows), run.options.ascent, rows)
+                ascent = Ascent(
+                    self.space, labels[:rows], torch.arange(rows), run.options.ascent, rows
+                )
                 fill, step = ascent.time_steps()
                 self.seconds |= {f"fill {name}": fill, f"step {name}": step}
             images = impressions.images.to(run.device)
@@ -171,7 +173,9 @@ class _Pilot:
         held = self.count // 4 if run.options.ascent.per_class >= 4 else 0
         classes = len(run.active_classes)
         train = self.count - held + run.options.features.mixtures_for(self.count - held, classes)
-        validation = held + run.options.features.mixtures_for(held, 0) if held else max(1024, classes)
+        validation = (
+            held + run.options.features.mixtures_for(held, 0) if held else max(1024, classes)
+        )
         work = task.row_work
         batch = min(run.options.loop.batch_for(work), train)
         self._time_steps(task, batch, work)

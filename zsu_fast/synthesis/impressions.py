@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from ..models import checkpoint
 from ..models.input_spec import InputSpec
 
@@ -106,3 +108,48 @@ class ClassImpressions:
 def default_per_class(classes: int) -> int:
     """Impressions per class: 32, or fewer for at most 1,024 in all, but at least 1."""
     return max(1, min(32, 1024 // classes))
+
+
+def check_impressions(
+    impressions: Any,
+    spec: InputSpec,
+    space: str,
+    classes: int,
+    forget: Sequence[int],
+    active: Sequence[int] | None,
+) -> ClassImpressions:
+    """Returns ``impressions`` if a model can be unlearned with them.
+
+    Args:
+        impressions: what the user passed.
+        spec: the images that the model expects.
+        space: the space that the impressions must be of.
+        classes: the number of the model's classes.
+        forget: class indices; each needs an impression.
+        active: classes that need one; None if those to forget and any other class suffice.
+
+    Raises:
+        ArgumentError: they are of another model or space, or a class has none.
+    """
+    if not isinstance(impressions, ClassImpressions):
+        raise ArgumentError(
+            "impressions", f"got {impressions!r:.80}", "Pass what synthesize() returned, or None."
+        )
+    counts = torch.bincount(impressions.labels, minlength=classes)
+    fewest = int(counts[list(forget if active is None else active)].min())
+    if active is None and len(impressions.labels.unique()) <= len(forget):
+        fewest = 0
+    if impressions.spec.shape != spec.shape or len(counts) > classes or fewest < 1:
+        raise ArgumentError(
+            "impressions",
+            f"got {len(impressions)} of shape {impressions.spec.shape}, at least {fewest} per "
+            f"class of {len(counts)}",
+            f"Pass some of shape {spec.shape} for each of {classes} classes.",
+        )
+    if impressions.space != space:
+        raise ArgumentError(
+            "impressions",
+            f"got some of space={impressions.space!r} with space={space!r}",
+            "Pass the space that they were synthesised in.",
+        )
+    return impressions

@@ -1,25 +1,25 @@
-"""How alike two models' features are (linear CKA), and how separable a class is in them (k-NN)."""
+"""How similar two models' features are (linear CKA), and how well a class separates (k-NN)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Rows that a comparison is made on at most: CKA of 2,000 rows is exact to about 0.01.
-_MOST = 2000
+# CKA compares at most this many rows: 2,000 are exact to about 0.01.
+_MAX_ROWS = 2000
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float | None:
     """Linear centred kernel alignment of features [N, D] and [N, E], 0..1; None if undefined.
 
     ``||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F)`` with centred columns (Kornblith et al. 2019,
-    1905.00414). It does not change under rotation, permutation or scaling of features.
+    1905.00414). It is invariant to rotation, permutation and scaling of the features.
     """
     if len(x) < 3 or len(x) != len(y):
         return None
-    x, y = x[:_MOST].double(), y[:_MOST].double()
+    x, y = x[:_MAX_ROWS].double(), y[:_MAX_ROWS].double()
     x, y = x - x.mean(0), y - y.mean(0)
-    if len(x) < x.shape[1] + y.shape[1]:  # the same by N x N Gram matrices, which are smaller
+    if len(x) < x.shape[1] + y.shape[1]:  # the same from N x N Gram matrices, which are smaller
         a, b = x @ x.T, y @ y.T
         cross, own = (a * b).sum(), a.norm() * b.norm()
     else:
@@ -27,21 +27,23 @@ def linear_cka(x: Tensor, y: Tensor) -> float | None:
     return float(cross / own) if float(own) > 0 else None
 
 
-def knn_answers(train: Tensor, labels: Tensor, test: Tensor, classes: int, k: int = 10) -> Tensor:
-    """int64 [M]: the class that most of the ``k`` nearest training rows have, by cosine.
+def knn_predictions(
+    train: Tensor, labels: Tensor, test: Tensor, classes: int, k: int = 10
+) -> Tensor:
+    """Returns the most frequent class among the ``k`` nearest training rows, int64 [M].
 
     Args:
         train, labels: features [N, D] and their classes [N].
         test: features [M, D].
-        classes: number of classes.
-        k: neighbours, fewer if there are not so many rows; ties go to the nearer ones.
+        classes: the number of classes.
+        k: neighbours by cosine similarity, at most N; ties go to the nearer ones.
     """
     k = min(k, len(train))
     train = torch.nn.functional.normalize(train, dim=1)
-    answers = []
+    predictions = []
     for part in torch.nn.functional.normalize(test, dim=1).split(1000):
-        near, at = (part @ train.T).topk(k, dim=1)
+        near, index = (part @ train.T).topk(k, dim=1)
         votes = torch.zeros(len(part), classes)
-        votes.scatter_add_(1, labels[at], 1 + 1e-3 * near.float())
-        answers.append(votes.argmax(1))
-    return torch.cat(answers)
+        votes.scatter_add_(1, labels[index], 1 + 1e-3 * near.float())
+        predictions.append(votes.argmax(1))
+    return torch.cat(predictions)

@@ -1,4 +1,4 @@
-"""How far two models' outputs are apart on the same images."""
+"""How far apart two models' outputs are on the same images."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-# KL is infinite where one model excludes what the other answers: probabilities below this count
-# as it, so that one -inf (as in a mask) does not hide all else.
-_LEAST = 1e-12
+# KL is infinite if one model excludes a class that the other predicts. Probabilities are clamped
+# from below to this, so that a single -inf (as in a mask) does not hide everything else.
+_MIN_PROBABILITY = 1e-12
 
 
 def kl(reference: Tensor, logits: Tensor) -> float:
     """Mean KL(reference || model) of softmaxes, in nats, 0..27.6; both logits [N, C]."""
     p = reference.float().softmax(1)
-    log_q = logits.float().log_softmax(1).clamp(min=math.log(_LEAST))
-    log_p = p.clamp(min=_LEAST).log()
+    log_q = logits.float().log_softmax(1).clamp(min=math.log(_MIN_PROBABILITY))
+    log_p = p.clamp(min=_MIN_PROBABILITY).log()
     return float((p * (log_p - log_q)).sum(1).clamp(min=0).mean())
 
 
