@@ -11,7 +11,7 @@ import torch
 from support import SPEC, tiny, untouched
 from torch import nn
 from typer.testing import CliRunner
-from zsu_fast.cli.app.app import app
+from zsu_fast.cli.app import app
 
 import zsu_fast
 from zsu_fast import Plan, ZeroShotUnlearner

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from zsu_fast.cli.app.app import image_folder, parse_classes
+from zsu_fast.cli.app import image_folder, parse_classes
 
 import zsu_fast
 from benchmarks.end_to_end.table1 import processor

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from typer.testing import CliRunner
-from zsu_fast.cli.app.app import app, parse_classes, read_images
-from zsu_fast.cli.app.demo import FILES, mnist_test
+from zsu_fast.cli.app import app, parse_classes, read_images
+from zsu_fast.cli.demo import FILES, mnist_test
 
 import zsu_fast
 from zsu_fast.models import checkpoint, zoo

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from typer.testing import CliRunner
-from zsu_fast.cli.app.app import app
+from zsu_fast.cli.app import app
 
 import zsu_fast
 from zsu_fast.models import checkpoint, zoo

@@ -64,7 +64,7 @@ def test_it_forgets(digits: tuple[Tensor, Tensor], loop: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"space": "tail-input"}, {"tail": "fc1"}, {"objective": "differential"}, {"tail": 3},
-     {"jitter": 0.01}, {"precision": "float32"}],
+     {"batch_norm": 0.01}, {"precision": "float32"}],
     ids=str,
 )  # fmt: skip
 def test_options(digits: tuple[Tensor, Tensor], options: dict[str, Any]) -> None:
@@ -184,7 +184,7 @@ def test_plan() -> None:
 
 def test_cache_and_command_line(tmp_path: Path) -> None:
     from typer.testing import CliRunner
-    from zsu_fast.cli.app.app import app
+    from zsu_fast.cli.app import app
 
     model = lenet5()
     first = zsu_fast.unlearn(model, FORGET, cache=tmp_path / "c", progress=False)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support import SHARED
-from zsu_fast.cli.app.app import image_folder
+from zsu_fast.cli.app import image_folder
 
 from zsu_fast import ArgumentError, InputSpec
 from zsu_fast.models import checkpoint

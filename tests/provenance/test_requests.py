@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import QUICK, assert_forgets, same_bits, tiny, untouched
 from typer.testing import CliRunner
-from zsu_fast.cli.app.app import app
+from zsu_fast.cli.app import app
 
 import zsu_fast
 from zsu_fast import ArgumentError, Ledger

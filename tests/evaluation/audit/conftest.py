@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from torch import Tensor, nn
-from zsu_fast.cli.app.demo import mnist_test
+from zsu_fast.cli.demo import mnist_test
 
 from zsu_fast.models import zoo
 

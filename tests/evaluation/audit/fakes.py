@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from zsu_fast.cli.app.demo import FORGET, mnist_test
+from zsu_fast.cli.demo import FORGET, mnist_test
 
 import zsu_fast
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fakes import FAKES
 from torch import Tensor, nn
-from zsu_fast.cli.app.demo import FORGET
+from zsu_fast.cli.demo import FORGET
 
 import zsu_fast
 from zsu_fast.evaluation.audit import audit
