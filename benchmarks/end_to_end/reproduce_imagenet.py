@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from zsu_fast.cli.app import image_folder, parse_classes
 
 import zsu_fast
 from benchmarks.end_to_end.table1 import processor
+from zsu_fast.cli.inputs import image_folder, parse_classes
 from zsu_fast.errors import ZsuFastError
 from zsu_fast.models.infer_spec import resolve_spec
 from zsu_fast.models.loading import PRETRAINED, load_model

@@ -12,9 +12,9 @@ import pytest
 import torch
 from support import QUICK, SPEC, TinyNet, assert_forgets, same_bits, tiny, tiny_data
 from torch import Tensor, nn
-from zsu_fast.cli.demo import mnist_test
 
 import zsu_fast
+from zsu_fast.cli.demo import mnist_test
 from zsu_fast.models import checkpoint, zoo
 
 FORGET = [1, 2, 3, 4]

@@ -184,6 +184,7 @@ def test_plan() -> None:
 
 def test_cache_and_command_line(tmp_path: Path) -> None:
     from typer.testing import CliRunner
+
     from zsu_fast.cli.app import app
 
     model = lenet5()
