@@ -1,4 +1,4 @@
-"""One table a benchmark file, written to `results/` at its end; one thread on the CPU."""
+"""Gives each benchmark file one table, written to ``results/`` at its end; one CPU thread."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     name = request.module.__name__.removeprefix("bench_")
-    made = Table(name, request.module.__doc__.splitlines()[0])
-    yield made
-    made.write()
+    table = Table(name, request.module.__doc__.splitlines()[0])
+    yield table
+    table.write()

@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: build, gpu tests, compute-sanitizer on every kernel, op
-# benchmarks, captured loops against eager ones, full shapes, whole calls. Made for a machine with
-# torch 2.11 and Triton 3.6 and without network: only what is installed there is used. Tables and
-# logs go to $OUT (default: gpu-results); card, clocks and power stand in each table where
-# nvidia-ml-py is installed.
+# Everything that needs a GPU: build, GPU tests, compute-sanitizer on every kernel, op benchmarks,
+# captured loops against eager ones, full shapes, whole calls. Runs without network, with the torch
+# (2.11 or later) and Triton that are installed. Tables and logs go to $OUT (default: gpu-results);
+# tables name card, clocks and power if nvidia-ml-py is installed.
 #
 #   OUT=/tmp/out benchmarks/gpu.sh                   # all of it
 #   OUT=/tmp/out benchmarks/gpu.sh check             # build, tests, sanitizer
 #   OUT=/tmp/out benchmarks/gpu.sh bench [-k EXPR]   # build, benchmarks (pytest's -k picks cases)
 #   OUT=/tmp/out benchmarks/gpu.sh --cpu             # rehearsal: what runs without a GPU
 #
-# PYTHON names the interpreter. A step that fails does not stop the next; the exit status says
-# whether all went well.
+# PYTHON names the interpreter. A failing step does not stop the next; the exit status is 1 if any
+# step failed.
 set -uo pipefail
 what=${1:-all}
 [ $# -gt 0 ] && shift
@@ -21,7 +20,7 @@ export OUT=${OUT:-$PWD/gpu-results}
 mkdir -p "$OUT"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-step() { # step <name> <command...>: run, log, go on
+step() { # step <name> <command...>: run, log, continue
   local name=$1 from=$SECONDS
   shift
   if timeout 300 "$@" >"$OUT/$name.log" 2>&1; then
@@ -43,7 +42,7 @@ doctor=("$python" -c 'from zsu_fast.runtime.doctor import render; print(render()
 rm -f "$OUT/failed.txt"
 
 if [ "$what" = --cpu ]; then
-  # the steps of a GPU machine that have a CPU side, short; the gpu tests are only collected
+  # the steps that also run on a CPU; GPU tests are only collected
   step doctor "${doctor[@]}"
   step collect-gpu-tests "${pytest[@]}" tests -m gpu --collect-only
   step touch "$python" -m benchmarks.tools.touch_every_kernel --device cpu
@@ -60,13 +59,13 @@ PY
 capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
 command -v nvidia-smi >/dev/null && nvidia-smi >"$OUT/nvidia-smi.txt"
 
-# without nvcc the CUDA library is left out and Triton is tested alone
+# without nvcc there is no CUDA library, and only Triton is tested
 step build env TORCH_CUDA_ARCH_LIST="$capability" "$python" setup.py build_ext --inplace
 
 if [ "$what" != bench ]; then
   step doctor "${doctor[@]}"
   cat "$OUT/doctor.log"
-  # side by side: nothing here is timed
+  # in parallel: nothing here is timed
   step tests-gpu "${pytest[@]}" tests -m gpu -n 6 &
   step tests-cpu "${pytest[@]}" tests/ops -m "not gpu" -n 4 &
   if sanitizer=$(command -v compute-sanitizer); then

@@ -1,20 +1,22 @@
-"""Honest timing for the op benchmarks.
+"""Timing for the op benchmarks, and what all benchmarks share: results folder, machine, children.
 
-Contenders of one row of a table are timed in turn, round after round, so that a busy machine slows
-all of them alike; the median over rounds counts. On a CPU, where all run on one thread, the clock
-is that thread's CPU time: what other processes take meanwhile does not count, only what they do to
-the caches. On a GPU, calls are captured in a CUDA graph and its replays are timed by events, so
-that kernels count and not Python; "(called)" marks what can't be captured. Warm-up (and
-compilation) is left out. Every call that is timed may be checked: `verify` sees the output of the
-last one.
+The contenders of a row are timed in turn, round after round, so that a busy machine slows all of
+them alike; the median over rounds is reported. On a CPU, everything runs on one thread and the
+clock is that thread's CPU time: other processes count only through what they do to the caches. On
+a GPU, calls are captured in a CUDA graph whose replays are timed by events, so that kernels are
+measured and Python is not; "(called)" marks what can't be captured. Warm-up and compilation are
+excluded. A contender may check its output: `verify` receives that of the last call.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +45,7 @@ class Contender:
 
 @dataclass
 class Row:
-    """A line of a table: times are seconds a call."""
+    """A row of a table; times are in seconds per call."""
 
     case: str
     contender: str
@@ -51,13 +53,13 @@ class Row:
     low: float
     high: float
     speedup: float  # over the first contender
-    floor: float  # times the floor; nan where there is none
-    gigabytes: float  # a second, of the traffic the work cannot avoid
+    floor: float  # multiple of the floor's time; nan without a floor
+    gigabytes: float  # per second, counting only unavoidable traffic
 
 
 @dataclass
 class Table:
-    """All rows of one benchmark file, written when the session ends."""
+    """All rows of one benchmark file, written to the results folder at its end."""
 
     name: str
     title: str
@@ -90,20 +92,14 @@ class Table:
 
 
 def duration(seconds: float) -> str:
+    """Seconds as text, in ms or us."""
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
 
 
 def machine() -> dict[str, str]:
-    """What the numbers were taken on."""
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
-        ]
-        processor = names[0] if names else processor
+    """The machine, torch and the load at the time of measuring."""
     facts = {
-        "processor": processor,
+        "processor": processor(),
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
@@ -115,8 +111,26 @@ def machine() -> dict[str, str]:
     return facts
 
 
+def processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def run_child(module: str, *arguments: str) -> dict[str, Any]:
+    """Runs ``python -m module arguments`` and returns the JSON object on its last line."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
 def gpu_state() -> dict[str, str]:
-    """Card, clocks and power from NVML, or why they are not known."""
+    """Card, clocks and power from NVML, or the reason why they are unknown."""
     try:
         import pynvml
     except ImportError:
@@ -141,9 +155,16 @@ def gpu_state() -> dict[str, str]:
 def race(
     contenders: Sequence[Contender], rounds: int = 41, budget: float = 0.01, capture: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds a call, ``rounds`` times for each contender, in turn; ``budget`` s a measurement.
+    """Times the contenders in turn.
 
-    ``capture``: on a GPU, in graphs of ``GRAPH_CALLS`` calls, where that can be done.
+    Args:
+        contenders: what to time.
+        rounds: measurements per contender.
+        budget: seconds per measurement.
+        capture: on a GPU, time graphs of ``GRAPH_CALLS`` calls where they can be captured.
+
+    Returns:
+        Seconds per call of every measurement, by contender.
     """
     if DEVICE == "cuda":
         rounds = min(rounds, 15)  # events hardly scatter
@@ -169,7 +190,7 @@ def race(
         times[name] = []
     for _ in range(rounds):
         for name, action in run.items():
-            for _ in range(3):  # it finds its own code in cache again, not its rival's
+            for _ in range(3):  # bring its own code back into the caches
                 action()
             times[name].append(measure(action, calls[name]) / shares[name])
     for contender in contenders:
@@ -179,7 +200,7 @@ def race(
 
 
 def captured(run: Callable[[], Any]) -> tuple[Any, Any]:
-    """A CUDA graph of ``GRAPH_CALLS`` calls and the last one's output; twice None if it fails."""
+    """Captures ``GRAPH_CALLS`` calls; the graph and the last output, or (None, None) on failure."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -199,12 +220,13 @@ def captured(run: Callable[[], Any]) -> tuple[Any, Any]:
 
 @contextmanager
 def eager_ascent() -> Iterator[None]:
-    """The ascent's steps one by one, not captured."""
+    """Runs ascent steps one by one instead of capturing them."""
     with mock.patch.object(ascent, "capture_steps", lambda step, _device: step):
         yield
 
 
 def measure(run: Callable[[], Any], calls: int) -> float:
+    """Seconds per call, over ``calls`` calls."""
     if DEVICE == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -228,10 +250,18 @@ def compare(
     floor_bytes: float = float("nan"),
     **options: Any,
 ) -> dict[str, float]:
-    """Race the contenders and add their rows; the first is the base of the speed-ups.
+    """Times the contenders and adds their rows to the table.
 
-    ``floor`` names the contender that is the least the work can cost; ``floor_bytes`` are the bytes
-    it moves. Returns the medians.
+    Args:
+        table: receives the rows.
+        case: what all of them do, in words.
+        contenders: the first is the base of the speed-ups.
+        floor: name of the contender that is a lower bound of the cost.
+        floor_bytes: bytes that it moves.
+        **options: of `race`.
+
+    Returns:
+        Median seconds per call, by contender.
     """
     times = race(contenders, **options)
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -256,7 +286,7 @@ def compare(
 
 
 def rotate(count: int) -> Callable[[], int]:
-    """0, 1, ..., count - 1, 0, ...: inputs take turns, so that no one finds its own in cache."""
+    """Counts 0, 1, ..., count - 1, 0, ...: inputs take turns, so that none is still in cache."""
     at = -1
 
     def following() -> int:

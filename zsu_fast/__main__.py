@@ -1,4 +1,4 @@
-"""``python -m zsu_fast`` is ``zsu-fast``."""
+"""Runs ``python -m zsu_fast``, the same as the command ``zsu-fast``."""
 
 from .cli.app import main
 

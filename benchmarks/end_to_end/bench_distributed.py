@@ -1,12 +1,12 @@
 """The synthesis on two gloo ranks of one thread each, against one rank with one thread.
 
-    python -m benchmarks.end_to_end.bench_distributed            # both models, about 5 minutes on 2 idle cores
-    python -m benchmarks.end_to_end.bench_distributed --check    # exit 1 if a bar of the project is missed
+    python -m benchmarks.end_to_end.bench_distributed            # 5 minutes on 2 idle cores
+    python -m benchmarks.end_to_end.bench_distributed --check    # exit 1 if a target is missed
 
-In turn, round after round: one process without a group, one rank in a group of its own, and two
-ranks. The clock is the wall's, gathering included, since waiting counts: run it on an idle machine.
-The bar is held against the faster of the first two.
-Writes ``results/distributed.md`` and ``.csv``.
+Timed in turn, round after round: one process without a group, one rank in a group, and two ranks.
+Seconds are wall-clock and include gathering, since waiting counts: run it on an idle machine. The
+target compares two ranks with the faster of the other two. Writes ``results/distributed.md`` and
+``.csv``.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.end_to_end.table1 import load_model
 from benchmarks.harness import RESULTS, machine
+from benchmarks.real_data import load_model
 from zsu_fast.unlearner import ZeroShotUnlearner
 
-BAR, SAME = 1.8, 1e-5
+TARGET, SAME = 1.8, 1e-5
 ALONE, ONE, TWO = "one process", "one rank", "two ranks"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is unlearned; ``every`` k-th class alone gets impressions, to keep it short."""
+    """What to unlearn; only each ``every``-th class gets impressions, to save time."""
 
     model: str
     forget: tuple[int, ...]
@@ -45,7 +45,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return self.model if self.per_class is None else f"{self.model}, {self.per_class} a class"
+        return self.model if self.per_class is None else f"{self.model}, {self.per_class} per class"
 
 
 JOBS = (
@@ -56,7 +56,7 @@ JOBS = (
 
 
 def serve(rank: int, size: int, store: str, pipe: Connection) -> None:
-    """A rank: does the jobs that come, and tells when its synthesis began and ended."""
+    """A rank: works on jobs from the pipe until None arrives, and sends back the results."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
@@ -69,14 +69,14 @@ def serve(rank: int, size: int, store: str, pipe: Connection) -> None:
 
 
 def work(model: torch.nn.Module, job: Job, grouped: bool) -> dict[str, Any]:
-    """Seconds of the synthesis, impressions, and the weights that changed."""
+    """Measures the synthesis; returns seconds, impressions, and the weights that changed."""
     run = ZeroShotUnlearner(
         model, job.forget, distributed=grouped, progress=False, tail="last", seed=0,
         impressions_per_class=job.per_class,
     )  # fmt: skip
     run.active_classes = run.active_classes[:: job.every]
     began = time.process_time()
-    made = run.synthesise()
+    impressions = run.synthesise()
     cpu = time.process_time() - began
     run.split()
     run.fit()
@@ -86,15 +86,15 @@ def work(model: torch.nn.Module, job: Job, grouped: bool) -> dict[str, Any]:
     return {
         "seconds": facts["timings"]["synthesise"],
         "cpu": cpu,
-        "rows": facts["distributed"].get("rows", [len(made)]),
-        "steps": int(made.steps.sum()),
+        "rows": facts["distributed"].get("rows", [len(impressions)]),
+        "steps": int(impressions.steps.sum()),
         "hash": facts["weights_after"],
         "weights": {n: result[n].detach().numpy() for n in run.split_point.parameters},
     }
 
 
 class Ranks:
-    """``size`` processes that make every call together."""
+    """A group of ``size`` processes that make every call together."""
 
     def __init__(self, size: int) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -105,19 +105,20 @@ class Ranks:
             store = f"{self.folder.name}/store"
             process = context.Process(target=serve, args=(rank, size, store, theirs), daemon=True)
             process.start()
-            theirs.close()  # so that a rank that dies is an end of file here
+            theirs.close()  # so that a dead rank is an end of file here
             self.pipes.append(ours)
             self.processes.append(process)
 
     def do(self, job: Job, grouped: bool) -> dict[str, Any]:
+        """The slowest rank's figures for ``job``."""
         for pipe in self.pipes:
             pipe.send((job, grouped))
-        told = [pipe.recv() for pipe in self.pipes]
-        hashes = {t["hash"] for t in told}
+        results = [pipe.recv() for pipe in self.pipes]
+        hashes = {r["hash"] for r in results}
         if len(hashes) > 1:
             raise SystemExit(f"{job.name}: the ranks have different weights: {hashes}")
-        # all leave the synthesis together, and enter it after an exchange
-        return told[0] | {key: max(t[key] for t in told) for key in ("seconds", "cpu")}
+        # all ranks enter and leave the synthesis together
+        return results[0] | {key: max(r[key] for r in results) for key in ("seconds", "cpu")}
 
     def end(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
@@ -125,17 +126,19 @@ class Ranks:
             process.join()
 
 
-def race(job: Job, teams: dict[str, Ranks], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in teams}
+def race(job: Job, groups: dict[str, Ranks], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Runs ``job`` on each group in turn; the first round warms up."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in groups}
     for at in range(rounds + 1):
-        for name, ranks in teams.items():
+        for name, ranks in groups.items():
             done = ranks.do(job, grouped=name != ALONE)
-            if at:  # the first one warms up
+            if at:
                 runs[name].append(done)
     return runs
 
 
 def furthest(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """The largest difference between two runs' weights."""
     return max(float(abs(a["weights"][n] - b["weights"][n]).max()) for n in a["weights"])
 
 
@@ -147,12 +150,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     one = Ranks(1)
-    teams = {ALONE: one, ONE: one, TWO: Ranks(2)}
+    groups = {ALONE: one, ONE: one, TWO: Ranks(2)}
     rows, missed = [], []
     for job in JOBS:
         if job.model not in arguments.models:
             continue
-        runs = race(job, teams, arguments.rounds)
+        runs = race(job, groups, arguments.rounds)
         medians = {n: statistics.median(r["seconds"] for r in of) for n, of in runs.items()}
         best = min(medians[ALONE], medians[ONE])
         for name, of in runs.items():
@@ -166,45 +169,47 @@ def main() -> None:
             print(*rows[-1], flush=True)
             if off > SAME:
                 missed.append(f"{job.name}, {name}: weights are off by {off:.2g}")
-        if best / medians[TWO] < BAR:
-            missed.append(f"{job.name}: {best / medians[TWO]:.2f} times as fast, the bar is {BAR}")
-    for ranks in {one, teams[TWO]}:
+        if best / medians[TWO] < TARGET:
+            missed.append(
+                f"{job.name}: {best / medians[TWO]:.2f} times as fast, the target is {TARGET}"
+            )
+    for ranks in {one, groups[TWO]}:
         ranks.end()
     write(rows, missed)
-    print(*missed or ["All bars met."], sep="\n")
+    print(*missed or ["All targets met."], sep="\n")
     sys.exit(1 if missed and arguments.check else 0)
 
 
 def write(rows: list[tuple[Any, ...]], missed: list[str]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    facts = machine() | {"clock": "wall", "threads": "1 a rank"}
-    head = ("model", "who", "median", "fastest", "slowest", "speed-up", "cpu", "off", "rows",
+    facts = machine() | {"clock": "wall", "threads": "1 per rank"}
+    columns = ("model", "group", "median", "fastest", "slowest", "speed-up", "cpu", "off", "rows",
             "steps")  # fmt: skip
     with (RESULTS / "distributed.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*head, *facts])
+        writer.writerow([*columns, *facts])
         writer.writerows([*row, *facts.values()] for row in rows)
     lines = [
         "# Synthesis on two ranks",
         "",
         ", ".join(f"{k}: {v}" for k, v in facts.items()),
         "",
-        "Made by `python -m benchmarks.end_to_end.bench_distributed`. One process: no group, one batch where "
-        "it fits. Ranks take make_shards in turn. Seconds: of the synthesis, gathering included. "
-        "Speed-up: over the faster of one process and one rank. CPU s: of the busiest rank, fast "
-        "copy included. Off: largest difference of a weight of the unlearned model from one "
-        "process's. Of EfficientNet-Lite0, every 16th class gets an impression.",
+        "Written by `python -m benchmarks.end_to_end.bench_distributed`. One process: no group, "
+        "one batch if it fits. Ranks take shards in turn. Seconds: of the synthesis, gathering "
+        "included. Speed-up: over the faster of one process and one rank. CPU s: of the busiest "
+        "rank, inference copy included. Off: largest difference between a weight of the unlearned "
+        "model and one process's. For EfficientNet-Lite0, every 16th class gets an impression.",
         "",
-        "| model | who | s, median | fastest to slowest | speed-up | CPU s | off | rows by rank "
+        "| model | group | s, median | fastest to slowest | speed-up | CPU s | off | rows by rank "
         "| steps |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {m} | {who} | {median:.2f} | {low:.2f} to {high:.2f} | {faster:.2f} "
+        f"| {m} | {group} | {median:.2f} | {low:.2f} to {high:.2f} | {faster:.2f} "
         f"| {cpu:.2f} | {off:.1g} | {shares} | {steps} |"
-        for m, who, median, low, high, faster, cpu, off, shares, steps in rows
+        for m, group, median, low, high, faster, cpu, off, shares, steps in rows
     ]
-    lines += ["", *([f"- missed: {m}" for m in missed] or ["All bars met."]), ""]
+    lines += ["", *([f"- missed: {m}" for m in missed] or ["All targets met."]), ""]
     (RESULTS / "distributed.md").write_text("\n".join(lines))
 
 

@@ -1,12 +1,12 @@
-"""Whole calls of `unlearn` on a GPU: as they are, and with both loops step by step.
+"""Whole calls of `unlearn` on a GPU: loops captured in CUDA graphs, and eager.
 
     python -m benchmarks.end_to_end.bench_gpu_calls            # writes cuda_calls.md
 
 `loops captured` is the default: ascent and tail are replayed from CUDA graphs. `loops eager` runs
 the same kernels without graphs. LeNet5 is scored on the 2,000 digits that ship. ResNet50 has random
-weights and 1,000 classes, of which 100 are forgotten: one impression of each class at 224 pixels,
-its ascent cut off after 40 steps, since random weights reach no confidence, captured only, once.
-The first call of each model is not counted.
+weights and 1,000 classes, of which 100 are forgotten: one impression per class at 224 pixels, with
+at most 40 ascent steps since random weights reach no confidence; it is run once, captured. The
+first call of each model warms up.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from zsu_fast.unlearner import ZeroShotUnlearner
 
 
 def call(model: nn.Module, forget: Any, captured: bool, **options: Any) -> tuple[nn.Module, dict]:
-    """The unlearned model, and its seconds by stage and in all."""
+    """Unlearns; returns the model, and seconds per stage and in total."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     run = ZeroShotUnlearner(
         model, forget, progress=False, loop="auto" if captured else "eager", **options
     )
     with nullcontext() if captured else eager_ascent():
-        made = run.run()
+        result = run.run()
     torch.cuda.synchronize()
-    return made, run.record.timings | {"total": time.perf_counter() - started}
+    return result, run.record.timings | {"total": time.perf_counter() - started}
 
 
 def measure(name: str, runs: int) -> Iterator[str]:
+    """Runs a model with loops captured and eager; one row of the table each."""
     options: dict[str, Any] = {}
     if name == "resnet50":
         import torchvision
@@ -59,18 +60,18 @@ def measure(name: str, runs: int) -> Iterator[str]:
         torch.cuda.reset_peak_memory_stats()
         taken = []
         for seed in range(runs):
-            made, seconds = call(model, forget, captured, seed=seed, **options)
+            result, seconds = call(model, forget, captured, seed=seed, **options)
             taken.append(seconds)
         quality = "-"
         if name == "lenet5":
             images, labels = demo.mnist_test()
-            got = zsu_fast.evaluate(made, (images.cuda(), labels.cuda()), forget)
+            got = zsu_fast.evaluate(result, (images.cuda(), labels.cuda()), forget)
             quality = f"{got.forget_accuracy:.2f} / {got.retain_accuracy:.2f}"
-        middle = {k: statistics.median(t[k] for t in taken) for k in taken[0]}
+        median = {k: statistics.median(t[k] for t in taken) for k in taken[0]}
         low, high = min(t["total"] for t in taken), max(t["total"] for t in taken)
         row = (
             f"| {name} | {'loops captured' if captured else 'loops eager'} | "
-            f"{middle['synthesise']:.3f} | {middle['fit']:.3f} | {middle['total']:.3f} | "
+            f"{median['synthesise']:.3f} | {median['fit']:.3f} | {median['total']:.3f} | "
             f"{low:.3f} to {high:.3f} | {torch.cuda.max_memory_allocated() / 1e9:.2f} | {quality} |"
         )
         print(row, flush=True)
@@ -87,8 +88,8 @@ def main() -> None:
     text = "\n".join(
         [
             "# Whole calls on a GPU", "",
-            "Made by `python -m benchmarks.end_to_end.bench_gpu_calls`; its docstring says what is run. "
-            "Seconds, medians; memory is what tensors held at the peak.", "",
+            "Written by `python -m benchmarks.end_to_end.bench_gpu_calls`; its docstring says what "
+            "is run. Median seconds; GB is peak memory allocated for tensors.", "",
             ", ".join(f"{k}: {v}" for k, v in (machine() | {"clock": "wall"}).items()), "",
             "| model | loops | synthesise | fit | total, s | lowest to highest | GB | FA / RA % |",
             "|---|---|---:|---:|---:|---:|---:|---:|", *rows,

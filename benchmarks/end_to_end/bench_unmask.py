@@ -1,15 +1,15 @@
 """Deep forgetting against random embeddings with a tail as deep: what the un-mask test finds.
 
-    python -m benchmarks.end_to_end.bench_unmask                        # all models
+    python -m benchmarks.end_to_end.bench_unmask              # all models, over an hour on one core
     python -m benchmarks.end_to_end.bench_unmask tf_efficientnet_lite0 --methods deep
-    python -m benchmarks.end_to_end.bench_unmask --check                # exit 1 if random embeddings do better
+    python -m benchmarks.end_to_end.bench_unmask --check      # exit 1 if random embeddings win
 
-Both train the same layers. "random embeddings": half-normal activations at the cut, as large as
-those of noise images, in place of impressions and scenes; the masked objective, loop and stop of
-the default. Un-mask: the original's whole last layer put back. A model that is right about nothing
-any more has un-mask FA 0 too; so what decides is un-mask RA less un-mask FA: what still works less
-what comes back. Test images are used for measuring only. Writes ``results/unmask.csv`` and
-``unmask.md``; models and methods not run keep their earlier lines.
+Both methods train the same layers. "random embeddings" replaces impressions and dead-leaves images
+by half-normal activations at the split, scaled like those of noise images, and keeps the masked
+objective, the loop and the stopping rule of the default. Un-mask puts the original's last layer
+back. A broken model also has un-mask FA 0, so methods are compared by un-mask RA minus un-mask FA:
+what still works minus what comes back. Test images are used for measuring only. Writes
+``results/unmask.csv`` and ``unmask.md``; models and methods not run keep their earlier lines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, nn
 
 import zsu_fast
-from benchmarks.end_to_end.table1 import RESULTS, hundreds, load_data, load_model, processor
+from benchmarks.end_to_end.table1 import hundreds
+from benchmarks.harness import RESULTS, processor
+from benchmarks.real_data import load_data, load_model
 from zsu_fast.models.infer_spec import resolve_spec
 from zsu_fast.models.input_spec import noise_images
 from zsu_fast.models.wrapper import working_copy
@@ -64,12 +66,12 @@ class Row:
 
     @property
     def unmask_gap(self) -> float:
-        """What still works less what comes back."""
+        """What still works minus what comes back."""
         return self.unmask_ra - self.unmask_fa
 
 
 def random_embeddings(model: nn.Module, forget: tuple[int, ...]) -> nn.Module:
-    """The tail that deep forgetting trains, trained on noise at its cut."""
+    """Trains the same tail as deep forgetting, on noise at its split."""
     work = working_copy(model, torch.device("cpu"))
     cut = find_deep_split(work, "auto", noise_images(resolve_spec(model), 4))
     return zsu_fast.random_embeddings(model, forget, tail=cut.name)
@@ -77,34 +79,38 @@ def random_embeddings(model: nn.Module, forget: tuple[int, ...]) -> nn.Module:
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """The logits of all images, 50 at a time."""
     return torch.cat([model(part) for part in images.split(50)])
 
 
 def measure(name: str, methods: list[str], cache: Path | None) -> Iterator[Row]:
+    """Runs the methods on all class sets of a model."""
     source, sets = MODELS[name]
     original = load_model(name)
     images, labels = load_data(original, source)
     before = logits(original, images)
     last = layer_names(original, images[:2])[-1]
     for forget in sets:
-        gone = torch.zeros(before.shape[1], dtype=torch.bool)
-        gone[list(forget)] = True
-        of = gone[labels]
+        forgotten = torch.zeros(before.shape[1], dtype=torch.bool)
+        forgotten[list(forget)] = True
+        of = forgotten[labels]
 
         def accuracy(of_logits: Tensor, rows: Tensor) -> float:
             return 100 * float((of_logits.argmax(1) == labels)[rows].float().mean())
 
-        mask_ra = accuracy(before.masked_fill(gone, -torch.inf), ~of)
+        mask_ra = accuracy(before.masked_fill(forgotten, -torch.inf), ~of)
         for method in methods:
             started = time.perf_counter()
             if method == "deep":
-                made = zsu_fast.unlearn(original, forget, depth="deep", cache=cache, progress=False)
+                result = zsu_fast.unlearn(
+                    original, forget, depth="deep", cache=cache, progress=False
+                )
             else:
-                made = random_embeddings(original, forget)
+                result = random_embeddings(original, forget)
             seconds = time.perf_counter() - started
-            own = logits(made, images)
-            made.set_submodule(last, original.get_submodule(last))
-            back = logits(made, images)
+            own = logits(result, images)
+            result.set_submodule(last, original.get_submodule(last))
+            back = logits(result, images)
             row = Row(
                 name, ",".join(map(str, forget)) if len(forget) < 10 else f"{len(forget)} random",
                 method, accuracy(own, of), accuracy(own, ~of), mask_ra, accuracy(back, of),
@@ -116,7 +122,7 @@ def measure(name: str, methods: list[str], cache: Path | None) -> Iterator[Row]:
 
 def missed(rows: list[Row]) -> list[str]:
     """Where random embeddings do better, in words."""
-    told = []
+    misses = []
     for row in rows:
         if row.method != "deep":
             continue
@@ -124,15 +130,15 @@ def missed(rows: list[Row]) -> list[str]:
                     and r.model == row.model]  # fmt: skip
         where = f"{row.model} {{{row.classes}}}"
         if row.unmask_gap < other.unmask_gap:
-            told.append(
+            misses.append(
                 f"{where}: un-mask RA - FA {row.unmask_gap:.2f}, random {other.unmask_gap:.2f}"
             )
         if row.fa > other.fa or row.ra < other.ra:
-            told.append(
+            misses.append(
                 f"{where}: FA / RA {row.fa:.2f} / {row.ra:.2f}, random {other.fa:.2f} / "
                 f"{other.ra:.2f}"
             )
-    return told
+    return misses
 
 
 def main() -> None:
@@ -140,9 +146,9 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--check", action="store_true", help="exit 1 if random embeddings win")
-    parser.add_argument("--cache", type=Path, help="folder of impressions made before")
+    parser.add_argument("--cache", type=Path, help="folder of cached impressions")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--summary", action="store_true", help="the table anew, run nothing")
+    parser.add_argument("--summary", action="store_true", help="rewrite the table, run nothing")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     chosen = [] if arguments.summary else arguments.models
@@ -170,14 +176,14 @@ def main() -> None:
     failures = missed(rows)
     lines = [
         "# The un-mask test with a deeper tail", "",
-        "Made by `python -m benchmarks.end_to_end.bench_unmask`: deep forgetting and random embeddings, which "
-        "train the same layers. Un-mask: the original's whole last layer put back; per cent of the "
-        "test images (ImageNet: 1,000, one a class). RA - FA there: what still works less what "
-        "comes back; a broken model has un-mask FA 0 too.", "",
+        "Written by `python -m benchmarks.end_to_end.bench_unmask`: deep forgetting and random "
+        "embeddings, which train the same layers. Un-mask: the original's last layer put back; per "
+        "cent of the test images (ImageNet: 1,000, one per class). Un-mask RA - FA: what still "
+        "works minus what comes back; a broken model has un-mask FA 0 too.", "",
         f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{time.strftime('%Y-%m-%d')}.", "",
         "| model | forget | method | FA | RA | RA of the mask | un-mask FA | un-mask RA | "
-        "RA - FA there | s |",
+        "un-mask RA - FA | s |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for r in rows:
@@ -185,7 +191,7 @@ def main() -> None:
         cells = [f"{v:.2f}" if isinstance(v, float) else str(v) for v in values]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *([f"- random embeddings do better: {f}" for f in failures] or ["Deep forgetting "
-              "does better or as well everywhere."])]  # fmt: skip
+              "does as well or better everywhere."])]  # fmt: skip
     (arguments.out / "unmask.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     if arguments.check and failures:

@@ -1,13 +1,13 @@
-"""The audit's table on real data: what each kind of unlearning really forgets.
+"""The audit on real data: what each kind of unlearning forgets, and what it only hides.
 
     python -m benchmarks.end_to_end.evidence                       # all settings, 3 seeds
-    python -m benchmarks.end_to_end.evidence karpathynet lenet5    # some of them
+    python -m benchmarks.end_to_end.evidence karpathynet lenet5    # some settings
     python -m benchmarks.end_to_end.evidence --seeds 1 --images 2000
-    python -m benchmarks.end_to_end.evidence --summary             # the table anew, from the CSV file
-    python -m benchmarks.end_to_end.evidence resnet20 --train-golden 12   # trains one; none ships
+    python -m benchmarks.end_to_end.evidence --summary             # rewrite the table from the CSV
+    python -m benchmarks.end_to_end.evidence resnet20 --train-golden 12   # none ships
 
-FeatureSet: original, mask, random embeddings, default, deep (where `unlearn` has it), golden. Images are
-used for measuring only. Writes ``results/evidence.csv`` (a line a number) and ``evidence.md``.
+Models compared: original, mask, random embeddings, default, deep, golden. Images are used for
+measuring only. Writes ``results/evidence.csv`` (one line per number) and ``evidence.md``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import csv
 import platform
 import statistics
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -24,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import zsu_fast
-from benchmarks.end_to_end.table1 import RESULTS, SHARED, load_model, processor
+from benchmarks.harness import RESULTS, processor
+from benchmarks.real_data import load_model, load_split
 from zsu_fast.evaluation.audit.metrics import BY_KEY
 from zsu_fast.evaluation.audit.result import Audit
 from zsu_fast.models import checkpoint, zoo
@@ -50,11 +50,11 @@ SETTINGS = [
     Setting("resnet20", "resnet20_cifar", "cifar10", (3, 4, 8), None),
 ]
 
-# Relearning may use as many images of each class and steps as the golden models need: of a hundred
-# images those of CIFAR-10 never get there, and a comparison with them says nothing.
+# Images per class and steps of relearning: as many as the golden models need. With a hundred images
+# per class, CIFAR-10's golden model never relearns, and comparing with it says nothing.
 SHOTS, RELEARN_STEPS = 5_000, 800
 
-# What the table shows; the CSV file has everything.
+# Metrics in the table; the CSV file has all of them.
 COLUMNS = (
     "fa", "ra", "unmask_fa", "unmask_last_layer_fa", "drift_features_forget", "resynthesis_hit",
     "resynthesis_steps", "probe_forget", "knn_forget", "cka_original_forget",
@@ -62,26 +62,15 @@ COLUMNS = (
     "ain_full", "js_golden_forget",
 )  # fmt: skip
 
-Data = tuple[Tensor, Tensor]
-
-
-def read(name: str, split: str, most: int | None = None) -> Data:
-    """The first ``most`` images of a split (in no order of classes), or all; uint8, and labels."""
-    sys.path.insert(0, str(SHARED))
-    import load
-
-    images, labels = getattr(load, name)(split)
-    return images[:most], labels[:most]
-
 
 def train_golden(setting: Setting, model: nn.Module, epochs: int) -> nn.Module:
-    """A model like ``model`` trained without the forgotten classes, briefly: a weak golden one."""
-    images, labels = read(setting.data, "train")
+    """Trains a copy of the architecture briefly without the forgotten classes: a weak golden."""
+    images, labels = load_split(setting.data, "train")
     keep = ~torch.isin(labels, torch.tensor(setting.forget))
     images, labels = images[keep], labels[keep]
     torch.manual_seed(0)
-    made = zoo.build(setting.model).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimiser = torch.optim.SGD(made.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    golden = zoo.build(setting.model).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser = torch.optim.SGD(golden.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     steps = len(labels) // 128
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.2, total_steps=epochs * steps)
     for step in range(epochs * steps):
@@ -92,23 +81,23 @@ def train_golden(setting: Setting, model: nn.Module, epochs: int) -> nn.Module:
         x = torch.where(torch.rand(128, 1, 1, 1) < 0.5, x.flip(3), x)
         optimiser.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            logits = made(x.contiguous(memory_format=torch.channels_last))
+            logits = golden(x.contiguous(memory_format=torch.channels_last))
         nn.functional.cross_entropy(logits.float(), labels[rows]).backward()
         optimiser.step()
         schedule.step()
-    return made.eval()
+    return golden.eval()
 
 
-# The unlearned rows: name -> options of `unlearn`.
+# The unlearned models: name -> options of `unlearn`.
 METHODS: dict[str, dict[str, Any]] = {"default": {}, "deep": {"depth": "deep"}}
 
 
 def measure(
     setting: Setting, seeds: range, most: int | None, epochs: int, stored_golden: Path | None
 ) -> list[list[Any]]:
-    """(setting, model, seed, metric, value or "", reason or "") of every number."""
+    """One list per number: setting, model, seed, metric, value or "", reason or ""."""
     model = load_model(setting.model)
-    test, train = read(setting.data, "test", most), read(setting.data, "train", most)
+    test, train = load_split(setting.data, "test", most), load_split(setting.data, "train", most)
     golden = zoo.load(setting.golden) if setting.golden else None
     if golden is None and stored_golden and stored_golden.exists():
         golden = zoo.build(setting.model)
@@ -126,15 +115,15 @@ def measure(
                 unlearned = zsu_fast.unlearn(
                     model, setting.forget, seed=seed, progress=False, **options
                 )
-            made = time.perf_counter()
+            unlearned_at = time.perf_counter()
             result = zsu_fast.audit(
                 model, unlearned, setting.forget, test, golden,
                 train_data=train, shots=SHOTS, relearn_steps=RELEARN_STEPS,
                 seed=seed, progress=False,
             )  # fmt: skip
             done = time.perf_counter()
-            print(f"{setting.key} {method} seed {seed}: {made - started:.1f} s to unlearn, "
-                  f"{done - made:.1f} s to audit", flush=True)  # fmt: skip
+            print(f"{setting.key} {method} seed {seed}: {unlearned_at - started:.1f} s to unlearn, "
+                  f"{done - unlearned_at:.1f} s to audit", flush=True)  # fmt: skip
             for sentence in result.verdict:
                 print(f"    {sentence}", flush=True)
             numbers += collect(setting, method, seed, result)
@@ -142,7 +131,7 @@ def measure(
 
 
 def collect(setting: Setting, method: str, seed: int, result: Audit) -> list[list[Any]]:
-    """One audit's numbers; the models beside the unlearned one are taken from the default's."""
+    """The numbers of one audit; models other than the unlearned one count once, from "default"."""
     lines = []
     for row in result.rows:
         name = method if row.name == "unlearned" else row.name
@@ -158,7 +147,7 @@ def collect(setting: Setting, method: str, seed: int, result: Audit) -> list[lis
 
 
 def summarise(numbers: list[list[Any]], settings: list[Setting]) -> list[str]:
-    """Markdown: a table a setting, mean over seeds, with the range where it is not one number."""
+    """One Markdown table per setting: mean over seeds, with the range where seeds differ."""
     lines = []
     for setting in settings:
         mine = [n for n in numbers if n[0] == setting.key]
@@ -171,8 +160,8 @@ def summarise(numbers: list[list[Any]], settings: list[Setting]) -> list[str]:
                  if any(m[1] == n for m in mine)]  # fmt: skip
         if "golden" not in names:
             lines.append(
-                "No golden model of this network is at hand: its row is missing, and with it what "
-                "the right level is (`--train-golden` trains a weak one)."
+                "There is no golden model of this network, so its column is missing, and with it "
+                "the level to compare with (`--train-golden` trains a weak one)."
             )
             lines.append("")
         lines += ["| metric | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
@@ -212,17 +201,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("settings", nargs="*", help=", ".join(s.key for s in SETTINGS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--first-seed", type=int, default=0, help="seeds before it keep their lines"
-    )
-    parser.add_argument("--images", type=int, help="of each set, at most")
+    parser.add_argument("--first-seed", type=int, default=0, help="earlier seeds keep their lines")
+    parser.add_argument("--images", type=int, help="at most this many of each split")
     parser.add_argument("--train-golden", type=int, default=0, metavar="EPOCHS")
     parser.add_argument(
-        "--golden", type=Path, help="its weights: read where they are there, else written"
+        "--golden", type=Path, help="file of the golden weights: read if it exists, else written"
     )
-    parser.add_argument(
-        "--summary", action="store_true", help="write evidence.md anew, run nothing"
-    )
+    parser.add_argument("--summary", action="store_true", help="rewrite evidence.md, run nothing")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     known = [s.key for s in SETTINGS]
@@ -234,7 +219,7 @@ def main() -> None:
     for setting in [] if arguments.summary else chosen:
         seeds = range(arguments.first_seed, arguments.seeds)
         lines = measure(setting, seeds, arguments.images, arguments.train_golden, arguments.golden)
-        # what was not run again keeps its lines
+        # settings and seeds that were not run keep their lines
         old = stored(file)
         lines = [n for n in old if n[0] != setting.key or n[2] < arguments.first_seed] + lines
         with file.open("w", newline="") as new:
@@ -246,11 +231,12 @@ def main() -> None:
     head = [
         "# Evidence",
         "",
-        "Made by `python -m benchmarks.end_to_end.evidence`: `zsu_fast.audit` of each model, mean over seeds, "
-        "lowest and highest where they differ by more than 5 %. Accuracies in per cent; "
-        "`zsu_fast/evaluation/audit/metrics.py` defines every number, `evidence.csv` has all of them and the "
-        f"reasons of those that are missing. Measured on {images} test and training images; "
-        f"relearning: at most {SHOTS:,} of each class and {RELEARN_STEPS} steps.",
+        "Written by `python -m benchmarks.end_to_end.evidence`: `zsu_fast.audit` of each model, "
+        "mean over seeds, with lowest and highest where they differ by more than 5 %. Accuracies "
+        "in per cent; `zsu_fast/evaluation/audit/metrics.py` defines every number, `evidence.csv` "
+        f"has all of them, and the reasons for missing ones. Measured on {images} test and "
+        f"training images; relearning: at most {SHOTS:,} images per class and {RELEARN_STEPS} "
+        "steps.",
         "",
         f"{processor()}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{time.strftime('%Y-%m-%d')}.",

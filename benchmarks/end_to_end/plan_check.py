@@ -1,21 +1,20 @@
-"""What `zsu_fast.plan` expects of a run, and what the run then takes.
+"""How close `zsu_fast.plan` comes to the seconds and memory that the run then takes.
 
-    python -m benchmarks.end_to_end.plan_check                # all, about 5 minutes on 2 cores
-    python -m benchmarks.end_to_end.plan_check --check        # exit 1 if a bar of the project is missed
-    python -m benchmarks.end_to_end.plan_check karpathynet    # some
+    python -m benchmarks.end_to_end.plan_check                # all cases, 5 minutes on 2 cores
+    python -m benchmarks.end_to_end.plan_check --check        # exit 1 if a target is missed
+    python -m benchmarks.end_to_end.plan_check karpathynet    # some cases
 
-Plan and run each have a process of their own, with one thread, whose CPU time is the clock for
-both, as in `harness`: what else the machine does meanwhile does not count. Bars, for the head of
-100,000 classes: total seconds within 30 %, peak memory within 15 %. Peak memory of the run is the
-process's own (`ru_maxrss`), the model and imports included; the plan's is what it expects of that.
-Writes ``results/plan.md``.
+Plan and run each get a process with one thread, and its CPU time is the clock for both, as in
+`harness`, so that other load on the machine does not count. Targets, for the last layer of 100,000
+classes: total seconds within 30 %, peak memory within 15 %. The run's peak memory is that of its
+process (`ru_maxrss`), model and imports included; the plan estimates the same. Writes
+``results/plan.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 import warnings
@@ -28,8 +27,8 @@ from torch import nn
 
 import zsu_fast
 from benchmarks.end_to_end.many_classes import ManyClasses, forgotten, peak_bytes
-from benchmarks.end_to_end.table1 import load_model
-from benchmarks.harness import RESULTS, machine
+from benchmarks.harness import RESULTS, machine, run_child
+from benchmarks.real_data import load_model
 
 MOST_TIME, MOST_MEMORY = 0.30, 0.15
 CARDS = ("h100", "a100", "l4")
@@ -46,11 +45,11 @@ class Case:
 
 
 CASES = {
-    "head100k": Case(
+    "last100k": Case(
         "100,000 classes, 512 features, 100 forgotten",
         lambda: ManyClasses(100_000), forgotten(100_000, 100),
     ),
-    "head21k": Case(
+    "last21k": Case(
         "21,841 classes, 512 features, 100 forgotten",
         lambda: ManyClasses(21_841), forgotten(21_841, 100),
     ),
@@ -68,16 +67,16 @@ CASES = {
 }  # fmt: skip
 
 
-def child(what: str, case: Case) -> dict[str, Any]:
-    """The plan, plans on paper, or the run of ``case``, and what they took themselves."""
+def child(task: str, case: Case) -> dict[str, Any]:
+    """Plans ``case``, plans it on paper for each card, or runs it; returns figures for JSON."""
     torch.set_num_threads(1)
     time.perf_counter = time.process_time  # for this process: the package's timings too
     model = case.model()
-    started, on_the_wall = time.perf_counter(), time.monotonic()
-    if what == "plan":
-        told = zsu_fast.plan(model, case.forget, **case.options).to_dict()
-        return told | {"took": time.perf_counter() - started}
-    if what == "paper":
+    started, wall_started = time.perf_counter(), time.monotonic()
+    if task == "plan":
+        planned = zsu_fast.plan(model, case.forget, **case.options).to_dict()
+        return planned | {"took": time.perf_counter() - started}
+    if task == "paper":
         return {
             card: zsu_fast.plan(model, case.forget, hardware=card, **case.options).to_dict()
             for card in CARDS
@@ -88,7 +87,7 @@ def child(what: str, case: Case) -> dict[str, Any]:
     assert run.result is not None
     return {
         "seconds": seconds,
-        "wall": time.monotonic() - on_the_wall,
+        "wall": time.monotonic() - wall_started,
         "memory": peak_bytes(),
         "stages": run.record.timings,
         "steps": run.record.impressions["mean_steps"],
@@ -98,11 +97,9 @@ def child(what: str, case: Case) -> dict[str, Any]:
     }
 
 
-def in_child(what: str, name: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", __spec__.name, "--child", what, name]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
+def in_child(task: str, name: str) -> dict[str, Any]:
+    """`child` in a process of its own."""
+    return run_child(__spec__.name, "--child", task, name)
 
 
 def main() -> None:
@@ -134,31 +131,31 @@ def main() -> None:
             + f" | {expected['ascent_steps']:.1f} / {run['steps']:.1f} | {run['tail_steps']} | "
             f"{expected['tail']} / {run['tail']} |"
         )
-        if name == "head100k":
+        if name == "last100k":
             good = abs(time_off) <= MOST_TIME and abs(memory_off) <= MOST_MEMORY
         print(rows[-1], stages[-1], sep="\n", flush=True)
-    if "head100k" in options.cases:
-        write(rows, stages, in_child("paper", "head100k"), good)
-    print("bars:", "met" if good else "missed")
+    if "last100k" in options.cases:
+        write(rows, stages, in_child("paper", "last100k"), good)
+    print("targets:", "met" if good else "missed")
     sys.exit(0 if good or not options.check else 1)
 
 
 def write(rows: list[str], stages: list[str], paper: dict[str, Any], good: bool) -> None:
     facts = ", ".join(f"{k}: {v}" for k, v in machine().items() if k != "clock")
     lines = [
-        "# What the planner expects, and what runs take", "", facts, "",
-        "`python -m benchmarks.end_to_end.plan_check`: plan and run one after the other, each in a process of "
-        "its own with one thread, in CPU seconds of that process. Bars, first row: seconds within "
-        f"{100 * MOST_TIME:.0f} %, memory within {100 * MOST_MEMORY:.0f} %: "
+        "# Planned and measured cost of runs", "", facts, "",
+        "Written by `python -m benchmarks.end_to_end.plan_check`. Plan and run each have a process "
+        "with one thread; seconds are CPU seconds of that process. Targets, first row: seconds "
+        f"within {100 * MOST_TIME:.0f} %, memory within {100 * MOST_MEMORY:.0f} %: "
         f"{'met' if good else 'missed'}.", "",
         "| run | planned s | measured s | off | planned GB | measured GB | off | planning took s |",
         "|---|---:|---:|---:|---:|---:|---:|---:|", *rows, "",
-        "By stage, planned / measured. The planner takes the tail to need all its steps; *tail "
-        "steps* are those that were taken.", "",
+        "By stage, planned / measured. The planner assumes that the tail uses all its steps; *tail "
+        "steps* are those it took.", "",
         "| run | synthesise s | split s | fit s | ascent steps | tail steps | tail at |",
         "|---|---:|---:|---:|---:|---:|---|", *stages, "",
-        "The first run on cards that are not here, on paper: published peaks times a utilisation "
-        "of 30 %. Nothing was run on one.", "",
+        "The first run on other cards, estimated on paper: published peak rates times a "
+        "utilisation of 30 %. Nothing was run on them.", "",
         "| card | s | synthesise s | memory GB |", "|---|---:|---:|---:|",
     ]  # fmt: skip
     lines += [

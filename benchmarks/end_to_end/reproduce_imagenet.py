@@ -1,12 +1,12 @@
 """A row of the paper's ImageNet table on your own copy of the validation images.
 
-    python -m benchmarks.end_to_end.reproduce_imagenet --data imagenet/val --model torchvision:resnet50
-    python -m benchmarks.end_to_end.reproduce_imagenet --data imagenet/val --model torchvision:alexnet
+    python -m benchmarks.end_to_end.reproduce_imagenet --data val --model torchvision:resnet50
+    python -m benchmarks.end_to_end.reproduce_imagenet --data val --model torchvision:alexnet
 
-``--data`` is a folder with one sub-folder a class, named by WordNet id, 50 images in each. Images
-are resized, cropped and normalised as the model's weights ask for. They are used for measuring
-only. Prints one line a method: FA, RA and overall accuracy in per cent, and seconds from call to
-result.
+``--data`` is a folder with one sub-folder per class, named by WordNet id, with 50 images each.
+Images are resized, cropped and normalised as the model's weights require, and used for measuring
+only. Prints one line per method: FA, RA and overall accuracy in per cent, and seconds from call
+to result.
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ import torch
 from torch import nn
 
 import zsu_fast
-from benchmarks.end_to_end.table1 import processor
-from zsu_fast.cli.app import image_folder, parse_classes
+from benchmarks.harness import processor
+from zsu_fast.cli.inputs import image_folder, parse_classes
 from zsu_fast.errors import ZsuFastError
 from zsu_fast.models.infer_spec import resolve_spec
 from zsu_fast.models.loading import PRETRAINED, load_model
 from zsu_fast.models.wrapper import count_classes, resolve_device, working_copy
 
-# The classes that the published tables were made with: the text says 100, the figures fit 150.
+# The classes of the published tables: the paper says 100, its figures fit these 150.
 CLASSES = "0-49,390-439,950-999"
-# Overall before; FA, RA and overall after, in per cent: Table 1 of the paper, these classes.
+# Overall before; FA, RA and overall after, in per cent: Table 1 of the paper.
 PUBLISHED = {"resnet50": (76.14, 0.01, 76.83, 65.31), "alexnet": (56.55, 0.01, 57.11, 48.55)}
 
 
 def main(arguments: Sequence[str] | None = None) -> list[str]:
-    """Measures and prints; returns the printed lines."""
+    """Measures, prints the table, and returns its lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="one sub-folder a class")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with one sub-folder per class"
+    )
     parser.add_argument("--model", default="torchvision:resnet50", help="as for zsu-fast unlearn")
     parser.add_argument("--weights", default=PRETRAINED, help="'pretrained' or a file")
-    parser.add_argument("--classes", type=int, help="logits of the model, if not its default")
+    parser.add_argument("--classes", type=int, help="number of logits, if not the model's default")
     parser.add_argument("--forget", default=CLASSES)
     parser.add_argument("--methods", default="original,mask,random embeddings,zsu_fast")
     parser.add_argument("--impressions-per-class", type=int, default=4)
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> list[str]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda, ...")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
-    parser.add_argument("--out", type=Path, help="write the table (Markdown) here too")
+    parser.add_argument("--out", type=Path, help="also write the table (Markdown) here")
     given = parser.parse_args(arguments)
     try:
         lines = run(given)
@@ -92,10 +94,10 @@ def run(given: argparse.Namespace) -> list[str]:
     rows = []
     for name in chosen:
         started = time.perf_counter()
-        made = methods[name]()
+        unlearned = methods[name]()
         seconds = time.perf_counter() - started
         print(f"{name}: {seconds:.1f} s, measuring", file=sys.stderr, flush=True)
-        rows.append((name, zsu_fast.evaluate(made, loader, forget), seconds))
+        rows.append((name, zsu_fast.evaluate(unlearned, loader, forget), seconds))
     images = rows[0][1]
     name = given.model.partition(":")[2] or given.model
     lines = [
@@ -103,7 +105,7 @@ def run(given: argparse.Namespace) -> list[str]:
         "",
         f"{images.forget_count} images of forgotten classes, {images.retain_count} of others. "
         f"Images: {spec.source}. {device}, {processor()}, torch {torch.__version__}, seed "
-        f"{given.seed}, tail {tail}, {given.impressions_per_class} impressions a class.",
+        f"{given.seed}, tail {tail}, {given.impressions_per_class} impressions per class.",
         "",
         "| method | FA % | RA % | overall % | seconds |",
         "|---|---:|---:|---:|---:|",

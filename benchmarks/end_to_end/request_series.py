@@ -1,9 +1,9 @@
-"""Five requests to forget, one after the other, against one request for all five classes.
+"""Five requests to forget one class each, against one request for all five classes.
 
-    python -m benchmarks.end_to_end.request_series            # all rows, about 10 minutes on 2 cores
-    python -m benchmarks.end_to_end.request_series --check    # exit 1 if a bar of the project is missed
+    python -m benchmarks.end_to_end.request_series            # all rows, 10 minutes on 2 cores
+    python -m benchmarks.end_to_end.request_series --check    # exit 1 if a target is missed
 
-Each request starts from the result of the one before it and names the classes forgotten so far by
+Each request starts from the result of the one before and passes the classes forgotten so far as
 ``forgotten=``. Test images are used for measuring only. Writes ``results/request_series.md``.
 """
 
@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 import zsu_fast
-from benchmarks.end_to_end.table1 import RESULTS, load_data, load_model
+from benchmarks.harness import RESULTS
+from benchmarks.real_data import Data, load_data, load_model
 from zsu_fast.evaluation.accuracy import Evaluation
 
 MODELS = ("karpathynet", "resnet20_cifar")
@@ -28,13 +29,13 @@ WORST_FA, WORST_GAP = 0.5, 0.3
 
 
 def orders() -> list[list[int]]:
-    """Three different fives of ten classes, in random order."""
+    """Three sets of five of ten classes, each in random order."""
     draw = random.Random(8)
     return [draw.sample(range(10), 5) for _ in range(ORDERS)]
 
 
 def worst_class(result: Evaluation, classes: list[int]) -> float:
-    """The highest accuracy of one of ``classes``, %."""
+    """The highest accuracy on any of ``classes``, %."""
     return max(result.per_class[c] for c in classes)
 
 
@@ -56,22 +57,21 @@ def main() -> None:
     if tuple(arguments.models) == MODELS:
         write(lines)
     if missed:
-        print(f"{missed} rows miss a bar")
+        print(f"{missed} rows miss a target")
     sys.exit(1 if missed and arguments.check else 0)
 
 
-def compare(
-    name: str, model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], order: list[int]
-) -> tuple[str, bool]:
-    """A row of the table, and whether it meets the bars."""
+def compare(name: str, model: nn.Module, data: Data, order: list[int]) -> tuple[str, bool]:
+    """A row of the table, and whether it meets the targets."""
     images, labels = data
     started = time.perf_counter()
     current, worst = model, 0.0
-    for i, wanted in enumerate(order):
-        current = zsu_fast.unlearn(current, [wanted], forgotten=order[:i], progress=False)
-        gone = torch.isin(labels, torch.tensor(order[: i + 1]))
-        asked = zsu_fast.evaluate(current, (images[gone], labels[gone]), order[: i + 1])
-        worst = max(worst, worst_class(asked, order[: i + 1]))
+    for i, label in enumerate(order):
+        current = zsu_fast.unlearn(current, [label], forgotten=order[:i], progress=False)
+        forgotten = torch.isin(labels, torch.tensor(order[: i + 1]))
+        part = images[forgotten], labels[forgotten]
+        result = zsu_fast.evaluate(current, part, order[: i + 1])
+        worst = max(worst, worst_class(result, order[: i + 1]))
     seconds = time.perf_counter() - started
     result = zsu_fast.evaluate(current, data, order)
     once = zsu_fast.evaluate(zsu_fast.unlearn(model, order, progress=False), data, order)
@@ -89,17 +89,18 @@ def compare(
 def write(lines: list[str]) -> None:
     text = f"""# Five requests in a row
 
-`python -m benchmarks.end_to_end.request_series`, CIFAR-10, 10,000 test images (JPEG-coded, see the
-README), one class a request, `unlearn(model, [c], forgotten=[those before])`, seed 0.
+Written by `python -m benchmarks.end_to_end.request_series`: CIFAR-10, 10,000 test images
+(JPEG-coded, see the README), one class per request, `unlearn(model, [c], forgotten=earlier)`,
+seed 0.
 
 *Worst class FA* is the highest accuracy on any class forgotten so far, after any of the five
-requests. Bars: that at most {WORST_FA} %, and RA after the fifth at most {WORST_GAP} points
-below one request for all five.
+requests. Targets: at most {WORST_FA} % there, and RA after the fifth request at most {WORST_GAP}
+points below one request for all five.
 
 """
-    heads = ("model", "order", "worst class FA %", "RA %", "FA %, one request")
-    heads += ("RA %, one request", "RA %, mask", "RA lost", "seconds", "bars")
-    text += f"| {' | '.join(heads)} |\n|---|---|{'---:|' * 7}---|\n"
+    columns = ("model", "order", "worst class FA %", "RA %", "FA %, one request")
+    columns += ("RA %, one request", "RA %, mask", "RA lost", "seconds", "targets")
+    text += f"| {' | '.join(columns)} |\n|---|---|{'---:|' * 7}---|\n"
     (RESULTS / "request_series.md").write_text(text + "\n".join(lines) + "\n")
 
 

@@ -1,11 +1,12 @@
-"""Of which retained classes are impressions needed? Samples of ImageNet's 1,000 classes.
+"""Which retained classes need impressions? Samples of ImageNet's 1,000 classes by three rules.
 
     python -m benchmarks.end_to_end.sample_rules --impressions lite0.safetensors
 
-100 classes of tf_efficientnet_lite0 are forgotten, with impressions of all of them and of a sample
-of the others, by three rules and two sizes; measured on the 1,000 images in ../shared (one a
-class: one image is 1 % of FA). The impressions, one a class, are made by
-``zsu_fast.synthesize(model, per_class=1)`` and saved. Writes ``results/sample_rules.md``.
+Unlearns 100 classes of tf_efficientnet_lite0 with impressions of all of them and of a sample of the
+others, drawn by three rules in two sizes; measured on the 1,000 images in ../shared (one per class,
+so one image is 1 % of FA). The file of impressions, one per class, comes from
+``zsu_fast.synthesize(model, per_class=1).save(path)``. Takes minutes. Writes
+``results/sample_rules.md``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from benchmarks.end_to_end.table1 import load_data, load_model
 from benchmarks.harness import RESULTS
+from benchmarks.real_data import load_data, load_model
 from zsu_fast import ClassImpressions, ZeroShotUnlearner
 from zsu_fast.splitting.split import find_split
 from zsu_fast.synthesis import class_sampling as sampling
@@ -34,12 +35,12 @@ SIZES = (32, 256)
 def rules(
     weight: Tensor, forget: list[int], retained: list[int], size: int
 ) -> dict[str, list[int]]:
-    """Samples of ``retained``, by rule."""
+    """Samples of ``retained`` of the given size, one per rule."""
     others = torch.tensor(retained)
     near = others[sampling.nearness(weight, forget, others).topk(size).indices].tolist()
     return {
         "nearest": near,
-        "by lot": random.Random(0).sample(retained, size),
+        "random": random.Random(0).sample(retained, size),
         "half and half": [
             c
             for c in sampling.sample_classes(weight, forget, retained, size, 0)
@@ -101,12 +102,12 @@ def main() -> None:
 def write(found: dict[tuple[str, int], list[tuple[float, float]]], having: int) -> None:
     lines = [
         "# Which retained classes need impressions", "",
-        f"`python -m benchmarks.end_to_end.sample_rules`: {MODEL}, {FORGET} classes forgotten out of "
-        f"{having:,} that have an impression, {SETS} sets of them by lot, the same impressions "
-        "throughout. FA on 100 images, RA on 900; mean and worst. *nearest*: by the cosine of "
-        "the last layer's weights with those of a forgotten class; *half and half* is the "
-        "package's rule (`zsu_fast.sampling`).", "",
-        "| retained classes with impressions | how many | FA % (worst) | RA % (worst) |",
+        f"Written by `python -m benchmarks.end_to_end.sample_rules`: {MODEL}, {FORGET} of "
+        f"{having:,} classes forgotten, {SETS} random sets, the same impressions throughout. FA on "
+        "100 images, RA on 900; mean and worst. *nearest*: by the cosine of the last layer's "
+        "weights with those of a forgotten class; *half and half* is the package's rule "
+        "(`zsu_fast.synthesis.class_sampling`).", "",
+        "| retained classes with impressions | number | FA % (worst) | RA % (worst) |",
         "|---|---:|---:|---:|",
     ]  # fmt: skip
     for (rule, size), scores in found.items():

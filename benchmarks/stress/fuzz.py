@@ -1,12 +1,13 @@
-"""Damaged files and senseless arguments: only documented errors, nothing executed, nothing changed.
+"""Damaged files, invalid arguments: only documented errors, nothing executed, nothing changed.
 
-    python -m benchmarks.stress.fuzz                              # 20,000 files, 5,000 argument sets
-    python -m benchmarks.stress.fuzz --files 300 --arguments 50   # a taste of it
+    python -m benchmarks.stress.fuzz                   # 20,000 files, 5,000 sets of arguments
+    python -m benchmarks.stress.fuzz --files 300 --arguments 50
 
-Files are checkpoints (safetensors and torch.save), deltas and ledgers with bytes changed, inserted,
-removed or taken from elsewhere, half of them in the header. Every reader has to return what was
-written (or, for a checkpoint, tensors that fit), or raise a `ZsuFastError`. An audit hook watches
-for anything executed, and for files opened for writing. Writes ``results/fuzz.md``.
+Files are checkpoints (safetensors and torch.save), deltas and ledgers whose bytes are changed,
+inserted, removed or copied from elsewhere, half of them in the header. Every reader has to return
+what was written (for a checkpoint: tensors that fit) or raise a `ZsuFastError`. An audit hook
+detects anything executed and files opened for writing. Takes less than a minute. Writes
+``results/fuzz.md``.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ import torch
 from torch import nn
 
 import zsu_fast
+from benchmarks.harness import RESULTS
 from zsu_fast import Ledger, ZsuFastError
 from zsu_fast.models import checkpoint, zoo
 from zsu_fast.models.parameters import weights_hash
 from zsu_fast.provenance.ledger import verify
 from zsu_fast.unlearner import ZeroShotUnlearner
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-# What running a payload would raise as an audit event.
+# Audit events that running a payload would raise.
 EXECUTED = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "exec",
             "os.mkdir", "os.remove", "os.rename", "shutil.rmtree", "socket.connect")  # fmt: skip
 
 
 class Watch:
-    """Counts audit events that reading a file may not cause, while it is on."""
+    """While on, counts audit events that reading a file must not cause."""
 
     def __init__(self) -> None:
         self.on, self.seen = False, Counter[str]()
@@ -60,7 +61,7 @@ class Watch:
 
 
 def mutate(whole: bytes, header: int, draw: random.Random) -> bytes:
-    """One to four random changes of ``whole``, half of them within its first ``header`` bytes."""
+    """Makes one to four random changes, half of them within the first ``header`` bytes."""
     mutant = bytearray(whole)
     for _ in range(draw.choice((1, 1, 2, 4))):
         at = draw.randrange(max(1, min(len(mutant), draw.choice((header, len(whole))))))
@@ -83,7 +84,7 @@ def mutate(whole: bytes, header: int, draw: random.Random) -> bytes:
 
 
 class Targets:
-    """Good files of every kind, and what reading a mutant of each has to give."""
+    """Valid files of every kind, and checks of what reading a mutant gives."""
 
     def __init__(self, folder: Path) -> None:
         self.base = zoo.load("lenet5")
@@ -107,18 +108,18 @@ class Targets:
             Ledger(folder / "ledger.jsonl", f"request {i}").append(run.record)
         self.head = Ledger(folder / "ledger.jsonl").head
         assert run.impressions is not None
-        run.impressions.save(folder / "made.safetensors")
+        run.impressions.save(folder / "impressions.safetensors")
         self.whole = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".lock"}
 
     def read(self, name: str, path: Path, same: bool) -> str:
-        """Reads a mutant; "accepted" or "refused". Anything else raises."""
+        """Reads a mutant; returns "accepted" or "refused", and raises otherwise."""
         try:
             if name.startswith("a."):
                 checkpoint.load_into(self.fresh, path)
             elif name == "delta.safetensors":
                 rebuilt = zsu_fast.apply_delta(self.small, path)
                 assert weights_hash(rebuilt) == weights_hash(self.result), "another result"
-            elif name == "made.safetensors":
+            elif name == "impressions.safetensors":
                 zsu_fast.ClassImpressions.load(path)
             else:
                 problems = verify(path, self.head)
@@ -131,7 +132,7 @@ class Targets:
 
 
 def fuzz_files(count: int, seed: int, watch: Watch) -> tuple[Counter[str], list[str]]:
-    """Counts by kind and outcome, and what went wrong."""
+    """Reads ``count`` mutants; returns counts by kind and outcome, and what went wrong."""
     draw, counts, wrong = random.Random(seed), Counter[str](), []
     with tempfile.TemporaryDirectory() as name:
         good, folder = Path(name) / "good", Path(name) / "mutant"
@@ -149,7 +150,7 @@ def fuzz_files(count: int, seed: int, watch: Watch) -> tuple[Counter[str], list[
             watch.on = True
             try:
                 outcome = targets.read(kind, path, mutant == whole)
-            except Exception:  # noqa: BLE001  what is not documented is what we look for
+            except Exception:  # noqa: BLE001  any undocumented error is a finding
                 outcome = "WRONG"
                 wrong.append(f"{kind} {i}: {traceback.format_exc()[-600:]}")
             finally:
@@ -163,7 +164,7 @@ def fuzz_files(count: int, seed: int, watch: Watch) -> tuple[Counter[str], list[
     return counts, wrong
 
 
-def senseless(draw: random.Random) -> Any:
+def invalid(draw: random.Random) -> Any:
     """A value that somebody could pass by mistake."""
     values: list[Callable[[], Any]] = [
         lambda: None, lambda: True, lambda: -1, lambda: 0, lambda: 1, lambda: 3, lambda: 10**30,
@@ -185,15 +186,15 @@ ARGUMENTS = ("forgotten", "ledger", "tail", "objective", "impressions", "space",
              "input_shape", "mean", "std", "mixtures", "steps", "batch", "learning_rate",
              "weights", "margin", "early_stop", "loop", "precision", "seed", "device", "inplace",
              "cache", "progress", "callback")  # fmt: skip
-# Kept small, so that a set that turns out to make sense ends soon.
-SANE: dict[str, Any] = {
+# Small values, so that a set of arguments that is valid after all ends soon.
+VALID: dict[str, Any] = {
     "input_shape": (3, 2, 2), "mean": 0.5, "std": 0.5, "steps": 3, "max_steps": 3, "restarts": 0,
     "impressions_per_class": 4, "mixtures": 8, "batch": 8, "progress": False,
 }  # fmt: skip
 
 
 def fuzz_arguments(count: int, seed: int) -> tuple[Counter[str], list[str]]:
-    """Random sets of `unlearn`'s arguments, one to four of them senseless."""
+    """Calls `unlearn` with random arguments, one to four of them invalid."""
     draw, counts, wrong = random.Random(seed), Counter[str](), []
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5)).eval()
     state = {n: t.clone() for n, t in model.state_dict().items()}
@@ -202,15 +203,15 @@ def fuzz_arguments(count: int, seed: int) -> tuple[Counter[str], list[str]]:
         os.chdir(name)
         Path("mine").write_bytes(b"precious")
         for i in range(count):
-            options = dict(SANE)
+            options = dict(VALID)
             for argument in draw.sample(ARGUMENTS, draw.choice((1, 1, 2, 4))):
-                options[argument] = senseless(draw)
+                options[argument] = invalid(draw)
             for few in ("steps", "max_steps", "impressions_per_class", "mixtures", "restarts"):
                 if isinstance(options[few], int) and options[few] > 1000:
-                    options[few] = 3  # it would be obeyed for years
-            forget = draw.choice([1, [0, 2], senseless(draw)])
-            given = {k: v for k, v in options.items() if SANE.get(k, SANE) is not v}
-            told = f"{i}: forget={forget!r:.40} {given!r:.300}"
+                    options[few] = 3  # a valid value that would run for years
+            forget = draw.choice([1, [0, 2], invalid(draw)])
+            given = {k: v for k, v in options.items() if VALID.get(k, VALID) is not v}
+            case = f"{i}: forget={forget!r:.40} {given!r:.300}"
             may_change = False
             try:
                 zsu_fast.unlearn(model, forget, **options)
@@ -218,15 +219,15 @@ def fuzz_arguments(count: int, seed: int) -> tuple[Counter[str], list[str]]:
                 may_change = options.get("inplace") is True
             except ZsuFastError as error:
                 counts[type(error).__name__] += 1
-            except Exception:  # noqa: BLE001  what is not documented is what we look for
+            except Exception:  # noqa: BLE001  any undocumented error is a finding
                 counts["WRONG"] += 1
-                wrong.append(f"{told}\n{traceback.format_exc()[-500:]}")
+                wrong.append(f"{case}\n{traceback.format_exc()[-500:]}")
             changed = any(not torch.equal(t, state[n]) for n, t in model.state_dict().items())
             if changed and not may_change:
-                wrong.append(f"{told}: the model was changed")
+                wrong.append(f"{case}: the model was changed")
             model.load_state_dict(state)
             if Path("mine").read_bytes() != b"precious":
-                wrong.append(f"{told}: a file was changed")
+                wrong.append(f"{case}: a file was changed")
         os.chdir(back)
     return counts, wrong
 
@@ -247,15 +248,15 @@ def main() -> None:
     lines += [f"| arguments: {name} | {count:,} |" for name, count in sorted(arguments.items())]
     text = f"""# Fuzzing
 
-`python -m benchmarks.stress.fuzz`: {options.files:,} damaged files and {options.arguments:,} sets
-of arguments, seed {options.seed}, {time.perf_counter() - started:.0f} s. Undocumented exceptions,
-wrong results, things executed and files changed: **{len(wrong)}**.
+Written by `python -m benchmarks.stress.fuzz`: {options.files:,} damaged files and
+{options.arguments:,} sets of arguments, seed {options.seed}, {time.perf_counter() - started:.0f} s.
+Undocumented exceptions, wrong results, things executed and files changed: **{len(wrong)}**.
 
-An accepted mutant of a checkpoint is one whose numbers changed and nothing else: plain weights
-carry no checksum. Accepted deltas gave the right result bit for bit, accepted ledgers are those
-whose mutation was none.
+A mutant of a checkpoint is accepted if only numbers changed, since plain weights carry no checksum.
+Accepted deltas gave the right result bit for bit; a ledger is accepted only if the mutation left
+it as it was.
 
-| what | how many |
+| outcome | count |
 |---|---:|
 """
     text += "\n".join(lines) + "\n"

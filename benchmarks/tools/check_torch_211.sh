@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One build, two torches: build the wheel with the torch of this environment, then import and test
-# that same wheel under torch 2.11 in an environment of its own. Needs the network (or a local index)
-# for torch 2.11 and a few minutes; not part of CI.
+# One wheel, two torches: builds the wheel with the torch of this environment, then imports and tests
+# it under torch 2.11 in a separate environment. Takes a few minutes and needs the network (or a local
+# index) for torch 2.11; not part of CI.
 #
 #   benchmarks/tools/check_torch_211.sh [python]
 set -euo pipefail
@@ -18,8 +18,8 @@ ls "$work"/*.whl
 old="$work/venv/bin/python"
 site=$("$old" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 "$python" -m pip install -q --target "$site" --no-deps "torch==2.11.*"
-# What torch needs to start, and the CUDA libraries it is linked to, are taken from the environment
-# that built the wheel; so is what the tests use.
+# Dependencies of torch and of the tests, CUDA libraries included, are linked from the environment
+# that built the wheel.
 "$python" - "$site" <<'PY'
 import pathlib, sys, sysconfig
 here = sysconfig.get_paths()["purelib"]

@@ -1,19 +1,18 @@
-"""Trains the weights that ship in ``zsu_fast/assets``: small CNNs, their golden twins, a ViT.
+"""Trains the weights that ship in ``zsu_fast/models/assets``: small CNNs, golden models, a ViT.
 
-    python -m benchmarks.tools.train_zoo [lenet5] [lenet5_golden] [karpathynet] [karpathynet_golden]
-                                   [vit_cifar]
+    python -m benchmarks.tools.train_zoo [lenet5] [lenet5_golden] [karpathynet]
+        [karpathynet_golden] [vit_cifar]
 
-The golden models never see an image of the classes that the benchmark forgets. Every choice here
-(rates, epochs, augmentation) was made on the last tenth of the training images; the test images
-are looked at once, after the last epoch. Takes about 25 minutes on one core, and 15 more for the
-transformer, which trains in bfloat16 on the first nine tenths, is scored on the rest after each
-epoch, and goes on where it stopped if it is started again.
+The golden models never see images of the classes that the benchmarks forget. All choices (learning
+rates, epochs, augmentation) were made on the last tenth of the training images; test images are
+used once, after the last epoch. Takes about 25 minutes on one core, and 15 more for the
+transformer, which trains in bfloat16 on the first nine tenths and is scored on the rest after each
+epoch. Training continues from a draft if it was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.real_data import load_split
 from zsu_fast.models import checkpoint, zoo
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 ASSETS = Path(zoo.__file__).parent / "assets"
 
 
@@ -32,8 +31,8 @@ ASSETS = Path(zoo.__file__).parent / "assets"
 class Recipe:
     """How one model is trained.
 
-    ``cycle`` is for how many epochs the one-cycle schedule is laid out, 0 for ``epochs``; where it
-    is longer, the rate is taken down to 0 over the last ``cooldown`` epochs besides.
+    ``cycle`` is the number of epochs that the one-cycle schedule spans, 0 for ``epochs``. If it is
+    longer, the rate also falls linearly to 0 over the last ``cooldown`` epochs.
     """
 
     model: str
@@ -69,21 +68,18 @@ def train(recipe: Recipe, seed: int, draft: Path) -> nn.Module:
 
     Args:
         recipe: what to train, and how.
-        seed: of the weights, the order and the augmentation.
-        draft: where the state after each epoch is kept, to go on from if it exists.
+        seed: seed of the weights, the order and the augmentation.
+        draft: file of the state after each epoch; training continues from it if it exists.
     """
-    sys.path.insert(0, str(SHARED))
-    import load
-
     torch.manual_seed(seed)
     model = zoo.build(recipe.model)
     spec = model.input_spec
-    images, labels = getattr(load, recipe.data)("train")
+    images, labels = load_split(recipe.data, "train")
     keep = ~torch.isin(labels, torch.tensor(recipe.without, dtype=torch.int64))
     inputs, targets = spec.normalise(images[keep]), labels[keep]
-    kept = len(inputs) - recipe.held_out
-    held = inputs[kept:], targets[kept:]
-    inputs, targets = inputs[:kept], targets[:kept]
+    count = len(inputs) - recipe.held_out
+    held_out = inputs[count:], targets[count:]
+    inputs, targets = inputs[:count], targets[:count]
     model.to(memory_format=torch.channels_last).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
     per_epoch = len(inputs) // recipe.batch
@@ -101,7 +97,7 @@ def train(recipe: Recipe, seed: int, draft: Path) -> nn.Module:
         schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
         first = state["epochs"]
-        print(f"goes on after epoch {first} ({draft})", flush=True)
+        print(f"continues after epoch {first} ({draft})", flush=True)
     for epoch in range(first, recipe.epochs):
         total, order = 0.0, torch.randperm(len(inputs))
         for step in range(per_epoch):
@@ -119,7 +115,7 @@ def train(recipe: Recipe, seed: int, draft: Path) -> nn.Module:
             schedule.step()
             total += float(loss.detach())
         elapsed = time.perf_counter() - started
-        scored = f" held out {score(model, *held):.2f} %" if recipe.held_out else ""
+        scored = f" held out {score(model, *held_out):.2f} %" if recipe.held_out else ""
         print(
             f"epoch {epoch + 1}/{recipe.epochs} loss {total / per_epoch:.4f}{scored} "
             f"{elapsed:.0f} s",
@@ -136,7 +132,7 @@ def train(recipe: Recipe, seed: int, draft: Path) -> nn.Module:
 
 
 def augment(x: Tensor, recipe: Recipe) -> Tensor:
-    """Each image flipped or not, the whole batch shifted by up to ``recipe.shift`` pixels."""
+    """Flips each image at random and shifts the whole batch by at most ``recipe.shift`` pixels."""
     if recipe.flip:
         x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
     if recipe.shift:
@@ -149,7 +145,7 @@ def augment(x: Tensor, recipe: Recipe) -> Tensor:
 
 @torch.no_grad()
 def score(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
-    """Per cent of these that the model answers right; the model stays in its train/eval mode."""
+    """Accuracy in per cent; the model stays in its train/eval mode."""
     training = model.training
     model.eval()
     answer = torch.cat([model(part).argmax(1) for part in inputs.split(1000)])
@@ -158,10 +154,8 @@ def score(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
 
 
 def accuracy(model: nn.Module, recipe: Recipe) -> float:
-    """Per cent of the test images of the classes that were trained on."""
-    import load
-
-    images, labels = getattr(load, recipe.data)("test")
+    """Accuracy in per cent on test images of the classes that were trained on."""
+    images, labels = load_split(recipe.data, "test")
     keep = ~torch.isin(labels, torch.tensor(recipe.without, dtype=torch.int64))
     return score(model, model.input_spec.normalise(images[keep]), labels[keep])
 
@@ -176,7 +170,7 @@ def main() -> None:
     for name in arguments.names or list(RECIPES):
         recipe = RECIPES[name]
         model = train(recipe, arguments.seed, arguments.out / f"{name}.draft.pt")
-        if recipe.bfloat16:  # half the size, and far finer than what it was trained in
+        if recipe.bfloat16:  # half the size, and more precise than bfloat16
             model.load_state_dict({n: t.half() for n, t in model.state_dict().items()})
         reached = accuracy(model, recipe)
         path = arguments.out / f"{name}.safetensors"

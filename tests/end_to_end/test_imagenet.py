@@ -17,7 +17,7 @@ import torch
 from support import SHARED
 
 from zsu_fast import ArgumentError, InputSpec
-from zsu_fast.cli.app import image_folder
+from zsu_fast.cli.inputs import image_folder
 from zsu_fast.models import checkpoint
 
 CLASSES = [1, 130, 292, 340, 404, 671, 817, 985]  # unlike each other

@@ -1,0 +1,147 @@
+"""``zsu-fast unlearn``, from the outside: what a person types, sees, and finds on disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command import QUICK, call
+from safetensors import safe_open
+
+import zsu_fast
+from zsu_fast.cli.demo import mnist_test
+from zsu_fast.models import checkpoint, zoo
+from zsu_fast.models.parameters import weights_hash
+
+
+def test_unlearn_writes_weights_that_load_and_a_record(tmp_path: Path) -> None:
+    out, record = tmp_path / "out.safetensors", tmp_path / "record.json"
+    text = call("unlearn", "lenet5", "--forget", "1-3,9", "--out", str(out),
+                "--record", str(record), *QUICK)  # fmt: skip
+    assert "Forgot 4 of 10 classes" in text
+    assert "Output-level" in text
+    facts = json.loads(record.read_text())
+    assert facts["forget"] == [1, 2, 3, 9]
+    assert facts["weights_before"] == weights_hash(zoo.load("lenet5"))
+    model = zoo.build("lenet5")
+    checkpoint.load_into(model, out)
+    assert facts["weights_after"] == weights_hash(model)
+    with safe_open(str(out), "pt") as file:
+        assert json.loads(file.metadata()["zsu_fast.forget"]) == [1, 2, 3, 9]
+    score = zsu_fast.evaluate(model, mnist_test(), [1, 2, 3, 9])
+    assert score.forget_accuracy is not None
+    assert score.forget_accuracy < 2
+
+
+def test_unlearn_takes_a_factory_weights_a_file_of_classes_and_pth(tmp_path: Path) -> None:
+    (tmp_path / "my_model.py").write_text(
+        "from zsu_fast.models.zoo import KarpathyNet\ndef make():\n    return KarpathyNet()\n"
+    )
+    weights, out = tmp_path / "in.pt", tmp_path / "out.pth"
+    torch.save({"state_dict": zoo.load("karpathynet").state_dict()}, weights)
+    (tmp_path / "classes.txt").write_text("3\n4, 8\n")
+    script = Path(sys.executable).parent / "zsu-fast"
+    done = subprocess.run(
+        [str(script), "unlearn", "my_model:make", "--weights", str(weights),
+         "--forget", "classes.txt", "--out", str(out), "--input-shape", "3x32x32", "--mean",
+         "0.4914,0.4822,0.4465", "--std", "0.247,0.2435,0.2616", "--json", *QUICK],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["record"]["forget"] == [3, 4, 8]
+    assert result["record"]["input"]["source"] == "shape given; mean and std given"
+    changed = torch.load(out, weights_only=True)
+    before = zoo.load("karpathynet").state_dict()
+    same = {name for name in before if torch.equal(before[name], changed[name])}
+    assert same == set(before) - {"fc1.weight", "fc1.bias"}
+
+
+def test_quiet_where_output_is_no_terminal(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "zsu_fast", "unlearn", "lenet5", "--forget", "1", "--json"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "o.safetensors"), *QUICK, "--tail", "fc2"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    json.loads(done.stdout)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["unlearn", "lenet5", "--forget", "10"], ["forget", "10", "0 to 9"]),
+        (["unlearn", "lenet5", "--forget", "a"], ["forget", "'a'", "1,2,3"]),
+        (["unlearn", "lenet5", "--forget", "5-3"], ["forget", "5-3"]),
+        (["unlearn", "lenet5", "--forget", "0-9"], ["forget", "every class"]),
+        (["unlearn", "nonet", "--forget", "1"], ["model", "nonet", "lenet5"]),
+        (["unlearn", "no.such:thing", "--forget", "1"], ["model", "no.such:thing"]),
+        (["unlearn", "os:getcwd", "--forget", "1"], ["model", "str", "nn.Module"]),
+        (["unlearn", "resnet20_cifar", "--forget", "1"], ["resnet20_cifar", "weights file"]),
+        (["unlearn", "torchvision:resnet18", "--forget", "1"], ["weights", "random"]),
+        (["unlearn", "lenet5", "--forget", "1", "--weights", "none.pt"], ["none.pt", "not a file"]),
+        (["unlearn", "lenet5", "--forget", "1", "--tail", "fc9"], ["tail", "fc9", "fc3"]),
+        (["unlearn", "lenet5", "--forget", "1", "--objective", "x"], ["objective", "masked"]),
+        (["unlearn", "lenet5", "--forget", "1", "--input-shape", "3,a"], ["input_shape", "3,a"]),
+        (["unlearn", "lenet5", "--forget", "1", "--device", "cuda:77"], ["device", "cuda:77"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_file(
+    tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    out = tmp_path / "out.safetensors"
+    result = json.loads(call(*arguments, "--out", str(out), "--json", code=2))
+    for word in words:
+        assert word in result["error"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_is_never_overwritten_without_force(tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"precious")
+    arguments = ["unlearn", "lenet5", "--forget", "1", "--out", str(out), *QUICK]
+    assert "--force" in call(*arguments, code=2)
+    assert out.read_bytes() == b"precious"
+    call(*arguments, "--force")
+    checkpoint.load_into(zoo.build("lenet5"), out)
+
+
+def test_unlearn_writes_a_report_of_its_run(tmp_path: Path) -> None:
+    """The run changes the loaded model in place; delta and report compare with it as it was."""
+    out, page = tmp_path / "o.safetensors", tmp_path / "report.html"
+    delta, ledger = tmp_path / "delta", tmp_path / "ledger"
+    result = json.loads(
+        call("unlearn", "lenet5", "--forget", "3", "--out", str(out), "--report", str(page),
+             "--delta", str(delta), "--ledger", str(ledger), "--json", *QUICK)
+    )  # fmt: skip
+    assert result["verdict"][0].startswith("Output-level forgetting")
+    html = page.read_text()
+    assert result["record"]["weights_after"] in html
+    assert "optimiser steps" in html
+    assert result["record"]["weights_before"] == weights_hash(zoo.load("lenet5"))
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["audit"]["hashes"]["original"] == result["record"]["weights_before"]
+    assert facts["audit"]["hashes"]["unlearned"] == result["record"]["weights_after"]
+    assert facts["record"]["forget"] == [3]
+    unlearned = zsu_fast.apply_delta(zoo.load("lenet5"), delta)
+    assert weights_hash(unlearned) == result["record"]["weights_after"]
+    assert result["ledger"]["head"] == zsu_fast.Ledger(ledger).head
+
+
+def test_no_entry_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are written before the entry that vouches for them, and all or none of them."""
+
+    def fail(*_: object) -> None:
+        raise zsu_fast.OutputError("delta: no space")
+
+    monkeypatch.setattr("zsu_fast.cli.unlearn.save_delta", fail)
+    output = call(
+        "unlearn", "lenet5", "--forget", "1", "--ledger", str(tmp_path / "ledger"), "--out",
+        str(tmp_path / "o.pt"), "--delta", str(tmp_path / "d"), *QUICK, code=2,
+    )  # fmt: skip
+    assert "no space" in output
+    assert list(tmp_path.iterdir()) == []

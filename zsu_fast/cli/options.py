@@ -1,0 +1,150 @@
+"""Command-line options that several commands share, each declared once.
+
+Typer reads a command's options from the signature of a function. The commands of this package
+take related options as one dataclass instead, and `expand_options` translates between the two.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from torch import nn
+
+from ..models.loading import load_model
+from .inputs import parse_numbers
+
+MODEL_HELP = (
+    "A zoo name (lenet5, karpathynet, resnet20_cifar, ...), a torchvision or timm name "
+    "(torchvision:resnet50, timm:...), hf:folder (transformers), or package.module:factory."
+)
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="A safetensors file or a torch checkpoint of plain tensors; 'pretrained' lets "
+        "torchvision or timm download theirs."
+    ),
+]
+Classes = Annotated[
+    int | None, typer.Option(help="Number of logits of a torchvision or timm model.")
+]
+Forget = Annotated[
+    str,
+    typer.Option(
+        help="Classes to forget: 1,2,3 or 0-99 or 0-49,390-439, or a file that lists them.",
+        show_default=False,
+    ),
+]
+Tail = Annotated[
+    str,
+    typer.Option(help="auto, last, the name of a module, or how many of the last layers to train."),
+]
+Out = Annotated[
+    Path, typer.Option(help="The .safetensors, .pt or .pth file to write.", show_default=False)
+]
+Report = Annotated[
+    Path | None,
+    typer.Option(help="Write an HTML report here, and its figures as .json beside it."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and which weights."""
+
+    model: Model
+    weights: Weights = None
+    classes: Classes = None
+
+    def load(self, weights: str | None = None) -> nn.Module:
+        """Builds the model with its own weights, or with those of the file ``weights``."""
+        return load_model(self.model, weights or self.weights, self.classes)
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """What the model's images look like, where the model itself does not say."""
+
+    input_shape: Annotated[
+        str | None, typer.Option(help="Channels, height and width, such as 3,224,224.")
+    ] = None
+    mean: Annotated[str | None, typer.Option(help="Mean per channel of pixels in 0..1.")] = None
+    std: Annotated[
+        str | None, typer.Option(help="Standard deviation per channel of pixels in 0..1.")
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The numbers, as keyword arguments of the package's functions."""
+        return {
+            "input_shape": parse_numbers("input_shape", self.input_shape, int),
+            "mean": parse_numbers("mean", self.mean, float),
+            "std": parse_numbers("std", self.std, float),
+        }
+
+
+@dataclass(frozen=True)
+class ImpressionOptions:
+    """How many class impressions to synthesise."""
+
+    impressions_per_class: Annotated[
+        int | None, typer.Option(help="Default: 32, or fewer for many classes.")
+    ] = None
+    retain_sample: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of retained classes to synthesise. Default: all, or 1,024 if there are "
+            "more than 4,096."
+        ),
+    ] = None
+
+
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Shows Typer each field of a dataclass parameter as an option of its own.
+
+    Args:
+        command: its parameters are options or dataclasses of options, annotated for Typer.
+
+    Returns:
+        The same command with one keyword parameter per option.
+    """
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    hints = get_type_hints(command, include_extras=True)
+    for name, parameter in inspect.signature(command).parameters.items():
+        if not is_dataclass(hints[name]):
+            flat = parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[name])
+            parameters.append(flat)
+            continue
+        groups[name] = hints[name]
+        options = get_type_hints(hints[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=options[field.name],
+            )
+            for field in fields(hints[name])
+        ]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        arguments = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**arguments, **values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run

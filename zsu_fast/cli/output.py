@@ -1,0 +1,108 @@
+"""Prints results, warnings and errors: text for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import ZsuFastError
+from ..evaluation.accuracy import Evaluation
+
+
+@contextmanager
+def report_errors(as_json: bool, quiet: bool = False) -> Iterator[None]:
+    """Turns the package's errors into one line on stderr and exit code 2, Ctrl-C into 130.
+
+    Args:
+        as_json: print errors as JSON on stdout instead.
+        quiet: print neither errors nor warnings, because another rank does.
+    """
+    console = Console(stderr=True, quiet=quiet)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        except ZsuFastError as error:
+            if as_json and not quiet:
+                print_json({"error": str(error), "type": type(error).__name__})
+            else:
+                console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            console.print("interrupted; nothing was changed")
+            raise typer.Exit(130) from error
+        finally:
+            for warning in caught:
+                console.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
+
+
+def progress_bar(as_json: bool) -> bool | None:
+    """The ``progress`` option: off for JSON, else on where stderr is a terminal."""
+    return False if as_json else None
+
+
+def escape(text: str) -> str:
+    """Protects square brackets from rich's markup."""
+    return text.replace("[", r"\[")
+
+
+def print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def print_sentences(console: Console, sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        console.print(sentence, markup=False, highlight=False)
+
+
+def print_written(console: Console, paths: Iterable[Path]) -> None:
+    written = ", ".join(map(str, paths))
+    console.print(f"Written: {written}", soft_wrap=True, highlight=False)
+
+
+def print_split(console: Console, record: dict[str, Any]) -> None:
+    """Says where the model was split."""
+    console.print(f"Tail: {record['split']['at']} ({record['split']['reason']}).")
+
+
+def print_level(console: Console, record: dict[str, Any]) -> None:
+    """Says which layers were trained, and what that means if it was only the last one."""
+    if record["split"]["output_level"]:
+        console.print(
+            "Output-level forgetting: only the last layer was trained, so the features of the "
+            "forgotten classes are still inside."
+        )
+    else:
+        console.print(f"Trained: {', '.join(record['split']['trained'])}.")
+
+
+def print_accuracies(
+    console: Console, title: str, rows: Sequence[tuple[str, Evaluation, float | None]]
+) -> None:
+    """Prints a table of (model, its accuracies, seconds or None), and what it counts."""
+    table = Table(title=title)
+    table.add_column("model")
+    for name in ("FA %", "RA %", "overall %", "seconds"):
+        table.add_column(name, justify="right")
+    for name, result, seconds in rows:
+        figures = (
+            result.forget_accuracy, result.retain_accuracy, result.overall_accuracy, seconds,
+        )  # fmt: skip
+        table.add_row(name, *["-" if f is None else f"{f:.2f}" for f in figures])
+    console.print(table)
+    counts = rows[0][1]
+    console.print(
+        f"FA: accuracy on {counts.forget_count} images of forgotten classes; RA: on "
+        f"{counts.retain_count} others; overall: on all "
+        f"{counts.forget_count + counts.retain_count}."
+    )
