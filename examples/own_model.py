@@ -1,17 +1,13 @@
-"""A network of your own: train it, say which images it takes, and name the layers to change.
+"""A network of your own: state which images it takes, and name the layers to change.
 
-The images are synthetic: stripes at five angles, in noise. An `InputSpec` on the model states
-their size and normalisation (or pass ``input_shape``, ``mean`` and ``std`` to ``unlearn``).
-``tail="layer2"`` trains everything from that module on, instead of the last layer alone.
-
-Takes about 5 seconds on one CPU core and prints::
+The images are synthetic stripes at five angles. An `InputSpec` on the model states their size and
+normalisation (or pass ``input_shape``, ``mean`` and ``std`` to ``unlearn``). ``tail="layer2"``
+trains everything from that module on. Takes about 5 seconds on one CPU core and prints::
 
     original: FA 100.00 % of 400 images of the forgotten classes, RA 100.00 % of 600 others, ...
     unlearned: FA 0.00 % of 400 images of the forgotten classes, RA 100.00 % of 600 others, ...
     trained: layer2.weight, layer2.bias, classifier.weight, classifier.bias
 """
-
-import math
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +19,6 @@ SPEC = zsu_fast.InputSpec(shape=(1, 16, 16), mean=(0.5,), std=(0.25,))
 
 
 class StripeNet(nn.Module):
-    """Float [N, 1, 16, 16] -> logits [N, 5]."""
-
     def __init__(self) -> None:
         super().__init__()
         self.layer1 = nn.Conv2d(1, 8, 5, padding=2)
@@ -32,7 +26,7 @@ class StripeNet(nn.Module):
         self.classifier = nn.Linear(16, 5)
         self.input_spec = SPEC  # what zsu_fast needs to know about the images
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [N, 1, 16, 16] -> [N, 5]
         x = F.max_pool2d(F.relu(self.layer1(x)), 2)
         return self.classifier(F.relu(self.layer2(x)).mean((2, 3)))
 
@@ -40,7 +34,7 @@ class StripeNet(nn.Module):
 def stripes(count: int) -> tuple[Tensor, Tensor]:
     """Normalised images of stripes at a random position, and which of five angles they have."""
     labels = torch.arange(count) % 5
-    angle, phase = (labels * math.pi / 5).view(-1, 1, 1), 2 * math.pi * torch.rand(count, 1, 1)
+    angle, phase = (labels * torch.pi / 5).view(-1, 1, 1), 2 * torch.pi * torch.rand(count, 1, 1)
     y, x = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
     wave = torch.sin(1.2 * (x * angle.cos() + y * angle.sin()) + phase)
     pixels = 0.5 + 0.3 * wave + 0.1 * torch.randn(count, 16, 16)
