@@ -23,7 +23,6 @@ extensions = [
 exclude_patterns = ["_build"]
 default_role = "py:obj"  # `name` in a docstring links to what it names, where that is documented
 
-myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
