@@ -5,8 +5,7 @@
 `eager` is the step in plain torch, in place, written to be quick: every row active, no NaN flag,
 one step count for all. It and `Inductor`, which compiles it, do less than the op. `Inductor, whole
 op` compiles the package's plain-torch `reference`: an active flag and a step count a row, as the
-impression loop has them. The cases "all options" add gradient normalisation, jitter, the NaN flag
-and rows that are not active. The floor streams the same seven arrays: x, moment and variance are
+impression loop has them. The floor streams the same seven arrays: x, moment and variance are
 read and written, grad is read. All step the same memory again and again, as the loop does.
 """
 
@@ -41,25 +40,13 @@ def eager_step(
 
 
 @pytest.mark.parametrize("shape", CASES, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("everything", [False, True], ids=["plain", "all options"])
-def test_ascent_step(
-    benchmark: Any, table: Table, everything: bool, shape: tuple[int, ...]
-) -> None:
+def test_ascent_step(benchmark: Any, table: Table, shape: tuple[int, ...]) -> None:
     big = torch.Size(shape).numel() * 16 > 2**27
     count = 2 if big else 1
     rows = shape[0]
     low, high = (torch.full((1, shape[1], 1, 1), v, device=DEVICE) for v in (-2.0, 2.0))
     lr, beta = torch.tensor(0.01, device=DEVICE), torch.tensor(1e-3, device=DEVICE)
     active = torch.ones(rows, dtype=torch.bool, device=DEVICE)
-    options: dict[str, Any] = {}
-    if everything:
-        active[::8] = False
-        options = {
-            "normalize": True,
-            "jitter": torch.tensor(0.01, device=DEVICE),
-            "seed": torch.tensor(1, device=DEVICE),
-            "found_nan": torch.zeros(rows, dtype=torch.bool, device=DEVICE),
-        }
 
     def states() -> list[list[Tensor]]:
         torch.manual_seed(0)
@@ -80,9 +67,7 @@ def test_ascent_step(
     inductor = torch.compile(eager_step, dynamic=False)
 
     def ours(backend: str) -> None:
-        ops.ascent_step_(
-            *shared[following()], step, active, low, high, lr, beta, backend=backend, **options
-        )
+        ops.ascent_step_(*shared[following()], step, active, low, high, lr, beta, backend=backend)
 
     def floor() -> None:
         x, grad, moment, variance = shared[following()]
@@ -92,17 +77,15 @@ def test_ascent_step(
 
     native = [b for b in ("cpp", "cuda", "triton") if not backends.why_unavailable(b, DEVICE)]
     contenders = [Contender("eager", eager), Contender("Inductor", lambda: eager(inductor))]
-    if everything:  # plain torch with all of it is the reference: seconds a step on large images
-        contenders = [] if big else [Contender("eager", lambda: ours("eager"))]
     contenders.append(Contender("Inductor, whole op", lambda: ours("compile")))
     contenders += [Contender(b, (lambda b=b: ours(b))) for b in native]
     for contender in contenders:
-        check(contender.run, shared, states, step, active, (low, high, lr, beta), options)
+        check(contender.run, shared, states, step, active, (low, high, lr, beta))
         while following() != count - 1:  # the next run starts at the first state again
             pass
     contenders.append(Contender("floor: 7 arrays", floor))
     compare(
-        table, "x".join(map(str, shape)) + (", all options" if everything else ""), contenders,
+        table, "x".join(map(str, shape)), contenders,
         floor="floor: 7 arrays", floor_bytes=7 * 4 * torch.Size(shape).numel(),
         rounds=9 if big else 41,
     )  # fmt: skip
@@ -122,7 +105,7 @@ def test_ascent_step(
 
 def check(
     run: Any, shared: list[list[Tensor]], states: Any, step: Tensor, active: Tensor,
-    constants: tuple[Tensor, ...], options: dict[str, Any],
+    constants: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     """One step of a contender from a fresh state, against float64."""
     low, high, lr, beta = constants
@@ -132,10 +115,9 @@ def check(
     step.fill_(5)
     run()
     exact = [t[:8].double() for t in states()[0]]
-    options = {k: v[:8].clone() if k == "found_nan" else v for k, v in options.items()}
     reference.ascent_step_(
         *exact, step[:8].clone().fill_(5), active[:8], low.double(), high.double(), lr.double(),
-        beta.double(), **options,
+        beta.double(),
     )  # fmt: skip
     torch.testing.assert_close(shared[0][0][:8].double(), exact[0], rtol=1e-5, atol=1e-5)
     step.fill_(5)

@@ -6,9 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
-#include <string>
-
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK // its name up to torch 2.11
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
@@ -55,12 +52,6 @@ inline void check_signed(const Tensor& logits, const Tensor& target, const Tenso
   check_target(target, logits);
   check_per_row(coef, logits, "coef");
   check_float(coef, "coef");
-}
-
-inline void check_signed_in_place(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check_signed(logits, target, coef);
-  STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1, "in place, the classes of a row must be neighbours");
-  STD_TORCH_CHECK(logits.size(0) <= 1 || logits.stride(0) >= logits.size(1), "in place, rows must not overlap");
 }
 
 inline void check_scaled(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
@@ -126,13 +117,6 @@ Tensor fresh(const Tensor& like, const int64_t (&sizes)[dims], ScalarType type) 
   return Tensor(handle);
 }
 
-inline int ascent_mode(const std::string& rule) {
-  if (rule == "adam") return 0;
-  if (rule == "sgd") return 1;
-  STD_TORCH_CHECK(rule == "sign", "mode must be adam, sgd or sign, got ", rule);
-  return 2;
-}
-
 // A row of x is one block of memory, in the order of its own strides (contiguous or channels-last),
 // and grad, moment and variance are laid out alike.
 struct AscentLayout {
@@ -158,8 +142,7 @@ inline bool is_dense(const Tensor& t, bool channels_last) {
 
 inline AscentLayout check_ascent(
     const Tensor& x, const Tensor& grad, const Tensor& moment, const Tensor& variance, const Tensor& step,
-    const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta,
-    const std::optional<Tensor>& jitter, const std::optional<Tensor>& seed, const std::optional<Tensor>& found_nan) {
+    const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta) {
   STD_TORCH_CHECK(x.dim() >= 1, "x must have a batch dimension");
   AscentLayout layout{x.size(0), 1, x.dim() > 1 ? x.size(1) : 1, low.numel(), false};
   for (int64_t d = 1; d < x.dim(); ++d) layout.row_size *= x.size(d);
@@ -189,10 +172,6 @@ inline AscentLayout check_ascent(
   STD_TORCH_CHECK(lr.numel() == 1 || lr.numel() == layout.rows, "lr must hold 1 or rows numbers");
   flat(lr, ScalarType::Float, lr.numel(), "lr", "float32, contiguous");
   flat(beta, ScalarType::Float, 1, "beta", "float32, one number");
-  STD_TORCH_CHECK(jitter.has_value() == seed.has_value(), "jitter and seed go together");
-  if (jitter) flat(*jitter, ScalarType::Float, 1, "jitter", "float32, one number");
-  if (seed) flat(*seed, ScalarType::Long, 1, "seed", "int64, one number");
-  if (found_nan) flat(*found_nan, ScalarType::Bool, layout.rows, "found_nan", "bool [rows], contiguous");
   return layout;
 }
 

@@ -8,10 +8,8 @@ namespace {
 void ascent_step_(
     const Tensor& x, const Tensor& grad, const Tensor& moment, const Tensor& variance, const Tensor& step,
     const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta,
-    double beta1, double beta2, double eps, const std::string& rule, bool normalize,
-    const std::optional<Tensor>& jitter, const std::optional<Tensor>& seed, const std::optional<Tensor>& found_nan) {
-  const AscentLayout layout =
-      check_ascent(x, grad, moment, variance, step, active, low, high, lr, beta, jitter, seed, found_nan);
+    double beta1, double beta2, double eps) {
+  const AscentLayout layout = check_ascent(x, grad, moment, variance, step, active, low, high, lr, beta);
   AscentRows args{};
   args.x = x.mutable_data_ptr<float>();
   args.grad = grad.const_data_ptr<float>();
@@ -19,7 +17,6 @@ void ascent_step_(
   args.variance = variance.mutable_data_ptr<float>();
   args.step = step.const_data_ptr<int32_t>();
   args.active = active.const_data_ptr<bool>();
-  args.found_nan = found_nan ? found_nan->mutable_data_ptr<bool>() : nullptr;
   args.row_size = layout.row_size;
   args.bounds = layout.bounds;
   args.channels = layout.channels;
@@ -32,10 +29,6 @@ void ascent_step_(
   args.beta1 = beta1;
   args.beta2 = beta2;
   args.eps = eps;
-  args.mode = ascent_mode(rule);
-  args.normalize = normalize;
-  args.jitter = jitter ? *jitter->const_data_ptr<float>() : 0;
-  args.seed = seed ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0;
 
   const auto kernel = kernels().ascent_step;
   torch::stable::parallel_for(

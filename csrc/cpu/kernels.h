@@ -13,7 +13,7 @@ namespace zsu {
 enum class Storage : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
 struct SignedRows {
-  const void* logits; // [rows, classes], rows logits_stride apart; may be dlogits
+  const void* logits; // [rows, classes], rows logits_stride apart
   int64_t logits_stride;
   void* dlogits; // rows dlogits_stride apart
   int64_t dlogits_stride;
@@ -50,7 +50,6 @@ struct AscentRows {
   float* variance;
   const int32_t* step; // steps taken before this one
   const bool* active;
-  bool* found_nan;   // may be null
   int64_t row_size;  // elements of an impression
   int64_t channels;  // x.shape[1]
   int64_t bounds;    // numbers in low and in high: 1, or channels
@@ -61,10 +60,6 @@ struct AscentRows {
   int64_t lr_stride; // 0: one for all rows
   float beta;
   double beta1, beta2, eps;
-  int mode;
-  bool normalize;
-  float jitter;
-  uint64_t seed;
 };
 
 struct Kernels {

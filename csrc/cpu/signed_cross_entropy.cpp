@@ -15,10 +15,12 @@ void check_used_targets(const int64_t* target, const void* coef, bool is_double,
   }
 }
 
-// dlogits may be logits itself.
-Tensor run(const Tensor& logits, const Tensor& target, const Tensor& coef, const Tensor& dlogits) {
+std::tuple<Tensor, Tensor> signed_cross_entropy(const Tensor& logits, const Tensor& target, const Tensor& coef) {
+  check_signed(logits, target, coef);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const ScalarType accumulator = accumulator_of(logits);
+  const Tensor x = with_dense_rows(logits);
+  const Tensor dlogits = fresh(logits, {rows, classes}, logits.scalar_type());
   const Tensor targets = contiguous_as(target, ScalarType::Long);
   const Tensor coefs = contiguous_as(coef, accumulator);
   const auto* coef_data = coefs.const_data_ptr();
@@ -26,7 +28,7 @@ Tensor run(const Tensor& logits, const Tensor& target, const Tensor& coef, const
 
   std::vector<double> row_loss(static_cast<size_t>(rows));
   const SignedRows args{
-      logits.const_data_ptr(), rows ? logits.stride(0) : 0, dlogits.mutable_data_ptr(), rows ? dlogits.stride(0) : 0,
+      x.const_data_ptr(), rows ? x.stride(0) : 0, dlogits.mutable_data_ptr(), rows ? dlogits.stride(0) : 0,
       classes, targets.const_data_ptr<int64_t>(), coef_data, row_loss.data()};
   const auto kernel = kernels().signed_cross_entropy[static_cast<int>(storage_of(logits))];
   torch::stable::parallel_for(0, rows, grain(classes), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -42,19 +44,7 @@ Tensor run(const Tensor& logits, const Tensor& target, const Tensor& coef, const
     if (accumulator == ScalarType::Double) losses.mutable_data_ptr<double>()[k] = sums[k];
     else losses.mutable_data_ptr<float>()[k] = static_cast<float>(sums[k]);
   }
-  return losses;
-}
-
-std::tuple<Tensor, Tensor> signed_cross_entropy(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check_signed(logits, target, coef);
-  const Tensor rows = with_dense_rows(logits);
-  const Tensor dlogits = fresh(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
-  return {run(rows, target, coef, dlogits), dlogits};
-}
-
-Tensor signed_cross_entropy_(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check_signed_in_place(logits, target, coef);
-  return run(logits, target, coef, logits);
+  return {losses, dlogits};
 }
 
 void scale_rows_(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
@@ -76,6 +66,5 @@ void scale_rows_(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
 
 STABLE_TORCH_LIBRARY_IMPL(zsu_fast, CPU, m) {
   m.impl("signed_cross_entropy", TORCH_BOX(&zsu::signed_cross_entropy));
-  m.impl("signed_cross_entropy_", TORCH_BOX(&zsu::signed_cross_entropy_));
   m.impl("scale_rows_", TORCH_BOX(&zsu::scale_rows_));
 }

@@ -74,13 +74,13 @@ ZSU_INLINE A largest(const T* row, int64_t classes) {
   return max_lanes(tops);
 }
 
-// `e` holds a row, padded to whole vectors, and dlogits may be logits. `guess`: whether the logits of
+// `e` holds a row, padded to whole vectors. `guess`: whether the logits of
 // the last row were small.
 template <class A, class T>
 ZSU_INLINE RowSums<A> signed_row(const T* logits, T* dlogits, const T* next_logits, const T* next_dlogits, A* e,
                                  int64_t classes, int64_t target, A coef, bool& guess) {
   constexpr int64_t width = Lanes<A>::width;
-  const A target_logit = widen(logits[target]); // before an in-place call overwrites it
+  const A target_logit = widen(logits[target]);
   // exp(x - top) needs the largest logit first, and the part of x - top that rounding drops. exp(x)
   // needs neither, and where it is far from overflow it serves as well: softmax does not change, and
   // `scale` puts the sums right.

@@ -18,9 +18,7 @@ struct Args {
   float* variance;
   const int32_t* step;
   const bool* active;
-  const float *low, *high, *lr, *beta, *scale, *jitter;
-  const int64_t* seed;
-  bool* found_nan;
+  const float *low, *high, *lr, *beta;
   int64_t rows, row_size, channels, plane, lr_stride;
   bool per_channel, channels_last, packed;
   float beta1, beta2, gain1, gain2, log_beta1, log_beta2, eps;
@@ -28,25 +26,8 @@ struct Args {
 
 constexpr int threads = 256;
 
-// 1 / ||grad|| of one row a block: 0 for a zero row, NaN for one that holds a NaN.
-__global__ void __launch_bounds__(1024) grad_scale_kernel(const float* grad, float* scale, int64_t row_size) {
-  const float* g = grad + static_cast<int64_t>(blockIdx.x) * row_size;
-  Sum<float> sum{0};
-  visit_row<1024>(
-      g, row_size, threadIdx.x,
-      [&](int64_t i) {
-        const Pack<float> pack = load_pack(g + i);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) sum.value += pack.v[k] * pack.v[k];
-      },
-      [&](int64_t i) { sum.value += g[i] * g[i]; });
-  sum = reduce_row<1024>(sum, [](Sum<float> a, Sum<float> b) { return a + b; });
-  if (threadIdx.x == 0) scale[blockIdx.x] = sum.value == 0 ? 0.0f : __frsqrt_rn(sum.value);
-}
-
 // A thread takes the elements of one aligned group of 4 (in memory) that belong to its row, so rows
 // of any length move by 128 bits except at their ends.
-template <AscentMode mode>
 __global__ void __launch_bounds__(threads) ascent_step_kernel(Args a, int64_t blocks_per_row) {
   const int64_t row_index = blockIdx.x / blocks_per_row;
   if (!a.active[row_index]) return;
@@ -59,7 +40,6 @@ __global__ void __launch_bounds__(threads) ascent_step_kernel(Args a, int64_t bl
   AscentRow row;
   row.lr = a.lr[row_index * a.lr_stride];
   row.two_beta = 2 * *a.beta;
-  row.grad_scale = a.scale ? a.scale[row_index] : 1.0f;
   row.beta1 = a.beta1;
   row.beta2 = a.beta2;
   row.gain1 = a.gain1;
@@ -73,20 +53,16 @@ __global__ void __launch_bounds__(threads) ascent_step_kernel(Args a, int64_t bl
   if (whole) {
     x = load_pack(a.x + first);
     g = load_pack(a.grad + first);
-    if constexpr (mode == AscentMode::adam) {
-      m = load_pack(a.moment + first);
-      v = load_pack(a.variance + first);
-    }
+    m = load_pack(a.moment + first);
+    v = load_pack(a.variance + first);
   } else {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (first + k >= last) continue;
       x.v[k] = a.x[first + k];
       g.v[k] = a.grad[first + k];
-      if constexpr (mode == AscentMode::adam) {
-        m.v[k] = a.moment[first + k];
-        v.v[k] = a.variance[first + k];
-      }
+      m.v[k] = a.moment[first + k];
+      v.v[k] = a.variance[first + k];
     }
   }
   int64_t channel = 0, next_plane = 0; // one division a thread: they cost as much as the step
@@ -94,7 +70,6 @@ __global__ void __launch_bounds__(threads) ascent_step_kernel(Args a, int64_t bl
     channel = a.channels_last ? (first - begin) % a.channels : (first - begin) / a.plane;
     next_plane = (channel + 1) * a.plane;
   }
-  float bad = 0;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     if (first + k >= last) continue;
@@ -107,33 +82,22 @@ __global__ void __launch_bounds__(threads) ascent_step_kernel(Args a, int64_t bl
         next_plane += a.plane;
       }
     }
-    float moved = x.v[k] + row.lr * ascent_direction<mode>(x.v[k], g.v[k], m.v[k], v.v[k], row, Ratio{});
-    if (a.jitter) {
-      const int64_t element = logical_index(i, a.channels, a.plane, a.channels_last);
-      moved += *a.jitter * symmetric_uniform(philox(static_cast<uint64_t>(*a.seed), static_cast<uint64_t>(element),
-                                                    static_cast<uint32_t>(row_index), static_cast<uint32_t>(step)));
-    }
+    const float moved = x.v[k] + row.lr * ascent_direction(x.v[k], g.v[k], m.v[k], v.v[k], row, Ratio{});
     x.v[k] = clamp_seeing_nan(moved, a.low[channel], a.high[channel]);
-    bad += (g.v[k] + x.v[k]) * 0.0f;
   }
   if (whole) {
     store_pack(a.x + first, x);
-    if constexpr (mode == AscentMode::adam) {
-      store_pack(a.moment + first, m);
-      store_pack(a.variance + first, v);
-    }
+    store_pack(a.moment + first, m);
+    store_pack(a.variance + first, v);
   } else {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (first + k >= last) continue;
       a.x[first + k] = x.v[k];
-      if constexpr (mode == AscentMode::adam) {
-        a.moment[first + k] = m.v[k];
-        a.variance[first + k] = v.v[k];
-      }
+      a.moment[first + k] = m.v[k];
+      a.variance[first + k] = v.v[k];
     }
   }
-  if (a.found_nan && bad != bad) a.found_nan[row_index] = true; // every writer writes the same
 }
 
 // After every block has read the old count, hence a kernel of its own.
@@ -145,20 +109,11 @@ __global__ void count_step_kernel(int32_t* step, const bool* active, int64_t row
 void ascent_step_(
     const Tensor& x, const Tensor& grad, const Tensor& moment, const Tensor& variance, const Tensor& step,
     const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta,
-    double beta1, double beta2, double eps, const std::string& rule, bool normalize,
-    const std::optional<Tensor>& jitter, const std::optional<Tensor>& seed, const std::optional<Tensor>& found_nan) {
-  const AscentLayout layout =
-      check_ascent(x, grad, moment, variance, step, active, low, high, lr, beta, jitter, seed, found_nan);
-  const int chosen = ascent_mode(rule);
+    double beta1, double beta2, double eps) {
+  const AscentLayout layout = check_ascent(x, grad, moment, variance, step, active, low, high, lr, beta);
   if (x.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
-  const Tensor scale = torch::stable::new_empty(x, {normalize ? layout.rows : 0});
-  if (normalize) {
-    grad_scale_kernel<<<static_cast<unsigned>(layout.rows), 1024, 0, stream>>>(
-        grad.const_data_ptr<float>(), scale.mutable_data_ptr<float>(), layout.row_size);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
   Args a{};
   a.x = x.mutable_data_ptr<float>();
   a.grad = grad.const_data_ptr<float>();
@@ -170,10 +125,6 @@ void ascent_step_(
   a.high = high.const_data_ptr<float>();
   a.lr = lr.const_data_ptr<float>();
   a.beta = beta.const_data_ptr<float>();
-  a.scale = normalize ? scale.const_data_ptr<float>() : nullptr;
-  a.jitter = jitter ? jitter->const_data_ptr<float>() : nullptr;
-  a.seed = seed ? seed->const_data_ptr<int64_t>() : nullptr;
-  a.found_nan = found_nan ? found_nan->mutable_data_ptr<bool>() : nullptr;
   a.rows = layout.rows;
   a.row_size = layout.row_size;
   a.channels = layout.channels;
@@ -193,15 +144,8 @@ void ascent_step_(
 
   const int64_t groups = layout.row_size / 4 + 2; // a row that starts off a group touches one more
   const int64_t blocks_per_row = (groups + threads - 1) / threads;
-  const auto launch = [&](auto kernel) {
-    kernel<<<static_cast<unsigned>(layout.rows * blocks_per_row), threads, 0, stream>>>(a, blocks_per_row);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  };
-  switch (static_cast<AscentMode>(chosen)) {
-    case AscentMode::adam: launch(ascent_step_kernel<AscentMode::adam>); break;
-    case AscentMode::sgd: launch(ascent_step_kernel<AscentMode::sgd>); break;
-    case AscentMode::sign: launch(ascent_step_kernel<AscentMode::sign>); break;
-  }
+  ascent_step_kernel<<<static_cast<unsigned>(layout.rows * blocks_per_row), threads, 0, stream>>>(a, blocks_per_row);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
   count_step_kernel<<<static_cast<unsigned>((layout.rows + 255) / 256), 256, 0, stream>>>(
       step.mutable_data_ptr<int32_t>(), active.const_data_ptr<bool>(), layout.rows);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -140,11 +140,14 @@ __global__ void __launch_bounds__(256) scale_rows_kernel(
       [&](int64_t i) { narrow(widen(p[i]) * factor, p[i]); });
 }
 
-Tensor run(const Tensor& logits, const Tensor& target, const Tensor& coef, const Tensor& dlogits) {
+std::tuple<Tensor, Tensor> signed_cross_entropy(const Tensor& logits, const Tensor& target, const Tensor& coef) {
+  check_signed(logits, target, coef);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const cudaStream_t stream = current_stream(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const ScalarType type = accumulator_of(logits);
+  const Tensor x = with_dense_rows(logits);
+  const Tensor dlogits = fresh(logits, {rows, classes}, logits.scalar_type());
   const Tensor targets = contiguous_as(target, ScalarType::Long), coefs = contiguous_as(coef, type);
   const Tensor row_loss = fresh(logits, {rows}, type);
   const Tensor losses = fresh(logits, {2}, type);
@@ -152,15 +155,15 @@ Tensor run(const Tensor& logits, const Tensor& target, const Tensor& coef, const
     using T = decltype(zero);
     using A = accumulator<T>;
     if (rows > 0) {
-      const T* first = static_cast<const T*>(logits.const_data_ptr());
+      const T* first = static_cast<const T*>(x.const_data_ptr());
       const auto launch = [&](auto kernel, int64_t blocks, int threads) {
         kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
-            first, logits.stride(0), static_cast<T*>(dlogits.mutable_data_ptr()), dlogits.stride(0),
+            first, x.stride(0), static_cast<T*>(dlogits.mutable_data_ptr()), dlogits.stride(0),
             targets.const_data_ptr<int64_t>(), coefs.const_data_ptr<A>(), row_loss.mutable_data_ptr<A>(), rows, classes);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       };
       by_tier(
-          first, logits.stride(0), classes,
+          first, x.stride(0), classes,
           [&](auto of) {
             using tier = decltype(of);
             launch(held_signed_cross_entropy_kernel<tier, T>, (rows + tier::rows - 1) / tier::rows, tier::threads);
@@ -170,19 +173,7 @@ Tensor run(const Tensor& logits, const Tensor& target, const Tensor& coef, const
     sum_rows<A, true><<<1, 1024, 0, stream>>>(row_loss.const_data_ptr<A>(), coefs.const_data_ptr<A>(), losses.mutable_data_ptr<A>(), rows);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  return losses;
-}
-
-std::tuple<Tensor, Tensor> signed_cross_entropy(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check_signed(logits, target, coef);
-  const Tensor rows = with_dense_rows(logits);
-  const Tensor dlogits = fresh(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
-  return {run(rows, target, coef, dlogits), dlogits};
-}
-
-Tensor signed_cross_entropy_(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check_signed_in_place(logits, target, coef);
-  return run(logits, target, coef, logits);
+  return {losses, dlogits};
 }
 
 void scale_rows_(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
@@ -205,6 +196,5 @@ void scale_rows_(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
 
 STABLE_TORCH_LIBRARY_IMPL(zsu_fast, CUDA, m) {
   m.impl("signed_cross_entropy", TORCH_BOX(&zsu::cuda::signed_cross_entropy));
-  m.impl("signed_cross_entropy_", TORCH_BOX(&zsu::cuda::signed_cross_entropy_));
   m.impl("scale_rows_", TORCH_BOX(&zsu::cuda::scale_rows_));
 }

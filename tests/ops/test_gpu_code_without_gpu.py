@@ -118,16 +118,14 @@ def test_triton_cross_entropies(arch: int, classes: int, dtype: str, size: int) 
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("mode", ascent_step.MODES)
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
-def test_triton_ascent_step(arch: int, mode: str, extras: bool) -> None:
+@pytest.mark.parametrize("per_channel", [False, True], ids=["plain", "all options"])
+def test_triton_ascent_step(arch: int, per_channel: bool) -> None:
     pointers = dict.fromkeys(
         ["x_ptr", "grad_ptr", "moment_ptr", "variance_ptr", "low_ptr", "high_ptr", "lr_ptr",
-         "beta_ptr", "scale_ptr", "jitter_ptr"], "*fp32",
+         "beta_ptr"], "*fp32",
     )  # fmt: skip
     types = {
-        **pointers, "step_ptr": "*i32", "active_ptr": "*u8", "seed_ptr": "*i64",
-        "found_nan_ptr": "*u8",
+        **pointers, "step_ptr": "*i32", "active_ptr": "*u8",
         **dict.fromkeys(["row_size", "lr_stride", "channels", "plane"], "i32"),
         **dict.fromkeys(
             ["beta1", "beta2", "gain1", "gain2", "log_beta1", "log_beta2", "eps"], "fp32"
@@ -136,15 +134,14 @@ def test_triton_ascent_step(arch: int, mode: str, extras: bool) -> None:
     kernel = compiled(
         ascent_step.ascent_step_kernel,
         types,
-        {"MODE": ascent_step.MODES[mode], "NORMALIZE": extras, "JITTER": extras, "FLAG": extras,
-         "BOUNDS": 3 if extras else 1, "CHANNELS_LAST": extras, "ALIGN": 4, "BLOCK": 1024},
+        {"BOUNDS": 3 if per_channel else 1, "CHANNELS_LAST": per_channel, "ALIGN": 4,
+         "BLOCK": 1024},
         arch,
     )  # fmt: skip
     assert stack_bytes(kernel) == 0
     assert offsets_are_64_bit(kernel)
-    arrays = (4, 3) if mode == "adam" else (2, 1)
     per_array = 1024 // (4 * 32 * 4)  # BLOCK over warps x threads x floats a load
-    assert vector_moves(kernel) == tuple(n * per_array for n in arrays)
+    assert vector_moves(kernel) == tuple(n * per_array for n in (4, 3))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -161,11 +158,6 @@ def test_triton_small_kernels(arch: int) -> None:
              "last": "i32", "classes": "i32"},
             {"ACC": tl.float32, "BLOCK": 1024}, arch,
         ),
-        compiled(
-            ascent_step.grad_scale_kernel,
-            {"grad_ptr": "*fp32", "scale_ptr": "*fp32", "row_size": "i32"},
-            {"ALIGN": 4, "BLOCK": 2048, "num_warps": 8}, arch,
-        ),
     ):  # fmt: skip
         assert stack_bytes(kernel) == 0
 
@@ -178,9 +170,8 @@ KERNELS = [
       for op in ("signed", "masked") for span, rows, values in TIERS for t in TYPES
       if t != "d" or span == 64),
     *(f"27{op}_cross_entropy_kernelILi256E{t}" for op in ("signed", "masked") for t in TYPES),
-    *(f"ascent_step_kernelILNS_10AscentModeE{mode}E" for mode in (0, 1, 2)),
     *(f"scale_rows_kernelI{t}" for t in TYPES),
-    "grad_scale_kernel",
+    "ascent_step_kernel",
 ]  # fmt: skip
 
 
@@ -228,12 +219,8 @@ def test_cuda_kernels_are_there_and_do_not_spill(arch: int) -> None:
 def test_cuda_kernels_move_128_bits(arch: int, kernel: str) -> None:
     body = only(disassembly(arch), kernel)
     loads, stores = (len(re.findall(rf"{op}\.E\.128", body)) for op in ("LDG", "STG"))
-    wanted = (
-        4 if "AscentModeE0" in kernel else 2 if "masked" in kernel or "AscentMode" in kernel else 1
-    )
-    assert loads >= wanted
-    if kernel != "grad_scale_kernel":
-        assert stores >= (3 if "AscentModeE0" in kernel else 1)
+    assert loads >= (4 if "ascent" in kernel else 2 if "masked" in kernel else 1)
+    assert stores >= (3 if "ascent" in kernel else 1)
 
 
 def test_cuda_sources_have_no_32_bit_element_offsets() -> None:

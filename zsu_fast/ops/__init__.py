@@ -8,11 +8,7 @@ chooses what runs them.
 from .ascent_step import ascent_step_
 from .backends import BackendUnavailable, use_backend
 from .masked_cross_entropy import masked_cross_entropy, masked_cross_entropy_and_grad
-from .signed_cross_entropy import (
-    signed_cross_entropy,
-    signed_cross_entropy_,
-    signed_cross_entropy_and_grad,
-)
+from .signed_cross_entropy import signed_cross_entropy, signed_cross_entropy_and_grad
 
 __all__ = [
     "BackendUnavailable",
@@ -20,7 +16,6 @@ __all__ = [
     "masked_cross_entropy",
     "masked_cross_entropy_and_grad",
     "signed_cross_entropy",
-    "signed_cross_entropy_",
     "signed_cross_entropy_and_grad",
     "use_backend",
 ]

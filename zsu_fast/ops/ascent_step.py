@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +24,6 @@ def ascent_step_(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     *,
-    mode: Literal["adam", "sgd", "sign"] = "adam",
-    normalize: bool = False,
-    jitter: Tensor | None = None,
-    seed: Tensor | None = None,
-    found_nan: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """One ascent step on ``objective - beta * ||x||^2``, clamped to valid images, in place.
@@ -41,7 +36,7 @@ def ascent_step_(
         x: float32 [N, ...], changed. Fastest when x, grad and the moments are all contiguous or
             all channels-last; any other layout costs copies.
         grad: float32 [N, ...], gradient of the objective (without the L2 term).
-        moment, variance: float32 [N, ...], Adam's first and second moment, changed by mode adam.
+        moment, variance: float32 [N, ...], Adam's first and second moment, changed.
         step: int32 [N], steps taken by each row, changed.
         active: bool [N].
         low, high: float32, broadcastable to x: the valid range. One number or one per channel
@@ -49,13 +44,6 @@ def ascent_step_(
         lr: float32, scalar or one number a row ([N, 1, ...]); other shapes as for the bounds.
         beta: float32 scalar, weight of the L2 term.
         betas, eps: Adam's (Kingma and Ba, 2015, Algorithm 1).
-        mode: ``adam``; ``sgd``: the gradient itself; ``sign``: its sign.
-        normalize: divide each row's ``grad`` by its L2 norm (a zero row stays zero).
-        jitter: float32 scalar: add ``jitter * U(-1, 1)`` before clamping, Philox keyed by
-            (seed, step of the row, row, element): equal on every backend and device.
-        seed: int64 scalar, needed with jitter.
-        found_nan: bool [N], set (never cleared) for active rows whose gradient or new x is not
-            finite.
         backend: see `backends`.
 
     Raises:
@@ -82,7 +70,7 @@ def ascent_step_(
     with torch.no_grad():
         op(
             x, grad, moment, variance, step, active, *fused_bounds, rate, beta,
-            *betas, eps, mode, normalize, jitter, seed, found_nan,
+            *betas, eps,
         )  # fmt: skip
         for target, source in zip(tensors, dense, strict=True):
             if target is not source and target is not tensors[1]:

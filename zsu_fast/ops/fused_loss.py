@@ -48,17 +48,14 @@ def _hand_out(dlogits: Tensor, coef: Tensor, grad: Tensor) -> Tensor:
 
 
 class FusedLoss(torch.autograd.Function):
-    """``FusedLoss.apply(op, total, logits, ..., coef)`` is the loss, differentiable in logits.
+    """``FusedLoss.apply(op, logits, ..., coef)`` is the loss, differentiable in logits.
 
     The ops of `torch.ops.zsu_fast` differentiate by themselves too; this does the same for every
-    backend, and saves half of the Python time that a registered op spends per call. ``total`` adds
-    the terms up before autograd sees them: one node less on the way back, a tenth of a small call.
+    backend, and saves half of the Python time that a registered op spends per call.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, op: Callable[..., tuple[Tensor, Tensor]], total: bool, *inputs: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, op: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> Tensor:
         ctx.native = isinstance(op, torch._ops.OpOverload)
         if ctx.native:
             with torch._C._AutoDispatchBelowAutograd():  # past the op's own registration
@@ -67,7 +64,7 @@ class FusedLoss(torch.autograd.Function):
             loss, dlogits = op(*inputs)
         ctx.save_for_backward(dlogits, inputs[-1])
         ctx.nothing = (None,) * (len(inputs) - 1)
-        return loss.sum() if total else loss
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -76,24 +73,22 @@ class FusedLoss(torch.autograd.Function):
             _scale_rows_(dlogits, coef, grads[0])  # `_hand_out` in the usual case
         else:
             dlogits = _hand_out(dlogits, coef, grads[0])
-        return (None, None, dlogits, *ctx.nothing)
+        return (None, dlogits, *ctx.nothing)
 
 
 _scale_rows_ = torch.ops.zsu_fast.scale_rows_.default
 
 
-def fused_loss(
-    name: str, inputs: tuple[Tensor, ...], backend: str | None, total: bool = False
-) -> Tensor:
+def fused_loss(name: str, inputs: tuple[Tensor, ...], backend: str | None) -> Tensor:
     """The loss of op ``name`` (arguments in the order of its schema) on a backend."""
     logits = inputs[0]
     op = backends.choose(name, logits.device, backend)
     compiling = torch.compiler.is_compiling()  # then the op's own autograd registration serves
     if logits.requires_grad and torch.is_grad_enabled() and not compiling:
-        loss: Tensor = FusedLoss.apply(op, total, *inputs)
-        return loss
-    loss = op(*inputs)[0]
-    return loss.sum() if total else loss
+        loss: Tensor = FusedLoss.apply(op, *inputs)
+    else:
+        loss = op(*inputs)[0]
+    return loss
 
 
 def loss_and_grad(

@@ -71,17 +71,16 @@ def _bump_versions(name: str) -> None:
 
     def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         for i in written:
-            tensor = args[i] if i < len(args) else kwargs.get(arguments[i].name)
-            if tensor is not None:
-                torch.autograd.graph.increment_version(tensor)
+            torch.autograd.graph.increment_version(
+                args[i] if i < len(args) else kwargs[arguments[i].name]
+            )
         return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
 
     _definitions.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
 
 
 # Not for scale_rows_, which is ours alone: it scales what a backward pass is about to hand out.
-for _name in ("signed_cross_entropy_", "ascent_step_"):
-    _bump_versions(_name)
+_bump_versions("ascent_step_")
 
 
 def cpu_isa() -> str | None:

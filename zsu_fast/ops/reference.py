@@ -16,10 +16,6 @@ def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _by_row(t: Tensor) -> Tensor:
-    return t.flatten(1) if t.ndim > 1 else t[:, None]
-
-
 def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each row times its coefficient, with the gradient, accurate where p -> 1.
 
@@ -69,13 +65,6 @@ def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[
     return losses, dlogits.to(logits.dtype)
 
 
-def signed_cross_entropy_(logits: Tensor, target: Tensor, coef: Tensor) -> Tensor:
-    """`signed_cross_entropy` that leaves dlogits in ``logits``."""
-    losses, dlogits = signed_cross_entropy(logits, target, coef)
-    logits.copy_(dlogits)
-    return losses
-
-
 def scale_rows_(rows: Tensor, coef: Tensor, grad: Tensor) -> None:
     """Multiply each row by the gradient of its term: ``grad[0]`` where coef < 0, else ``grad[-1]``.
 
@@ -118,34 +107,6 @@ def masked_cross_entropy(
     return loss, dlogits.to(logits.dtype)
 
 
-def philox(seed: Tensor, element: Tensor, row: Tensor, step: Tensor) -> Tensor:
-    """First word of Philox-4x32-10 (Salmon et al., 2011) at counter (element, row, step), int64."""
-    mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = element & mask, (element >> 32) & mask, row & mask, step & mask
-    k0, k1 = seed & mask, (seed >> 32) & mask
-
-    def multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-        """High and low word of a 32 x 32 bit product, which may not fit int64 at once."""
-        low, high = a * (b & 0xFFFF), a * (b >> 16)
-        return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & mask
-
-    for _ in range(10):
-        high0, low0 = multiply(0xD2511F53, c0)
-        high1, low1 = multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return c0
-
-
-def _noise(x: Tensor, step: Tensor, seed: Tensor) -> Tensor:
-    """U(-1, 1) for every element, 24 bits of Philox each."""
-    shape = (-1, *[1] * (x.ndim - 1))
-    rows = torch.arange(x.shape[0], device=x.device).view(shape)
-    elements = torch.arange(math.prod(x.shape[1:]), device=x.device).view(1, *x.shape[1:])
-    bits = philox(seed, elements, rows, (step.long() + 1).view(shape)) >> 8
-    return (bits - 2**23).to(x.dtype) * 2.0**-23
-
-
 def ascent_step_(
     x: Tensor,
     grad: Tensor,
@@ -160,50 +121,26 @@ def ascent_step_(
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
-    rule: str = "adam",
-    normalize: bool = False,
-    jitter: Tensor | None = None,
-    seed: Tensor | None = None,
-    found_nan: Tensor | None = None,
 ) -> None:
     """One ascent step on ``objective - beta * ||x||^2``, clamped to valid images, in place.
 
     The arguments are those of the public `zsu_fast.ops.ascent_step_`, except that bounds may be
-    given as [1] or [channels] and lr as [1] or [N], and that ``mode`` is called ``rule``.
+    given as [1] or [channels] and lr as [1] or [N].
     """
-    if rule not in ("adam", "sgd", "sign"):
-        raise RuntimeError(f"mode must be adam, sgd or sign, got {rule}")
     shape = (-1, *[1] * (x.ndim - 1))
     per_channel = (1, -1, *[1] * (x.ndim - 2)) if x.ndim > 1 else (-1,)
     low, high = (b.view(per_channel) if b.ndim == 1 else b for b in (low, high))
     lr = lr.view(shape) if lr.ndim == 1 else lr
     rows = active.view(shape)
-    g = grad
-    if normalize:
-        norm = torch.linalg.vector_norm(_by_row(grad), dim=1)
-        g = g * torch.where(norm == 0, torch.zeros_like(norm), 1 / norm).view(shape)
-    g = g - 2 * beta * x
-    m, v = moment, variance
-    if rule == "adam":
-        m = beta1 * moment + (1 - beta1) * g
-        v = beta2 * variance + (1 - beta2) * g * g
-        t = (step + 1).double().view(shape)
-        # 1 - b**t loses five digits in float32 at t = 1; expm1 keeps them
-        fix1, fix2 = (-torch.expm1(t * math.log(b)) for b in (beta1, beta2))
-        update = (m / fix1.to(x.dtype)) / ((v / fix2.to(x.dtype)).sqrt() + eps)
-    elif rule == "sgd":
-        update = g
-    else:
-        update = g - g + g.sign()  # g - g: NaN where g is not finite
-    moved = x + lr * update
-    if jitter is not None and seed is not None:
-        moved = moved + jitter * _noise(x, step, seed)
-    moved = torch.minimum(torch.maximum(moved, low), high)
-    if found_nan is not None:
-        finite = _by_row(grad.isfinite() & moved.isfinite()).all(1)
-        found_nan.logical_or_(active & ~finite)
+    g = grad - 2 * beta * x
+    m = beta1 * moment + (1 - beta1) * g
+    v = beta2 * variance + (1 - beta2) * g * g
+    t = (step + 1).double().view(shape)
+    # 1 - b**t loses five digits in float32 at t = 1; expm1 keeps them
+    fix1, fix2 = (-torch.expm1(t * math.log(b)) for b in (beta1, beta2))
+    update = (m / fix1.to(x.dtype)) / ((v / fix2.to(x.dtype)).sqrt() + eps)
+    moved = torch.minimum(torch.maximum(x + lr * update, low), high)
     x.copy_(torch.where(rows, moved, x))
-    if rule == "adam":
-        moment.copy_(torch.where(rows, m, moment))
-        variance.copy_(torch.where(rows, v, variance))
+    moment.copy_(torch.where(rows, m, moment))
+    variance.copy_(torch.where(rows, v, variance))
     step.add_(active.to(step.dtype))

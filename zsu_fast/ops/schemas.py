@@ -10,7 +10,6 @@ SCHEMAS: dict[str, str] = {
     "signed_cross_entropy": (
         "(Tensor logits, Tensor target, Tensor coef) -> (Tensor losses, Tensor dlogits)"
     ),
-    "signed_cross_entropy_": ("(Tensor(a!) logits, Tensor target, Tensor coef) -> Tensor losses"),
     "masked_cross_entropy": (
         "(Tensor logits, Tensor teacher, Tensor forget, Tensor coef)"
         " -> (Tensor loss, Tensor dlogits)"
@@ -19,8 +18,6 @@ SCHEMAS: dict[str, str] = {
     "ascent_step_": (
         "(Tensor(a!) x, Tensor grad, Tensor(b!) moment, Tensor(c!) variance, Tensor(d!) step,"
         " Tensor active, Tensor low, Tensor high, Tensor lr, Tensor beta,"
-        ' float beta1=0.9, float beta2=0.999, float eps=1e-08, str rule="adam",'
-        " bool normalize=False, Tensor? jitter=None, Tensor? seed=None,"
-        " Tensor(e!)? found_nan=None) -> ()"
+        " float beta1=0.9, float beta2=0.999, float eps=1e-08) -> ()"
     ),
 }

@@ -104,14 +104,4 @@ def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[
     return _launch(logits, target, coef, dlogits), dlogits
 
 
-@triton_op("zsu_fast::signed_cross_entropy_triton_", mutates_args={"logits"})
-def signed_cross_entropy_(logits: Tensor, target: Tensor, coef: Tensor) -> Tensor:
-    """Losses [2]; ``logits`` become dlogits."""
-    if logits.shape[1] > 1 and logits.stride(1) != 1:
-        raise RuntimeError("in place, the classes of a row must be neighbours")
-    if len(logits) > 1 and logits.stride(0) < logits.shape[1]:
-        raise RuntimeError("in place, rows must not overlap")
-    return _launch(logits, target, coef, logits)
-
-
 signed_cross_entropy.register_autograd(fused_loss.backward, setup_context=fused_loss.setup_context)
