@@ -5,7 +5,7 @@
 `eager` is the step in plain torch, in place, written to be quick: every row active, no NaN flag,
 one step count for all. It and `Inductor`, which compiles it, do less than the op. `Inductor, whole
 op` compiles the package's plain-torch `reference`: an active flag and a step count a row, as the
-impression loop has them. The floor streams the same seven arrays: x, moment and variance are
+impression loop has them. The floor streams the same seven arrays: x, exp_avg and exp_avg_sq are
 read and written, grad is read. All step the same memory again and again, as the loop does.
 """
 
@@ -28,15 +28,15 @@ B1, B2, EPS = 0.9, 0.999, 1e-8
 
 
 def eager_step(
-    x: Tensor, grad: Tensor, moment: Tensor, variance: Tensor, low: Tensor, high: Tensor,
+    x: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor, high: Tensor,
     lr: Tensor, beta: Tensor, unbias1: Tensor, unbias2: Tensor,
 ) -> None:  # fmt: skip
     """Adam on grad - 2 beta x, then clamp; the bias corrections are ready."""
     g = grad - 2 * beta * x
-    moment.mul_(B1).add_(g, alpha=1 - B1)
-    variance.mul_(B2).addcmul_(g, g, value=1 - B2)
-    root = (variance * unbias2).sqrt_().add_(EPS)
-    x.add_((moment * unbias1).div_(root).mul_(lr)).clamp_(low, high)
+    exp_avg.mul_(B1).add_(g, alpha=1 - B1)
+    exp_avg_sq.mul_(B2).addcmul_(g, g, value=1 - B2)
+    root = (exp_avg_sq * unbias2).sqrt_().add_(EPS)
+    x.add_((exp_avg * unbias1).div_(root).mul_(lr)).clamp_(low, high)
 
 
 @pytest.mark.parametrize("shape", CASES, ids=lambda s: "x".join(map(str, s)))
@@ -70,10 +70,10 @@ def test_ascent_step(benchmark: Any, table: Table, shape: tuple[int, ...]) -> No
         ops.ascent_step_(*shared[following()], step, active, low, high, lr, beta, backend=backend)
 
     def floor() -> None:
-        x, grad, moment, variance = shared[following()]
+        x, grad, exp_avg, exp_avg_sq = shared[following()]
         x.add_(grad, alpha=0.0)
-        moment.mul_(1.0)
-        variance.mul_(1.0)
+        exp_avg.mul_(1.0)
+        exp_avg_sq.mul_(1.0)
 
     native = [b for b in ("cpp", "cuda", "triton") if not backends.why_unavailable(b, DEVICE)]
     contenders = [Contender("eager", eager), Contender("Inductor", lambda: eager(inductor))]

@@ -35,12 +35,12 @@ def main(device: str) -> None:
             if layout == torch.channels_last and len(shape) != 4:
                 continue
             tensors = [torch.randn(shape, device=device) for _ in range(4)]
-            x, grad, moment, variance = (t.contiguous(memory_format=layout) for t in tensors)
-            variance.abs_()
+            x, grad, exp_avg, exp_avg_sq = (t.contiguous(memory_format=layout) for t in tensors)
+            exp_avg_sq.abs_()
             rows = shape[0]
             bounds = (1, shape[1], *[1] * (len(shape) - 2))
             ops.ascent_step_(
-                x, grad, moment, variance,
+                x, grad, exp_avg, exp_avg_sq,
                 torch.zeros(rows, dtype=torch.int32, device=device),
                 torch.arange(rows, device=device) != 1,
                 -torch.ones(bounds, device=device), torch.ones(bounds, device=device),

@@ -47,14 +47,14 @@ inline void check_target(const Tensor& target, const Tensor& logits) {
   STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "target must be int64 or int32");
 }
 
-inline void check_signed(const Tensor& logits, const Tensor& target, const Tensor& coef) {
+inline void check_signed_cross_entropy(const Tensor& logits, const Tensor& target, const Tensor& coef) {
   check_logits(logits);
   check_target(target, logits);
   check_per_row(coef, logits, "coef");
   check_float(coef, "coef");
 }
 
-inline void check_scaled(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
+inline void check_scale_rows(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
   check_logits(rows);
   check_per_row(coef, rows, "coef");
   STD_TORCH_CHECK(grad.numel() == 1 || (grad.dim() == 1 && grad.numel() == 2), "grad must hold 1 or 2 numbers");
@@ -63,7 +63,7 @@ inline void check_scaled(const Tensor& rows, const Tensor& coef, const Tensor& g
   check_same_device(rows, grad, "grad");
 }
 
-inline void check_masked(const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
+inline void check_masked_cross_entropy(const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
   check_logits(logits);
   check_per_row(coef, logits, "coef");
   check_float(coef, "coef");
@@ -94,7 +94,7 @@ struct MaskedInputs {
 };
 
 inline MaskedInputs masked_inputs(const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
-  check_masked(logits, teacher, forget, coef);
+  check_masked_cross_entropy(logits, teacher, forget, coef);
   const ScalarType type = logits.scalar_type();
   return {
       with_dense_rows(logits), with_dense_rows(teacher.scalar_type() == type ? teacher : torch::stable::to(teacher, type)),
@@ -104,7 +104,7 @@ inline MaskedInputs masked_inputs(const Tensor& logits, const Tensor& teacher, c
 // Uninitialised, contiguous, on the device of `like`. torch::stable::new_empty looks its op up by name,
 // at every call: a microsecond, a tenth of what a small batch costs.
 template <size_t dims>
-Tensor fresh(const Tensor& like, const int64_t (&sizes)[dims], ScalarType type) {
+Tensor empty_like(const Tensor& like, const int64_t (&sizes)[dims], ScalarType type) {
   int64_t strides[dims];
   int64_t stride = 1;
   for (size_t d = dims; d-- > 0; stride *= sizes[d]) strides[d] = stride;
@@ -118,7 +118,7 @@ Tensor fresh(const Tensor& like, const int64_t (&sizes)[dims], ScalarType type) 
 }
 
 // A row of x is one block of memory, in the order of its own strides (contiguous or channels-last),
-// and grad, moment and variance are laid out alike.
+// and grad, exp_avg and exp_avg_sq are laid out alike.
 struct AscentLayout {
   int64_t rows, row_size;
   int64_t channels; // x.shape[1], 1 if x has none
@@ -140,8 +140,8 @@ inline bool is_dense(const Tensor& t, bool channels_last) {
   return follow(0);
 }
 
-inline AscentLayout check_ascent(
-    const Tensor& x, const Tensor& grad, const Tensor& moment, const Tensor& variance, const Tensor& step,
+inline AscentLayout check_ascent_step(
+    const Tensor& x, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step,
     const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta) {
   STD_TORCH_CHECK(x.dim() >= 1, "x must have a batch dimension");
   AscentLayout layout{x.size(0), 1, x.dim() > 1 ? x.size(1) : 1, low.numel(), false};
@@ -158,8 +158,8 @@ inline AscentLayout check_ascent(
   };
   same(x, "x");
   same(grad, "grad");
-  same(moment, "moment");
-  same(variance, "variance");
+  same(exp_avg, "exp_avg");
+  same(exp_avg_sq, "exp_avg_sq");
   const auto flat = [&](const Tensor& t, ScalarType type, int64_t n, const char* name, const char* what) {
     check_same_device(x, t, name);
     STD_TORCH_CHECK(t.scalar_type() == type && t.numel() == n && t.is_contiguous(), name, " must be ", what);

@@ -52,11 +52,11 @@ ZSU_INLINE F rounded_product(float a, F b) {
 
 // Direction of the step, and the new moments. `ratio(a, b, eps)` is a / (sqrt(b) + eps) for F.
 template <class F, class Ratio>
-ZSU_INLINE F ascent_direction(F x, F grad, F& moment, F& variance, const AscentRow& row, Ratio ratio) {
+ZSU_INLINE F ascent_direction(F x, F grad, F& exp_avg, F& exp_avg_sq, const AscentRow& row, Ratio ratio) {
   const F g = grad - rounded_product(row.two_beta, x);
-  moment = row.beta1 * moment + row.gain1 * g;
-  variance = row.beta2 * variance + row.gain2 * (g * g);
-  return row.unbias * ratio(moment, variance, row.eps);
+  exp_avg = row.beta1 * exp_avg + row.gain1 * g;
+  exp_avg_sq = row.beta2 * exp_avg_sq + row.gain2 * (g * g);
+  return row.unbias * ratio(exp_avg, exp_avg_sq, row.eps);
 }
 
 } // namespace zsu

@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY(zsu_fast, m) {
   m.def("masked_cross_entropy(Tensor logits, Tensor teacher, Tensor forget, Tensor coef) -> (Tensor loss, Tensor dlogits)");
   m.def("scale_rows_(Tensor(a!) rows, Tensor coef, Tensor grad) -> ()");
   m.def(
-      "ascent_step_(Tensor(a!) x, Tensor grad, Tensor(b!) moment, Tensor(c!) variance, Tensor(d!) step, "
+      "ascent_step_(Tensor(a!) x, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, "
       "Tensor active, Tensor low, Tensor high, Tensor lr, Tensor beta, float beta1=0.9, float beta2=0.999, "
       "float eps=1e-08) -> ()");
 }

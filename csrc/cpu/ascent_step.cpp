@@ -6,15 +6,15 @@ namespace zsu {
 namespace {
 
 void ascent_step_(
-    const Tensor& x, const Tensor& grad, const Tensor& moment, const Tensor& variance, const Tensor& step,
+    const Tensor& x, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step,
     const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta,
     double beta1, double beta2, double eps) {
-  const AscentLayout layout = check_ascent(x, grad, moment, variance, step, active, low, high, lr, beta);
-  AscentRows args{};
+  const AscentLayout layout = check_ascent_step(x, grad, exp_avg, exp_avg_sq, step, active, low, high, lr, beta);
+  AscentStepArgs args{};
   args.x = x.mutable_data_ptr<float>();
   args.grad = grad.const_data_ptr<float>();
-  args.moment = moment.mutable_data_ptr<float>();
-  args.variance = variance.mutable_data_ptr<float>();
+  args.exp_avg = exp_avg.mutable_data_ptr<float>();
+  args.exp_avg_sq = exp_avg_sq.mutable_data_ptr<float>();
   args.step = step.const_data_ptr<int32_t>();
   args.active = active.const_data_ptr<bool>();
   args.row_size = layout.row_size;

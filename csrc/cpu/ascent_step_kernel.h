@@ -13,7 +13,7 @@ struct Bounds {
 };
 
 // One step of elements [begin, end) of a row.
-ZSU_INLINE void ascend(float* x, const float* grad, float* moment, float* variance, int64_t begin, int64_t end,
+ZSU_INLINE void ascend(float* x, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t begin, int64_t end,
                        const Bounds& bounds, const AscentRow& row) {
   const auto ratio = [](VF a, VF b, float eps) ZSU_LAMBDA_INLINE { return ratio_to_root(a, b, eps); };
   int64_t tile_at = 0;
@@ -23,17 +23,17 @@ ZSU_INLINE void ascend(float* x, const float* grad, float* moment, float* varian
     const auto read = [&](const float* p) ZSU_LAMBDA_INLINE { return whole ? load(p + i) : load_part<float>(p + i, n, 0.0f); };
     const auto write = [&](float* p, VF v) ZSU_LAMBDA_INLINE { whole ? store(p + i, v) : store_part(p + i, v, n); };
     const VF at = read(x), g = read(grad);
-    VF m = read(moment), v = read(variance);
+    VF m = read(exp_avg), v = read(exp_avg_sq);
     const VF moved = at + row.lr * ascent_direction(at, g, m, v, row, ratio);
     write(x, clamp_seeing_nan(moved, load(bounds.low + tile_at), load(bounds.high + tile_at)));
-    write(moment, m);
-    write(variance, v);
+    write(exp_avg, m);
+    write(exp_avg_sq, v);
     tile_at += 16;
     if (tile_at == bounds.tile) tile_at = 0;
   }
 }
 
-void ascent_row(const AscentRows& a, int64_t index, float* low_tile, float* high_tile, int64_t tile) {
+void ascent_row(const AscentStepArgs& a, int64_t index, float* low_tile, float* high_tile, int64_t tile) {
   const int64_t offset = index * a.row_size;
   const int32_t step = a.step[index] + 1;
   AscentRow row;
@@ -51,21 +51,21 @@ void ascent_row(const AscentRows& a, int64_t index, float* low_tile, float* high
 
   float* x = a.x + offset;
   const float* grad = a.grad + offset;
-  float* moment = a.moment + offset;
-  float* variance = a.variance + offset;
+  float* exp_avg = a.exp_avg + offset;
+  float* exp_avg_sq = a.exp_avg_sq + offset;
   if (a.bounds == 1 || a.channels_last) {
-    ascend(x, grad, moment, variance, 0, a.row_size, {low_tile, high_tile, tile}, row);
+    ascend(x, grad, exp_avg, exp_avg_sq, 0, a.row_size, {low_tile, high_tile, tile}, row);
     return;
   }
   const int64_t plane = a.channels > 0 ? a.row_size / a.channels : 0;
   for (int64_t c = 0; c < a.channels; ++c) {
     store(low_tile, VF{} + a.low[c]);
     store(high_tile, VF{} + a.high[c]);
-    ascend(x, grad, moment, variance, c * plane, (c + 1) * plane, {low_tile, high_tile, 16}, row);
+    ascend(x, grad, exp_avg, exp_avg_sq, c * plane, (c + 1) * plane, {low_tile, high_tile, 16}, row);
   }
 }
 
-void ascent_step_rows(const AscentRows& a, int64_t begin, int64_t end) {
+void ascent_step_kernel(const AscentStepArgs& a, int64_t begin, int64_t end) {
   int64_t tile = 16;
   if (a.channels_last && a.bounds > 1) tile = a.bounds % 16 == 0 ? a.bounds : 16 * a.bounds;
   const Scratch<float> scratch(2 * tile);

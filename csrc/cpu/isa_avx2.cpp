@@ -15,5 +15,5 @@
 #define ZSU_ISA avx2
 #define ZSU_F16C
 #define ZSU_FMA
-#include "all_kernels.h"
+#include "kernel_table.h"
 #endif

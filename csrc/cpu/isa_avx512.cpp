@@ -16,5 +16,5 @@
 #define ZSU_F16C
 #define ZSU_FMA
 #define ZSU_AVX512
-#include "all_kernels.h"
+#include "kernel_table.h"
 #endif

@@ -11,4 +11,4 @@
 #include "kernels.h"
 
 #define ZSU_ISA baseline
-#include "all_kernels.h"
+#include "kernel_table.h"

@@ -12,7 +12,7 @@ namespace zsu {
 
 enum class Storage : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-struct SignedRows {
+struct SignedCrossEntropyArgs {
   const void* logits; // [rows, classes], rows logits_stride apart
   int64_t logits_stride;
   void* dlogits; // rows dlogits_stride apart
@@ -23,7 +23,7 @@ struct SignedRows {
   double* row_loss; // coef * loss; 0 at the start
 };
 
-struct MaskedRows {
+struct MaskedCrossEntropyArgs {
   const void* logits;
   int64_t logits_stride;
   const void* teacher;
@@ -35,7 +35,7 @@ struct MaskedRows {
   double* row_loss;
 };
 
-struct ScaledRows {
+struct ScaleRowsArgs {
   void* rows; // contiguous within a row
   int64_t stride;
   int64_t classes;
@@ -43,11 +43,11 @@ struct ScaledRows {
   double factor[2]; // for negative and for other coefficients
 };
 
-struct AscentRows {
+struct AscentStepArgs {
   float* x;
   const float* grad;
-  float* moment;
-  float* variance;
+  float* exp_avg;
+  float* exp_avg_sq;
   const int32_t* step; // steps taken before this one
   const bool* active;
   int64_t row_size;  // elements of an impression
@@ -64,10 +64,10 @@ struct AscentRows {
 
 struct Kernels {
   const char* name;
-  void (*signed_cross_entropy[4])(const SignedRows&, int64_t begin, int64_t end);
-  void (*masked_cross_entropy[4])(const MaskedRows&, int64_t begin, int64_t end);
-  void (*scale_rows[4])(const ScaledRows&, int64_t begin, int64_t end);
-  void (*ascent_step)(const AscentRows&, int64_t begin, int64_t end);
+  void (*signed_cross_entropy[4])(const SignedCrossEntropyArgs&, int64_t begin, int64_t end);
+  void (*masked_cross_entropy[4])(const MaskedCrossEntropyArgs&, int64_t begin, int64_t end);
+  void (*scale_rows[4])(const ScaleRowsArgs&, int64_t begin, int64_t end);
+  void (*ascent_step)(const AscentStepArgs&, int64_t begin, int64_t end);
 };
 
 namespace baseline { const Kernels& kernels(); }

@@ -12,9 +12,9 @@ std::tuple<Tensor, Tensor> masked_cross_entropy(
   const auto [x, z, mask, coefs] = masked_inputs(logits, teacher, forget, coef);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const ScalarType accumulator = accumulator_of(logits);
-  const Tensor dlogits = fresh(logits, {rows, classes}, logits.scalar_type());
+  const Tensor dlogits = empty_like(logits, {rows, classes}, logits.scalar_type());
   std::vector<double> row_loss(static_cast<size_t>(rows));
-  const MaskedRows args{
+  const MaskedCrossEntropyArgs args{
       x.const_data_ptr(), rows ? x.stride(0) : 0, z.const_data_ptr(), rows ? z.stride(0) : 0, mask.const_data_ptr<bool>(),
       dlogits.mutable_data_ptr(), classes, coefs.const_data_ptr(), row_loss.data()};
   const auto kernel = kernels().masked_cross_entropy[static_cast<int>(storage_of(logits))];

@@ -16,18 +16,18 @@ void check_used_targets(const int64_t* target, const void* coef, bool is_double,
 }
 
 std::tuple<Tensor, Tensor> signed_cross_entropy(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check_signed(logits, target, coef);
+  check_signed_cross_entropy(logits, target, coef);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const ScalarType accumulator = accumulator_of(logits);
   const Tensor x = with_dense_rows(logits);
-  const Tensor dlogits = fresh(logits, {rows, classes}, logits.scalar_type());
+  const Tensor dlogits = empty_like(logits, {rows, classes}, logits.scalar_type());
   const Tensor targets = contiguous_as(target, ScalarType::Long);
   const Tensor coefs = contiguous_as(coef, accumulator);
   const auto* coef_data = coefs.const_data_ptr();
   check_used_targets(targets.const_data_ptr<int64_t>(), coef_data, accumulator == ScalarType::Double, rows, classes);
 
   std::vector<double> row_loss(static_cast<size_t>(rows));
-  const SignedRows args{
+  const SignedCrossEntropyArgs args{
       x.const_data_ptr(), rows ? x.stride(0) : 0, dlogits.mutable_data_ptr(), rows ? dlogits.stride(0) : 0,
       classes, targets.const_data_ptr<int64_t>(), coef_data, row_loss.data()};
   const auto kernel = kernels().signed_cross_entropy[static_cast<int>(storage_of(logits))];
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> signed_cross_entropy(const Tensor& logits, const Tens
                                                           : static_cast<const float*>(coef_data)[i] < 0;
     sums[forget ? 0 : 1] += row_loss[static_cast<size_t>(i)];
   }
-  const Tensor losses = fresh(logits, {2}, accumulator);
+  const Tensor losses = empty_like(logits, {2}, accumulator);
   for (int k = 0; k < 2; ++k) {
     if (accumulator == ScalarType::Double) losses.mutable_data_ptr<double>()[k] = sums[k];
     else losses.mutable_data_ptr<float>()[k] = static_cast<float>(sums[k]);
@@ -47,24 +47,9 @@ std::tuple<Tensor, Tensor> signed_cross_entropy(const Tensor& logits, const Tens
   return {losses, dlogits};
 }
 
-void scale_rows_(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
-  check_scaled(rows, coef, grad);
-  const auto number = [&](int64_t i) {
-    const int64_t at = grad.dim() ? i * grad.stride(0) : 0;
-    return grad.scalar_type() == ScalarType::Double ? grad.const_data_ptr<double>()[at] : grad.const_data_ptr<float>()[at];
-  };
-  const double forget = number(0), retain = number(grad.numel() - 1);
-  if (forget == 1 && retain == 1) return; // the usual case: no pass over memory
-  const Tensor coefs = contiguous_as(coef, accumulator_of(rows));
-  const ScaledRows args{rows.mutable_data_ptr(), rows.size(0) ? rows.stride(0) : 0, rows.size(1), coefs.const_data_ptr(), {forget, retain}};
-  const auto kernel = kernels().scale_rows[static_cast<int>(storage_of(rows))];
-  torch::stable::parallel_for(0, rows.size(0), grain(rows.size(1)), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-}
-
 } // namespace
 } // namespace zsu
 
 STABLE_TORCH_LIBRARY_IMPL(zsu_fast, CPU, m) {
   m.impl("signed_cross_entropy", TORCH_BOX(&zsu::signed_cross_entropy));
-  m.impl("scale_rows_", TORCH_BOX(&zsu::scale_rows_));
 }

@@ -16,30 +16,30 @@ struct RowSums {
 template <class A, class T, class Exp>
 ZSU_INLINE A exponentials(
     const T* logits, const T* next_logits, const T* next_dlogits, A* e, int64_t classes, A& top, Exp exp) {
-  using V = typename Lanes<A>::V;
-  constexpr int64_t width = Lanes<A>::width;
-  const int64_t whole = classes / width * width;
+  using V = typename Vec<A>::V;
+  constexpr int64_t width = Vec<A>::width;
+  const int64_t vectorised = classes / width * width;
   const V lowest = V{} - std::numeric_limits<A>::infinity();
   V tops = lowest, sums{};
-  for (int64_t at = 0; at < whole;) { // short sums, then a sum of those: 32,000 terms in one lose a digit
-    const int64_t stop = at + 64 * width < whole ? at + 64 * width : whole;
+  for (int64_t at = 0; at < vectorised;) { // short sums, then a sum of those: 32,000 terms in one lose a digit
+    const int64_t stop = at + 64 * width < vectorised ? at + 64 * width : vectorised;
     V sum{};
     for (; at < stop; at += width) {
       __builtin_prefetch(next_logits + at);
       __builtin_prefetch(next_dlogits + at, 1);
       const V x = load(logits + at);
-      tops = larger(x, tops);
+      tops = vmax(x, tops);
       const V v = exp(x);
       store(e + at, v);
       sum += v;
     }
     sums += sum;
   }
-  if (whole < classes) {
-    const V x = load_part<A>(logits + whole, classes - whole, lowest[0]);
-    tops = larger(x, tops);
+  if (vectorised < classes) {
+    const V x = load_part<A>(logits + vectorised, classes - vectorised, lowest[0]);
+    tops = vmax(x, tops);
     const V v = exp(x);
-    store(e + whole, v);
+    store(e + vectorised, v);
     sums += v;
   }
   top = max_lanes(tops);
@@ -49,8 +49,8 @@ ZSU_INLINE A exponentials(
 // Sum of e but for e[target]. `e` is padded with zeros to whole vectors.
 template <class A>
 ZSU_INLINE A sum_of_others(const A* e, int64_t classes, int64_t target) {
-  using V = typename Lanes<A>::V;
-  constexpr int64_t width = Lanes<A>::width;
+  using V = typename Vec<A>::V;
+  constexpr int64_t width = Vec<A>::width;
   const int64_t target_block = target / width * width;
   V sums = V{};
   for (int64_t at = 0; at < classes;) {
@@ -64,13 +64,13 @@ ZSU_INLINE A sum_of_others(const A* e, int64_t classes, int64_t target) {
 
 template <class A, class T>
 ZSU_INLINE A largest(const T* row, int64_t classes) {
-  using V = typename Lanes<A>::V;
-  constexpr int64_t width = Lanes<A>::width;
+  using V = typename Vec<A>::V;
+  constexpr int64_t width = Vec<A>::width;
   constexpr A infinity = std::numeric_limits<A>::infinity();
   V tops = V{} - infinity;
   int64_t i = 0;
-  for (; i + width <= classes; i += width) tops = larger(load(row + i), tops);
-  if (i < classes) tops = larger(load_part<A>(row + i, classes - i, -infinity), tops);
+  for (; i + width <= classes; i += width) tops = vmax(load(row + i), tops);
+  if (i < classes) tops = vmax(load_part<A>(row + i, classes - i, -infinity), tops);
   return max_lanes(tops);
 }
 
@@ -79,8 +79,8 @@ ZSU_INLINE A largest(const T* row, int64_t classes) {
 template <class A, class T>
 ZSU_INLINE RowSums<A> signed_row(const T* logits, T* dlogits, const T* next_logits, const T* next_dlogits, A* e,
                                  int64_t classes, int64_t target, A coef, bool& guess) {
-  constexpr int64_t width = Lanes<A>::width;
-  const A target_logit = widen(logits[target]);
+  constexpr int64_t width = Vec<A>::width;
+  const A target_logit = to_float(logits[target]);
   // exp(x - top) needs the largest logit first, and the part of x - top that rounding drops. exp(x)
   // needs neither, and where it is far from overflow it serves as well: softmax does not change, and
   // `scale` puts the sums right.
@@ -94,7 +94,7 @@ ZSU_INLINE RowSums<A> signed_row(const T* logits, T* dlogits, const T* next_logi
       sum = exponentials(logits, next_logits, next_dlogits, e, classes, top,
                          [](auto x) ZSU_LAMBDA_INLINE { return exponential(x, Nothing{}); });
       done = guess = small(top);
-      if (done) scale = 1 / exponential(typename Lanes<A>::V{} + top, Nothing{})[0];
+      if (done) scale = 1 / exponential(typename Vec<A>::V{} + top, Nothing{})[0];
     }
   }
   if (!done) {
@@ -111,14 +111,14 @@ ZSU_INLINE RowSums<A> signed_row(const T* logits, T* dlogits, const T* next_logi
   int64_t i = 0;
   for (; i + width <= classes; i += width) store(dlogits + i, load(e + i) * factor);
   if (i < classes) store_part(dlogits + i, load(e + i) * factor, classes - i);
-  narrow(-factor * rest, dlogits[target]);
+  from_float(-factor * rest, dlogits[target]);
   return {target_logit - top, rest * scale, denominator * scale};
 }
 
 template <class A, class T>
-void signed_cross_entropy_rows(const SignedRows& a, int64_t begin, int64_t end) {
-  using V = typename Lanes<A>::V;
-  constexpr int64_t width = Lanes<A>::width, chunk = 64;
+void signed_cross_entropy_kernel(const SignedCrossEntropyArgs& a, int64_t begin, int64_t end) {
+  using V = typename Vec<A>::V;
+  constexpr int64_t width = Vec<A>::width, chunk = 64;
   const Scratch<A> scratch((a.classes + width - 1) / width * width);
   A shifted[chunk], rest[chunk], denominator[chunk], loss[chunk];
   const A* coef = static_cast<const A*>(a.coef);
@@ -135,7 +135,7 @@ void signed_cross_entropy_rows(const SignedRows& a, int64_t begin, int64_t end) 
           sums = signed_row<A>(logits, dlogits, logits + a.logits_stride, dlogits + a.dlogits_stride, scratch.data,
                                a.classes, a.target[row], coef[row], guess);
         else
-          for (int64_t i = 0; i < a.classes; ++i) narrow(A(0), dlogits[i]);
+          for (int64_t i = 0; i < a.classes; ++i) from_float(A(0), dlogits[i]);
       }
       shifted[k] = sums.shifted;
       rest[k] = sums.rest;

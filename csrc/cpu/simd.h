@@ -11,20 +11,20 @@ namespace zsu::ZSU_ISA {
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
-template <class A> struct Lanes;
-template <> struct Lanes<float> {
+template <class A> struct Vec;
+template <> struct Vec<float> {
   static constexpr int64_t width = 16;
   typedef float V __attribute__((vector_size(64)));
   typedef int32_t I __attribute__((vector_size(64)));
 };
-template <> struct Lanes<double> {
+template <> struct Vec<double> {
   static constexpr int64_t width = 8;
   typedef double V __attribute__((vector_size(64)));
   typedef int64_t I __attribute__((vector_size(64)));
 };
-using VF = Lanes<float>::V;
-using VD = Lanes<double>::V;
-using VI = Lanes<float>::I;
+using VF = Vec<float>::V;
+using VD = Vec<double>::V;
+using VI = Vec<float>::I;
 typedef uint16_t VH __attribute__((vector_size(32)));
 
 template <class To, class From>
@@ -36,22 +36,22 @@ ZSU_INLINE To bit_cast(const From& from) {
 }
 
 // ---- one number of any storage type --------------------------------------------------------------
-ZSU_INLINE float widen(float v) { return v; }
-ZSU_INLINE double widen(double v) { return v; }
-ZSU_INLINE float widen(BFloat16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
-ZSU_INLINE float widen(Float16 v) {
+ZSU_INLINE float to_float(float v) { return v; }
+ZSU_INLINE double to_float(double v) { return v; }
+ZSU_INLINE float to_float(BFloat16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
+ZSU_INLINE float to_float(Float16 v) {
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
   const uint32_t rest = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
   if ((v.bits & 0x7c00u) == 0x7c00u) return bit_cast<float>(sign | rest | 0x7f800000u);
   return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(rest) * 0x1p112f)); // denormals too
 }
-ZSU_INLINE void narrow(float v, float& to) { to = v; }
-ZSU_INLINE void narrow(double v, double& to) { to = v; }
-ZSU_INLINE void narrow(float v, BFloat16& to) {
+ZSU_INLINE void from_float(float v, float& to) { to = v; }
+ZSU_INLINE void from_float(double v, double& to) { to = v; }
+ZSU_INLINE void from_float(float v, BFloat16& to) {
   const uint32_t b = bit_cast<uint32_t>(v);
   to.bits = static_cast<uint16_t>(v != v ? 0x7fc0u : (b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
 }
-ZSU_INLINE void narrow(float v, Float16& to) {
+ZSU_INLINE void from_float(float v, Float16& to) {
   const uint32_t b = bit_cast<uint32_t>(v), sign = (b >> 16) & 0x8000u, magnitude = b & 0x7fffffffu;
   uint32_t r;
   if (magnitude > 0x7f800000u) r = 0x7e00u;
@@ -65,11 +65,11 @@ ZSU_INLINE void narrow(float v, Float16& to) {
 // ---- a vector of any storage type ----------------------------------------------------------------
 ZSU_INLINE VF load(const float* p) { VF v; __builtin_memcpy(&v, p, sizeof v); return v; }
 ZSU_INLINE VD load(const double* p) { VD v; __builtin_memcpy(&v, p, sizeof v); return v; }
-ZSU_INLINE VF widen_bfloat16(VH h) { return bit_cast<VF>(__builtin_convertvector(h, VI) << 16); }
+ZSU_INLINE VF bfloat16_to_float(VH h) { return bit_cast<VF>(__builtin_convertvector(h, VI) << 16); }
 ZSU_INLINE VF load(const BFloat16* p) {
   VH h;
   __builtin_memcpy(&h, p, sizeof h);
-  return widen_bfloat16(h);
+  return bfloat16_to_float(h);
 }
 ZSU_INLINE VF load(const Float16* p) {
   VF v;
@@ -81,20 +81,20 @@ ZSU_INLINE VF load(const Float16* p) {
     __builtin_memcpy(reinterpret_cast<char*>(&v) + 32 * i, &half, sizeof half);
   }
 #else
-  for (int i = 0; i < 16; ++i) v[i] = widen(p[i]);
+  for (int i = 0; i < 16; ++i) v[i] = to_float(p[i]);
 #endif
   return v;
 }
 ZSU_INLINE void store(float* p, VF v) { __builtin_memcpy(p, &v, sizeof v); }
 ZSU_INLINE void store(double* p, VD v) { __builtin_memcpy(p, &v, sizeof v); }
-ZSU_INLINE VH narrow_bfloat16(VF v) {
+ZSU_INLINE VH float_to_bfloat16(VF v) {
   typedef uint32_t U __attribute__((vector_size(64)));
   const U b = bit_cast<U>(v);
   const U rounded = b + 0x7fffu + ((b >> 16) & 1u);
   return __builtin_convertvector((v == v ? rounded : b | 0x400000u) >> 16, VH); // a NaN stays one
 }
 ZSU_INLINE void store(BFloat16* p, VF v) {
-  const VH h = narrow_bfloat16(v);
+  const VH h = float_to_bfloat16(v);
   __builtin_memcpy(p, &h, sizeof h);
 }
 ZSU_INLINE void store(Float16* p, VF v) {
@@ -107,13 +107,13 @@ ZSU_INLINE void store(Float16* p, VF v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i, _mm256_cvtps_ph(half, 0));
   }
 #else
-  for (int i = 0; i < 16; ++i) narrow(v[i], p[i]);
+  for (int i = 0; i < 16; ++i) from_float(v[i], p[i]);
 #endif
 }
 
 // ---- the first n lanes, n < width: the end of a row ----------------------------------------------
 template <class A, class T>
-ZSU_INLINE typename Lanes<A>::V load_part(const T* p, int64_t n, A fill) {
+ZSU_INLINE typename Vec<A>::V load_part(const T* p, int64_t n, A fill) {
 #if defined(ZSU_AVX512) // the other lanes' memory is not touched
   const auto first = static_cast<uint16_t>((1u << n) - 1u);
   if constexpr (__is_same(T, float)) {
@@ -123,13 +123,13 @@ ZSU_INLINE typename Lanes<A>::V load_part(const T* p, int64_t n, A fill) {
   } else {
     const __m256i half = _mm256_maskz_loadu_epi16(first, p);
     VF v;
-    if constexpr (__is_same(T, BFloat16)) v = widen_bfloat16(bit_cast<VH>(half));
+    if constexpr (__is_same(T, BFloat16)) v = bfloat16_to_float(bit_cast<VH>(half));
     else v = bit_cast<VF>(_mm512_cvtph_ps(half));
     return bit_cast<VF>(_mm512_mask_mov_ps(_mm512_set1_ps(fill), first, bit_cast<__m512>(v)));
   }
 #else
-  typename Lanes<A>::V v = fill - typename Lanes<A>::V{};
-  for (int64_t i = 0; i < n; ++i) v[i] = widen(p[i]);
+  typename Vec<A>::V v = fill - typename Vec<A>::V{};
+  for (int64_t i = 0; i < n; ++i) v[i] = to_float(p[i]);
   return v;
 #endif
 }
@@ -139,22 +139,22 @@ ZSU_INLINE void store_part(T* p, V v, int64_t n) {
   const auto first = static_cast<uint16_t>((1u << n) - 1u);
   if constexpr (__is_same(T, float)) _mm512_mask_storeu_ps(p, first, bit_cast<__m512>(v));
   else if constexpr (__is_same(T, double)) _mm512_mask_storeu_pd(p, static_cast<uint8_t>(first), bit_cast<__m512d>(v));
-  else if constexpr (__is_same(T, BFloat16)) _mm256_mask_storeu_epi16(p, first, bit_cast<__m256i>(narrow_bfloat16(v)));
+  else if constexpr (__is_same(T, BFloat16)) _mm256_mask_storeu_epi16(p, first, bit_cast<__m256i>(float_to_bfloat16(v)));
   else _mm256_mask_storeu_epi16(p, first, _mm512_cvtps_ph(bit_cast<__m512>(v), 0));
 #else
-  for (int64_t i = 0; i < n; ++i) narrow(v[i], p[i]);
+  for (int64_t i = 0; i < n; ++i) from_float(v[i], p[i]);
 #endif
 }
 
 // All lanes but lane `at`, which becomes 0.
 ZSU_INLINE VI lane_index(VF) { return VI{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
-ZSU_INLINE Lanes<double>::I lane_index(VD) { return Lanes<double>::I{0, 1, 2, 3, 4, 5, 6, 7}; }
+ZSU_INLINE Vec<double>::I lane_index(VD) { return Vec<double>::I{0, 1, 2, 3, 4, 5, 6, 7}; }
 template <class V>
 ZSU_INLINE V without_lane(V v, int at) { return lane_index(v) == at ? V{} : v; }
 
 // ---- over lanes ----------------------------------------------------------------------------------
 template <class V>
-ZSU_INLINE V larger(V a, V b) { return a > b ? a : b; } // b where a is NaN
+ZSU_INLINE V vmax(V a, V b) { return a > b ? a : b; } // b where a is NaN
 
 // Lane i meets lane i ^ by. The indices are literals, or they would be rebuilt for every row.
 template <int by>
@@ -165,7 +165,7 @@ ZSU_INLINE VF swap_lanes(VF v) {
 template <int by>
 ZSU_INLINE VD swap_lanes(VD v) {
   return __builtin_shuffle(
-      v, Lanes<double>::I{0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by});
+      v, Vec<double>::I{0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by});
 }
 template <int by, class V, class F>
 ZSU_INLINE auto fold_lanes(V v, F f) {
@@ -179,7 +179,7 @@ ZSU_INLINE auto sum_lanes(V v) {
 }
 template <class V>
 ZSU_INLINE auto max_lanes(V v) {
-  return fold_lanes<sizeof v / sizeof v[0] / 2>(v, [](V a, V b) ZSU_LAMBDA_INLINE { return larger(a, b); });
+  return fold_lanes<sizeof v / sizeof v[0] / 2>(v, [](V a, V b) ZSU_LAMBDA_INLINE { return vmax(a, b); });
 }
 
 // ---- functions -----------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ ZSU_INLINE VD exponential(VD x, Low) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  const VD power = bit_cast<VD>(bit_cast<Lanes<double>::I>(shifted) << 52);
+  const VD power = bit_cast<VD>(bit_cast<Vec<double>::I>(shifted) << 52);
   return x < -708.0 ? VD{} : p * power;
 }
 

@@ -18,14 +18,14 @@ template <class T> struct Accumulator { using type = float; };
 template <> struct Accumulator<double> { using type = double; };
 template <class T> using accumulator = typename Accumulator<T>::type;
 
-__device__ inline float widen(float v) { return v; }
-__device__ inline double widen(double v) { return v; }
-__device__ inline float widen(__half v) { return __half2float(v); }
-__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ inline void narrow(float v, float& to) { to = v; }
-__device__ inline void narrow(double v, double& to) { to = v; }
-__device__ inline void narrow(float v, __half& to) { to = __float2half_rn(v); }
-__device__ inline void narrow(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
+__device__ inline float to_float(float v) { return v; }
+__device__ inline double to_float(double v) { return v; }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline void from_float(float v, float& to) { to = v; }
+__device__ inline void from_float(double v, double& to) { to = v; }
+__device__ inline void from_float(float v, __half& to) { to = __float2half_rn(v); }
+__device__ inline void from_float(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
 
 // 16 bytes of T, moved by one 128-bit instruction.
 template <class T>
@@ -50,19 +50,19 @@ __device__ bool is_aligned(const T* p) {
   return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
 }
 
-// Visit a row of n elements by `span` threads: whole(i) for 16-byte blocks that start at an aligned
-// address of `row`, single(i) for the elements before the first and after the last of them. So rows
+// Visit a row of n elements by `threads_per_row` threads: pack(i) for 16-byte blocks that start at an aligned
+// address of `row`, scalar(i) for the elements before the first and after the last of them. So rows
 // that start anywhere (C = 1001) still move by 128 bits.
-template <int span, class T, class Whole, class Single>
-__device__ void visit_row(const T* row, int64_t n, int thread, Whole whole, Single single) {
+template <int threads_per_row, class T, class PackFunction, class ScalarFunction>
+__device__ void for_each_pack(const T* row, int64_t n, int thread, PackFunction pack, ScalarFunction scalar) {
   constexpr int size = Pack<T>::size;
   const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) / sizeof(T)) & (size - 1);
   const int64_t head = min(n, (size - misaligned) & (size - 1));
   const int64_t packs = (n - head) / size;
   const int64_t tail = head + packs * size;
-  if (thread < head) single(static_cast<int64_t>(thread));
-  for (int64_t p = thread; p < packs; p += span) whole(head + p * size);
-  if (thread < n - tail) single(tail + thread);
+  if (thread < head) scalar(static_cast<int64_t>(thread));
+  for (int64_t p = thread; p < packs; p += threads_per_row) pack(head + p * size);
+  if (thread < n - tail) scalar(tail + thread);
 }
 
 // Block of 16 bytes at any address: one load where it is aligned.
@@ -75,33 +75,33 @@ __device__ Pack<T> load_anywhere(const T* p) {
   return pack;
 }
 
-// A row of logits in registers: a thread holds `slots` blocks of 16 bytes, `span` blocks apart, so all
+// A row of logits in registers: a thread holds `packs_per_thread` blocks of 16 bytes, `threads_per_row` blocks apart, so all
 // its loads are under way at once and each logit is read once. Blocks start at aligned addresses of
 // the row as it is read; outside it, values are -inf.
-template <int span, int slots, class T>
-struct HeldRow {
+template <int threads_per_row, int packs_per_thread, class T>
+struct RegisterRow {
   static constexpr int size = Pack<T>::size;
-  static constexpr int capacity = span * slots * size;
-  Pack<T> held[slots];
+  static constexpr int capacity = threads_per_row * packs_per_thread * size;
+  Pack<T> packs[packs_per_thread];
   int first; // element index of the first value held, below 0 in a row that starts off an aligned block
 
-  __device__ HeldRow(const T* row, int classes, int thread, int misaligned) : first(thread * size - misaligned) {
+  __device__ RegisterRow(const T* row, int classes, int thread, int misaligned) : first(thread * size - misaligned) {
 #pragma unroll
-    for (int s = 0; s < slots; ++s) {
+    for (int s = 0; s < packs_per_thread; ++s) {
       const int i = index(s);
       if (i >= 0 && i + size <= classes) {
-        held[s] = load_anywhere(row + i);
+        packs[s] = load_anywhere(row + i);
       } else {
 #pragma unroll
         for (int k = 0; k < size; ++k) {
-          narrow(accumulator<T>(-INFINITY), held[s].v[k]);
-          if (i + k >= 0 && i + k < classes) held[s].v[k] = row[i + k];
+          from_float(accumulator<T>(-INFINITY), packs[s].v[k]);
+          if (i + k >= 0 && i + k < classes) packs[s].v[k] = row[i + k];
         }
       }
     }
   }
-  __device__ int index(int s) const { return first + s * span * size; }
-  __device__ accumulator<T> at(int s, int k) const { return widen(held[s].v[k]); }
+  __device__ int index(int s) const { return first + s * threads_per_row * size; }
+  __device__ accumulator<T> at(int s, int k) const { return to_float(packs[s].v[k]); }
 };
 
 // As many elements as a row may start behind an aligned address.
@@ -120,38 +120,38 @@ __device__ void store_within(T* row, int i, int classes, const Pack<T>& pack) {
 }
 
 // Whether a row counts nothing; then its gradient and loss are 0, whatever its logits are.
-template <int span, class T>
-__device__ bool left_out(accumulator<T> coef, T* dx, accumulator<T>& row_loss, int64_t classes, int thread) {
+template <int threads_per_row, class T>
+__device__ bool zero_if_unused(accumulator<T> coef, T* dx, accumulator<T>& row_loss, int64_t classes, int thread) {
   if (coef != 0) return false;
 #pragma unroll 1
-  for (int64_t i = thread; i < classes; i += span) narrow(accumulator<T>(0), dx[i]);
+  for (int64_t i = thread; i < classes; i += threads_per_row) from_float(accumulator<T>(0), dx[i]);
   if (thread == 0) row_loss = 0;
   return true;
 }
 
-// Lanes of this thread's row in its warp, as a mask.
-template <int span>
+// Vec of this thread's row in its warp, as a mask.
+template <int threads_per_row>
 __device__ unsigned row_lanes() {
-  if constexpr (span >= 32) return 0xffffffffu;
-  else return ((1u << span) - 1) << (threadIdx.x % 32 / span * span);
+  if constexpr (threads_per_row >= 32) return 0xffffffffu;
+  else return ((1u << threads_per_row) - 1) << (threadIdx.x % 32 / threads_per_row * threads_per_row);
 }
 
-// All `span` threads of a row get the same result, from one order of operations. Where they are more
+// All `threads_per_row` threads of a row get the same result, from one order of operations. Where they are more
 // than a warp, the row has a block of its own.
-template <int span, class V, class F>
+template <int threads_per_row, class V, class F>
 __device__ V reduce_row(V v, F combine) {
 #pragma unroll
-  for (int by = (span < 32 ? span : 32) / 2; by > 0; by /= 2) v = combine(v, v.shuffled(by, row_lanes<span>()));
-  if constexpr (span > 32) {
-    __shared__ V of_warp[span / 32];
+  for (int by = (threads_per_row < 32 ? threads_per_row : 32) / 2; by > 0; by /= 2) v = combine(v, v.shfl_xor(by, row_lanes<threads_per_row>()));
+  if constexpr (threads_per_row > 32) {
+    __shared__ V of_warp[threads_per_row / 32];
     __syncthreads(); // an earlier reduction may still be read
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
     __syncthreads();
     v = of_warp[0];
 #pragma unroll
-    for (int w = 1; w < span / 32; ++w) v = combine(v, of_warp[w]);
+    for (int w = 1; w < threads_per_row / 32; ++w) v = combine(v, of_warp[w]);
   } else {
-    __syncwarp(row_lanes<span>()); // as __syncthreads above: what the row's threads have read, they may now overwrite
+    __syncwarp(row_lanes<threads_per_row>()); // as __syncthreads above: what the row's threads have read, they may now overwrite
   }
   return v;
 }
@@ -159,14 +159,14 @@ __device__ V reduce_row(V v, F combine) {
 template <class A>
 struct Largest {
   A value;
-  __device__ Largest shuffled(int by, unsigned lanes) const { return {__shfl_xor_sync(lanes, value, by)}; }
+  __device__ Largest shfl_xor(int by, unsigned lanes) const { return {__shfl_xor_sync(lanes, value, by)}; }
   __device__ static Largest of(Largest a, Largest b) { return {a.value > b.value ? a.value : b.value}; }
 };
 
 template <class A>
 struct Sum {
   A value;
-  __device__ Sum shuffled(int by, unsigned lanes) const { return {__shfl_xor_sync(lanes, value, by)}; }
+  __device__ Sum shfl_xor(int by, unsigned lanes) const { return {__shfl_xor_sync(lanes, value, by)}; }
   __device__ friend Sum operator+(Sum a, Sum b) { return {a.value + b.value}; }
 };
 
@@ -190,10 +190,10 @@ template <class A>
 struct Softmax {
   A top, sum;
   __device__ static Softmax none() { return {-INFINITY, 0}; }
-  __device__ Softmax shuffled(int by, unsigned lanes) const {
+  __device__ Softmax shfl_xor(int by, unsigned lanes) const {
     return {__shfl_xor_sync(lanes, top, by), __shfl_xor_sync(lanes, sum, by)};
   }
-  __device__ void raise(A to) { // -inf - -inf would be NaN
+  __device__ void rescale(A to) { // -inf - -inf would be NaN
     if (to > top) {
       sum *= top == -INFINITY ? A(0) : exp_of_difference(top, to);
       top = to;
@@ -201,8 +201,8 @@ struct Softmax {
   }
   __device__ static Softmax merge(Softmax a, Softmax b) {
     const A top = a.top > b.top ? a.top : b.top;
-    a.raise(top);
-    b.raise(top);
+    a.rescale(top);
+    b.rescale(top);
     return {top, a.sum + b.sum};
   }
   // A term whose logit is already covered by top. NaN stays; -inf adds nothing.
@@ -245,26 +245,26 @@ __global__ void __launch_bounds__(1024) sum_rows(const A* row_loss, const A* coe
   }
 }
 
-// How rows that fit in registers are dealt out: `rows` of them a block, `span` threads each, which hold
+// How rows that fit in registers are dealt out: `rows` of them a block, `threads_per_row` threads each, which hold
 // `values` classes each (half as many of double).
-template <int threads_a_row, int rows_per_block, int values>
-struct Tier {
-  static_assert(threads_a_row <= 32 || rows_per_block == 1, "see reduce_row");
-  static constexpr int span = threads_a_row, threads = span * rows_per_block;
-  static constexpr int64_t rows = rows_per_block;
+template <int row_threads, int block_rows, int thread_values>
+struct RowConfig {
+  static_assert(row_threads <= 32 || block_rows == 1, "see reduce_row");
+  static constexpr int threads_per_row = row_threads, threads_per_block = row_threads * block_rows;
+  static constexpr int64_t rows_per_block = block_rows;
   template <class T>
-  static constexpr int slots = (sizeof(T) == 8 ? values / 2 : values) / Pack<T>::size;
+  static constexpr int packs_per_thread = (sizeof(T) == 8 ? thread_values / 2 : thread_values) / Pack<T>::size;
   template <class T>
-  using Row = HeldRow<span, slots<T>, T>;
+  using Row = RegisterRow<threads_per_row, packs_per_thread<T>, T>;
 };
-using TinyRows = Tier<4, 64, 8>;   // up to 32 classes
-using ShortRows = Tier<32, 8, 8>;  // up to 256
-using WideRows = Tier<64, 1, 16>;  // up to 1024; other shapes: benchmarks/results/cuda_row_tiers.md
-using LongRows = Tier<512, 1, 16>; // up to 8192
+using TinyRows = RowConfig<4, 64, 8>;   // up to 32 classes
+using ShortRows = RowConfig<32, 8, 8>;  // up to 256
+using WideRows = RowConfig<64, 1, 16>;  // up to 1024; other shapes: benchmarks/results/cuda_row_tiers.md
+using LongRows = RowConfig<512, 1, 16>; // up to 8192
 
-// Calls launch(tier) with the first tier that all rows fit in, wherever they start, or otherwise().
+// Calls launch(config) with the first config that all rows fit in, wherever they start, or otherwise().
 template <class T, class Launch, class Otherwise>
-void by_tier(const T* first_row, int64_t row_stride, int64_t classes, Launch launch, Otherwise otherwise) {
+void by_row_config(const T* first_row, int64_t row_stride, int64_t classes, Launch launch, Otherwise otherwise) {
   const bool aligned = (reinterpret_cast<uintptr_t>(first_row) & 15) == 0 && row_stride % Pack<T>::size == 0;
   const int64_t room = classes + (aligned ? 0 : Pack<T>::size - 1);
   if (room > LongRows::Row<T>::capacity) return otherwise();
@@ -278,6 +278,6 @@ void by_tier(const T* first_row, int64_t row_stride, int64_t classes, Launch lau
   }
 }
 
-constexpr int streaming_span = 256; // threads of a row that does not fit
+constexpr int streaming_threads = 256; // threads of a row that does not fit
 
 } // namespace zsu::cuda

@@ -21,8 +21,8 @@ class State:
 
     x: Tensor
     grad: Tensor
-    moment: Tensor
-    variance: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
     step: Tensor
     active: Tensor
     low: Tensor
@@ -54,8 +54,8 @@ def make(shape: tuple[int, ...], device: str = "cpu") -> State:
     state = State(
         x=torch.randn(shape),
         grad=torch.randn(shape) * 10 ** torch.randn(shape),
-        moment=0.1 * torch.randn(shape),
-        variance=torch.rand(shape),
+        exp_avg=0.1 * torch.randn(shape),
+        exp_avg_sq=torch.rand(shape),
         step=torch.arange(n, dtype=torch.int32) % 7,
         active=active,
         low=-2 - torch.rand(channels),
@@ -79,7 +79,7 @@ def truth(state: State) -> State:
 
 
 def check(after: State, expected: State, atol: float = 2e-6) -> None:
-    for name in ("x", "moment", "variance"):
+    for name in ("x", "exp_avg", "exp_avg_sq"):
         got = getattr(after, name).cpu().double()
         torch.testing.assert_close(got, getattr(expected, name), rtol=2e-6, atol=atol, msg=name)
     assert torch.equal(after.step.cpu(), expected.step)
@@ -119,7 +119,7 @@ def test_first_step_from_zero(runner: Runner) -> None:
     state = make((4, 3, 8, 8), runner.device)
     zeros = torch.zeros_like(state.x)
     state = replace(
-        state, moment=zeros.clone(), variance=zeros.clone(), step=torch.zeros_like(state.step)
+        state, exp_avg=zeros.clone(), exp_avg_sq=zeros.clone(), step=torch.zeros_like(state.step)
     )
     check(run(runner, state), truth(state), atol=3e-7)
 
@@ -144,7 +144,7 @@ def test_inactive_rows_keep_every_bit(runner: Runner) -> None:
     state.x[1] = 100.0  # outside the bounds: not even clamped
     after = run(runner, state)
     still = ~state.active
-    for name in ("x", "moment", "variance", "step"):
+    for name in ("x", "exp_avg", "exp_avg_sq", "step"):
         assert torch.equal(getattr(after, name)[still], getattr(state, name)[still])
     assert not torch.equal(after.x[~still], state.x[~still])
     nobody = run(runner, replace(state, active=torch.zeros_like(state.active)))
@@ -168,12 +168,12 @@ def test_channels_last_is_the_same_step(runner: Runner) -> None:
         state = make(shape, runner.device)
         expected = run(runner, state)
         dense = state.clone()
-        for name in ("x", "grad", "moment", "variance"):
+        for name in ("x", "grad", "exp_avg", "exp_avg_sq"):
             setattr(dense, name, getattr(dense, name).contiguous(memory_format=CHANNELS_LAST))
         address = dense.x.data_ptr()
         ops.ascent_step_(*dense.tensors(), backend=runner.backend)
         assert dense.x.data_ptr() == address
-        for name in ("x", "moment", "variance", "step"):
+        for name in ("x", "exp_avg", "exp_avg_sq", "step"):
             torch.testing.assert_close(
                 getattr(dense, name), getattr(expected, name), rtol=1e-6, atol=1e-6
             )
@@ -194,14 +194,14 @@ def test_any_layout(runner: Runner) -> None:
         for changed in (
             ("x",),
             ("grad",),
-            ("moment", "variance"),
-            ("x", "grad", "moment", "variance"),
+            ("exp_avg", "exp_avg_sq"),
+            ("x", "grad", "exp_avg", "exp_avg_sq"),
         ):
             other = state.clone()
             for field in changed:
                 setattr(other, field, layout(getattr(other, field)))
             ops.ascent_step_(*other.tensors(), backend=runner.backend)
-            for field in ("x", "moment", "variance", "step"):
+            for field in ("x", "exp_avg", "exp_avg_sq", "step"):
                 torch.testing.assert_close(
                     getattr(other, field), getattr(expected, field), rtol=1e-6, atol=1e-6, msg=name
                 )
@@ -212,7 +212,7 @@ def test_any_layout(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("runner", runners(compiled=False))
-def test_scalar_bounds_and_one_lr_a_row(runner: Runner) -> None:
+def test_scalar_bounds_and_one_lr_per_row(runner: Runner) -> None:
     state = make((5, 3, 6, 7), runner.device)
     state = replace(
         state,
@@ -311,7 +311,7 @@ def test_arguments_are_checked() -> None:
     good = make((3, 3, 4, 4))
     for bad in (
         replace(good, grad=good.grad[:2]),
-        replace(good, moment=good.moment.double()),
+        replace(good, exp_avg=good.exp_avg.double()),
         replace(good, step=good.step.long()),
         replace(good, active=good.active.int()),
         replace(good, beta=torch.ones(2)),

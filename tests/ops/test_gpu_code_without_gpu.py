@@ -118,10 +118,10 @@ def test_triton_cross_entropies(arch: int, classes: int, dtype: str, size: int) 
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("per_channel", [False, True], ids=["plain", "all options"])
+@pytest.mark.parametrize("per_channel", [False, True], ids=["one bound", "per channel"])
 def test_triton_ascent_step(arch: int, per_channel: bool) -> None:
     pointers = dict.fromkeys(
-        ["x_ptr", "grad_ptr", "moment_ptr", "variance_ptr", "low_ptr", "high_ptr", "lr_ptr",
+        ["x_ptr", "grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "low_ptr", "high_ptr", "lr_ptr",
          "beta_ptr"], "*fp32",
     )  # fmt: skip
     types = {
@@ -163,12 +163,12 @@ def test_triton_small_kernels(arch: int) -> None:
 
 
 # ---- CUDA C++: what nvcc put into the library ----------------------------------------------------
-TIERS = [(4, 64, 8), (32, 8, 8), (64, 1, 16), (512, 1, 16)]  # csrc/cuda/common.cuh
+ROW_CONFIGS = [(4, 64, 8), (32, 8, 8), (64, 1, 16), (512, 1, 16)]  # csrc/cuda/common.cuh
 TYPES = ("f", "d", "6__half", "13__nv_bfloat16")
 KERNELS = [
-    *(f"held_{op}_cross_entropy_kernelINS0_4TierILi{span}ELi{rows}ELi{values}EEE{t}"
-      for op in ("signed", "masked") for span, rows, values in TIERS for t in TYPES
-      if t != "d" or span == 64),
+    *(f"register_{op}_cross_entropy_kernelINS0_9RowConfigILi{threads}ELi{rows}ELi{values}EEE{t}"
+      for op in ("signed", "masked") for threads, rows, values in ROW_CONFIGS for t in TYPES
+      if t != "d" or threads == 64),
     *(f"27{op}_cross_entropy_kernelILi256E{t}" for op in ("signed", "masked") for t in TYPES),
     *(f"scale_rows_kernelI{t}" for t in TYPES),
     "ascent_step_kernel",
@@ -228,11 +228,11 @@ def test_cuda_sources_have_no_32_bit_element_offsets() -> None:
     root = Path(__file__).parents[2] / "csrc" / "cuda"
     if not root.exists():
         pytest.skip("no sources next to the tests")
-    allowed = {"by", "k", "w", "thread", "span", "threads", "size", "rows_per_block", "chosen",
-               "THREADS", "mode", "operator", "short_span", "long_span", "shuffled"}  # fmt: skip
-    # of HeldRow: within one row that fits in registers
-    allowed |= {"i", "s", "slots", "first", "index", "count", "classes", "capacity", "misaligned",
-                "row_lanes", "lanes", "streaming_span", "threads_a_row", "values"}  # fmt: skip
+    allowed = {"by", "k", "w", "thread", "threads_per_row", "threads", "size"}
+    # of RegisterRow: within one row that fits in registers
+    allowed |= {"i", "s", "packs_per_thread", "first", "index", "count", "classes", "capacity",
+                "misaligned", "row_lanes", "lanes", "streaming_threads"}  # fmt: skip
+    allowed |= {"row_threads", "block_rows", "thread_values"}  # of RowConfig
     for source in [*root.glob("*.cu"), *root.glob("*.cuh")]:
         code = re.sub(r"//.*", "", source.read_text())
         declared = set(re.findall(r"\b(?:int|unsigned|uint32_t)\s+(\w+)", code))

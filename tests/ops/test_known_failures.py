@@ -35,7 +35,7 @@ def step_state(device: str = "cpu", shape: tuple[int, ...] = (4, 3, 8, 8)) -> di
     x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
     n = shape[0]
     state = {
-        "x": x, "grad": grad, "moment": torch.zeros(shape), "variance": torch.zeros(shape),
+        "x": x, "grad": grad, "exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape),
         "step": torch.zeros(n, dtype=torch.int32), "active": torch.ones(n, dtype=torch.bool),
         "low": torch.tensor(-2.0), "high": torch.tensor(2.0), "lr": torch.tensor(0.1),
         "beta": torch.tensor(0.01),
@@ -170,7 +170,7 @@ def test_07_row_offsets_do_not_wrap_on_the_gpu(backend: str) -> None:
 
 def test_08_no_32_bit_sizes_in_the_step() -> None:
     """apex#1654, DeepSpeed#7640: a fused Adam beyond INT_MAX elements crashed or did nothing."""
-    for source in ("checks.h", "cpu/kernels.h", "cpu/ascent_step.cpp", "cuda/ascent_step_cuda.cu"):
+    for source in ("checks.h", "cpu/kernels.h", "cpu/ascent_step.cpp", "cuda/ascent_step.cu"):
         path = ROOT / "csrc" / source
         if not path.exists():
             pytest.skip("no sources next to the tests")
@@ -188,7 +188,7 @@ def test_08_a_step_beyond_int_max_elements(backend: str) -> None:
         pytest.skip("needs 40 GiB of GPU memory")
     size = 2**20 + 16
     state = step_state("cuda", (1, 1))
-    big = {k: torch.zeros(2049, size, device="cuda") for k in ("x", "moment", "variance")}
+    big = {k: torch.zeros(2049, size, device="cuda") for k in ("x", "exp_avg", "exp_avg_sq")}
     grad = torch.ones(2049, size, device="cuda")
     state.update(
         **big, grad=grad, step=torch.zeros(2049, dtype=torch.int32, device="cuda"),
@@ -356,7 +356,7 @@ def test_15_replays_follow_new_rates_and_count_steps(backend: str) -> None:
         graph.replay()
         ops.ascent_step_(**eager, backend=backend)
     assert (captured["step"] == 50).all()
-    for name in ("x", "moment", "variance"):
+    for name in ("x", "exp_avg", "exp_avg_sq"):
         assert torch.equal(captured[name], eager[name])
 
 
@@ -368,7 +368,7 @@ def test_16_layouts_do_not_change_the_result(device: str) -> None:
     got = ops.signed_cross_entropy_and_grad(logits.t().contiguous().t(), target, coef)
     assert torch.equal(got[1], expected[1])
     plain, last = step_state(device), step_state(device)
-    for name in ("x", "moment", "variance"):
+    for name in ("x", "exp_avg", "exp_avg_sq"):
         last[name] = last[name].contiguous(memory_format=torch.channels_last)
     ops.ascent_step_(**plain)
     ops.ascent_step_(**last)

@@ -13,8 +13,8 @@ from . import backends
 def ascent_step_(
     x: Tensor,
     grad: Tensor,
-    moment: Tensor,
-    variance: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     step: Tensor,
     active: Tensor,
     low: Tensor,
@@ -28,7 +28,7 @@ def ascent_step_(
 ) -> None:
     """One ascent step on ``objective - beta * ||x||^2``, clamped to valid images, in place.
 
-    Rows that are not active keep every bit of x, moment, variance and step. A NaN stays visible:
+    Rows that are not active keep every bit of x, exp_avg, exp_avg_sq and step. A NaN stays visible:
     clamping does not turn it into a bound. Whatever changes from step to step is a tensor on the
     device, so a captured step can be replayed with new values.
 
@@ -36,7 +36,7 @@ def ascent_step_(
         x: float32 [N, ...], changed. Fastest when x, grad and the moments are all contiguous or
             all channels-last; any other layout costs copies.
         grad: float32 [N, ...], gradient of the objective (without the L2 term).
-        moment, variance: float32 [N, ...], Adam's first and second moment, changed.
+        exp_avg, exp_avg_sq: float32 [N, ...], Adam's first and second moments, changed.
         step: int32 [N], steps taken by each row, changed.
         active: bool [N].
         low, high: float32, broadcastable to x: the valid range. One number or one per channel
@@ -65,11 +65,11 @@ def ascent_step_(
         op = backends.choose("ascent_step_", x.device, backend)
         count = max(bounds[0].numel(), bounds[1].numel())
         fused_bounds = bounds[0].expand(count).contiguous(), bounds[1].expand(count).contiguous()
-    tensors = (x, grad, moment, variance)
-    dense = x, grad, moment, variance = _alike(tensors)
+    tensors = (x, grad, exp_avg, exp_avg_sq)
+    dense = x, grad, exp_avg, exp_avg_sq = _alike(tensors)
     with torch.no_grad():
         op(
-            x, grad, moment, variance, step, active, *fused_bounds, rate, beta,
+            x, grad, exp_avg, exp_avg_sq, step, active, *fused_bounds, rate, beta,
             *betas, eps,
         )  # fmt: skip
         for target, source in zip(tensors, dense, strict=True):
@@ -110,13 +110,13 @@ def _alike(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _(
     x: Tensor,
     grad: Tensor,
-    moment: Tensor,
-    variance: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     step: Tensor,
     active: Tensor,
     *_: Any,
     **__: Any,
 ) -> None:
     torch._check(grad.shape == x.shape, lambda: "grad must have the shape of x")
-    torch._check(moment.shape == x.shape and variance.shape == x.shape)
+    torch._check(exp_avg.shape == x.shape and exp_avg_sq.shape == x.shape)
     torch._check(step.shape[0] == x.shape[0] and active.shape[0] == x.shape[0])

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
 
 from . import backends
+from .scale_rows import scale_rows_
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -43,7 +44,7 @@ def _hand_out(dlogits: Tensor, coef: Tensor, grad: Tensor) -> Tensor:
         return scaled
     if graph_is_kept():  # another backward pass may come, and the caller owns what we return
         dlogits = dlogits.clone()
-    backends.choose("scale_rows_", dlogits.device)(dlogits, coef, grad)
+    scale_rows_(dlogits, coef, grad)
     return dlogits
 
 

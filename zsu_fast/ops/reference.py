@@ -110,8 +110,8 @@ def masked_cross_entropy(
 def ascent_step_(
     x: Tensor,
     grad: Tensor,
-    moment: Tensor,
-    variance: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     step: Tensor,
     active: Tensor,
     low: Tensor,
@@ -133,14 +133,14 @@ def ascent_step_(
     lr = lr.view(shape) if lr.ndim == 1 else lr
     rows = active.view(shape)
     g = grad - 2 * beta * x
-    m = beta1 * moment + (1 - beta1) * g
-    v = beta2 * variance + (1 - beta2) * g * g
+    m = beta1 * exp_avg + (1 - beta1) * g
+    v = beta2 * exp_avg_sq + (1 - beta2) * g * g
     t = (step + 1).double().view(shape)
     # 1 - b**t loses five digits in float32 at t = 1; expm1 keeps them
     fix1, fix2 = (-torch.expm1(t * math.log(b)) for b in (beta1, beta2))
     update = (m / fix1.to(x.dtype)) / ((v / fix2.to(x.dtype)).sqrt() + eps)
     moved = torch.minimum(torch.maximum(x + lr * update, low), high)
     x.copy_(torch.where(rows, moved, x))
-    moment.copy_(torch.where(rows, m, moment))
-    variance.copy_(torch.where(rows, v, variance))
+    exp_avg.copy_(torch.where(rows, m, exp_avg))
+    exp_avg_sq.copy_(torch.where(rows, v, exp_avg_sq))
     step.add_(active.to(step.dtype))

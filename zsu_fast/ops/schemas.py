@@ -16,7 +16,7 @@ SCHEMAS: dict[str, str] = {
     ),
     "scale_rows_": "(Tensor(a!) rows, Tensor coef, Tensor grad) -> ()",
     "ascent_step_": (
-        "(Tensor(a!) x, Tensor grad, Tensor(b!) moment, Tensor(c!) variance, Tensor(d!) step,"
+        "(Tensor(a!) x, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step,"
         " Tensor active, Tensor low, Tensor high, Tensor lr, Tensor beta,"
         " float beta1=0.9, float beta2=0.999, float eps=1e-08) -> ()"
     ),

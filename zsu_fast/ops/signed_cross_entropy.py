@@ -55,11 +55,6 @@ def _(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty(2, dtype=wide), logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("zsu_fast::scale_rows_")
-def _(rows: Tensor, coef: Tensor, grad: Tensor) -> None:  # noqa: ARG001
-    torch._check(rows.ndim == 2, lambda: "rows must be [batch, classes]")
-
-
 torch.library.register_autograd(
     "zsu_fast::signed_cross_entropy",
     fused_loss.backward,

@@ -28,7 +28,7 @@ def one_minus_exp(y):
 
 @triton.jit
 def ascent_step_kernel(
-    x_ptr, grad_ptr, moment_ptr, variance_ptr, step_ptr, active_ptr, low_ptr, high_ptr, lr_ptr,
+    x_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, step_ptr, active_ptr, low_ptr, high_ptr, lr_ptr,
     beta_ptr,
     row_size, lr_stride, channels, plane, beta1, beta2, gain1, gain2, log_beta1, log_beta2, eps,
     BOUNDS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
@@ -44,10 +44,10 @@ def ascent_step_kernel(
         g = tl.load(grad_ptr + offset, mask=ok, other=0.0)
         g = g - 2 * tl.load(beta_ptr) * x
         t = (tl.load(step_ptr + row) + 1).to(tl.float32)
-        m = beta1 * tl.load(moment_ptr + offset, mask=ok, other=0.0) + gain1 * g
-        v = beta2 * tl.load(variance_ptr + offset, mask=ok, other=0.0) + gain2 * (g * g)
-        tl.store(moment_ptr + offset, m, mask=ok)
-        tl.store(variance_ptr + offset, v, mask=ok)
+        m = beta1 * tl.load(exp_avg_ptr + offset, mask=ok, other=0.0) + gain1 * g
+        v = beta2 * tl.load(exp_avg_sq_ptr + offset, mask=ok, other=0.0) + gain2 * (g * g)
+        tl.store(exp_avg_ptr + offset, m, mask=ok)
+        tl.store(exp_avg_sq_ptr + offset, v, mask=ok)
         mean = m / one_minus_exp(t * log_beta1)
         root = tl.sqrt_rn(v / one_minus_exp(t * log_beta2))
         direction = tl.div_rn(mean, root + eps)
@@ -65,12 +65,12 @@ def ascent_step_kernel(
         tl.store(x_ptr + offset, moved, mask=ok)
 
 
-@triton_op("zsu_fast::ascent_step_triton_", mutates_args={"x", "moment", "variance", "step"})
+@triton_op("zsu_fast::ascent_step_triton_", mutates_args={"x", "exp_avg", "exp_avg_sq", "step"})
 def ascent_step_(
     x: Tensor,
     grad: Tensor,
-    moment: Tensor,
-    variance: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     step: Tensor,
     active: Tensor,
     low: Tensor,
@@ -82,18 +82,18 @@ def ascent_step_(
     eps: float,
 ) -> None:
     """As `reference.ascent_step_`; x, grad and the moments are laid out alike and float32."""
-    if any(t.shape != x.shape for t in (grad, moment, variance)):
-        raise RuntimeError("grad, moment and variance must have the shape of x")
-    if any(t.dtype != torch.float32 for t in (x, grad, moment, variance)):
-        raise RuntimeError("x, grad, moment and variance must be float32")
+    if any(t.shape != x.shape for t in (grad, exp_avg, exp_avg_sq)):
+        raise RuntimeError("grad, exp_avg and exp_avg_sq must have the shape of x")
+    if any(t.dtype != torch.float32 for t in (x, grad, exp_avg, exp_avg_sq)):
+        raise RuntimeError("x, grad, exp_avg and exp_avg_sq must be float32")
     rows, size = len(x), x[0].numel() if len(x) else 0
     if size == 0:
         return
-    align = min(alignment(t, size) for t in (x, grad, moment, variance))
+    align = min(alignment(t, size) for t in (x, grad, exp_avg, exp_avg_sq))
     channels = x.shape[1] if x.ndim > 1 else 1
     block = 1024
     wrap_triton(ascent_step_kernel)[(triton.cdiv(size, block), rows)](
-        x, grad, moment, variance, step, active.view(torch.uint8), low, high, lr, beta,
+        x, grad, exp_avg, exp_avg_sq, step, active.view(torch.uint8), low, high, lr, beta,
         size // align, int(lr.numel() > 1), channels, size // channels,
         beta1, beta2, 1 - beta1, 1 - beta2, math.log(beta1), math.log(beta2), eps,
         BOUNDS=low.numel(), CHANNELS_LAST=not x.is_contiguous(), ALIGN=align, BLOCK=block,

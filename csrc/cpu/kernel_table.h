@@ -20,6 +20,7 @@ struct Scratch {
 
 #include "ascent_step_kernel.h"
 #include "masked_cross_entropy_kernel.h"
+#include "scale_rows_kernel.h"
 #include "signed_cross_entropy_kernel.h"
 
 namespace zsu::ZSU_ISA {
@@ -27,13 +28,13 @@ namespace zsu::ZSU_ISA {
 const Kernels& kernels() {
   static constexpr Kernels table{
       ZSU_STRING_OF(ZSU_ISA),
-      {signed_cross_entropy_rows<float, float>, signed_cross_entropy_rows<double, double>,
-       signed_cross_entropy_rows<float, BFloat16>, signed_cross_entropy_rows<float, Float16>},
-      {masked_cross_entropy_rows<float, float>, masked_cross_entropy_rows<double, double>,
-       masked_cross_entropy_rows<float, BFloat16>, masked_cross_entropy_rows<float, Float16>},
-      {scale_rows_rows<float, float>, scale_rows_rows<double, double>,
-       scale_rows_rows<float, BFloat16>, scale_rows_rows<float, Float16>},
-      ascent_step_rows,
+      {signed_cross_entropy_kernel<float, float>, signed_cross_entropy_kernel<double, double>,
+       signed_cross_entropy_kernel<float, BFloat16>, signed_cross_entropy_kernel<float, Float16>},
+      {masked_cross_entropy_kernel<float, float>, masked_cross_entropy_kernel<double, double>,
+       masked_cross_entropy_kernel<float, BFloat16>, masked_cross_entropy_kernel<float, Float16>},
+      {scale_rows_kernel<float, float>, scale_rows_kernel<double, double>,
+       scale_rows_kernel<float, BFloat16>, scale_rows_kernel<float, Float16>},
+      ascent_step_kernel,
   };
   return table;
 }

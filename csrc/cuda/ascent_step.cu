@@ -14,8 +14,8 @@ struct Ratio {
 struct Args {
   float* x;
   const float* grad;
-  float* moment;
-  float* variance;
+  float* exp_avg;
+  float* exp_avg_sq;
   const int32_t* step;
   const bool* active;
   const float *low, *high, *lr, *beta;
@@ -53,16 +53,16 @@ __global__ void __launch_bounds__(threads) ascent_step_kernel(Args a, int64_t bl
   if (whole) {
     x = load_pack(a.x + first);
     g = load_pack(a.grad + first);
-    m = load_pack(a.moment + first);
-    v = load_pack(a.variance + first);
+    m = load_pack(a.exp_avg + first);
+    v = load_pack(a.exp_avg_sq + first);
   } else {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (first + k >= last) continue;
       x.v[k] = a.x[first + k];
       g.v[k] = a.grad[first + k];
-      m.v[k] = a.moment[first + k];
-      v.v[k] = a.variance[first + k];
+      m.v[k] = a.exp_avg[first + k];
+      v.v[k] = a.exp_avg_sq[first + k];
     }
   }
   int64_t channel = 0, next_plane = 0; // one division a thread: they cost as much as the step
@@ -87,15 +87,15 @@ __global__ void __launch_bounds__(threads) ascent_step_kernel(Args a, int64_t bl
   }
   if (whole) {
     store_pack(a.x + first, x);
-    store_pack(a.moment + first, m);
-    store_pack(a.variance + first, v);
+    store_pack(a.exp_avg + first, m);
+    store_pack(a.exp_avg_sq + first, v);
   } else {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (first + k >= last) continue;
       a.x[first + k] = x.v[k];
-      a.moment[first + k] = m.v[k];
-      a.variance[first + k] = v.v[k];
+      a.exp_avg[first + k] = m.v[k];
+      a.exp_avg_sq[first + k] = v.v[k];
     }
   }
 }
@@ -107,18 +107,18 @@ __global__ void count_step_kernel(int32_t* step, const bool* active, int64_t row
 }
 
 void ascent_step_(
-    const Tensor& x, const Tensor& grad, const Tensor& moment, const Tensor& variance, const Tensor& step,
+    const Tensor& x, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step,
     const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta,
     double beta1, double beta2, double eps) {
-  const AscentLayout layout = check_ascent(x, grad, moment, variance, step, active, low, high, lr, beta);
+  const AscentLayout layout = check_ascent_step(x, grad, exp_avg, exp_avg_sq, step, active, low, high, lr, beta);
   if (x.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
   Args a{};
   a.x = x.mutable_data_ptr<float>();
   a.grad = grad.const_data_ptr<float>();
-  a.moment = moment.mutable_data_ptr<float>();
-  a.variance = variance.mutable_data_ptr<float>();
+  a.exp_avg = exp_avg.mutable_data_ptr<float>();
+  a.exp_avg_sq = exp_avg_sq.mutable_data_ptr<float>();
   a.step = step.const_data_ptr<int32_t>();
   a.active = active.const_data_ptr<bool>();
   a.low = low.const_data_ptr<float>();
@@ -133,7 +133,7 @@ void ascent_step_(
   a.per_channel = layout.bounds > 1;
   a.channels_last = layout.channels_last;
   const auto aligned = [](const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; };
-  a.packed = aligned(a.x) && aligned(a.grad) && aligned(a.moment) && aligned(a.variance);
+  a.packed = aligned(a.x) && aligned(a.grad) && aligned(a.exp_avg) && aligned(a.exp_avg_sq);
   a.beta1 = static_cast<float>(beta1);
   a.beta2 = static_cast<float>(beta2);
   a.gain1 = static_cast<float>(1 - beta1);

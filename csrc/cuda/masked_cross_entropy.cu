@@ -10,7 +10,7 @@ namespace {
 template <class A>
 struct Pair {
   Softmax<A> student, teacher;
-  __device__ Pair shuffled(int by, unsigned lanes) const { return {student.shuffled(by, lanes), teacher.shuffled(by, lanes)}; }
+  __device__ Pair shfl_xor(int by, unsigned lanes) const { return {student.shfl_xor(by, lanes), teacher.shfl_xor(by, lanes)}; }
   __device__ static Pair merge(Pair a, Pair b) {
     return {Softmax<A>::merge(a.student, b.student), Softmax<A>::merge(a.teacher, b.teacher)};
   }
@@ -24,7 +24,7 @@ __device__ inline double reciprocal(double, double log_sum) { return exp(-log_su
 template <class A>
 struct LargestPair {
   Largest<A> student, teacher;
-  __device__ LargestPair shuffled(int by, unsigned lanes) const { return {student.shuffled(by, lanes), teacher.shuffled(by, lanes)}; }
+  __device__ LargestPair shfl_xor(int by, unsigned lanes) const { return {student.shfl_xor(by, lanes), teacher.shfl_xor(by, lanes)}; }
   __device__ static LargestPair of(LargestPair a, LargestPair b) {
     return {Largest<A>::of(a.student, b.student), Largest<A>::of(a.teacher, b.teacher)};
   }
@@ -33,75 +33,75 @@ struct LargestPair {
 template <class A>
 struct SumPair {
   Sum<A> student, teacher;
-  __device__ SumPair shuffled(int by, unsigned lanes) const { return {student.shuffled(by, lanes), teacher.shuffled(by, lanes)}; }
+  __device__ SumPair shfl_xor(int by, unsigned lanes) const { return {student.shfl_xor(by, lanes), teacher.shfl_xor(by, lanes)}; }
   __device__ static SumPair of(SumPair a, SumPair b) { return {a.student + b.student, a.teacher + b.teacher}; }
 };
 
 // Rows of student and teacher that fit in registers: each number is read once, each exponential taken
 // once. The teacher's masked softmax is never stored: its maximum and sum are enough.
-template <class tier, class T>
-__global__ void __launch_bounds__(tier::threads)
-held_masked_cross_entropy_kernel(
+template <class config, class T>
+__global__ void __launch_bounds__(config::threads_per_block)
+register_masked_cross_entropy_kernel(
     const T* logits, int64_t logits_stride, const T* teacher, int64_t teacher_stride, const bool* forget, T* dlogits,
     const accumulator<T>* coefs, accumulator<T>* row_loss, int64_t rows, int64_t classes) {
   using A = accumulator<T>;
-  constexpr int span = tier::span, slots = tier::template slots<T>, size = Pack<T>::size;
-  const int thread = threadIdx.x % span, count = static_cast<int>(classes);
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * tier::rows + threadIdx.x / span;
+  constexpr int threads_per_row = config::threads_per_row, packs_per_thread = config::template packs_per_thread<T>, size = Pack<T>::size;
+  const int thread = threadIdx.x % threads_per_row, count = static_cast<int>(classes);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * config::rows_per_block + threadIdx.x / threads_per_row;
   if (row >= rows) return; // all threads of a row leave
   const T* x = logits + row * logits_stride;
   const T* z = teacher + row * teacher_stride;
   T* dx = dlogits + row * classes;
   const A coef = coefs[row];
-  if (left_out<span>(coef, dx, row_loss[row], classes, thread)) return;
-  const typename tier::template Row<T> student(x, count, thread, misaligned(x));
-  typename tier::template Row<T> masked(z, count, thread, misaligned(x)); // the same elements, wherever the teacher's row starts
+  if (zero_if_unused<threads_per_row>(coef, dx, row_loss[row], classes, thread)) return;
+  const typename config::template Row<T> student(x, count, thread, misaligned(x));
+  typename config::template Row<T> masked(z, count, thread, misaligned(x)); // the same elements, wherever the teacher's row starts
   LargestPair<A> largest{{-INFINITY}, {-INFINITY}};
 #pragma unroll
-  for (int s = 0; s < slots; ++s)
+  for (int s = 0; s < packs_per_thread; ++s)
 #pragma unroll
     for (int k = 0; k < size; ++k) {
       const int i = student.index(s) + k;
-      if (i >= 0 && i < count && forget[i]) narrow(A(-INFINITY), masked.held[s].v[k]);
+      if (i >= 0 && i < count && forget[i]) from_float(A(-INFINITY), masked.packs[s].v[k]);
       largest = LargestPair<A>::of({{student.at(s, k)}, {masked.at(s, k)}}, largest);
     }
-  largest = reduce_row<span>(largest, LargestPair<A>::of);
+  largest = reduce_row<threads_per_row>(largest, LargestPair<A>::of);
   const A top_x = largest.student.value, top_z = largest.teacher.value;
 
-  A ex[slots][size], ez[slots][size];
+  A ex[packs_per_thread][size], ez[packs_per_thread][size];
   SumPair<A> sums{{0}, {0}};
 #pragma unroll
-  for (int s = 0; s < slots; ++s)
+  for (int s = 0; s < packs_per_thread; ++s)
 #pragma unroll
     for (int k = 0; k < size; ++k) {
       ex[s][k] = exp_of_logits<T>(student.at(s, k), top_x);
       ez[s][k] = exp_of_logits<T>(masked.at(s, k), top_z);
       sums = SumPair<A>::of(sums, {{ex[s][k]}, {ez[s][k]}});
     }
-  sums = reduce_row<span>(sums, SumPair<A>::of);
+  sums = reduce_row<threads_per_row>(sums, SumPair<A>::of);
   const A sum_x = sums.student.value, sum_z = sums.teacher.value;
   const A log_x = log(sum_x), log_z = log(sum_z), log_ratio = log_x - log_z;
   const A scale_x = coef * reciprocal(sum_x, log_x), scale_z = coef * reciprocal(sum_z, log_z);
 
   Sum<A> loss{0};
 #pragma unroll
-  for (int s = 0; s < slots; ++s) {
+  for (int s = 0; s < packs_per_thread; ++s) {
     Pack<T> out;
 #pragma unroll
     for (int k = 0; k < size; ++k) {
       const A q = ez[s][k];
       if (q != 0) loss.value += q * ((masked.at(s, k) - top_z) - (student.at(s, k) - top_x) + log_ratio);
-      narrow(ex[s][k] * scale_x - q * scale_z, out.v[k]);
+      from_float(ex[s][k] * scale_x - q * scale_z, out.v[k]);
     }
     store_within(dx, student.index(s), count, out);
   }
-  loss = reduce_row<span>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
+  loss = reduce_row<threads_per_row>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
   if (thread == 0) row_loss[row] = loss.value * scale_z;
 }
 
 // Longer rows: read twice, the second time from cache.
-template <int span, class T>
-__global__ void __launch_bounds__(span)
+template <int threads_per_row, class T>
+__global__ void __launch_bounds__(threads_per_row)
 masked_cross_entropy_kernel(
     const T* logits, int64_t logits_stride, const T* teacher, int64_t teacher_stride, const bool* forget, T* dlogits,
     const accumulator<T>* coefs, accumulator<T>* row_loss, int64_t, int64_t classes) {
@@ -113,26 +113,26 @@ masked_cross_entropy_kernel(
   const T* z = teacher + row * teacher_stride;
   T* dx = dlogits + row * classes;
   const A coef = coefs[row];
-  if (left_out<span>(coef, dx, row_loss[row], classes, thread)) return;
+  if (zero_if_unused<threads_per_row>(coef, dx, row_loss[row], classes, thread)) return;
 
   Pair<A> sums{Softmax<A>::none(), Softmax<A>::none()};
   const auto one = [&](A student, A of_teacher, int64_t i) {
-    sums.student.raise(student);
+    sums.student.rescale(student);
     sums.student.add(student);
     if (!forget[i]) {
-      sums.teacher.raise(of_teacher);
+      sums.teacher.rescale(of_teacher);
       sums.teacher.add(of_teacher);
     }
   };
-  visit_row<span>(
+  for_each_pack<threads_per_row>(
       x, classes, thread,
       [&](int64_t i) {
         const Pack<T> px = load_pack(x + i), pz = load_anywhere(z + i);
 #pragma unroll
-        for (int k = 0; k < size; ++k) one(widen(px.v[k]), widen(pz.v[k]), i + k);
+        for (int k = 0; k < size; ++k) one(to_float(px.v[k]), to_float(pz.v[k]), i + k);
       },
-      [&](int64_t i) { one(widen(x[i]), widen(z[i]), i); });
-  sums = reduce_row<span>(sums, Pair<A>::merge);
+      [&](int64_t i) { one(to_float(x[i]), to_float(z[i]), i); });
+  sums = reduce_row<threads_per_row>(sums, Pair<A>::merge);
   const A top_x = sums.student.top, top_z = sums.teacher.top;
   const A log_x = log(sums.student.sum), log_z = log(sums.teacher.sum);
   const A scale_x = coef * reciprocal(sums.student.sum, log_x), scale_z = coef * reciprocal(sums.teacher.sum, log_z);
@@ -145,17 +145,17 @@ masked_cross_entropy_kernel(
     if (ez != 0) loss.value += ez * ((of_teacher - top_z) - (student - top_x) + log_ratio);
     return ex * scale_x - ez * scale_z;
   };
-  visit_row<span>(
+  for_each_pack<threads_per_row>(
       dx, classes, thread,
       [&](int64_t i) {
         const Pack<T> px = load_anywhere(x + i), pz = load_anywhere(z + i);
         Pack<T> out;
 #pragma unroll
-        for (int k = 0; k < size; ++k) narrow(gradient(widen(px.v[k]), widen(pz.v[k]), i + k), out.v[k]);
+        for (int k = 0; k < size; ++k) from_float(gradient(to_float(px.v[k]), to_float(pz.v[k]), i + k), out.v[k]);
         store_pack(dx + i, out);
       },
-      [&](int64_t i) { narrow(gradient(widen(x[i]), widen(z[i]), i), dx[i]); });
-  loss = reduce_row<span>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
+      [&](int64_t i) { from_float(gradient(to_float(x[i]), to_float(z[i]), i), dx[i]); });
+  loss = reduce_row<threads_per_row>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
   if (thread == 0) row_loss[row] = loss.value * scale_z;
 }
 
@@ -166,8 +166,8 @@ std::tuple<Tensor, Tensor> masked_cross_entropy(
   const cudaStream_t stream = current_stream(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const ScalarType type = accumulator_of(logits);
-  const Tensor dlogits = fresh(logits, {rows, classes}, logits.scalar_type());
-  const Tensor row_loss = fresh(logits, {rows}, type);
+  const Tensor dlogits = empty_like(logits, {rows, classes}, logits.scalar_type());
+  const Tensor row_loss = empty_like(logits, {rows}, type);
   const Tensor loss = torch::stable::new_empty(logits, {}, type);
   dispatch(logits, [&](auto zero) {
     using T = decltype(zero);
@@ -181,13 +181,13 @@ std::tuple<Tensor, Tensor> masked_cross_entropy(
             classes);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       };
-      by_tier(
+      by_row_config(
           first, x.stride(0), classes,
           [&](auto of) {
-            using tier = decltype(of);
-            launch(held_masked_cross_entropy_kernel<tier, T>, (rows + tier::rows - 1) / tier::rows, tier::threads);
+            using config = decltype(of);
+            launch(register_masked_cross_entropy_kernel<config, T>, (rows + config::rows_per_block - 1) / config::rows_per_block, config::threads_per_block);
           },
-          [&] { launch(masked_cross_entropy_kernel<streaming_span, T>, rows, streaming_span); });
+          [&] { launch(masked_cross_entropy_kernel<streaming_threads, T>, rows, streaming_threads); });
     }
     sum_rows<A, false><<<1, 1024, 0, stream>>>(row_loss.const_data_ptr<A>(), coefs.const_data_ptr<A>(), loss.mutable_data_ptr<A>(), rows);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
