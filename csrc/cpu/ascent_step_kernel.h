@@ -1,4 +1,4 @@
-// One ascent step of one impression: x, its gradient and the moments pass through registers once.
+// One ascent step per impression: x, its gradient and the moments pass through registers once.
 #pragma once
 
 #include "simd.h"
@@ -12,20 +12,20 @@ struct Bounds {
   int64_t tile;
 };
 
-// One step of elements [begin, end) of a row.
-ZSU_INLINE void ascend(float* x, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t begin, int64_t end,
-                       const Bounds& bounds, const AscentRow& row) {
+// Steps elements [begin, end) of a row.
+ZSU_INLINE void step_range(float* x, const float* grad, float* exp_avg, float* exp_avg_sq, int64_t begin, int64_t end,
+                           const Bounds& bounds, const AscentRow& row) {
   const auto ratio = [](VF a, VF b, float eps) ZSU_LAMBDA_INLINE { return ratio_to_root(a, b, eps); };
   int64_t tile_at = 0;
   for (int64_t i = begin; i < end; i += 16) {
     const int64_t n = end - i;
-    const bool whole = n >= 16;
-    const auto read = [&](const float* p) ZSU_LAMBDA_INLINE { return whole ? load(p + i) : load_part<float>(p + i, n, 0.0f); };
-    const auto write = [&](float* p, VF v) ZSU_LAMBDA_INLINE { whole ? store(p + i, v) : store_part(p + i, v, n); };
+    const bool full = n >= 16;
+    const auto read = [&](const float* p) ZSU_LAMBDA_INLINE { return full ? load(p + i) : load_part<float>(p + i, n, 0.0f); };
+    const auto write = [&](float* p, VF v) ZSU_LAMBDA_INLINE { full ? store(p + i, v) : store_part(p + i, v, n); };
     const VF at = read(x), g = read(grad);
     VF m = read(exp_avg), v = read(exp_avg_sq);
     const VF moved = at + row.lr * ascent_direction(at, g, m, v, row, ratio);
-    write(x, clamp_seeing_nan(moved, load(bounds.low + tile_at), load(bounds.high + tile_at)));
+    write(x, clamp_keeping_nan(moved, load(bounds.low + tile_at), load(bounds.high + tile_at)));
     write(exp_avg, m);
     write(exp_avg_sq, v);
     tile_at += 16;
@@ -33,12 +33,11 @@ ZSU_INLINE void ascend(float* x, const float* grad, float* exp_avg, float* exp_a
   }
 }
 
-void ascent_row(const AscentStepArgs& a, int64_t index, float* low_tile, float* high_tile, int64_t tile) {
-  const int64_t offset = index * a.row_size;
+ZSU_INLINE AscentRow ascent_row(const AscentStepArgs& a, int64_t index) {
   const int32_t step = a.step[index] + 1;
   AscentRow row;
   row.lr = a.lr[index * a.lr_stride];
-  row.two_beta = 2 * a.beta;
+  row.two_beta = 2 * *a.beta;
   row.beta1 = static_cast<float>(a.beta1);
   row.beta2 = static_cast<float>(a.beta2);
   row.gain1 = static_cast<float>(1 - a.beta1);
@@ -48,20 +47,27 @@ void ascent_row(const AscentStepArgs& a, int64_t index, float* low_tile, float* 
   const double root_correction2 = std::sqrt(-std::expm1(step * std::log(a.beta2)));
   row.unbias = static_cast<float>(root_correction2 / correction1);
   row.eps = static_cast<float>(a.eps * root_correction2);
+  return row;
+}
 
+// Steps one row. `low` and `high` hold the bounds of a whole tile; where bounds differ per channel of a
+// contiguous row, they are overwritten.
+void step_row(const AscentStepArgs& a, int64_t index, float* low, float* high, int64_t tile) {
+  const AscentRow row = ascent_row(a, index);
+  const int64_t offset = index * a.row_size;
   float* x = a.x + offset;
   const float* grad = a.grad + offset;
   float* exp_avg = a.exp_avg + offset;
   float* exp_avg_sq = a.exp_avg_sq + offset;
   if (a.bounds == 1 || a.channels_last) {
-    ascend(x, grad, exp_avg, exp_avg_sq, 0, a.row_size, {low_tile, high_tile, tile}, row);
+    step_range(x, grad, exp_avg, exp_avg_sq, 0, a.row_size, {low, high, tile}, row);
     return;
   }
   const int64_t plane = a.channels > 0 ? a.row_size / a.channels : 0;
   for (int64_t c = 0; c < a.channels; ++c) {
-    store(low_tile, VF{} + a.low[c]);
-    store(high_tile, VF{} + a.high[c]);
-    ascend(x, grad, exp_avg, exp_avg_sq, c * plane, (c + 1) * plane, {low_tile, high_tile, 16}, row);
+    store(low, VF{} + a.low[c]);
+    store(high, VF{} + a.high[c]);
+    step_range(x, grad, exp_avg, exp_avg_sq, c * plane, (c + 1) * plane, {low, high, 16}, row);
   }
 }
 
@@ -76,7 +82,7 @@ void ascent_step_kernel(const AscentStepArgs& a, int64_t begin, int64_t end) {
     high[i] = a.high[i % a.bounds];
   }
   for (int64_t row = begin; row < end; ++row)
-    if (a.active[row]) ascent_row(a, row, low, high, tile);
+    if (a.active[row]) step_row(a, row, low, high, tile);
 }
 
 } // namespace zsu::ZSU_ISA

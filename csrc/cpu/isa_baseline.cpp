@@ -1,6 +1,6 @@
 // The kernels compiled for any CPU.
-// System headers come before any target pragma: an inline
-// function of theirs, emitted for this instruction set, must not be what other files link to.
+// System headers come before any target pragma: otherwise an inline function of theirs, emitted for this
+// instruction set, could be the copy that other files link to.
 #include <cmath>
 #include <cstdint>
 #include <limits>

@@ -1,4 +1,5 @@
-// The table of one instruction set. Included once by each isa_*.cpp, with ZSU_ISA its name.
+// Defines the kernel table of one instruction set. Each isa_*.cpp includes it once, with ZSU_ISA set to
+// the name of the set.
 #pragma once
 
 #define ZSU_STRING(name) #name
@@ -6,7 +7,7 @@
 
 namespace zsu::ZSU_ISA {
 
-// No std::vector: its code would be emitted for this instruction set under a shared name.
+// Not a std::vector: its code would be emitted for this instruction set under a name that files share.
 template <class A>
 struct Scratch {
   A* data;

@@ -1,9 +1,12 @@
-// What a set of CPU kernels offers. One set per instruction set, chosen once at run time.
+// The CPU kernels of one instruction set: their arguments and a table of them. The set is chosen once, at
+// run time.
 #pragma once
+
+#include "../ascent_step.h"
 
 #include <cstdint>
 
-// GCC alone compiles one file for another instruction set by pragma; elsewhere the baseline runs.
+// Only GCC compiles one file for another instruction set by pragma; elsewhere the baseline runs.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define ZSU_HAS_ISA_LEVELS
 #endif
@@ -19,8 +22,8 @@ struct SignedCrossEntropyArgs {
   int64_t dlogits_stride;
   int64_t classes;
   const int64_t* target;
-  const void* coef; // float, or double when the storage is float64
-  double* row_loss; // coef * loss; 0 at the start
+  const void* coef; // float; double if the storage is float64
+  double* row_loss; // coef * loss; 0 on entry
 };
 
 struct MaskedCrossEntropyArgs {
@@ -36,32 +39,18 @@ struct MaskedCrossEntropyArgs {
 };
 
 struct ScaleRowsArgs {
-  void* rows; // contiguous within a row
+  void* rows; // contiguous classes
   int64_t stride;
   int64_t classes;
   const void* coef;
   double factor[2]; // for negative and for other coefficients
 };
 
-struct AscentStepArgs {
-  float* x;
-  const float* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
-  const int32_t* step; // steps taken before this one
-  const bool* active;
-  int64_t row_size;  // elements of an impression
-  int64_t channels;  // x.shape[1]
-  int64_t bounds;    // numbers in low and in high: 1, or channels
-  bool channels_last;
-  const float* low;
-  const float* high;
-  const float* lr;
-  int64_t lr_stride; // 0: one for all rows
-  float beta;
+struct AscentStepArgs : AscentStepTensors {
   double beta1, beta2, eps;
 };
 
+// Each kernel runs rows [begin, end). The losses and scale_rows_ have one kernel per Storage.
 struct Kernels {
   const char* name;
   void (*signed_cross_entropy[4])(const SignedCrossEntropyArgs&, int64_t begin, int64_t end);
@@ -74,7 +63,7 @@ namespace baseline { const Kernels& kernels(); }
 namespace avx2 { const Kernels& kernels(); }
 namespace avx512 { const Kernels& kernels(); }
 
-// The best set this CPU runs; ZSU_FAST_CPU_ISA=baseline|avx2|avx512 lowers it.
+// The best set that this CPU runs; ZSU_FAST_CPU_ISA=baseline|avx2|avx512 lowers it.
 const Kernels& kernels();
 
 } // namespace zsu

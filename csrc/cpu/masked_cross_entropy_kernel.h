@@ -1,19 +1,19 @@
-// KL(q || p) and its gradient for one row: q is the teacher's softmax over the retain classes, p the
-// student's over all. Neither is ever a tensor: both live in cache for the length of a row.
+// KL(q || p) and its gradient, row by row: q is the teacher's softmax over the retain classes, p the
+// student's over all classes. Neither is stored as a tensor: they stay in cache for the length of a row.
 #pragma once
 
 #include "simd.h"
 
 namespace zsu::ZSU_ISA {
 
-// `ex` and `ez` hold classes numbers each, `keep` is 1 at retain classes and 0 at forgotten ones;
-// all three are padded to whole vectors.
+// Writes the gradient of one row and returns KL(q || p). `keep` is 1 at retain classes and 0 at forgotten
+// ones, `ex` and `ez` are scratch; all three hold `classes` numbers, padded to whole vectors.
 template <class A, class T>
 ZSU_INLINE A masked_row(const T* x, const T* z, const A* keep, T* dx, A* ex, A* ez, int64_t classes, A coef) {
   using V = typename Vec<A>::V;
   constexpr int64_t width = Vec<A>::width;
   constexpr A infinity = std::numeric_limits<A>::infinity();
-  constexpr int64_t block = 64 * width; // short sums, then a sum of those
+  constexpr int64_t block = 64 * width; // short sums, then the sum of those
   const V lowest = V{} - infinity;
   const auto part = [&](const T* p, int64_t at) ZSU_LAMBDA_INLINE {
     return at + width <= classes ? load(p + at) : load_part<A>(p + at, classes - at, -infinity);

@@ -1,5 +1,5 @@
-// Vectors of 64 bytes in GCC's own vector syntax: one zmm, two ymm or four xmm registers, whatever
-// the file that includes this is compiled for. Sums over lanes have one fixed order.
+// Vectors of 64 bytes in GCC's vector syntax: one zmm, two ymm or four xmm registers, depending on the
+// instruction set of the including file. Sums over lanes have one fixed order.
 #pragma once
 
 #include "../math.h"
@@ -35,7 +35,7 @@ ZSU_INLINE To bit_cast(const From& from) {
   return to;
 }
 
-// ---- one number of any storage type --------------------------------------------------------------
+// ---- one number of any storage type; double stays double -----------------------------------------
 ZSU_INLINE float to_float(float v) { return v; }
 ZSU_INLINE double to_float(double v) { return v; }
 ZSU_INLINE float to_float(BFloat16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
@@ -114,7 +114,7 @@ ZSU_INLINE void store(Float16* p, VF v) {
 // ---- the first n lanes, n < width: the end of a row ----------------------------------------------
 template <class A, class T>
 ZSU_INLINE typename Vec<A>::V load_part(const T* p, int64_t n, A fill) {
-#if defined(ZSU_AVX512) // the other lanes' memory is not touched
+#if defined(ZSU_AVX512) // does not touch the memory of the other lanes
   const auto first = static_cast<uint16_t>((1u << n) - 1u);
   if constexpr (__is_same(T, float)) {
     return bit_cast<VF>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first, p));
@@ -146,7 +146,7 @@ ZSU_INLINE void store_part(T* p, V v, int64_t n) {
 #endif
 }
 
-// All lanes but lane `at`, which becomes 0.
+// v with lane `at` set to 0.
 ZSU_INLINE VI lane_index(VF) { return VI{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 ZSU_INLINE Vec<double>::I lane_index(VD) { return Vec<double>::I{0, 1, 2, 3, 4, 5, 6, 7}; }
 template <class V>
@@ -154,9 +154,9 @@ ZSU_INLINE V without_lane(V v, int at) { return lane_index(v) == at ? V{} : v; }
 
 // ---- over lanes ----------------------------------------------------------------------------------
 template <class V>
-ZSU_INLINE V vmax(V a, V b) { return a > b ? a : b; } // b where a is NaN
+ZSU_INLINE V vmax(V a, V b) { return a > b ? a : b; } // b if a is NaN
 
-// Lane i meets lane i ^ by. The indices are literals, or they would be rebuilt for every row.
+// Lane i gets lane i ^ by. The indices are literals; otherwise they would be rebuilt for every row.
 template <int by>
 ZSU_INLINE VF swap_lanes(VF v) {
   return __builtin_shuffle(v, VI{0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by, 8 ^ by, 9 ^ by,
@@ -183,9 +183,9 @@ ZSU_INLINE auto max_lanes(V v) {
 }
 
 // ---- functions -----------------------------------------------------------------------------------
-// exp(x + low) for x <= 80 and |low| tiny, 1e-7 relative; 0 below -86 (the result nears denormals).
-// Beyond 88 it is nonsense, for the caller to discard.
-struct Nothing {}; // as low: no operation is spent on it
+// exp(x + low) for x <= 80 and tiny |low|, to 1e-7 relative; 0 below -86, where the result nears
+// denormals. Above 88 the result is meaningless and the caller must discard it.
+struct Nothing {}; // as `low`: costs no operation
 template <class Low>
 ZSU_INLINE VF exponential(VF x, Low low) {
   // 1.5 * 2^23 + 127: adding it leaves round(.) + 127, the exponent of a float, in the low bits
@@ -194,7 +194,7 @@ ZSU_INLINE VF exponential(VF x, Low low) {
   const VF n = shifted - to_exponent;
   VF r;
 #if defined(ZSU_FMA)
-  if constexpr (__is_same(Low, Nothing)) r = x - n * 0.69314718056f; // rounded once, off by n * 2e-9
+  if constexpr (__is_same(Low, Nothing)) r = x - n * 0.69314718056f; // rounded once; error n * 2e-9
   else
 #endif
   {
@@ -212,7 +212,7 @@ ZSU_INLINE VF exponential(VF x, Low low) {
   const VF power = bit_cast<VF>(bit_cast<VI>(shifted) << 23);
   return x < -86.0f ? VF{} : p * power;
 }
-// The same in double, 3e-16 relative, 0 below -708: Taylor's series, its next term is 4e-18.
+// The same in double, to 3e-16 relative, 0 below -708: a Taylor series whose next term is 4e-18.
 template <class Low>
 ZSU_INLINE VD exponential(VD x, Low) {
   const double to_exponent = 6755399441056767.0; // 1.5 * 2^52 + 1023
@@ -237,9 +237,9 @@ ZSU_INLINE VD exponential(VD x, Low) {
   return x < -708.0 ? VD{} : p * power;
 }
 
-// log(x) for normal x > 0, 1e-7 relative also near 1 (Cephes' logf); NaN and infinity stay.
+// log(x) for normal x > 0, to 1e-7 relative also near 1 (Cephes' logf). Keeps NaN and infinity.
 ZSU_INLINE VF logarithm(VF x) {
-  const VI exponent = (bit_cast<VI>(x) - 0x3f3504f3) >> 23; // of x over sqrt(1/2)
+  const VI exponent = (bit_cast<VI>(x) - 0x3f3504f3) >> 23; // of x / sqrt(1/2)
   const VF f = bit_cast<VF>(bit_cast<VI>(x) - (exponent << 23)) - 1.0f;
   const VF n = __builtin_convertvector(exponent, VF);
   VF p = 7.0376836292e-2f * f - 1.1514610310e-1f;
@@ -259,17 +259,17 @@ ZSU_INLINE VD logarithm(VD x) {
   return x;
 }
 
-// exp(a - b): the part of a - b that does not fit one number (Knuth's two-sum) is not lost, or
-// logits 40 apart would already cost 2e-6 of relative accuracy.
+// exp(a - b), with the part of a - b that rounding drops (Knuth's two-sum): it would cost 2e-6 of
+// relative accuracy where logits differ by 40.
 ZSU_INLINE VF exp_of_difference(VF a, float b) {
   const VF d = a - b;
   const VF z = d - a;
   const VF lost = (a - (d - z)) - (b + z);
-  return exponential(d, lost); // a = -inf: lost is NaN, but d < -86 decides
+  return exponential(d, lost); // a = -inf: lost is NaN, but d < -86 gives 0
 }
 ZSU_INLINE VD exp_of_difference(VD a, double b) { return exponential(a - b, Nothing{}); }
 
-// a / (sqrt(b) + eps). Approximations with a Newton step were tried: no faster, the step waits for memory.
+// a / (sqrt(b) + eps). Approximations with a Newton step are no faster: the kernel waits for memory.
 ZSU_INLINE VF ratio_to_root(VF a, VF b, float eps) {
 #if defined(ZSU_AVX512)
   const VF root = bit_cast<VF>(_mm512_sqrt_ps(bit_cast<__m512>(b)));

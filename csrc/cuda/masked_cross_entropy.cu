@@ -7,37 +7,12 @@
 namespace zsu::cuda {
 namespace {
 
-template <class A>
-struct Pair {
-  Softmax<A> student, teacher;
-  __device__ Pair shfl_xor(int by, unsigned lanes) const { return {student.shfl_xor(by, lanes), teacher.shfl_xor(by, lanes)}; }
-  __device__ static Pair merge(Pair a, Pair b) {
-    return {Softmax<A>::merge(a.student, b.student), Softmax<A>::merge(a.teacher, b.teacher)};
-  }
-};
-
-// 1 / sum. In double, the slow path of a division is a call around which registers are spilled; the
-// logarithm is there anyway.
+// 1 / sum. In double, the slow path of a division is a call around which registers spill; the logarithm
+// is needed anyway.
 __device__ inline float reciprocal(float sum, float) { return 1 / sum; }
 __device__ inline double reciprocal(double, double log_sum) { return exp(-log_sum); }
 
-template <class A>
-struct LargestPair {
-  Largest<A> student, teacher;
-  __device__ LargestPair shfl_xor(int by, unsigned lanes) const { return {student.shfl_xor(by, lanes), teacher.shfl_xor(by, lanes)}; }
-  __device__ static LargestPair of(LargestPair a, LargestPair b) {
-    return {Largest<A>::of(a.student, b.student), Largest<A>::of(a.teacher, b.teacher)};
-  }
-};
-
-template <class A>
-struct SumPair {
-  Sum<A> student, teacher;
-  __device__ SumPair shfl_xor(int by, unsigned lanes) const { return {student.shfl_xor(by, lanes), teacher.shfl_xor(by, lanes)}; }
-  __device__ static SumPair of(SumPair a, SumPair b) { return {a.student + b.student, a.teacher + b.teacher}; }
-};
-
-// Rows of student and teacher that fit in registers: each number is read once, each exponential taken
+// Rows of student and teacher that fit in registers: each number is read once and its exponential taken
 // once. The teacher's masked softmax is never stored: its maximum and sum are enough.
 template <class config, class T>
 __global__ void __launch_bounds__(config::threads_per_block)
@@ -45,40 +20,41 @@ register_masked_cross_entropy_kernel(
     const T* logits, int64_t logits_stride, const T* teacher, int64_t teacher_stride, const bool* forget, T* dlogits,
     const accumulator<T>* coefs, accumulator<T>* row_loss, int64_t rows, int64_t classes) {
   using A = accumulator<T>;
-  constexpr int threads_per_row = config::threads_per_row, packs_per_thread = config::template packs_per_thread<T>, size = Pack<T>::size;
+  constexpr int threads_per_row = config::threads_per_row, size = Pack<T>::size;
+  constexpr int packs_per_thread = config::template packs_per_thread<T>;
   const int thread = threadIdx.x % threads_per_row, count = static_cast<int>(classes);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * config::rows_per_block + threadIdx.x / threads_per_row;
-  if (row >= rows) return; // all threads of a row leave
+  if (row >= rows) return; // all threads of a row return together
   const T* x = logits + row * logits_stride;
   const T* z = teacher + row * teacher_stride;
   T* dx = dlogits + row * classes;
   const A coef = coefs[row];
   if (zero_if_unused<threads_per_row>(coef, dx, row_loss[row], classes, thread)) return;
   const typename config::template Row<T> student(x, count, thread, misaligned(x));
-  typename config::template Row<T> masked(z, count, thread, misaligned(x)); // the same elements, wherever the teacher's row starts
-  LargestPair<A> largest{{-INFINITY}, {-INFINITY}};
+  typename config::template Row<T> masked(z, count, thread, misaligned(x)); // the same elements, wherever z starts
+  Pair<Largest<A>> largest{{-INFINITY}, {-INFINITY}};
 #pragma unroll
   for (int s = 0; s < packs_per_thread; ++s)
 #pragma unroll
     for (int k = 0; k < size; ++k) {
       const int i = student.index(s) + k;
       if (i >= 0 && i < count && forget[i]) from_float(A(-INFINITY), masked.packs[s].v[k]);
-      largest = LargestPair<A>::of({{student.at(s, k)}, {masked.at(s, k)}}, largest);
+      largest = Pair<Largest<A>>::merge({{student.at(s, k)}, {masked.at(s, k)}}, largest);
     }
-  largest = reduce_row<threads_per_row>(largest, LargestPair<A>::of);
+  largest = reduce_row<threads_per_row>(largest);
   const A top_x = largest.student.value, top_z = largest.teacher.value;
 
   A ex[packs_per_thread][size], ez[packs_per_thread][size];
-  SumPair<A> sums{{0}, {0}};
+  Pair<Sum<A>> sums{{0}, {0}};
 #pragma unroll
   for (int s = 0; s < packs_per_thread; ++s)
 #pragma unroll
     for (int k = 0; k < size; ++k) {
       ex[s][k] = exp_of_logits<T>(student.at(s, k), top_x);
       ez[s][k] = exp_of_logits<T>(masked.at(s, k), top_z);
-      sums = SumPair<A>::of(sums, {{ex[s][k]}, {ez[s][k]}});
+      sums = Pair<Sum<A>>::merge(sums, {{ex[s][k]}, {ez[s][k]}});
     }
-  sums = reduce_row<threads_per_row>(sums, SumPair<A>::of);
+  sums = reduce_row<threads_per_row>(sums);
   const A sum_x = sums.student.value, sum_z = sums.teacher.value;
   const A log_x = log(sum_x), log_z = log(sum_z), log_ratio = log_x - log_z;
   const A scale_x = coef * reciprocal(sum_x, log_x), scale_z = coef * reciprocal(sum_z, log_z);
@@ -95,14 +71,14 @@ register_masked_cross_entropy_kernel(
     }
     store_within(dx, student.index(s), count, out);
   }
-  loss = reduce_row<threads_per_row>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
+  loss = reduce_row<threads_per_row>(loss);
   if (thread == 0) row_loss[row] = loss.value * scale_z;
 }
 
-// Longer rows: read twice, the second time from cache.
+// Longer rows, one per block: read twice, the second time from cache.
 template <int threads_per_row, class T>
 __global__ void __launch_bounds__(threads_per_row)
-masked_cross_entropy_kernel(
+streaming_masked_cross_entropy_kernel(
     const T* logits, int64_t logits_stride, const T* teacher, int64_t teacher_stride, const bool* forget, T* dlogits,
     const accumulator<T>* coefs, accumulator<T>* row_loss, int64_t, int64_t classes) {
   using A = accumulator<T>;
@@ -115,8 +91,8 @@ masked_cross_entropy_kernel(
   const A coef = coefs[row];
   if (zero_if_unused<threads_per_row>(coef, dx, row_loss[row], classes, thread)) return;
 
-  Pair<A> sums{Softmax<A>::none(), Softmax<A>::none()};
-  const auto one = [&](A student, A of_teacher, int64_t i) {
+  Pair<Softmax<A>> sums{Softmax<A>::none(), Softmax<A>::none()};
+  const auto add = [&](A student, A of_teacher, int64_t i) {
     sums.student.rescale(student);
     sums.student.add(student);
     if (!forget[i]) {
@@ -129,14 +105,13 @@ masked_cross_entropy_kernel(
       [&](int64_t i) {
         const Pack<T> px = load_pack(x + i), pz = load_anywhere(z + i);
 #pragma unroll
-        for (int k = 0; k < size; ++k) one(to_float(px.v[k]), to_float(pz.v[k]), i + k);
+        for (int k = 0; k < size; ++k) add(to_float(px.v[k]), to_float(pz.v[k]), i + k);
       },
-      [&](int64_t i) { one(to_float(x[i]), to_float(z[i]), i); });
-  sums = reduce_row<threads_per_row>(sums, Pair<A>::merge);
+      [&](int64_t i) { add(to_float(x[i]), to_float(z[i]), i); });
+  sums = reduce_row<threads_per_row>(sums);
   const A top_x = sums.student.top, top_z = sums.teacher.top;
-  const A log_x = log(sums.student.sum), log_z = log(sums.teacher.sum);
+  const A log_x = log(sums.student.sum), log_z = log(sums.teacher.sum), log_ratio = log_x - log_z;
   const A scale_x = coef * reciprocal(sums.student.sum, log_x), scale_z = coef * reciprocal(sums.teacher.sum, log_z);
-  const A log_ratio = log_x - log_z;
 
   Sum<A> loss{0};
   const auto gradient = [&](A student, A of_teacher, int64_t i) {
@@ -155,13 +130,13 @@ masked_cross_entropy_kernel(
         store_pack(dx + i, out);
       },
       [&](int64_t i) { from_float(gradient(to_float(x[i]), to_float(z[i]), i), dx[i]); });
-  loss = reduce_row<threads_per_row>(loss, [](Sum<A> a, Sum<A> b) { return a + b; });
+  loss = reduce_row<threads_per_row>(loss);
   if (thread == 0) row_loss[row] = loss.value * scale_z;
 }
 
 std::tuple<Tensor, Tensor> masked_cross_entropy(
     const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
-  const auto [x, z, mask, coefs] = masked_inputs(logits, teacher, forget, coef);
+  const MaskedCrossEntropyInputs in = masked_cross_entropy_inputs(logits, teacher, forget, coef);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const cudaStream_t stream = current_stream(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
@@ -172,24 +147,14 @@ std::tuple<Tensor, Tensor> masked_cross_entropy(
   dispatch(logits, [&](auto zero) {
     using T = decltype(zero);
     using A = accumulator<T>;
-    if (rows > 0) {
-      const T* first = static_cast<const T*>(x.const_data_ptr());
-      const auto launch = [&](auto kernel, int64_t blocks, int threads) {
-        kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
-            first, x.stride(0), static_cast<const T*>(z.const_data_ptr()), z.stride(0), mask.const_data_ptr<bool>(),
-            static_cast<T*>(dlogits.mutable_data_ptr()), coefs.const_data_ptr<A>(), row_loss.mutable_data_ptr<A>(), rows,
-            classes);
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
-      };
-      by_row_config(
-          first, x.stride(0), classes,
-          [&](auto of) {
-            using config = decltype(of);
-            launch(register_masked_cross_entropy_kernel<config, T>, (rows + config::rows_per_block - 1) / config::rows_per_block, config::threads_per_block);
-          },
-          [&] { launch(masked_cross_entropy_kernel<streaming_threads, T>, rows, streaming_threads); });
-    }
-    sum_rows<A, false><<<1, 1024, 0, stream>>>(row_loss.const_data_ptr<A>(), coefs.const_data_ptr<A>(), loss.mutable_data_ptr<A>(), rows);
+    launch_rows(
+        Rows<T>{static_cast<const T*>(in.logits.const_data_ptr()), in.logits.stride(0), rows, classes}, stream,
+        [](auto config) { return register_masked_cross_entropy_kernel<decltype(config), T>; },
+        streaming_masked_cross_entropy_kernel<streaming_threads, T>, static_cast<const T*>(in.teacher.const_data_ptr()),
+        in.teacher.stride(0), in.forget.const_data_ptr<bool>(), static_cast<T*>(dlogits.mutable_data_ptr()),
+        in.coef.const_data_ptr<A>(), row_loss.mutable_data_ptr<A>());
+    sum_rows_kernel<A, false><<<1, 1024, 0, stream>>>(
+        row_loss.const_data_ptr<A>(), in.coef.const_data_ptr<A>(), loss.mutable_data_ptr<A>(), rows);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {loss, dlogits};

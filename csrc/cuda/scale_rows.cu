@@ -5,15 +5,18 @@
 namespace zsu::cuda {
 namespace {
 
+constexpr int threads = 256;
+
+// One row per block. The device decides whether a factor is 1: the host never waits for it.
 template <class T>
-__global__ void __launch_bounds__(256) scale_rows_kernel(
+__global__ void __launch_bounds__(threads) scale_rows_kernel(
     T* rows, int64_t stride, const accumulator<T>* coef, const accumulator<T>* grad, int64_t grad_stride, int64_t classes) {
   using A = accumulator<T>;
   const int64_t row = blockIdx.x;
   const A factor = grad[coef[row] < 0 ? 0 : grad_stride];
-  if (factor == 1) return; // decided here: the host never waits
+  if (factor == 1) return;
   T* p = rows + row * stride;
-  for_each_pack<256>(
+  for_each_pack<threads>(
       p, classes, threadIdx.x,
       [&](int64_t i) {
         Pack<T> pack = load_pack(p + i);
@@ -32,7 +35,7 @@ void scale_rows_(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
   dispatch(rows, [&](auto zero) {
     using T = decltype(zero);
     using A = accumulator<T>;
-    scale_rows_kernel<T><<<static_cast<unsigned>(rows.size(0)), 256, 0, current_stream(rows)>>>(
+    scale_rows_kernel<T><<<static_cast<unsigned>(rows.size(0)), threads, 0, current_stream(rows)>>>(
         static_cast<T*>(rows.mutable_data_ptr()), rows.stride(0), coefs.const_data_ptr<A>(), grad.const_data_ptr<A>(),
         grad.numel() == 2 ? grad.stride(0) : 0, rows.size(1));
     STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -169,7 +169,8 @@ KERNELS = [
     *(f"register_{op}_cross_entropy_kernelINS0_9RowConfigILi{threads}ELi{rows}ELi{values}EEE{t}"
       for op in ("signed", "masked") for threads, rows, values in ROW_CONFIGS for t in TYPES
       if t != "d" or threads == 64),
-    *(f"27{op}_cross_entropy_kernelILi256E{t}" for op in ("signed", "masked") for t in TYPES),
+    *(f"streaming_{op}_cross_entropy_kernelILi256E{t}"
+      for op in ("signed", "masked") for t in TYPES),
     *(f"scale_rows_kernelI{t}" for t in TYPES),
     "ascent_step_kernel",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from .common import alignment
 
 @triton.jit
 def one_minus_exp(y):
-    """1 - exp(y) for y <= 0, by its series near 0, where the difference would lose five digits."""
+    """1 - exp(y) for y <= 0; near 0 by a series, as the difference would lose five digits."""
     series = 1 + y / 8
     series = 1 + y / 7 * series
     series = 1 + y / 6 * series
@@ -33,7 +33,7 @@ def ascent_step_kernel(
     row_size, lr_stride, channels, plane, beta1, beta2, gain1, gain2, log_beta1, log_beta2, eps,
     BOUNDS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of one row a program; row_size in units of ALIGN elements, offsets in 64 bits."""
+    """One block of one row per program; row_size in units of ALIGN elements, offsets in 64 bits."""
     row = tl.program_id(1).to(tl.int64)
     if tl.load(active_ptr + row) != 0:
         n = row_size * ALIGN
@@ -81,7 +81,7 @@ def ascent_step_(
     beta2: float,
     eps: float,
 ) -> None:
-    """As `reference.ascent_step_`; x, grad and the moments are laid out alike and float32."""
+    """As `reference.ascent_step_`; x, grad and the moments are float32 and share one layout."""
     if any(t.shape != x.shape for t in (grad, exp_avg, exp_avg_sq)):
         raise RuntimeError("grad, exp_avg and exp_avg_sq must have the shape of x")
     if any(t.dtype != torch.float32 for t in (x, grad, exp_avg, exp_avg_sq)):
