@@ -271,7 +271,7 @@ struct RowConfig {
 };
 using TinyRows = RowConfig<4, 64, 8>;   // up to 32 classes
 using ShortRows = RowConfig<32, 8, 8>;  // up to 256
-using WideRows = RowConfig<64, 1, 16>;  // up to 1024; other shapes: benchmarks/results/cuda_row_tiers.md
+using WideRows = RowConfig<64, 1, 16>;  // up to 1024; other shapes: cuda_row_tiers.md of the benchmarks
 using LongRows = RowConfig<512, 1, 16>; // up to 8192
 constexpr int streaming_threads = 256;  // per row that does not fit in registers
 

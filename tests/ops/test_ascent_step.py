@@ -17,7 +17,7 @@ CHANNELS_LAST = torch.channels_last
 
 @dataclass
 class State:
-    """The tensors of a step; all but the first four are small."""
+    """The tensors of a step, in the order of `ascent_step_`."""
 
     x: Tensor
     grad: Tensor
@@ -46,7 +46,7 @@ class State:
 
 
 def make(shape: tuple[int, ...], device: str = "cpu") -> State:
-    """A state in the middle of a run: rows at different steps, the second not active."""
+    """Returns a state in the middle of a run: rows at different steps, the second inactive."""
     n = shape[0]
     channels = (1, shape[1], *[1] * (len(shape) - 2)) if len(shape) > 1 else (1,)
     active = torch.ones(n, dtype=torch.bool)
@@ -115,7 +115,7 @@ def test_compiled() -> None:
 
 @pytest.mark.parametrize("runner", runners(compiled=False))
 def test_first_step_from_zero(runner: Runner) -> None:
-    """Adam's first step is lr * sign(g): bias corrections 1 - b^1 that lose digits show here."""
+    """Adam's first step is lr * sign(g): it shows bias corrections 1 - b^1 that lose digits."""
     state = make((4, 3, 8, 8), runner.device)
     zeros = torch.zeros_like(state.x)
     state = replace(
@@ -154,7 +154,7 @@ def test_inactive_rows_keep_every_bit(runner: Runner) -> None:
 
 @pytest.mark.parametrize("runner", runners(compiled=False))
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_nan_is_seen_not_clamped(runner: Runner, value: float) -> None:
+def test_nan_is_not_clamped(runner: Runner, value: float) -> None:
     state = make((5, 3, 7, 5), runner.device)
     state.grad[2, 1, 3, 2] = value
     after = run(runner, state)
@@ -223,7 +223,7 @@ def test_scalar_bounds_and_one_lr_per_row(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("runner", runners(compiled=False))
-def test_bounds_that_no_kernel_takes(runner: Runner) -> None:
+def test_bounds_that_only_eager_takes(runner: Runner) -> None:
     state = make((5, 3, 6, 7), runner.device)
     state = replace(state, low=-torch.rand(1, 1, 6, 7, device=runner.device))
     if runner.backend == "eager":

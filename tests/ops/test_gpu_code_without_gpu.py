@@ -1,5 +1,7 @@
-"""What can be proven about GPU code on a machine without a GPU: it compiles for sm_80, sm_90 and
-sm_100, nothing spills, memory moves by 128 bits, and element offsets have 64.
+"""What a machine without a GPU can prove about GPU code.
+
+It compiles for sm_80, sm_90 and sm_100, nothing spills, memory moves by 128 bits, and element
+offsets have 64 bits.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 # ---- Triton --------------------------------------------------------------------------------------
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> Any:
-    """The kernel for 16-byte aligned pointers and integers about which nothing is known."""
+    """Compile a kernel for 16-byte aligned pointers and integers without known divisors."""
     names = kernel.arg_names
     warps = constants.pop("num_warps", 4)
     source = ASTSource(
@@ -53,7 +55,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch
 
 
 def stack_bytes(kernel: Any) -> int:
-    """Local memory of a thread: 0 means that nothing spilled."""
+    """Returns the local memory per thread: 0 means that nothing spilled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -65,13 +67,13 @@ def stack_bytes(kernel: Any) -> int:
 
 
 def vector_moves(kernel: Any) -> tuple[int, int]:
-    """128-bit loads and stores in the PTX."""
+    """Counts the 128-bit loads and stores in the PTX."""
     ptx = kernel.asm["ptx"]
     return tuple(len(re.findall(rf"{op}\.global\S*\.v4\.b32", ptx)) for op in ("ld", "st"))
 
 
 def offsets_are_64_bit(kernel: Any) -> bool:
-    """The product of row and stride is taken in 64 bits, never in 32 and widened later."""
+    """Whether row times stride is computed in 64 bits, not in 32 and widened later."""
     ttir = kernel.asm["ttir"]
     wide = re.search(r"arith\.muli .*(: i64|xi64>)", ttir)
     row = re.search(r"arith\.extsi %\S+ : i32 to i64", ttir)
@@ -111,7 +113,7 @@ def test_triton_cross_entropies(arch: int, classes: int, dtype: str, size: int) 
     for kernel in (signed, masked):
         assert stack_bytes(kernel) == 0
         assert offsets_are_64_bit(kernel)
-        if classes >= 1000:  # also at 1000 = 8 x 125, which Triton does not see by itself
+        if classes >= 1000:  # 1000 = 8 x 125: Triton alone does not see that it is a multiple of 8
             loads, stores = vector_moves(kernel)
             assert loads > 0
             assert stores > 0
@@ -162,7 +164,7 @@ def test_triton_small_kernels(arch: int) -> None:
         assert stack_bytes(kernel) == 0
 
 
-# ---- CUDA C++: what nvcc put into the library ----------------------------------------------------
+# ---- CUDA C++: the code in the library -----------------------------------------------------------
 ROW_CONFIGS = [(4, 64, 8), (32, 8, 8), (64, 1, 16), (512, 1, 16)]  # csrc/cuda/common.cuh
 TYPES = ("f", "d", "6__half", "13__nv_bfloat16")
 KERNELS = [
@@ -178,16 +180,16 @@ KERNELS = [
 
 @cache
 def disassembly(arch: int) -> dict[str, str]:
-    """Function name -> SASS."""
+    """Maps function names to SASS."""
     text = dump("-sass", arch)
     return {part.split(maxsplit=1)[0]: part for part in re.split(r"Function\s*:\s*", text)[1:]}
 
 
 def dump(option: str, arch: int) -> str:
     if not library.CUDA.path:
-        pytest.skip(f"no CUDA library to look into: {library.CUDA.reason}")
+        pytest.skip(f"no CUDA library to disassemble: {library.CUDA.reason}")
     if torch.cuda.is_available() and f"{arch // 10}.{arch % 10}" not in architectures_wanted():
-        pytest.skip(f"built for this machine's GPU alone, not for sm_{arch}")
+        pytest.skip(f"built for this machine's GPU only, not for sm_{arch}")
     run = subprocess.run(
         [CUOBJDUMP, option, "-arch", f"sm_{arch}", str(library.CUDA.path)],
         capture_output=True, text=True, check=True,
@@ -196,7 +198,7 @@ def dump(option: str, arch: int) -> str:
 
 
 def architectures_wanted() -> str:
-    """What the build was told, or on a machine with a GPU decides: that GPU's."""
+    """Returns TORCH_CUDA_ARCH_LIST, or the architecture of this machine's GPU."""
     own = ".".join(map(str, torch.cuda.get_device_capability()))
     return os.environ.get("TORCH_CUDA_ARCH_LIST", own)
 
@@ -207,7 +209,7 @@ def only(functions: dict[str, str], kernel: str) -> str:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_cuda_kernels_are_there_and_do_not_spill(arch: int) -> None:
+def test_cuda_kernels_exist_and_do_not_spill(arch: int) -> None:
     usage = dump("-res-usage", arch)
     stacks = dict(re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+)", usage))
     for kernel in KERNELS:
@@ -225,7 +227,7 @@ def test_cuda_kernels_move_128_bits(arch: int, kernel: str) -> None:
 
 
 def test_cuda_sources_have_no_32_bit_element_offsets() -> None:
-    """Rows, sizes and strides are int64; `int` is left for threads, lanes and modes."""
+    """Rows, sizes and strides are int64; `int` is for threads, lanes and positions within a row."""
     root = Path(__file__).parents[2] / "csrc" / "cuda"
     if not root.exists():
         pytest.skip("no sources next to the tests")
@@ -238,7 +240,7 @@ def test_cuda_sources_have_no_32_bit_element_offsets() -> None:
         code = re.sub(r"//.*", "", source.read_text())
         declared = set(re.findall(r"\b(?:int|unsigned|uint32_t)\s+(\w+)", code))
         assert declared - allowed - {"w"} == set(), source.name
-        # a block or thread index enters an offset only after it was widened
+        # a block or thread index is widened before it enters an offset
         for line in code.splitlines():
             if "blockIdx.x *" in line:
                 pytest.fail(f"{source.name}: {line.strip()}")

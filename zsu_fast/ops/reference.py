@@ -1,7 +1,7 @@
-"""The truth about every op, in plain torch: slow, exact, and able to run in float64.
+"""Every op in plain torch: slow, exact, and able to run in float64.
 
-Kernels are tested against these functions, and the package falls back to them. Arithmetic is in
-float32 for half types and float32, in float64 for float64; results are rounded once, at the end.
+Kernels are tested against these functions, and the package falls back to them. Half types and
+float32 are computed in float32, float64 in float64; results are rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ def _wide(t: Tensor) -> Tensor:
 
 
 def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each row times its coefficient, with the gradient, accurate where p -> 1.
+    """Cross-entropy of each row times its coefficient, and the gradient, accurate where p -> 1.
 
-    For a saturated row ``softmax - onehot`` rounds to 0 at the target. Here it is minus the sum
-    of the *other* probabilities, and the loss of a row whose target leads is ``log1p`` of that
-    sum's odds: neither subtracts two numbers that are nearly equal.
+    For a saturated row ``softmax - onehot`` rounds to 0 at the target. Here the gradient at the
+    target is minus the sum of the *other* probabilities, and the loss of a row whose target has
+    the largest logit is ``log1p(sum of exp(x - largest) over the others)``: neither subtracts two
+    nearly equal numbers.
 
     Args:
         logits: float [B, C].
         target: int64 or int32 [B], values in 0..C-1 where coef is not 0.
-        coef: float [B], sign x weight / N; 0 leaves a row out.
+        coef: float [B], sign x weight / N; 0 ignores the row.
 
     Returns:
-        losses: [2], the sums of ``coef * CE`` over rows with negative and with positive coef.
+        losses: [2], the sums of ``coef * CE`` over rows with a negative coef and over the others.
         dlogits: [B, C] in the dtype of ``logits``, the gradient of ``losses.sum()``.
 
     Raises:
-        RuntimeError: a target is out of range, on the CPU; elsewhere its row becomes NaN.
+        RuntimeError: a target is out of range, on the CPU; on other devices its row becomes NaN.
     """
     x, c = _wide(logits), coef.to(_wide(logits).dtype)
     rows = torch.arange(x.shape[0], device=x.device)
@@ -80,17 +81,17 @@ def scale_rows_(rows: Tensor, coef: Tensor, grad: Tensor) -> None:
 def masked_cross_entropy(
     logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """KL from the teacher's softmax without the forgotten classes to the student's softmax.
+    """KL(q || p) of the teacher's masked softmax q and the student's softmax p, with its gradient.
 
     ``q`` is the teacher's softmax over the retain classes, renormalised (0 at the forgotten
     ones), ``p`` the student's over all classes: ``loss = sum(coef * KL(q || p))`` and
-    ``dlogits = coef * (p - q)``. It is 0 exactly where the student equals the masked teacher.
+    ``dlogits = coef * (p - q)``. Both are 0 exactly where the student equals the masked teacher.
 
     Args:
-        logits: float [B, C], the student's.
-        teacher: float [B, C], the original model's, unmasked.
+        logits: float [B, C], of the student.
+        teacher: float [B, C], unmasked logits of the original model.
         forget: bool [C], True at forgotten classes; at least one is False.
-        coef: float [B], weight / N; 0 leaves a row out.
+        coef: float [B], weight / N; 0 ignores the row.
 
     Returns:
         loss: scalar.
@@ -122,10 +123,10 @@ def ascent_step_(
     beta2: float = 0.999,
     eps: float = 1e-8,
 ) -> None:
-    """One ascent step on ``objective - beta * ||x||^2``, clamped to valid images, in place.
+    """One Adam ascent step on ``objective - beta * ||x||^2``, clamped to valid images, in place.
 
-    The arguments are those of the public `zsu_fast.ops.ascent_step_`, except that bounds may be
-    given as [1] or [channels] and lr as [1] or [N].
+    The arguments are those of the public `zsu_fast.ops.ascent_step_`, except that bounds may also
+    be [1] or [channels] and lr [1] or [N].
     """
     shape = (-1, *[1] * (x.ndim - 1))
     per_channel = (1, -1, *[1] * (x.ndim - 2)) if x.ndim > 1 else (-1,)

@@ -12,8 +12,7 @@ def scale_rows_(rows: Tensor, coef: Tensor, grad: Tensor, *, backend: str | None
     """Multiply each row by the gradient of its term: ``grad[0]`` where coef < 0, else ``grad[-1]``.
 
     The device decides whether a factor is 1, in which case nothing is read or written: Python
-    never waits for it. Autograd is not told; `fused_loss` calls this on a gradient that only it
-    holds.
+    never waits for it. Autograd does not track it: `fused_loss` owns the gradient it scales.
 
     Args:
         rows: float32, float64, float16 or bfloat16 [B, C], changed; classes contiguous.

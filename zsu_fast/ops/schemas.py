@@ -1,7 +1,7 @@
-"""The schema of every op in the namespace ``zsu_fast``, equal to ``csrc/ops.cpp`` (tested).
+"""The schema of every op in the namespace ``zsu_fast``; a test compares it with ``csrc/ops.cpp``.
 
-Used to define the ops where the native library is absent, so that ``torch.ops.zsu_fast`` always
-has them.
+It defines the ops where the native library is absent, so that ``torch.ops.zsu_fast`` always has
+them.
 """
 
 from __future__ import annotations

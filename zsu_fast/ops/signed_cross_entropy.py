@@ -11,22 +11,24 @@ from . import fused_loss
 def signed_cross_entropy(
     logits: Tensor, target: Tensor, coef: Tensor, *, backend: str | None = None
 ) -> Tensor:
-    """``sum(coef * CE(logits, target))``, differentiable once in ``logits``.
+    """``sum(coef * CE(logits, target))``, the forget and the retain rows apart.
+
+    Differentiable in ``logits``, once.
 
     Args:
         logits: float32, float64, float16 or bfloat16 [B, C], any strides (classes that are not
-            neighbours in memory cost a copy).
+            contiguous cost a copy).
         target: int64 or int32 [B], in 0..C-1 where coef is not 0, ignored elsewhere.
-        coef: float [B], one coefficient a row: sign x weight / N; 0 leaves the row out.
+        coef: float [B], sign x weight / N of each row; 0 ignores the row.
         backend: see `backends`.
 
     Returns:
-        float32 (float64 for float64 logits) [2]: the sum over rows with a negative coef (forget)
-        and with a positive one (retain); both carry gradients. No rows: 0.
+        [2], float32 (float64 for float64 logits): the sum over rows with a negative coef (forget)
+        and the sum over the others (retain); both carry gradients. 0 without rows.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit; on the CPU also a target out of range
-            (on other devices such a row gives NaN, seen without waiting for the device).
+        RuntimeError: shapes, dtypes or devices do not match; on the CPU also if a target is out of
+            range (on other devices its row becomes NaN, without a device synchronisation).
     """
     return fused_loss.fused_loss("signed_cross_entropy", (logits, target, coef), backend)
 
@@ -34,10 +36,10 @@ def signed_cross_entropy(
 def signed_cross_entropy_and_grad(
     logits: Tensor, target: Tensor, coef: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The losses of `signed_cross_entropy` and the gradient of their sum, without autograd.
+    """Returns the losses of `signed_cross_entropy` and the gradient of their sum.
 
-    The shortest way through a training step: ``logits.backward(dlogits)`` starts the backward
-    pass at the logits, and autograd never sees the loss.
+    The fastest training step: ``logits.backward(dlogits)`` starts the backward pass at the logits,
+    and autograd never sees the loss.
 
     Returns:
         losses: [2].
