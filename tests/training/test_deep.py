@@ -297,7 +297,7 @@ def test_vectors_have_no_scenes_but_can_be_forgotten() -> None:
 
 
 def test_few_impressions_a_class_are_warned_of(tiny: nn.Module) -> None:
-    text = "impressions a class: RA may fall"
+    text = "impressions per class: RA may fall"
     with pytest.warns(UserWarning, match=text):
         zsu_fast.unlearn(tiny, [1], depth="deep", **QUICK | {"impressions_per_class": 2})
     run = ZeroShotUnlearner(tiny, [1], depth="deep", **QUICK | {"impressions_per_class": 4})

@@ -20,7 +20,8 @@ class ProcessLock:
 
     def __init__(self) -> None:
         self.renew()
-        os.register_at_fork(after_in_child=self.renew)
+        if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+            os.register_at_fork(after_in_child=self.renew)
 
     def renew(self) -> None:
         """Makes a new lock: in a forked child, the thread that held the old one does not exist."""
