@@ -3,11 +3,11 @@
     python -m benchmarks.end_to_end.evidence                       # all settings, 3 seeds
     python -m benchmarks.end_to_end.evidence karpathynet lenet5    # some of them
     python -m benchmarks.end_to_end.evidence --seeds 1 --images 2000
-    python -m benchmarks.end_to_end.evidence --summary             # the table anew, from the CSV file
+    python -m benchmarks.end_to_end.evidence --summary             # the table, from the CSV file
     python -m benchmarks.end_to_end.evidence resnet20 --train-golden 12   # trains one; none ships
 
-FeatureSet: original, mask, random embeddings, default, deep (where `unlearn` has it), golden. Images are
-used for measuring only. Writes ``results/evidence.csv`` (a line a number) and ``evidence.md``.
+Rows: original, mask, random embeddings, default, deep (where `unlearn` has it), golden. Images are
+used for measuring only. Writes ``results/evidence.csv`` (one number per line) and ``evidence.md``.
 """
 
 from __future__ import annotations
@@ -246,10 +246,10 @@ def main() -> None:
     head = [
         "# Evidence",
         "",
-        "Made by `python -m benchmarks.end_to_end.evidence`: `zsu_fast.audit` of each model, mean over seeds, "
-        "lowest and highest where they differ by more than 5 %. Accuracies in per cent; "
-        "`zsu_fast/evaluation/audit/metrics.py` defines every number, `evidence.csv` has all of them and the "
-        f"reasons of those that are missing. Measured on {images} test and training images; "
+        "Made by `python -m benchmarks.end_to_end.evidence`: `zsu_fast.audit` of each model, mean "
+        "over seeds, lowest and highest where they differ by more than 5 %. Accuracies in per cent; "
+        "`zsu_fast/evaluation/audit/metrics.py` defines every number, `evidence.csv` has all of "
+        f"them and the reasons of those that are missing. Measured on {images} test and training images; "
         f"relearning: at most {SHOTS:,} of each class and {RELEARN_STEPS} steps.",
         "",
         f"{processor()}, torch {torch.__version__}, Python {platform.python_version()}, "
