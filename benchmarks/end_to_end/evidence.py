@@ -247,10 +247,10 @@ def main() -> None:
         "# Evidence",
         "",
         "Made by `python -m benchmarks.end_to_end.evidence`: `zsu_fast.audit` of each model, mean "
-        "over seeds, lowest and highest where they differ by more than 5 %. Accuracies in per cent; "
-        "`zsu_fast/evaluation/audit/metrics.py` defines every number, `evidence.csv` has all of "
-        f"them and the reasons of those that are missing. Measured on {images} test and training images; "
-        f"relearning: at most {SHOTS:,} of each class and {RELEARN_STEPS} steps.",
+        "over seeds, lowest and highest where they differ by more than 5 %. Accuracies in per "
+        "cent; `zsu_fast/evaluation/audit/metrics.py` defines every number, `evidence.csv` has all "
+        f"of them and the reasons of those that are missing. Measured on {images} test and "
+        f"training images; relearning: at most {SHOTS:,} of each class and {RELEARN_STEPS} steps.",
         "",
         f"{processor()}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{time.strftime('%Y-%m-%d')}.",
