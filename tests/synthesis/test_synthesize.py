@@ -342,5 +342,5 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     made = make(per_class=4)
     made.save(path, force=True)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match="not an intact safetensors"):
+    with pytest.raises(CheckpointError, match="no intact safetensors"):
         ClassImpressions.load(path)
