@@ -148,7 +148,7 @@ def test_a_size_that_cannot_be_inferred() -> None:
     anywhere = nn.Sequential(
         nn.Conv2d(3, 4, 3, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
     )
-    with pytest.raises(ArgumentError, match=r"input_shape: .*nothing tells which.*Pass input_sha"):
+    with pytest.raises(ArgumentError, match=r"input_shape: .*it is unknown which.*Pass input_sha"):
         resolve_spec(anywhere)
     assert resolve_spec(anywhere, (3, 32, 32)).shape == (3, 32, 32)
 

@@ -39,7 +39,7 @@ def test_the_fake_gpu_raises_where_a_real_one_does() -> None:
 @pytest.mark.parametrize(
     "options",
     [{}, {"tail": 2}, {"space": "tail-input"}, {"objective": "differential"},
-     {"batch_norm": 0.01}, {"forgotten": [2]}, {"inplace": True}],
+     {"batch_norm": 1e-3}, {"forgotten": [2]}, {"inplace": True}],
     ids=str,
 )  # fmt: skip
 def test_unlearning_stays_on_the_device(options: dict[str, Any]) -> None:

@@ -200,9 +200,9 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
         started = time.monotonic()
         failed.unlink(missing_ok=True)
         results = on_ranks(3, tmp_path, lambda r, s=stage, e=error: action(r, s, e))
-        told = [describe(e) for e in results]
-        assert told[1] == f"{error.__name__}: the roof is on fire"
-        assert told[0] == told[2] == f"RankError: rank 1: {words}"
+        errors = [describe(e) for e in results]
+        assert errors[1] == f"{error.__name__}: the roof is on fire"
+        assert errors[0] == errors[2] == f"RankError: rank 1: {words}"
         assert time.monotonic() - started < 50  # no rank waited for the timeout
         assert not ledger.exists()
 
@@ -345,9 +345,11 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     model = zoo.build("lenet5")
     zsu_fast.models.checkpoint.load_into(model, out)
     assert weights_hash(model) == facts["weights_after"]
-    alone = zsu_fast.unlearn(zoo.load("lenet5"), [1, 2, 3, 4], impressions_per_class=4, tail="last")
+    single = zsu_fast.unlearn(
+        zoo.load("lenet5"), [1, 2, 3, 4], impressions_per_class=4, tail="last"
+    )
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, alone.state_dict()[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(value, single.state_dict()[name], rtol=0, atol=1e-5)
 
 
 def test_a_failure_under_torchrun(tmp_path: Path) -> None:

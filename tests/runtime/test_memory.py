@@ -89,10 +89,10 @@ def test_free_bytes_are_the_smaller_limit(monkeypatch: pytest.MonkeyPatch) -> No
 def test_little_memory_means_a_small_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     widths = watch(monkeypatch)
     monkeypatch.setattr(memory, "rows_that_fit", lambda *_: 7)
-    made = make()
+    impressions = make()
     assert max(widths) == 7
-    assert len(made) == 40
-    assert made.hit.all()
+    assert len(impressions) == 40
+    assert impressions.hit.all()
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,13 @@ def test_the_batch_is_halved_and_the_impressions_are_the_same(
         want = make()
     widths = watch(monkeypatch, most=12, error=error)
     with caplog.at_level(logging.WARNING):
-        made = make()
+        impressions = make()
     assert [w for w in widths if w > 12] == [40, 20]  # tried 40, then 20, then 10
-    assert all(bits(getattr(made, f)) == bits(getattr(want, f)) for f in FIELDS)
-    said = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
-    assert said == [f"out of memory: impressions go on with {n} rows at a time" for n in (20, 10)]
+    assert all(bits(getattr(impressions, f)) == bits(getattr(want, f)) for f in FIELDS)
+    messages = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
+    assert messages == [
+        f"out of memory: impressions go on with {n} rows at a time" for n in (20, 10)
+    ]
 
 
 def test_not_even_one_row(monkeypatch: pytest.MonkeyPatch) -> None:

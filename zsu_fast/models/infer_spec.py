@@ -131,7 +131,7 @@ def _cannot_infer(
         sides = ", ".join(str(shape[-1]) for shape in running)
         return ArgumentError(
             "input_shape",
-            f"not given; the model runs on images of {sides} pixels, and nothing tells which size "
+            f"not given; the model runs on images of {sides} pixels, and it is unknown which size "
             f"it was trained on",
             "Pass input_shape=(channels, height, width), and mean and std.",
         )

@@ -203,6 +203,8 @@ class Ranks:
 
     def flag(self, name: str) -> bool:
         """Whether any rank has set this flag in this stage."""
+        if self.single:
+            return False
         with self._connected():
             return bool(self._store.check([self._key(name)]))
 
