@@ -132,9 +132,8 @@ class ZeroShotUnlearner:
         batch: rows an optimiser step; None for 512, fewer for a heavy tail.
         learning_rate: None lets it scale itself.
         weights: (w_f, w_r) of the differential objective.
-        margin: how far, in logits, forgotten ones are pushed below what the mask asks for; None
-            for the impressions' mean lead times 4 log10(classes), or half of it where more than
-            the last layer is trained.
+        margin: by how many logits forgotten classes are pushed below what the mask asks for; None
+            for the default of `FeatureSettings`.
         early_stop: stop on held-out impressions and keep the best state.
         loop: "eager", "compiled" (the tail through torch.compile), "graph" (a captured CUDA graph),
             or "auto": graph on a GPU, eager on a CPU.
