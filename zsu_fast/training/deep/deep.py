@@ -99,7 +99,7 @@ def _deep_task(
         objective,
         torch.Generator().manual_seed(inputs.seed),
         masks=[_unpruned(p) for p in parameters],
-        fast_kernels=False,  # they round differently, and the published results were measured without
+        fast_kernels=False,  # they round differently; published results were measured without
     )
     return task, margin, objective
 
