@@ -1,109 +1,33 @@
-"""The tail loop: when it stops, what it keeps, and that a bad step is never the last."""
+"""Training the tail: when it stops, what it keeps, and that a bad step is never the last."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from linear_case import FORGET, LinearCase, Scripted
+from torch import Tensor
 
 from zsu_fast import ArgumentError, Event
 from zsu_fast.runtime.progress import Reporter
 from zsu_fast.training.features import FeatureSet
-from zsu_fast.training.fit_task import FitTask
 from zsu_fast.training.loop import LoopSettings, train_tail
-from zsu_fast.training.losses import Differential, LogitObjective, MaskedKL
-from zsu_fast.training.teacher import Teacher, build_feature_set
-from zsu_fast.training.trainer import Fit, ValidationResult
-
-FORGET = torch.tensor([False, True, False, False])
-
-
-class Scripted(LogitObjective):
-    """An objective that does as a script says: ``script(call, logits, rows) -> loss``."""
-
-    def __init__(
-        self, script: Callable[[int, Tensor, FeatureSet], Tensor], rate: float | None = None
-    ) -> None:
-        self.script, self.learning_rate, self.calls = script, rate, 0
-
-    def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        self.calls += 1
-        x = logits.detach().requires_grad_(True)
-        loss = self.script(self.calls, x, rows)
-        (dlogits,) = torch.autograd.grad(loss, x)
-        return loss.detach(), dlogits
-
-
-class Setting:
-    """A linear tail and rows of four classes along the axes."""
-
-    def __init__(self) -> None:
-        self.tail = nn.Linear(4, 4)
-        with torch.no_grad():
-            self.tail.weight.copy_(6 * torch.eye(4))
-            self.tail.bias.zero_()
-        self.start = [p.detach().clone() for p in self.tail.parameters()]
-        label = torch.arange(40) % 4
-        made = []
-        for _ in range(2):
-            features = torch.eye(4)[label] + 0.1 * torch.randn(40, 4)
-            made.append(
-                build_feature_set(
-                    Teacher(self.tail, FORGET), (features,), label, 100, torch.Generator()
-                )
-            )
-        self.rows, self.held_out = made
-        self.validation_loss = MaskedKL(FORGET, 2.0)
-
-    def train(self, objective: Any = None, callback: Any = None, **settings: Any) -> Fit:
-        return train_tail(
-            self.task(objective),
-            LoopSettings(**({"steps": 200, "batch": 64} | settings)),
-            Reporter(False, callback),
-        )
-
-    def task(self, objective: Any = None) -> FitTask:
-        return FitTask(
-            self.tail,
-            list(self.tail.parameters()),
-            self.rows,
-            self.held_out,
-            objective or self.validation_loss,
-            self.validation_loss,
-            torch.Generator().manual_seed(0),
-        )
-
-    def divergence(self) -> float:
-        with torch.no_grad():
-            logits = self.tail(*self.held_out.features)
-            return float(self.validation_loss.divergence(logits, self.held_out))
-
-    def unchanged(self) -> bool:
-        pairs = zip(self.tail.parameters(), self.start, strict=True)
-        return all(torch.equal(p, s) for p, s in pairs)
-
-
-def gone(setting: Setting) -> bool:
-    """Whether no held-out row is answered with the forgotten class."""
-    with torch.no_grad():
-        return not FORGET[setting.tail(*setting.held_out.features).argmax(1)].any()
+from zsu_fast.training.losses import Differential
 
 
 def test_it_learns_and_leaves_the_best_state() -> None:
-    setting = Setting()
-    fit = setting.train()
-    assert gone(setting)
+    case = LinearCase()
+    fit = case.train()
+    assert case.forgets()
     first, best = fit.history[0], fit.best
     assert first.step == 0
     assert math.isnan(first.loss)
     assert first.leak > 0.2
     assert best.divergence == min(c.divergence for c in fit.history) < 0.1 * first.divergence
-    assert setting.divergence() == pytest.approx(best.divergence, rel=1e-5)
+    assert case.divergence() == pytest.approx(best.divergence, rel=1e-5)
     assert best.leak == 0
     assert best.agreement > 0.95
     assert fit.learning_rate == best.learning_rate > 0
@@ -112,49 +36,49 @@ def test_it_learns_and_leaves_the_best_state() -> None:
 
 def test_early_stop_goes_back_to_the_best_state() -> None:
     """It learns for 50 steps, then unlearns: the loop must notice and go back."""
-    setting = Setting()
+    case = LinearCase()
 
     def script(call: int, logits: Tensor, rows: FeatureSet) -> Tensor:
-        loss = setting.validation_loss.divergence(logits, rows)
+        loss = case.validation_loss.divergence(logits, rows)
         return loss if call <= 50 else -loss
 
-    fit = setting.train(Scripted(script), learning_rate=0.05, steps=400)
+    fit = case.train(Scripted(script), learning_rate=0.05, steps=400)
     assert "no gain on held-out impressions" in fit.stopped
     assert "back to the best state" in fit.stopped
     assert 45 <= fit.best.step <= 60
     assert fit.history[-1].step < 400
     assert fit.history[-1].divergence > fit.best.divergence
-    assert setting.divergence() == pytest.approx(fit.best.divergence, rel=1e-5)
-    assert gone(setting)
+    assert case.divergence() == pytest.approx(fit.best.divergence, rel=1e-5)
+    assert case.forgets()
 
 
 def test_without_early_stop_the_last_state_is_kept() -> None:
-    setting = Setting()
+    case = LinearCase()
 
     def script(call: int, logits: Tensor, rows: FeatureSet) -> Tensor:
-        loss = setting.validation_loss.divergence(logits, rows)
+        loss = case.validation_loss.divergence(logits, rows)
         return loss if call <= 50 else -loss
 
-    fit = setting.train(Scripted(script), learning_rate=0.05, early_stop=False)
+    fit = case.train(Scripted(script), learning_rate=0.05, early_stop=False)
     assert fit.stopped == "all 200 steps taken"
     assert fit.best is fit.history[-1]
     assert fit.best.step == 200
-    assert setting.divergence() == pytest.approx(fit.best.divergence, rel=1e-5)
+    assert case.divergence() == pytest.approx(fit.best.divergence, rel=1e-5)
     assert fit.best.divergence > min(c.divergence for c in fit.history)
 
 
 def test_the_rate_stays_fixed_without_early_stop() -> None:
     moves: list[list[float]] = []
     for early in (False, True):
-        setting = Setting()
+        case = LinearCase()
         seen: list[Tensor] = []
 
         def script(_: int, logits: Tensor, __: FeatureSet, seen: list[Tensor] = seen,
-                   setting: Setting = setting) -> Tensor:  # fmt: skip
-            seen.append(setting.tail.bias.detach().clone())
+                   case: LinearCase = case) -> Tensor:  # fmt: skip
+            seen.append(case.tail.bias.detach().clone())
             return logits[:, 0].mean()  # Adam moves bias 0 by the rate each step
 
-        setting.train(Scripted(script), learning_rate=0.01, early_stop=early, steps=40, batch=140)
+        case.train(Scripted(script), learning_rate=0.01, early_stop=early, steps=40, batch=140)
         moves.append([float(a[0] - b[0]) for a, b in pairwise(seen)])
     fixed, falling = moves
     assert fixed == pytest.approx([0.01] * 39, rel=1e-2)
@@ -166,63 +90,63 @@ def test_the_rate_stays_fixed_without_early_stop() -> None:
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("when", [1, 30])
 def test_a_loss_that_is_not_finite_rolls_back(early_stop: bool, when: int) -> None:
-    setting = Setting()
+    case = LinearCase()
 
     def script(call: int, logits: Tensor, rows: FeatureSet) -> Tensor:
-        loss = setting.validation_loss.divergence(logits, rows)
+        loss = case.validation_loss.divergence(logits, rows)
         return loss * math.nan if call >= when else loss
 
-    fit = setting.train(Scripted(script), learning_rate=0.05, early_stop=early_stop)
+    fit = case.train(Scripted(script), learning_rate=0.05, early_stop=early_stop)
     assert "non-finite values at step" in fit.stopped
-    assert all(p.isfinite().all() for p in setting.tail.parameters())
-    assert setting.divergence() == pytest.approx(fit.best.divergence, rel=1e-5)
+    assert all(p.isfinite().all() for p in case.tail.parameters())
+    assert case.divergence() == pytest.approx(fit.best.divergence, rel=1e-5)
     if when == 1:
-        assert setting.unchanged()
+        assert case.unchanged()
         assert fit.best is fit.history[0]
         assert "no state was better than the original" in fit.stopped
         assert fit.learning_rate == 0
     else:
         assert 0 < fit.best.step < 30
-        assert not setting.unchanged()
+        assert not case.unchanged()
 
 
 def test_infinite_logits_are_refused_even_where_the_divergence_is_finite() -> None:
     """A forgotten logit at -inf is the mask itself by its divergence, and no finite model."""
-    setting = Setting()
+    case = LinearCase()
 
     def script(call: int, logits: Tensor, rows: FeatureSet) -> Tensor:
         if call == 30:
-            setting.tail.bias.data[1] = -torch.inf
-        return setting.validation_loss.divergence(logits, rows)
+            case.tail.bias.data[1] = -torch.inf
+        return case.validation_loss.divergence(logits, rows)
 
-    fit = setting.train(Scripted(script), learning_rate=0.05)
+    fit = case.train(Scripted(script), learning_rate=0.05)
     assert "non-finite values at step 30" in fit.stopped
     assert fit.best.step < 30
-    assert setting.tail.bias.isfinite().all()
+    assert case.tail.bias.isfinite().all()
 
 
 def test_a_rate_that_blows_up_is_lowered() -> None:
     """Infinite as soon as a weight has moved far: only the smallest rate stays near enough."""
-    setting = Setting()
+    case = LinearCase()
 
     def script(_: int, logits: Tensor, rows: FeatureSet) -> Tensor:
-        moved = (setting.tail.weight.detach() - setting.start[0]).abs().max()
+        moved = (case.tail.weight.detach() - case.start[0]).abs().max()
         blown = torch.where(moved > 3.0, torch.inf, 1.0)
-        return setting.validation_loss.divergence(logits, rows) * blown
+        return case.validation_loss.divergence(logits, rows) * blown
 
-    fit = setting.train(Scripted(script, rate=4.0), steps=120)
+    fit = case.train(Scripted(script, rate=4.0), steps=120)
     rates = {c.attempt: c.learning_rate for c in fit.history[1:]}
     assert rates[0] == 4.0
     assert rates[1] < 4.0  # lowered at once, not raised first
     assert fit.learning_rate == min(rates.values()) < 4.0
     assert any(math.isnan(c.divergence) for c in fit.history)
-    assert all(p.isfinite().all() for p in setting.tail.parameters())
-    assert gone(setting)
+    assert all(p.isfinite().all() for p in case.tail.parameters())
+    assert case.forgets()
 
 
 def test_the_rate_is_raised_where_it_is_too_low() -> None:
-    setting = Setting()
-    fit = setting.train(Scripted(lambda _, x, r: setting.validation_loss.divergence(x, r), rate=0.01),
+    case = LinearCase()
+    fit = case.train(Scripted(lambda _, x, r: case.validation_loss.divergence(x, r), rate=0.01),
                         steps=60)  # fmt: skip
     rates = [c.learning_rate for c in fit.history if c.attempt == 1]
     assert rates
@@ -230,49 +154,49 @@ def test_the_rate_is_raised_where_it_is_too_low() -> None:
 
 
 def test_each_attempt_starts_from_the_original() -> None:
-    setting = Setting()
+    case = LinearCase()
     starts: dict[int, Tensor] = {}
 
     def script(call: int, logits: Tensor, _: FeatureSet) -> Tensor:
         if call % 5 == 1:
-            starts[call] = setting.tail.weight.detach().clone()
+            starts[call] = case.tail.weight.detach().clone()
         return logits.sum() * 0.0
 
-    fit = setting.train(Scripted(script, rate=0.1), steps=5)
+    fit = case.train(Scripted(script, rate=0.1), steps=5)
     assert fit.history[-1].attempt == 3
     assert len(starts) == 4
-    assert all(torch.equal(w, setting.start[0]) for w in starts.values())
+    assert all(torch.equal(w, case.start[0]) for w in starts.values())
 
 
 def test_a_given_rate_is_the_only_one() -> None:
-    setting = Setting()
-    fit = setting.train(learning_rate=1e-6, steps=6)
+    case = LinearCase()
+    fit = case.train(learning_rate=1e-6, steps=6)
     assert {c.learning_rate for c in fit.history[1:]} == {1e-6}
     assert fit.history[-1].step == 6
 
 
 def test_an_unbounded_objective_does_not_run_away() -> None:
-    setting = Setting()
-    fit = setting.train(Differential(), learning_rate=0.5, steps=400)
-    assert all(p.isfinite().all() for p in setting.tail.parameters())
-    assert setting.divergence() <= fit.history[0].divergence
-    assert setting.divergence() == pytest.approx(fit.best.divergence, rel=1e-4)
+    case = LinearCase()
+    fit = case.train(Differential(), learning_rate=0.5, steps=400)
+    assert all(p.isfinite().all() for p in case.tail.parameters())
+    assert case.divergence() <= fit.history[0].divergence
+    assert case.divergence() == pytest.approx(fit.best.divergence, rel=1e-4)
 
 
 def test_the_callback_ends_it_with_the_best_state() -> None:
-    setting = Setting()
+    case = LinearCase()
     events: list[Event] = []
 
     def callback(event: Event) -> bool:
         events.append(event)
         return len(events) == 12
 
-    fit = setting.train(callback=callback, learning_rate=0.05)
+    fit = case.train(callback=callback, learning_rate=0.05)
     assert len(events) == 12
     assert "callback asked to stop in fit" in fit.stopped
     assert len(fit.history) == 13
     assert fit.best.divergence == min(c.divergence for c in fit.history)
-    assert setting.divergence() == pytest.approx(fit.best.divergence, rel=1e-5)
+    assert case.divergence() == pytest.approx(fit.best.divergence, rel=1e-5)
     assert fit.learning_rate == 0.05
     assert set(events[0].metrics) == {"divergence", "leak", "agreement"}
     assert events[0].stage == "fit"
@@ -284,37 +208,37 @@ def test_the_callback_ends_it_with_the_best_state() -> None:
 def test_an_exception_leaves_a_state_that_was_checked(
     error: type[BaseException], call: int
 ) -> None:
-    setting = Setting()
+    case = LinearCase()
 
     def script(at: int, logits: Tensor, rows: FeatureSet) -> Tensor:
         if at == call:
             raise error("now")
-        return setting.validation_loss.divergence(logits, rows)
+        return case.validation_loss.divergence(logits, rows)
 
     with pytest.raises(error, match="now"):
-        setting.train(Scripted(script), learning_rate=0.05)
-    assert setting.unchanged()
+        case.train(Scripted(script), learning_rate=0.05)
+    assert case.unchanged()
 
 
 def test_only_the_given_parameters_move() -> None:
-    setting = Setting()
-    task = setting.task()
-    task.parameters = [setting.tail.bias]
+    case = LinearCase()
+    task = case.task()
+    task.parameters = [case.tail.bias]
     train_tail(task, LoopSettings(20, 64), Reporter(False))
-    assert torch.equal(setting.tail.weight, setting.start[0])
-    assert not torch.equal(setting.tail.bias, setting.start[1])
+    assert torch.equal(case.tail.weight, case.start[0])
+    assert not torch.equal(case.tail.bias, case.start[1])
 
 
 def test_every_row_is_used_before_one_comes_again() -> None:
-    setting = Setting()
+    case = LinearCase()
     seen: list[int] = []
-    setting.rows.teacher = torch.arange(140.0)[:, None].expand(140, 4)
+    case.train_rows.teacher = torch.arange(140.0)[:, None].expand(140, 4)
 
     def script(_: int, logits: Tensor, rows: FeatureSet) -> Tensor:
         seen.extend(rows.teacher[:, 0].int().tolist())
         return logits.sum() * 0.0
 
-    setting.train(Scripted(script), learning_rate=0.1, steps=14, batch=35, early_stop=False)
+    case.train(Scripted(script), learning_rate=0.1, steps=14, batch=35, early_stop=False)
     assert len(seen) == 14 * 35
     for at in range(0, 420, 140):
         assert sorted(seen[at : at + 140]) == list(range(140))
@@ -322,20 +246,20 @@ def test_every_row_is_used_before_one_comes_again() -> None:
 
 
 def test_a_batch_larger_than_the_rows() -> None:
-    setting = Setting()
-    setting.train(batch=10_000, steps=80, learning_rate=0.1)
-    assert gone(setting)
+    case = LinearCase()
+    case.train(batch=10_000, steps=80, learning_rate=0.1)
+    assert case.forgets()
 
 
-def test_checks_measure_what_they_say() -> None:
-    setting = Setting()
-    fit = setting.train(steps=1)
-    check: ValidationResult = fit.history[0]
-    answer = setting.held_out.teacher.argmax(1)
-    assert check.leak == pytest.approx(float(FORGET[answer].float().mean()))
-    assert check.agreement == 1.0  # the original agrees with itself where nothing is masked
-    assert check.divergence == pytest.approx(
-        float(setting.validation_loss.divergence(setting.held_out.teacher, setting.held_out)),
+def test_validation_measures_what_it_says() -> None:
+    case = LinearCase()
+    fit = case.train(steps=1)
+    first = fit.history[0]
+    answer = case.validation_rows.teacher.argmax(1)
+    assert first.leak == pytest.approx(float(FORGET[answer].float().mean()))
+    assert first.agreement == 1.0  # the original agrees with itself where nothing is masked
+    assert first.divergence == pytest.approx(
+        float(case.validation_loss.divergence(case.validation_rows.teacher, case.validation_rows)),
         rel=1e-6,
     )
 

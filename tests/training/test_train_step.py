@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,9 +53,9 @@ def run(kind: Any, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     """Parameters and last loss after three blocks of eight steps."""
     torch.manual_seed(0)
     tail, rows, index = case(device)
-    stepper = kind(fit_task(tail, rows))
+    step = kind(fit_task(tail, rows))
     for at in range(0, 24, 8):
-        loss = stepper.run(index[at : at + 8], RATES[at : at + 8])
+        loss = step.run(index[at : at + 8], RATES[at : at + 8])
     return [p.detach().clone() for p in tail.parameters()], loss.clone()
 
 
@@ -63,13 +64,13 @@ def test_the_steps_are_adam_on_the_objective() -> None:
     tail, rows, index = case()
     other = copy.deepcopy(tail)
     objective = MaskedKL(FORGET, 2.0)
-    stepper = EagerTrainStep(fit_task(tail, rows))
-    stepper.run(index, RATES)
+    step = EagerTrainStep(fit_task(tail, rows))
+    step.run(index, RATES)
     optimiser = torch.optim.AdamW(other.parameters(), weight_decay=0.0, foreach=False)
-    for picked, rate in zip(index, RATES, strict=True):
+    for batch, rate in zip(index, RATES, strict=True):
         optimiser.param_groups[0]["lr"] = rate
         optimiser.zero_grad()
-        part = rows.select(picked)
+        part = rows.select(batch)
         logits = other(*part.features)
         loss = ops.masked_cross_entropy(
             logits + objective.shift, part.teacher, FORGET, torch.full((64,), 1 / 64)
@@ -82,9 +83,7 @@ def test_the_steps_are_adam_on_the_objective() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fused_steps_are_those_of_torchs_optimiser(dtype: torch.dtype) -> None:
-    """float32 goes past `torch.optim` to its fused kernel; other types go through it. Biases have
-    a rate of their own.
-    """
+    """float32 bypasses `torch.optim` and calls its fused kernel; float64 goes through it."""
     torch.manual_seed(0)
     tail, rows, index = case()
     tail.to(dtype)
@@ -92,17 +91,15 @@ def test_fused_steps_are_those_of_torchs_optimiser(dtype: torch.dtype) -> None:
                 rows.forgotten)  # fmt: skip
     other = copy.deepcopy(tail)
     scales = [5.0 if p.ndim == 1 else 1.0 for p in tail.parameters()]
-    train_step = [EagerTrainStep(fit_task(t, rows), scales)
+    steps = [EagerTrainStep(fit_task(t, rows), scales)
                 for t in (tail, other)]  # fmt: skip
     groups = [
         {"params": [p for p in other.parameters() if (p.ndim == 1) == bias], "scale": scale}
         for bias, scale in ((False, 1.0), (True, 5.0))
     ]
-    train_step[1].optimiser = torch.optim.AdamW(
-        groups, weight_decay=0.0, fused=dtype == torch.float32
-    )
-    for stepper in train_step:
-        stepper.run(index, RATES)
+    steps[1].optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=dtype == torch.float32)
+    for step in steps:
+        step.run(index, RATES)
     for a, b in zip(tail.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -118,12 +115,12 @@ def test_compiled_equals_eager() -> None:
 def test_reset_forgets_the_moments() -> None:
     tail, rows, index = case()
     start = copy.deepcopy(tail.state_dict())
-    stepper = EagerTrainStep(fit_task(tail, rows))
+    step = EagerTrainStep(fit_task(tail, rows))
     ends = []
     for _ in range(2):
         tail.load_state_dict(start)
-        stepper.reset()
-        stepper.run(index[:5], RATES[:5])
+        step.reset()
+        step.run(index[:5], RATES[:5])
         ends.append([p.detach().clone() for p in tail.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
@@ -142,8 +139,8 @@ def test_graph_without_a_gpu_says_so() -> None:
 
 def test_auto_on_a_cpu_is_eager() -> None:
     tail, rows, _ = case()
-    made = make_train_step("auto", fit_task(tail, rows))
-    assert made.name == "eager"
+    step = make_train_step("auto", fit_task(tail, rows))
+    assert step.name == "eager"
 
 
 @pytest.mark.gpu
@@ -159,22 +156,27 @@ def test_graph_equals_eager_and_replays_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_products_of_large_tails_are_quick_within_a_block(
+def test_large_tails_multiply_in_bfloat16_within_a_block(
     monkeypatch: pytest.MonkeyPatch, quick: bool
 ) -> None:
     monkeypatch.setattr(train_step, "has_bfloat16", lambda _device: True)
     monkeypatch.setattr(train_step, "SMALL", 8 * 4 * 3 - 1 if quick else 8 * 4 * 3)
     settings: Any = torch.backends.mkldnn.matmul
-    before, seen = settings.fp32_precision, []
+    before, precisions = settings.fp32_precision, []
     tail = nn.Linear(4, 3)
-    tail.register_forward_hook(lambda *_: seen.append(settings.fp32_precision))
+    tail.register_forward_hook(lambda *_: precisions.append(settings.fp32_precision))
     forget = torch.tensor([True, False, False])
     features = torch.rand(8, 4)
     rows = FeatureSet(
         (features,), tail(features).detach(), torch.zeros(8).long(), torch.ones(8).bool()
     )
-    stepper = train_step.EagerTrainStep(fit_task(tail, rows, forget, 1.0))
-    seen.clear()
-    stepper.run(torch.arange(8).view(1, 8), [1e-3])
-    assert seen == ["bf16" if quick else before]
+    step = train_step.EagerTrainStep(fit_task(tail, rows, forget, 1.0))
+    precisions.clear()
+    step.run(torch.arange(8).view(1, 8), [1e-3])
+    assert precisions == ["bf16" if quick else before]
     assert settings.fp32_precision == before
+    task = replace(fit_task(tail, rows, forget, 1.0), fast_kernels=False)
+    step = train_step.EagerTrainStep(task)
+    precisions.clear()
+    step.run(torch.arange(8).view(1, 8), [1e-3])
+    assert precisions == [before]

@@ -53,7 +53,7 @@ class Teacher:
         mixup: FeatureMixup | None = None,
         known: Tensor | None = None,
     ) -> FeatureSet:
-        """Returns rows with the tail's answers: all logits if they are few, else what is needed.
+        """Returns the rows with the tail's logits, or, if they exceed the limits, what stands in.
 
         Args:
             features: the rows, each [N, ...]; or, with ``mixup``, what they are mixed from.
@@ -142,8 +142,8 @@ def train_val_sets(
 ) -> tuple[FeatureSet, FeatureSet, float]:
     """Returns training rows, validation rows, and the mean logit margin of the impressions.
 
-    Validation rows are mixed from held-out impressions; where a class has too few to hold any out,
-    from the same impressions as the training rows, in other proportions.
+    Validation rows are the held-out impressions and mixtures of them. If no class has enough
+    impressions to hold any out (`held_out`), they are other mixtures of the training impressions.
 
     Args:
         teacher: labels the rows.
