@@ -1,4 +1,4 @@
-"""The whole algorithm in plain PyTorch: forget classes without data, in about 100 lines.
+"""Forget classes without data: the whole algorithm in plain PyTorch, in little over 100 lines.
 
 ``unlearn`` below does what ``zsu_fast.unlearn`` does where the last layer alone is trained, with
 nothing but torch. The package adds other splits, `depth="deep"`, faster kernels, and retries for
@@ -43,9 +43,10 @@ def unlearn(
         per_class: impressions per class, at least 4.
     """
     generator = torch.Generator().manual_seed(seed)
-    result = copy.deepcopy(model)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    classifier = last_layer(frozen)
+    last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    classifier = frozen.get_submodule(last)
+    assert isinstance(classifier, nn.Linear)
 
     # 1. Synthesise impressions: images that the model assigns to a class, all in one batch.
     labels = torch.arange(classifier.out_features).repeat_interleave(per_class)
@@ -58,19 +59,18 @@ def unlearn(
     images = ascend(frozen, images, labels, target, black, white)
 
     # 2. Split the model at its last layer. The backbone is frozen: evaluate it once.
-    features = backbone_features(frozen, classifier, images)
+    backbone = copy.deepcopy(frozen)
+    backbone.set_submodule(last, nn.Identity())
+    features = torch.cat([backbone(batch) for batch in images.split(256)])
 
     # 3. Fit the forgotten rows of the last layer; one impression in four decides when to stop.
     rows = torch.tensor(sorted(set(forget)))
     weight, bias = fit(classifier, features, labels, rows, generator)
+    result = copy.deepcopy(model)
     with torch.no_grad():
-        last_layer(result).weight[rows] = weight
-        last_layer(result).bias[rows] = bias
+        result.get_submodule(last).weight[rows] = weight
+        result.get_submodule(last).bias[rows] = bias
     return result
-
-
-def last_layer(model: nn.Module) -> nn.Linear:
-    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
 def ascend(
@@ -79,7 +79,7 @@ def ascend(
     """Adam ascent on ``logit_label(x) - beta * ||x||^2`` over valid images.
 
     Each row stops at its own ``target`` confidence and leaves the batch: at a confidence of 1 the
-    gradient vanishes, and the impression would teach the last layer nothing.
+    gradient of the cross-entropy vanishes, and the impression would teach nothing.
     """
     beta, rate, steps = 1e-4, 0.01 * (white - black).mean(), 100
     images, row = x.clone(), torch.arange(len(x))
@@ -105,16 +105,6 @@ def ascend(
         x = (x + rate * exp_avg / (1 - 0.9**step) / denominator).clamp(black, white)
     images[row] = x  # rows that missed their target in time
     return images
-
-
-def backbone_features(model: nn.Module, classifier: nn.Linear, images: Tensor) -> Tensor:
-    """The inputs of ``classifier``, float32 [N, D]."""
-    seen: list[Tensor] = []
-    hook = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    for batch in images.split(256):
-        model(batch)
-    hook.remove()
-    return torch.cat(seen)
 
 
 def mixtures(x: Tensor, label: Tensor, forget: Tensor, generator: torch.Generator) -> Tensor:
@@ -167,7 +157,7 @@ def fit(
         weight_decay=0.0,
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    best, best_state, stale = math.inf, (weight.detach(), bias.detach()), 0
+    best, best_state, stale = math.inf, (weight.detach().clone(), bias.detach().clone()), 0
     for step in range(1, steps + 1):
         batch = torch.randint(len(train[0]), (512,), generator=generator)
         loss = divergence(*(column[batch] for column in train))
