@@ -15,9 +15,9 @@ static const Kernels& choose() {
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
       level = 2;
   }
-  if (const char* wish = std::getenv("ZSU_FAST_CPU_ISA")) {
-    if (!std::strcmp(wish, "baseline")) level = 0;
-    else if (!std::strcmp(wish, "avx2") && level > 1) level = 1;
+  if (const char* requested = std::getenv("ZSU_FAST_CPU_ISA")) {
+    if (!std::strcmp(requested, "baseline")) level = 0;
+    else if (!std::strcmp(requested, "avx2") && level > 1) level = 1;
   }
   if (level == 2) return avx512::kernels();
   if (level == 1) return avx2::kernels();

@@ -176,6 +176,9 @@ __device__ V reduce_row(V v) {
     v = of_warp[0];
 #pragma unroll
     for (int w = 1; w < threads_per_row / 32; ++w) v = V::merge(v, of_warp[w]);
+  } else {
+    // without a barrier, nvcc computes 16-bit exponentials a second time after the reduction (sm_80)
+    __syncwarp(row_lanes<threads_per_row>());
   }
   return v;
 }

@@ -26,8 +26,8 @@ def row_tile(classes: int) -> dict[str, int]:
 def alignment(t: Tensor, row_stride: int) -> int:
     """Largest power of two of elements (at most 16 bytes) that divides the offset of every row.
 
-    Triton specialises on divisibility by 16 only. 1000 classes are 8 x 125: unless it is told, it
-    vectorises no load of such rows.
+    Triton specialises on divisibility by 16 only. 1000 classes are 8 x 125: without this hint
+    no load of such rows is vectorised.
     """
     align = 16 // t.element_size()
     while align > 1 and (row_stride % align or t.data_ptr() % (align * t.element_size())):
