@@ -1,6 +1,7 @@
-"""Build the two native libraries, or fewer: what cannot be built is left out, and said.
+"""Build the native libraries that can be built here, and report why the others cannot.
 
-ZSU_FAST_CPP, ZSU_FAST_CUDA = auto (default: build if possible) | 1 (must build) | 0 (do not).
+ZSU_FAST_CPP and ZSU_FAST_CUDA: auto (default, build if possible), 1 (fail unless it builds) or 0
+(do not build). `csrc/README.md` describes the sources.
 """
 
 from __future__ import annotations
@@ -11,25 +12,29 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Command, Extension, setup
 
-ARCHITECTURES = "8.0;9.0;10.0+PTX"  # TORCH_CUDA_ARCH_LIST replaces it
+ARCHITECTURES = "8.0;9.0;10.0+PTX"  # overridden by TORCH_CUDA_ARCH_LIST
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # one build loads in torch 2.11 and later
 
 
-def wanted(name: str) -> str:
+def setting(name: str) -> str:
+    """Returns the environment variable ``name``, one of auto, 0 and 1."""
     value = os.environ.get(name, "auto")
     if value not in ("auto", "0", "1"):
         sys.exit(f"{name} must be auto, 0 or 1, not {value!r}")
     return value
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"zsu_fast build: {text}", file=sys.stderr, flush=True)
 
 
 def toolkit() -> Path | None:
-    """A CUDA toolkit that can compile and link. nvcc on PATH may be a wrapper script, so ask it."""
+    """Returns a CUDA toolkit that can compile and link.
+
+    nvcc on PATH may be a wrapper script, so ask it where its toolkit is.
+    """
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     if nvcc := shutil.which("nvcc"):
         candidates.append(str(Path(nvcc).resolve().parents[1]))
@@ -48,6 +53,7 @@ def toolkit() -> Path | None:
 
 
 def why_no_cuda(torch_cuda: str | None, home: Path | None) -> str | None:
+    """Returns why the CUDA library cannot be built; None if it can."""
     if torch_cuda is None:
         return "this torch is built without CUDA"
     if home is None:
@@ -58,28 +64,14 @@ def why_no_cuda(torch_cuda: str | None, home: Path | None) -> str | None:
     return None
 
 
-def native() -> dict[str, object]:
-    """The arguments of setup() that build the libraries; none for a pure Python install."""
-    cpp, cuda = wanted("ZSU_FAST_CPP"), wanted("ZSU_FAST_CUDA")
-    if cpp == "0":
-        say("ZSU_FAST_CPP=0: pure Python")
-        return {}
-    home = toolkit()
-    if home:
-        os.environ["CUDA_HOME"] = str(home)  # torch reads it when it is imported
-    try:
-        import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-    except ImportError as error:
-        if cpp == "1":
-            raise
-        say(f"torch cannot be imported ({error}): pure Python, the ops will run in plain torch")
-        return {}
+def extensions(cuda: str, home: Path | None) -> list[Extension]:
+    """Returns the C++ extension, and the CUDA extension if it is wanted and can be built."""
+    import torch
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     cxx = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     cxx += ["-Wno-psabi", STABLE_ABI]
-    extensions = [
+    found = [
         CppExtension(
             "zsu_fast._C_cpu",
             ["csrc/ops.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))],
@@ -92,24 +84,28 @@ def native() -> dict[str, object]:
     if cuda == "1" and reason:
         sys.exit(f"ZSU_FAST_CUDA=1 but {reason}")
     if cuda == "0" or reason:
-        say(f"no CUDA library: {reason or 'ZSU_FAST_CUDA=0'}")
-    else:
-        extensions.append(
-            CUDAExtension(
-                "zsu_fast._C_cuda",
-                sorted(str(p) for p in Path("csrc/cuda").glob("*.cu")),
-                extra_compile_args={
-                    "cxx": [*cxx, "-DUSE_CUDA"],
-                    "nvcc": ["-O3", "-lineinfo", "--threads=2", "-DUSE_CUDA", STABLE_ABI],
-                },
-                extra_link_args=["-Wl,-s"],
-                py_limited_api=True,
-            )
-        )
+        log(f"no CUDA library: {reason or 'ZSU_FAST_CUDA=0'}")
+        return found
+    return [
+        *found,
+        CUDAExtension(
+            "zsu_fast._C_cuda",
+            sorted(str(p) for p in Path("csrc/cuda").glob("*.cu")),
+            extra_compile_args={
+                "cxx": [*cxx, "-DUSE_CUDA"],
+                "nvcc": ["-O3", "-lineinfo", "--threads=2", "-DUSE_CUDA", STABLE_ABI],
+            },
+            extra_link_args=["-Wl,-s"],
+            py_limited_api=True,
+        ),
+    ]
 
-    class OneByOne(BuildExtension):  # type: ignore[misc]
-        """Extensions built one at a time: a failure costs that one only, unless it must build."""
 
+def build_one_by_one(required: set[str]) -> type[Command]:
+    """Returns a build_ext that drops an extension whose build fails, unless it is required."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class OneByOne(BuildExtension):
         def build_extensions(self) -> None:
             built = []
             for extension in self.extensions[:]:
@@ -118,16 +114,39 @@ def native() -> dict[str, object]:
                     super().build_extensions()
                     built.append(extension)
                 except Exception as error:
-                    if (cuda if extension.name.endswith("cuda") else cpp) == "1":
+                    if extension.name in required:
                         raise
-                    say(f"{extension.name} left out, its build failed: {error}")
+                    log(f"{extension.name} left out, its build failed: {error}")
             self.extensions = built
             if not built:
-                say("pure Python: the ops will run in plain torch")
+                log("pure Python: the ops will run in plain torch")
 
+    return OneByOne
+
+
+def native() -> dict[str, object]:
+    """Returns the arguments of setup() that build the libraries; none for a pure Python install."""
+    cpp, cuda = setting("ZSU_FAST_CPP"), setting("ZSU_FAST_CUDA")
+    if cpp == "0":
+        log("ZSU_FAST_CPP=0: pure Python")
+        return {}
+    home = toolkit()
+    if home:
+        os.environ["CUDA_HOME"] = str(home)  # torch reads it when it is imported
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError as error:
+        if cpp == "1":
+            raise
+        log(f"torch cannot be imported ({error}): pure Python, the ops will run in plain torch")
+        return {}
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    modes = {"zsu_fast._C_cpu": cpp, "zsu_fast._C_cuda": cuda}
     return {
-        "ext_modules": extensions,
-        "cmdclass": {"build_ext": OneByOne},
+        "ext_modules": extensions(cuda, home),
+        "cmdclass": {
+            "build_ext": build_one_by_one({n for n, mode in modes.items() if mode == "1"})
+        },
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

@@ -221,7 +221,7 @@ def captured(run: Callable[[], Any]) -> tuple[Any, Any]:
 @contextmanager
 def eager_ascent() -> Iterator[None]:
     """Runs ascent steps one by one instead of capturing them."""
-    with mock.patch.object(ascent, "_step_many", lambda step, _device: step):
+    with mock.patch.object(ascent, "capture_steps", lambda step, _device: step):
         yield
 
 

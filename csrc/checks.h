@@ -1,13 +1,12 @@
-// What every op checks about its arguments, whatever device they lie on.
+// What every op checks about its arguments, on any device, and the forms in which kernels read them.
 #pragma once
+
+#include "ascent_step.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-#include <string>
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK // its name up to torch 2.11
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
@@ -30,7 +29,7 @@ inline void check_float(const Tensor& t, const char* name) {
 }
 
 inline void check_same_device(const Tensor& a, const Tensor& b, const char* name) {
-  STD_TORCH_CHECK(a.device() == b.device(), name, " lies on another device than the first argument");
+  STD_TORCH_CHECK(a.device() == b.device(), name, " must be on the device of the first argument");
 }
 
 inline void check_logits(const Tensor& logits) {
@@ -44,50 +43,12 @@ inline void check_per_row(const Tensor& t, const Tensor& logits, const char* nam
   check_same_device(logits, t, name);
 }
 
-inline void check_target(const Tensor& target, const Tensor& logits) {
-  check_per_row(target, logits, "target");
-  const ScalarType type = target.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "target must be int64 or int32");
-}
-
-inline void check_signed(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check_logits(logits);
-  check_target(target, logits);
+inline void check_coef(const Tensor& coef, const Tensor& logits) {
   check_per_row(coef, logits, "coef");
   check_float(coef, "coef");
 }
 
-inline void check_signed_in_place(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check_signed(logits, target, coef);
-  STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1, "in place, the classes of a row must be neighbours");
-  STD_TORCH_CHECK(logits.size(0) <= 1 || logits.stride(0) >= logits.size(1), "in place, rows must not overlap");
-}
-
-inline void check_scaled(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
-  check_logits(rows);
-  check_per_row(coef, rows, "coef");
-  STD_TORCH_CHECK(grad.numel() == 1 || (grad.dim() == 1 && grad.numel() == 2), "grad must hold 1 or 2 numbers");
-  STD_TORCH_CHECK(grad.scalar_type() == accumulator_of(rows), "grad must have the type of the loss");
-  STD_TORCH_CHECK(rows.size(1) <= 1 || rows.stride(1) == 1, "the classes of a row must be neighbours");
-  check_same_device(rows, grad, "grad");
-}
-
-inline void check_masked(const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
-  check_logits(logits);
-  check_per_row(coef, logits, "coef");
-  check_float(coef, "coef");
-  check_float(teacher, "teacher");
-  check_same_device(logits, teacher, "teacher");
-  check_same_device(logits, forget, "forget");
-  const int64_t rows = logits.size(0), classes = logits.size(1);
-  STD_TORCH_CHECK(
-      teacher.dim() == 2 && teacher.size(0) == rows && teacher.size(1) == classes, "teacher must have the shape of logits");
-  STD_TORCH_CHECK(
-      forget.dim() == 1 && forget.size(0) == classes && forget.scalar_type() == ScalarType::Bool,
-      "forget must be bool [classes] = [", classes, "]");
-}
-
-// Rows may be any distance apart; within a row the classes must be neighbours.
+// Returns t with contiguous classes; rows may be any distance apart.
 inline Tensor with_dense_rows(const Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
@@ -97,23 +58,10 @@ inline Tensor contiguous_as(const Tensor& t, ScalarType type) {
   return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 
-// What the masked kernels read, in the form in which they read it.
-struct MaskedInputs {
-  Tensor x, z, mask, coefs;
-};
-
-inline MaskedInputs masked_inputs(const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
-  check_masked(logits, teacher, forget, coef);
-  const ScalarType type = logits.scalar_type();
-  return {
-      with_dense_rows(logits), with_dense_rows(teacher.scalar_type() == type ? teacher : torch::stable::to(teacher, type)),
-      contiguous_as(forget, ScalarType::Bool), contiguous_as(coef, accumulator_of(logits))};
-}
-
-// Uninitialised, contiguous, on the device of `like`. torch::stable::new_empty looks its op up by name,
-// at every call: a microsecond, a tenth of what a small batch costs.
+// Uninitialised and contiguous, on the device of `like`. torch::stable::new_empty looks up its op by name
+// on every call: a microsecond, a tenth of the time of a small batch.
 template <size_t dims>
-Tensor fresh(const Tensor& like, const int64_t (&sizes)[dims], ScalarType type) {
+Tensor empty_like(const Tensor& like, const int64_t (&sizes)[dims], ScalarType type) {
   int64_t strides[dims];
   int64_t stride = 1;
   for (size_t d = dims; d-- > 0; stride *= sizes[d]) strides[d] = stride;
@@ -126,24 +74,65 @@ Tensor fresh(const Tensor& like, const int64_t (&sizes)[dims], ScalarType type) 
   return Tensor(handle);
 }
 
-inline int ascent_mode(const std::string& rule) {
-  if (rule == "adam") return 0;
-  if (rule == "sgd") return 1;
-  STD_TORCH_CHECK(rule == "sign", "mode must be adam, sgd or sign, got ", rule);
-  return 2;
-}
-
-// A row of x is one block of memory, in the order of its own strides (contiguous or channels-last),
-// and grad, moment and variance are laid out alike.
-struct AscentLayout {
-  int64_t rows, row_size;
-  int64_t channels; // x.shape[1], 1 if x has none
-  int64_t bounds;   // numbers in low and in high: 1, or channels
-  bool channels_last;
+// ---- signed_cross_entropy ------------------------------------------------------------------------
+struct SignedCrossEntropyInputs {
+  Tensor logits; // dense rows
+  Tensor target; // int64, contiguous
+  Tensor coef;   // of the accumulator's type, contiguous
 };
 
+inline SignedCrossEntropyInputs signed_cross_entropy_inputs(
+    const Tensor& logits, const Tensor& target, const Tensor& coef) {
+  check_logits(logits);
+  check_per_row(target, logits, "target");
+  const ScalarType type = target.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "target must be int64 or int32");
+  check_coef(coef, logits);
+  return {
+      with_dense_rows(logits), contiguous_as(target, ScalarType::Long), contiguous_as(coef, accumulator_of(logits))};
+}
+
+// ---- masked_cross_entropy ------------------------------------------------------------------------
+struct MaskedCrossEntropyInputs {
+  Tensor logits;  // dense rows
+  Tensor teacher; // of the type of logits, dense rows
+  Tensor forget;  // contiguous
+  Tensor coef;    // of the accumulator's type, contiguous
+};
+
+inline MaskedCrossEntropyInputs masked_cross_entropy_inputs(
+    const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
+  check_logits(logits);
+  check_coef(coef, logits);
+  check_float(teacher, "teacher");
+  check_same_device(logits, teacher, "teacher");
+  check_same_device(logits, forget, "forget");
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  STD_TORCH_CHECK(
+      teacher.dim() == 2 && teacher.size(0) == rows && teacher.size(1) == classes, "teacher must have the shape of logits");
+  STD_TORCH_CHECK(
+      forget.dim() == 1 && forget.size(0) == classes && forget.scalar_type() == ScalarType::Bool,
+      "forget must be bool [classes] = [", classes, "]");
+  const ScalarType type = logits.scalar_type();
+  return {
+      with_dense_rows(logits), with_dense_rows(teacher.scalar_type() == type ? teacher : torch::stable::to(teacher, type)),
+      contiguous_as(forget, ScalarType::Bool), contiguous_as(coef, accumulator_of(logits))};
+}
+
+// ---- scale_rows_ ---------------------------------------------------------------------------------
+inline void check_scale_rows(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
+  check_logits(rows);
+  check_per_row(coef, rows, "coef");
+  STD_TORCH_CHECK(grad.numel() == 1 || (grad.dim() == 1 && grad.numel() == 2), "grad must hold 1 or 2 numbers");
+  STD_TORCH_CHECK(grad.scalar_type() == accumulator_of(rows), "grad must have the dtype of the loss");
+  STD_TORCH_CHECK(rows.size(1) <= 1 || rows.stride(1) == 1, "the classes of a row must be contiguous");
+  check_same_device(rows, grad, "grad");
+}
+
+// ---- ascent_step_ --------------------------------------------------------------------------------
+// Whether each row of t is one block of memory, in contiguous or in channels-last order.
 inline bool is_dense(const Tensor& t, bool channels_last) {
-  // strides of size-1 dimensions mean nothing
+  // strides of dimensions of size 1 are arbitrary
   int64_t expected = 1;
   const auto follow = [&](int64_t d) {
     const bool fits = t.size(d) == 1 || t.stride(d) == expected;
@@ -156,44 +145,57 @@ inline bool is_dense(const Tensor& t, bool channels_last) {
   return follow(0);
 }
 
-inline AscentLayout check_ascent(
-    const Tensor& x, const Tensor& grad, const Tensor& moment, const Tensor& variance, const Tensor& step,
-    const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta,
-    const std::optional<Tensor>& jitter, const std::optional<Tensor>& seed, const std::optional<Tensor>& found_nan) {
+inline void check_like_x(const Tensor& t, const Tensor& x, bool channels_last, const char* name) {
+  check_same_device(x, t, name);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
+  STD_TORCH_CHECK(t.dim() == x.dim(), name, " must have the shape of x");
+  for (int64_t d = 0; d < x.dim(); ++d) STD_TORCH_CHECK(t.size(d) == x.size(d), name, " must have the shape of x");
+  STD_TORCH_CHECK(
+      x.numel() == 0 || is_dense(t, channels_last), name, " must be contiguous or channels-last, with the layout of x");
+}
+
+// x, grad and the moments share one shape and one layout, contiguous or channels-last.
+inline AscentStepTensors ascent_step_tensors(
+    const Tensor& x, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step,
+    const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta) {
   STD_TORCH_CHECK(x.dim() >= 1, "x must have a batch dimension");
-  AscentLayout layout{x.size(0), 1, x.dim() > 1 ? x.size(1) : 1, low.numel(), false};
-  for (int64_t d = 1; d < x.dim(); ++d) layout.row_size *= x.size(d);
-  layout.channels_last = x.numel() > 0 && x.dim() > 2 && !is_dense(x, false) && is_dense(x, true);
-  const auto same = [&](const Tensor& t, const char* name) {
-    check_same_device(x, t, name);
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
-    STD_TORCH_CHECK(t.dim() == x.dim(), name, " must have the shape of x");
-    for (int64_t d = 0; d < x.dim(); ++d) STD_TORCH_CHECK(t.size(d) == x.size(d), name, " must have the shape of x");
-    STD_TORCH_CHECK(
-        x.numel() == 0 || is_dense(t, layout.channels_last),
-        name, " must be contiguous or channels-last, and laid out like x");
-  };
-  same(x, "x");
-  same(grad, "grad");
-  same(moment, "moment");
-  same(variance, "variance");
-  const auto flat = [&](const Tensor& t, ScalarType type, int64_t n, const char* name, const char* what) {
+  AscentStepTensors args{};
+  args.rows = x.size(0);
+  args.row_size = 1;
+  for (int64_t d = 1; d < x.dim(); ++d) args.row_size *= x.size(d);
+  args.channels = x.dim() > 1 ? x.size(1) : 1;
+  args.bounds = low.numel();
+  args.lr_stride = lr.numel() > 1 ? 1 : 0;
+  args.channels_last = x.numel() > 0 && x.dim() > 2 && !is_dense(x, false) && is_dense(x, true);
+
+  check_like_x(x, x, args.channels_last, "x");
+  check_like_x(grad, x, args.channels_last, "grad");
+  check_like_x(exp_avg, x, args.channels_last, "exp_avg");
+  check_like_x(exp_avg_sq, x, args.channels_last, "exp_avg_sq");
+  const auto check_flat = [&](const Tensor& t, ScalarType type, int64_t n, const char* name, const char* what) {
     check_same_device(x, t, name);
     STD_TORCH_CHECK(t.scalar_type() == type && t.numel() == n && t.is_contiguous(), name, " must be ", what);
   };
-  flat(step, ScalarType::Int, layout.rows, "step", "int32 [rows], contiguous");
-  flat(active, ScalarType::Bool, layout.rows, "active", "bool [rows], contiguous");
-  STD_TORCH_CHECK(layout.bounds == 1 || layout.bounds == layout.channels, "low must hold 1 or x.shape[1] numbers");
-  flat(low, ScalarType::Float, layout.bounds, "low", "float32, contiguous");
-  flat(high, ScalarType::Float, layout.bounds, "high", "float32, contiguous, as long as low");
-  STD_TORCH_CHECK(lr.numel() == 1 || lr.numel() == layout.rows, "lr must hold 1 or rows numbers");
-  flat(lr, ScalarType::Float, lr.numel(), "lr", "float32, contiguous");
-  flat(beta, ScalarType::Float, 1, "beta", "float32, one number");
-  STD_TORCH_CHECK(jitter.has_value() == seed.has_value(), "jitter and seed go together");
-  if (jitter) flat(*jitter, ScalarType::Float, 1, "jitter", "float32, one number");
-  if (seed) flat(*seed, ScalarType::Long, 1, "seed", "int64, one number");
-  if (found_nan) flat(*found_nan, ScalarType::Bool, layout.rows, "found_nan", "bool [rows], contiguous");
-  return layout;
+  check_flat(step, ScalarType::Int, args.rows, "step", "int32 [rows], contiguous");
+  check_flat(active, ScalarType::Bool, args.rows, "active", "bool [rows], contiguous");
+  STD_TORCH_CHECK(args.bounds == 1 || args.bounds == args.channels, "low must hold 1 or x.shape[1] numbers");
+  check_flat(low, ScalarType::Float, args.bounds, "low", "float32, contiguous");
+  check_flat(high, ScalarType::Float, args.bounds, "high", "float32, contiguous, as long as low");
+  STD_TORCH_CHECK(lr.numel() == 1 || lr.numel() == args.rows, "lr must hold 1 or rows numbers");
+  check_flat(lr, ScalarType::Float, lr.numel(), "lr", "float32, contiguous");
+  check_flat(beta, ScalarType::Float, 1, "beta", "float32, one number");
+
+  args.x = x.mutable_data_ptr<float>();
+  args.grad = grad.const_data_ptr<float>();
+  args.exp_avg = exp_avg.mutable_data_ptr<float>();
+  args.exp_avg_sq = exp_avg_sq.mutable_data_ptr<float>();
+  args.step = step.const_data_ptr<int32_t>();
+  args.active = active.const_data_ptr<bool>();
+  args.low = low.const_data_ptr<float>();
+  args.high = high.const_data_ptr<float>();
+  args.lr = lr.const_data_ptr<float>();
+  args.beta = beta.const_data_ptr<float>();
+  return args;
 }
 
 } // namespace zsu

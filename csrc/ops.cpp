@@ -1,15 +1,13 @@
-// The schemas of every op, once. zsu_fast/ops/schemas.py holds the same table for installations
-// without this library; tests/test_build.py compares the two.
+// The schemas of every op. zsu_fast/ops/schemas.py holds the same table for installations without this
+// library; tests/test_build.py compares the two.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(zsu_fast, m) {
   m.def("signed_cross_entropy(Tensor logits, Tensor target, Tensor coef) -> (Tensor losses, Tensor dlogits)");
-  m.def("signed_cross_entropy_(Tensor(a!) logits, Tensor target, Tensor coef) -> Tensor losses");
   m.def("masked_cross_entropy(Tensor logits, Tensor teacher, Tensor forget, Tensor coef) -> (Tensor loss, Tensor dlogits)");
   m.def("scale_rows_(Tensor(a!) rows, Tensor coef, Tensor grad) -> ()");
   m.def(
-      "ascent_step_(Tensor(a!) x, Tensor grad, Tensor(b!) moment, Tensor(c!) variance, Tensor(d!) step, "
+      "ascent_step_(Tensor(a!) x, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, "
       "Tensor active, Tensor low, Tensor high, Tensor lr, Tensor beta, float beta1=0.9, float beta2=0.999, "
-      "float eps=1e-08, str rule=\"adam\", bool normalize=False, Tensor? jitter=None, Tensor? seed=None, "
-      "Tensor(e!)? found_nan=None) -> ()");
+      "float eps=1e-08) -> ()");
 }

@@ -1,4 +1,4 @@
-"""Real data for the tests that need it; they are skipped where it is absent."""
+"""Fixtures with real data; tests that need it are skipped if it is absent."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""A GPU for machines without one: CPU tensors that say they lie on cuda:0, and meet no others.
+"""A GPU for machines without one: CPU tensors that report the device cuda:0.
 
-PyTorch checks devices only where there are two. `on_fake_gpu` runs code with device="cuda" on the
-CPU, and raises where an op gets tensors of both kinds, as a real GPU would. Kernels, graphs and
-streams are not there: loops run eagerly.
+`on_fake_gpu` runs code with device="cuda" on the CPU, and raises if an op gets tensors of both
+devices, as a real GPU would. There are no kernels, graphs or streams: loops run eagerly.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from zsu_fast.synthesis import ascent
 from zsu_fast.training import train_step
 
 GPU = torch.device("cuda", 0)
-# ops that may read a tensor of the other kind: copies, and indices on the CPU
+# ops that may read a tensor of the other device: copies, and indices on the CPU
 MIXING = {
     "aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put", "aten::index_put_",
     "aten::_index_put_impl_",
@@ -29,22 +28,22 @@ MIXING = {
 
 
 class DeviceMixError(RuntimeError):
-    """An op got tensors of the CPU and of the fake GPU."""
+    """An op got tensors on the CPU and on the fake GPU."""
 
 
 class GpuTensor(Tensor):
-    """``inner``, under another device's name."""
+    """The CPU tensor ``inner``, which reports another device."""
 
     inner: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> GpuTensor:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        wrapper = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
             dtype=inner.dtype, device=torch.device("cpu"),
         )  # fmt: skip
-        made.inner = inner
-        return made
+        wrapper.inner = inner
+        return wrapper
 
     @property
     def device(self) -> torch.device:
@@ -59,14 +58,14 @@ class GpuTensor(Tensor):
     def cpu(self, *_: Any, **__: Any) -> Tensor:
         return _ToCpu.apply(self)
 
-    def to(self, *given: Any, **named: Any) -> Tensor:
-        where = _device_in(given, named)
-        if where is not None and where.type == "cpu":
-            return torch.Tensor.to(self.cpu(), *given, **named)
-        rest = [g.dtype if isinstance(g, Tensor) else g for g in given]
-        rest = [g for g in rest if isinstance(g, torch.dtype)]
-        named = {k: v for k, v in named.items() if k != "device"}
-        return torch.Tensor.to(self, *rest, **named) if rest or named else self
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        device = _device_in(args, kwargs)
+        if device is not None and device.type == "cpu":
+            return torch.Tensor.to(self.cpu(), *args, **kwargs)
+        rest = [a.dtype if isinstance(a, Tensor) else a for a in args]
+        rest = [a for a in rest if isinstance(a, torch.dtype)]
+        kwargs = {k: v for k, v in kwargs.items() if k != "device"}
+        return torch.Tensor.to(self, *rest, **kwargs) if rest or kwargs else self
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,8 +82,8 @@ class _ToCpu(torch.autograd.Function):
         return GpuTensor(grad)
 
 
-def _device_in(given: Any, named: dict[str, Any]) -> torch.device | None:
-    for value in (*given, named.get("device")):
+def _device_in(args: Any, kwargs: dict[str, Any]) -> torch.device | None:
+    for value in (*args, kwargs.get("device")):
         if isinstance(value, str | torch.device):
             return torch.device(value)
         if isinstance(value, Tensor):
@@ -101,20 +100,20 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if ours and (indexed or (name not in MIXING and any(t.ndim for t in others))):
         shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in others]
         raise DeviceMixError(f"{name} of {shapes[0]} on the GPU and {shapes[1]} on the CPU")
-    asked = kwargs.get("device")
-    bare_args, bare = tree_map(
+    wanted = kwargs.get("device")
+    inner_args, inner_kwargs = tree_map(
         lambda t: t.inner if isinstance(t, GpuTensor) else t, (args, dict(kwargs))
     )
-    if asked is not None:
-        bare["device"] = torch.device("cpu")
-    out = func(*bare_args, **bare)
+    if wanted is not None:
+        inner_kwargs["device"] = torch.device("cpu")
+    out = func(*inner_args, **inner_kwargs)
     if name == "aten::copy_":
         return args[0]
-    on_gpu = torch.device(asked).type == "cuda" if asked is not None else bool(ours)
+    on_gpu = torch.device(wanted).type == "cuda" if wanted is not None else bool(ours)
     if not on_gpu:
         return out
     out = tree_map(lambda t: GpuTensor(t) if type(t) is Tensor else t, out)
-    return return_and_correct_aliasing(func, args, kwargs, out) if ours and not asked else out
+    return return_and_correct_aliasing(func, args, kwargs, out) if ours and not wanted else out
 
 
 class _Factories(TorchDispatchMode):
@@ -122,18 +121,18 @@ class _Factories(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
-def _move(module: nn.Module, *given: Any, **named: Any) -> nn.Module:
-    """`nn.Module.to`, which can't turn a parameter into one of another class."""
-    where = _device_in(given, named)
-    if where is None:
-        return _real_to(module, *given, **named)
-    types = [v for v in (*given, *named.values()) if isinstance(v, torch.dtype)]
+def _move(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """Replaces `nn.Module.to`, which can't turn a parameter into one of another class."""
+    device = _device_in(args, kwargs)
+    if device is None:
+        return _real_to(module, *args, **kwargs)
+    types = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.dtype)]
     for part in module.modules():
         for owner in (part._parameters, part._buffers):
             for name, tensor in owner.items():
                 if tensor is None:
                     continue
-                new = tensor.detach().to(where)
+                new = tensor.detach().to(device)
                 if types and new.is_floating_point():
                     new = new.to(types[0])
                 trained = isinstance(tensor, nn.Parameter)
@@ -141,11 +140,11 @@ def _move(module: nn.Module, *given: Any, **named: Any) -> nn.Module:
     return module
 
 
-def _tensor(data: Any, *given: Any, **named: Any) -> Tensor:
-    """`torch.tensor`, which allocates before any mode is asked."""
-    where = named.pop("device", None)
-    made = _real_tensor(data, *given, **named)
-    return made if where is None or torch.device(where).type == "cpu" else GpuTensor(made)
+def _tensor(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Replaces `torch.tensor`, which dispatch modes can't redirect."""
+    device = kwargs.pop("device", None)
+    tensor = _real_tensor(data, *args, **kwargs)
+    return tensor if device is None or torch.device(device).type == "cpu" else GpuTensor(tensor)
 
 
 _real_to, _real_tensor = nn.Module.to, torch.tensor
@@ -153,7 +152,9 @@ _real_to, _real_tensor = nn.Module.to, torch.tensor
 
 @contextmanager
 def on_fake_gpu() -> Iterator[None]:
-    """Inside, device="cuda" is the fake GPU."""
+    """In the block, device="cuda" is the fake GPU."""
+    # Before there is a device guard, autograd starts without GPU threads, so that tests can fork.
+    torch.ones(1, requires_grad=True).sum().backward()
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]  as FakeTensor does
     with ExitStack() as stack:
         for owner, name, value in (
@@ -169,7 +170,7 @@ def on_fake_gpu() -> Iterator[None]:
             (torch.cuda, "reset_peak_memory_stats", lambda _device=None: None),
             (torch, "tensor", _tensor),
             (nn.Module, "to", _move),
-            (ascent, "_step_many", lambda step, _device: step),
+            (ascent, "capture_steps", lambda step, _device: step),
             (train_step, "GraphTrainStep", train_step.EagerTrainStep),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

@@ -1,4 +1,4 @@
-"""What several tests need: a small trained classifier, snapshots of models, the real data."""
+"""Shared by tests: a small trained classifier, snapshots of models, the real data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zsu_fast.models.parameters import weights_hash
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPEC = InputSpec((3, 8, 8), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "the tests")
-# A run that forgets the tiny model's classes in a fraction of a second.
+# Options for `unlearn` that forget classes of the tiny model in a fraction of a second.
 QUICK: dict[str, Any] = {
     "impressions_per_class": 8,
     "steps": 150,
@@ -50,7 +50,7 @@ class TinyNet(nn.Module):
 
 
 def tiny_data(count: int = 400, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Noisy copies of five fixed patterns, normalised, and which pattern each is."""
+    """Noisy copies of five fixed patterns, normalised, and the index of each one's pattern."""
     patterns = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(7))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 5
@@ -59,7 +59,7 @@ def tiny_data(count: int = 400, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, steps: int = 150) -> nn.Module:
-    """Fits a model of `tiny_data`'s five classes; returns it in eval mode."""
+    """Trains a model on `tiny_data`; returns it in eval mode."""
     images, labels = tiny_data(seed=0)
     optimiser = torch.optim.Adam(model.parameters(), 1e-2)
     model.train()
@@ -85,14 +85,14 @@ def tiny() -> nn.Module:
 
 @dataclass
 class Answer:
-    """An output object as large libraries return it."""
+    """An output object with logits, as transformers returns it."""
 
     logits: Tensor
     loss: None = None
 
 
 class Returning(nn.Module):
-    """A classifier whose output is wrapped by ``wrap``."""
+    """A classifier that returns ``wrap(logits)``."""
 
     def __init__(self, inner: nn.Module, wrap: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -103,13 +103,13 @@ class Returning(nn.Module):
 
 
 def bits(tensor: Tensor) -> bytes:
-    """The bytes of a tensor: equal for equal bits, NaN or not."""
+    """The bytes of a tensor; unlike values, they are equal for equal NaNs."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass
 class Snapshot:
-    """Everything about a model that a call must not change."""
+    """What a call must not change in a model."""
 
     digest: str
     tensors: dict[str, tuple[int, torch.dtype, bytes]]
@@ -118,7 +118,7 @@ class Snapshot:
 
 
 def snapshot(model: nn.Module) -> Snapshot:
-    """Hash, every tensor with its identity and bits, train/eval modes, requires_grad flags."""
+    """Records the hash, every tensor's address and bits, modes, and requires_grad flags."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
     return Snapshot(
         weights_hash(model),
@@ -140,7 +140,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def changed_tensors(before: nn.Module, after: nn.Module) -> set[str]:
-    """Names in the state dict whose bits differ."""
+    """Names of the tensors in the state dict whose bits differ."""
     old, new = before.state_dict(), after.state_dict()
     assert list(old) == list(new)
     return {n for n in old if bits(old[n]) != bits(new[n])}
@@ -151,7 +151,7 @@ def same_bits(a: nn.Module, b: nn.Module) -> bool:
 
 
 def assert_forgets(model: nn.Module, forget: list[int], most: float = 2, least: float = 95) -> None:
-    """On the tiny data: FA at most ``most`` %, RA at least ``least`` %."""
+    """FA on the tiny data is at most ``most`` %, RA at least ``least`` %."""
     result = zsu_fast.evaluate(model, tiny_data(), forget)
     assert result.forget_accuracy is not None
     assert result.retain_accuracy is not None
@@ -160,9 +160,9 @@ def assert_forgets(model: nn.Module, forget: list[int], most: float = 2, least: 
 
 
 def in_child(action: Callable[[], None]) -> int:
-    """Runs ``action`` in a forked process; 0 if it returns, 1 if it raises.
+    """Runs ``action`` in a forked process; returns 0 if it returns, 1 if it raises.
 
-    For what would harm this process: giving up root, limits on file sizes.
+    For actions that would affect this process: dropping root, limiting file sizes.
     """
     pid = os.fork()
     if pid == 0:
@@ -177,9 +177,9 @@ def in_child(action: Callable[[], None]) -> int:
 
 def shared_loader() -> ModuleType:
     """The loaders of the shared real data."""
-    where = importlib.util.spec_from_file_location("shared_data_load", SHARED / "load.py")
-    assert where is not None
-    assert where.loader is not None
-    module = importlib.util.module_from_spec(where)
-    where.loader.exec_module(module)
+    spec = importlib.util.spec_from_file_location("shared_data_load", SHARED / "load.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module

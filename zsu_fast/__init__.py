@@ -15,14 +15,15 @@ from .evaluation.audit.result import Audit
 from .evaluation.baselines import random_embeddings
 from .models.delta import apply_delta, save_delta
 from .models.input_spec import InputSpec
-from .planning import Plan, plan
+from .options import paper_preset
+from .planning.plan import Plan, plan
 from .provenance.ledger import Ledger
 from .runtime.doctor import doctor
 from .runtime.events import Event
 from .splitting.split import Split
 from .synthesis.impressions import ClassImpressions
 from .synthesis.synthesize import synthesize
-from .unlearner import ZeroShotUnlearner, paper_preset, split, unlearn
+from .unlearner import ZeroShotUnlearner, split, unlearn
 from .version import VERSION
 
 __version__ = VERSION

@@ -1,4 +1,7 @@
-"""What zsu_fast raises. Every message names the argument, the value it got, and the remedy."""
+"""The exceptions of zsu_fast, and checks of simple arguments.
+
+Every message names the argument, says what was passed, and says what to pass instead.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ from typing import Any
 
 
 class ZsuFastError(Exception):
-    """Base of every error that zsu_fast raises on purpose."""
+    """Base class of all errors that zsu_fast raises deliberately."""
 
 
 class ArgumentError(ZsuFastError, ValueError):
     """An argument can't be used.
 
     Args:
-        argument: the name of the argument, as the caller knows it.
-        got: what was given, and why it does not do.
+        argument: its name.
+        got: what was passed, and why it can't be used.
         remedy: what to pass instead.
     """
 
@@ -26,35 +29,35 @@ class ArgumentError(ZsuFastError, ValueError):
         super().__init__(f"{argument}: {got}. {remedy}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As pickle needs it, where other processes are to see it: not by ``__init__``."""
+        """Lets pickle rebuild the error from its message, without calling ``__init__``."""
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
 class ModelError(ArgumentError):
-    """The model can't be unlearned as it is."""
+    """The model can't be used as it is."""
 
     def __init__(self, got: str, remedy: str) -> None:
         super().__init__("model", got, remedy)
 
 
 class CheckpointError(ZsuFastError, ValueError):
-    """A file of weights is missing, damaged, unsafe to open, or does not fit the model."""
+    """A weights file is missing, damaged, unsafe to open, or does not fit the model."""
 
 
 class LedgerError(ZsuFastError, ValueError):
-    """A ledger is damaged, or does not belong to the model."""
+    """A ledger is damaged, or belongs to other weights."""
 
 
 class RankError(ZsuFastError, RuntimeError):
-    """Another rank of the process group failed, or is gone; the message names it."""
+    """Another rank of the process group failed or can't be reached; the message names it."""
 
 
 class OutputError(ZsuFastError, OSError):
-    """A result could not be written; what was at the path before is untouched."""
+    """A file could not be written; an existing file at the path is unchanged."""
 
 
 def check_flag(argument: str, value: Any) -> None:
-    """Raises unless ``value`` is True or False: no other value may stand for one by accident.
+    """Checks that ``value`` is True or False, not merely truthy or falsy.
 
     Raises:
         ArgumentError: it is something else.
@@ -64,17 +67,17 @@ def check_flag(argument: str, value: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite real number; True and False are none."""
+    """Whether ``value`` is a finite real number; bools do not count."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_int(argument: str, value: Any, least: int = 1, *, optional: bool = False) -> None:
-    """Raises unless ``value`` is a whole number of at least ``least``; True and False are none.
+    """Checks that ``value`` is an int of at least ``least``; bools do not count.
 
     Args:
-        argument: the name of the argument.
-        value: what was given.
-        least: the smallest allowed value.
+        argument: its name, for the error.
+        value: what was passed.
+        least: smallest allowed value.
         optional: whether None is allowed too.
 
     Raises:
@@ -90,7 +93,7 @@ def check_int(argument: str, value: Any, least: int = 1, *, optional: bool = Fal
 
 
 def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises unless ``value`` is one of ``choices``.
+    """Checks that ``value`` is one of ``choices``.
 
     Raises:
         ArgumentError: it is something else.
@@ -100,7 +103,7 @@ def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def shorten(items: Iterable[Any], most: int = 8) -> str:
-    """The first ``most`` items with commas between, and how many more there are."""
+    """Joins at most ``most`` items with commas and says how many more there are."""
     texts = [str(item) for item in items]
     shown = ", ".join(texts[:most])
     return shown + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -1,8 +1,8 @@
-"""Zero-shot class unlearning, the whole procedure on one page.
+"""Zero-shot class unlearning: the whole procedure in four stages.
 
-``unlearn(model, forget=[...])`` synthesises class impressions, splits the model into a frozen
-head and a trainable tail, caches the head's output on the impressions once, trains the tail on
-it, and puts the tail's new weights into a copy of the user's model.
+`unlearn(model, forget=[...])` runs them: **synthesise** class impressions; **split** the model
+into a frozen backbone and a trainable tail; **fit** the tail on the backbone's features of the
+impressions, which are computed once; **apply** the tail's new weights to a copy of the model.
 """
 
 from __future__ import annotations
@@ -18,146 +18,108 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, check_flag
+from .errors import ArgumentError
 from .models.class_indices import check_forget, check_forgotten
-from .models.infer_spec import resolve_spec
 from .models.input_spec import noise_images
 from .models.parameters import deep_copy, replace_parameters, restored_on_failure
-from .models.wrapper import count_classes, resolve_device, working_copy
+from .models.prepare import prepare_model
+from .options import Options
 from .provenance.ledger import Ledger, as_ledger
 from .provenance.record import Record
-from .runtime import distributed
-from .runtime.distributed import Ranks
+from .runtime.distributed import all_or_none, join
 from .runtime.events import Callback
-from .runtime.flops import multiply_adds
 from .runtime.precision import Precision
 from .runtime.progress import Reporter
 from .runtime.threads import threads_for
 from .runtime.torch_defaults import torch_defaults
-from .splitting import split as tails
-from .splitting.layers import layer_names
-from .splitting.split import Split
-from .synthesis import class_sampling as sampling
-from .synthesis.ascent import AscentSettings
-from .synthesis.impressions import ClassImpressions, default_per_class
-from .synthesis.space import SPACES, SearchSpace, SpaceName, input_space, tail_input_space
+from .splitting.split import Split, find_split
+from .synthesis.class_sampling import classes_to_synthesise
+from .synthesis.impressions import ClassImpressions, check_impressions
+from .synthesis.space import SearchSpace, SpaceName, input_space, tail_input_space
 from .synthesis.synthesize import ascend, synthesize
-from .training import class_subset
+from .training.class_subset import ClassSubsetTail
+from .training.deep.data import DeepInputs
 from .training.deep.deep import forget_deeply
-from .training.deep.settings import Depth, check_depth
+from .training.deep.settings import Depth
 from .training.deep.split_rule import find_deep_split
-from .training.features import FeatureSettings, train_val_sets
-from .training.fit_task import SUBSET_ABOVE, FitTask
-from .training.loop import Fit, LoopSettings, train_tail
-from .training.losses import ForgetOnlyKL, MaskedKL, check_objective, make_objective
+from .training.fit_task import FitTask, make_fit_task, trained_parameters
+from .training.loop import train_tail
+from .training.losses import ObjectiveName
 from .training.train_step import Loop
+from .training.trainer import Fit
 
 
 def unlearn(model: nn.Module, forget: Any, **options: Any) -> nn.Module:
-    """Returns ``model`` without the classes ``forget``; no data needed.
+    """Returns ``model`` without the classes ``forget``; no data is needed.
 
     Args:
         model: any trained image classifier: one image tensor in, logits [N, C] out (plain, or in
             a tuple, dict, or object with ``.logits``).
         forget: class indices: an int, list, set, range, numpy array or tensor of ints.
-        **options: everything that `ZeroShotUnlearner` takes, all optional.
+        **options: see `ZeroShotUnlearner`; all are optional.
 
     Returns:
         A model of the same class, on the same device, in the same dtype and train/eval mode: a
         copy, or ``model`` itself with ``inplace=True``.
 
     Raises:
-        ArgumentError: an argument can't be used (a `ValueError`); the model is unchanged then,
-            as after any other error or Ctrl-C.
+        ArgumentError: an argument can't be used (a `ValueError`). The model is unchanged then, as
+            after any other error or Ctrl-C.
     """
     return ZeroShotUnlearner(model, forget, **options).run()
 
 
-def paper_preset() -> dict[str, Any]:
-    """Options that follow the paper: ``unlearn(model, forget, **paper_preset())``.
-
-    Plain logit ascent without a confidence stop; AdamW 1e-3; w_f 0.9, w_r 0.1; 100 epochs and no
-    early stop. Impressions saturate, so that their gradients vanish and classes are often not
-    forgotten, or everything is (DESIGN section 3): for comparison, not for use.
-    """
-    return {
-        "objective": "differential",
-        "confidence": None,
-        "restarts": 0,
-        "max_steps": 200,
-        "step_size": 0.02,
-        "learning_rate": 1e-3,
-        "weights": (0.9, 0.1),
-        "steps": 100,
-        "mixtures": 0,
-        "early_stop": False,
-        "tail": "last",
-    }
-
-
 class ZeroShotUnlearner:
-    """`unlearn` in steps: ``synthesise``, ``split``, ``fit``, ``apply``; ``run`` does them all.
+    """`unlearn` in stages: `synthesise`, `split`, `fit`, `apply`; `run` does all of them.
 
     Args:
         model: as for `unlearn`.
         forget: as for `unlearn`.
-        tail: "auto" (the first responsive layer, see `tail.find_split`), "last" (the last layer
-            with parameters), the name of the module at which the tail starts, or how many of the
-            last layers with weights it has.
-        depth: "output" (the outputs forget), or "deep" (the features too: slower, and at a cost of
-            RA; see `deep`).
-        forgotten: classes that ``model`` has forgotten in earlier calls (as ``forget``): they stay
-            forgotten. None for those in the ledger, or for none.
-        ledger: a `Ledger`, or the path of one: the run becomes its next entry.
-        objective: "masked" (match the original with the forgotten classes taken out; bounded) or
-            "differential" (the paper's signed cross-entropy).
-        impressions: `ClassImpressions` made before, of all classes (but with ``retain_sample``);
-            None makes them.
-        space: "input" makes impressions that are images; "tail-input" makes activations at the
-            cut, far cheaper since the head is never run on them.
-        impressions_per_class: of 4 or more, one in four is held out to decide when to stop, of
-            fewer none: fresh mixtures are held out then. None for 32, or fewer for many classes.
-        retain_sample: of so many retained classes impressions are made, beside those of all that
-            are forgotten: half of them nearest by the last layer's weights, half by lot
-            (`sampling`). None for all, or of more than 4,096 for 1,024.
-        confidence, max_steps, restarts, step_size, beta, precision: see `synthesize`.
-        batch_norm: see `synthesize`.
-        input_shape, mean, std: see `synthesize`.
-        mixtures: training rows mixed from impressions at the cut; None for four an impression, at
-            least twelve a class and 2,048.
-        cache: folder in which finished impressions are kept, see `synthesize`.
-        steps: most optimiser steps of one attempt; None for 400, more for many classes.
-        batch: rows an optimiser step; None for 512, fewer for a heavy tail.
-        learning_rate: None lets it scale itself.
+        forgotten: classes that ``model`` has forgotten in earlier calls (as ``forget``); they stay
+            forgotten. None: those in the ledger, or none.
+        ledger: a `Ledger`, or the path of one; the run becomes its next entry.
+        tail: "auto" (the first responsive layer, see `find_split`), "last" (the last layer with
+            parameters), the name of the module at which the tail starts, or the number of last
+            layers with weights that it has.
+        depth: "output" (only the outputs forget), or "deep" (the features forget too: slower, and
+            RA falls somewhat; see `forget_deeply`).
+        objective: "masked" (match the original model with the forgotten classes removed; bounded)
+            or "differential" (the paper's signed cross-entropy).
+        impressions: `ClassImpressions` to use; None synthesises them.
+        space: "input" synthesises images; "tail-input" synthesises the boundary tensors at the
+            split, which is far cheaper because the backbone is never run on them.
+        impressions_per_class: None: 32, or fewer for many classes. Of 4 or more, one in four is
+            held out for validation; of fewer, fresh mixtures are.
+        retain_sample: number of retained classes to synthesise, besides the forgotten ones: half
+            are the nearest by last-layer weights, half are drawn at random. None: all of them, or
+            1,024 if there are more than 4,096.
+        confidence, max_steps, restarts, step_size, beta, precision, batch_norm: see
+            `AscentSettings`.
+        input_shape, mean, std: the images that the model expects; None: see `resolve_spec`.
+        mixtures, margin: see `FeatureSettings`.
+        steps, batch, learning_rate, early_stop, loop: see `LoopSettings`.
         weights: (w_f, w_r) of the differential objective.
-        margin: how far, in logits, forgotten ones are pushed below what the mask asks for; None
-            for the impressions' mean lead times 4 log10(classes), or half of it where more than
-            the last layer is trained.
-        early_stop: stop on held-out impressions and keep the best state.
-        loop: "eager", "compiled" (the tail through torch.compile), "graph" (a captured CUDA graph),
-            or "auto": graph on a GPU, eager on a CPU.
-        seed: everything random depends on it alone.
-        device: where to compute; None for the model's own.
+        seed: of everything random.
+        device: where to compute; None: where the model is.
         inplace: change ``model`` itself: all tensors at the very end, or none.
-        progress: True, False, or None for "if stderr is a terminal".
+        cache: folder that keeps finished impressions, so that an interrupted run resumes; None
+            keeps nothing.
+        progress: whether to show a progress bar; None: if stderr is a terminal.
         callback: called with an `Event`; return True to end the stage early.
-        distributed: share the synthesis with the other ranks of torch.distributed's default group,
-            each of which has to make the same call (see `zsu_fast.distributed`); None for "if it is
-            initialised", False for this process alone.
+        distributed: whether to share the synthesis with the other ranks of torch.distributed's
+            default group, each of which has to make the same call; None: if it is initialised.
 
     Attributes:
         impressions: `ClassImpressions` or None.
-        history: the held-out checks (`ValidationResult`) of the fit.
         split_point: the `Split` or None.
+        history: the `ValidationResult` of each validation of the fit.
         stopped: why the fit ended, in words.
-        record: the `Record` of the run, for JSON.
+        record: the `Record` of the run.
         ranks: the ranks that make the call.
+        options: the `Options`; the settings of its stages may be replaced before they run.
     """
 
-    ranks: Ranks
-
     @torch_defaults()
-    @distributed.joins_ranks
     def __init__(
         self,
         model: nn.Module,
@@ -167,7 +129,7 @@ class ZeroShotUnlearner:
         ledger: Ledger | str | Path | None = None,
         tail: str | int = "auto",
         depth: Depth = "output",
-        objective: str = "masked",
+        objective: ObjectiveName = "masked",
         impressions: ClassImpressions | None = None,
         space: SpaceName = "input",
         impressions_per_class: int | None = None,
@@ -198,77 +160,18 @@ class ZeroShotUnlearner:
         callback: Callback | None = None,
         distributed: bool | None = None,
     ) -> None:
-        settings = {
-            k: v for k, v in locals().items()
-            if k not in ("self", "model", "forget", "forgotten", "ledger", "impressions",
-                         "progress", "callback", "distributed")
-        }  # fmt: skip
-        check_flag("inplace", inplace)
-        if not isinstance(space, str) or space not in SPACES:
-            raise ArgumentError("space", f"got {space!r}", f"Pass one of {', '.join(SPACES)}.")
-        self.loop = LoopSettings(steps, batch, learning_rate, early_stop, loop)
-        self.rows = FeatureSettings(mixtures, margin)
-        if isinstance(tail, bool) or not isinstance(tail, str | int):
-            raise ArgumentError(
-                "tail", f"got {tail!r}", "Pass 'auto', 'last', a module's name, or a whole number."
-            )
-        if device is None and self.ranks.device.type == "cuda":
-            device = self.ranks.device
-        self.device = resolve_device(model, device)
-        self.spec = resolve_spec(model, input_shape, mean, std)
-        self.original, self.inplace = model, inplace
-        self.work = working_copy(model, self.device)
-        self.classes = count_classes(self.work, self.spec, self.device)
-        self.forget = check_forget(forget, self.classes)
-        self.ledger = as_ledger(ledger) if self.ranks.is_main else None
-        if forgotten is None:
-            forgotten = self.ranks.broadcast_object(
-                self.ledger.forgotten() if self.ledger else None
-            )
-        self.forgotten = check_forgotten(forgotten, self.forget, self.classes)
-        grey = torch.zeros(1, *self.spec.shape, device=self.device)
-        self.multiply_adds = multiply_adds(self.work, grey)
-        self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
-        self.forget_mask[self.forget + self.forgotten] = True
-        # classes of which impressions are made: those that the model still answers, or some
-        self.active_classes = self._sample(retain_sample, seed)
-        per_class = impressions_per_class
-        if per_class is None:
-            per_class = default_per_class(len(self.active_classes))
-        elif isinstance(per_class, bool) or not isinstance(per_class, int) or per_class < 1:
-            raise ArgumentError(
-                "impressions_per_class",
-                f"got {per_class!r}",
-                "Pass a whole number, 1 or more, or None.",
-            )
-        self.ascent = AscentSettings(
-            per_class, confidence, max_steps, restarts, step_size, beta, seed, precision,
-            batch_norm,
-        )  # fmt: skip
-        check_objective(objective, weights)
-        check_depth(depth, objective, space)
-        self.objective, self.weights, self.depth = objective, weights, depth
-        self.tail, self.seed, self.space, self.cache = tail, seed, space, cache
-        self.report = Reporter(progress, callback, self.ranks)
-        self.impressions = self._check_impressions(impressions)
-        self.split_point: Split | None = None
-        self.result: Fit | None = None
-        self.record = Record.begin(
-            model, self.spec, self.forget, self.classes, settings, self.device
-        )
-        self.record.depth["depth"] = depth
-        self.record.forgotten = self.forgotten
-        if self.ledger is not None:
-            self.ledger.check(self.record.weights_before)
-        own = ("device", "cache", "inplace", "ledger")
-        self.ranks.check_same(
-            {k: v for k, v in self.record.settings.items() if k not in own}
-            | {"model": self.record.weights_before, "forget": self.forget}
-            | {"forgotten": self.forgotten}
-        )
+        keywords = locals()
+        self.ranks = join(distributed)
+        with self.ranks.all_or_none():
+            self.options = Options.from_keywords(keywords)
+            self.report = Reporter(progress, callback, self.ranks, quiet=not self.ranks.is_main)
+            self.split_point: Split | None = None
+            self.result: Fit | None = None
+            self._prepare(model, forget, forgotten, ledger)
+            self.impressions = self._check_impressions(impressions)
 
     def run(self) -> nn.Module:
-        """All steps; the unlearned model."""
+        """Runs all stages and returns the unlearned model."""
         with self.report:
             if self.impressions is None:
                 self.synthesise()
@@ -277,166 +180,111 @@ class ZeroShotUnlearner:
         return self.apply()
 
     @torch_defaults()
-    @distributed.all_or_none
+    @all_or_none
     def synthesise(self) -> ClassImpressions:
-        """Makes impressions of every class but those forgotten before, in one batch."""
-        space: SearchSpace
-        if self.space == "tail-input":
-            cut = self.split_point or self.split()
-            space = tail_input_space(cut, self.spec, self.device)
-        else:
-            space = input_space(self.work, self.spec, self.ascent.precision)
+        """Synthesises impressions of every class that the model still answers."""
+        space = self.search_space()
         with self._stage("synthesise"):
             self.impressions = ascend(
-                self.work, space, self.spec, self.active_classes, self.ascent, self.report, self.cache,
-                ranks=self.ranks,
+                self.work, space, self.active_classes, self.options.ascent, self.report,
+                self.options.cache, ranks=self.ranks,
             )  # fmt: skip
         counts = torch.bincount(self.impressions.labels, minlength=self.classes)
-        counts = counts[self.active_classes]
-        if not bool(counts.min()):
+        missing = int((counts[self.active_classes] == 0).sum())
+        if missing:
             raise ArgumentError(
                 "callback",
-                f"it stopped the synthesis without any of {int((counts == 0).sum())} classes",
+                f"it stopped the synthesis before {missing} classes had an impression",
                 "Let it run until each class has one.",
             )
         return self.impressions
 
     @torch_defaults()
-    @distributed.all_or_none
+    @all_or_none
     def split(self) -> Split:
-        """Cuts the model at ``tail``; "auto" is "last" where impressions need the cut first."""
-        if self.space == "tail-input":
-            at = "last" if self.tail == "auto" else self.tail
+        """Splits the model at ``tail`` ("auto" is "last" where impressions need the split)."""
+        if self.options.space == "tail-input":
+            at = "last" if self.options.tail == "auto" else self.options.tail
             images, labels = noise_images(self.spec, 4), torch.arange(4)
         else:
-            made = self._made()
-            at, images, labels = self.tail, made.images, made.labels
+            impressions = self._synthesised()
+            at, images, labels = self.options.tail, impressions.images, impressions.labels
         with self._stage("split"):
             images, labels = images.to(self.device), labels.to(self.device)
-            if self.depth == "deep":
+            if self.options.depth == "deep":
                 self.split_point = find_deep_split(self.work, at, images)
             else:
-                self.split_point = tails.find_split(self.work, at, images, labels)
-        cut = self.split_point
-        self.ranks.check_same({"tail": cut.name, "parameters": cut.parameters})
-        return cut
+                self.split_point = find_split(self.work, at, images, labels)
+        split = self.split_point
+        self.ranks.check_same({"tail": split.name, "parameters": split.parameters})
+        return split
 
     @torch_defaults()
-    @distributed.all_or_none
+    @all_or_none
     def fit(self) -> Fit:
-        """Trains the tail on the cached features of the impressions that are not held out."""
-        cut = self.split_point or self.split()
-        made = self._made()
-        if self.depth == "deep":
+        """Trains the tail on the features of the impressions; with depth="deep" in two passes."""
+        split = self.split_point or self.split()
+        if self.options.depth == "deep":
             with self._stage("deepen"):
-                self.record.depth |= forget_deeply(
-                    self.work, self.spec, cut, made, self.forget_mask, self.rows, self.loop,
-                    self.seed, self.report,
-                )  # fmt: skip
-                # nothing leads by now: the margin stays what the original's lead asked for
-                self.rows = replace(self.rows, margin=self.record.depth["margin"])
-                trained = dict(self.work.module.named_parameters())
-                self.ranks.exchange()  # a stop ends what was, not the fit to come
-                self.ranks.copy_from_main([trained[name] for name in cut.parameters])
-                images, labels = made.images.to(self.device), made.labels.to(self.device)
-                cut = tails.find_split(self.work, "last", images, labels)
+                split = self._deepen(split, self._synthesised())
         with self._stage("fit"):
-            points, labels = made.images.to(self.device), made.labels.to(self.device)
-            if self.space == "tail-input":
-                features = tail_input_space(cut, self.spec, self.device).parts(points)
-            else:
-                features = cut.features(points)
-            fit_task = self.fit_task(cut, features, labels)
-            self.result = train_tail(
-                fit_task.tail, fit_task.parameters, fit_task.rows, fit_task.validation, fit_task.objective,
-                fit_task.validation_loss, self.loop, fit_task.generator, self.report,
-            )  # fmt: skip
-            if isinstance(fit_task.tail, class_subset.ClassSubsetTail):
-                fit_task.tail.write_back()
-            trained = dict(self.work.module.named_parameters())
+            impressions = self._synthesised()
+            task = self.fit_task(split, self.features_of(split, impressions), impressions)
+            self.result = train_tail(task, self.options.loop, self.report)
+            if isinstance(task.tail, ClassSubsetTail):
+                task.tail.write_back()
             self.result = self.ranks.broadcast_object(self.result)
-            self.ranks.copy_from_main([trained[name] for name in cut.parameters])
+            self.ranks.copy_from_main(trained_parameters(self.work, split))
         return self.result
 
     @torch_defaults()
-    @distributed.all_or_none
+    @all_or_none
     def apply(self) -> nn.Module:
-        """The user's model, or a copy, with the tail's weights replaced."""
+        """Writes the tail's weights into a copy of the user's model, or into the model itself."""
         if self.split_point is None or self.result is None:
             raise ArgumentError(
                 "apply()", "called before fit()", "Call run(), or synthesise(), split(), fit()."
             )
-        target = (
-            self.original
-            if self.inplace
-            else deep_copy(self.original, "Pass inplace=True, or the module inside the wrapper.")
-        )
-        changed = dict(self.work.module.named_parameters())
-        values = {n: changed[n].detach() for n in self.split_point.parameters}
-        with restored_on_failure(target, values), self.ranks.all_or_none():
+        target = self.original
+        if not self.options.inplace:
+            target = deep_copy(target, "Pass inplace=True, or the module inside the wrapper.")
+        names = self.split_point.parameters
+        trained = trained_parameters(self.work, self.split_point)
+        values = {n: p.detach() for n, p in zip(names, trained, strict=True)}
+        with restored_on_failure(target, names), self.ranks.all_or_none():
             replace_parameters(target, values)
             self.record.distributed = self.ranks.facts()
-            made = self._made()
-            self.record.finish(target, made, self.split_point, self.result, self.sampled)
+            self.record.finish(
+                target, self._synthesised(), self.split_point, self.result, self.class_rule
+            )
             self.ranks.check_same({"result": self.record.weights_after})
             for note in self.record.warnings if self.ranks.is_main else ():
                 warnings.warn(note, stacklevel=4)
-            if self.ledger is not None:  # last, so that nothing is recorded of a run that fails
+            if self.ledger is not None:  # last: a run that fails must not be in the ledger
                 self.ledger.append(self.record)
         return target
 
-    def fit_task(self, cut: Split, features: tuple[Tensor, ...], labels: Tensor) -> FitTask:
-        """What is trained on what, from the impressions' features at the cut."""
-        generator = torch.Generator().manual_seed(self.seed)
-        trained = dict(self.work.module.named_parameters())
-        parameters = [trained[name] for name in cut.parameters]
-        # only one layer, with weights of its own for each class
-        alone = (
-            self.objective == "masked"
-            and cut.output_level
-            and all(len(p) == self.classes for p in parameters)
-        )
-        names: list[str] = []
-        if (
-            alone
-            and self.classes > SUBSET_ABOVE
-            and class_subset.supports_subset(cut.tail, parameters, features)
-        ):
-            names = class_subset.row_names(cut.tail, parameters)
-        train, validation, margin = train_val_sets(
-            cut.tail, features, labels, self.forget_mask, self.rows, generator, alone, names
-        )
-        if names:  # the retained logits are never computed again
-            gone = self.forget_mask.nonzero()[:, 0]
-            few = class_subset.ClassSubsetTail(cut.tail, names, gone, copied=True)
-            goal = ForgetOnlyKL(self.forget_mask, margin)
-            return FitTask(few, list(few.parameters()), train, validation, goal, goal, generator)
-        validation_loss = MaskedKL(self.forget_mask, margin, alone)
-        objective = make_objective(self.objective, self.weights, validation_loss)
-        return FitTask(
-            cut.tail, parameters, train, validation, objective, validation_loss, generator
-        )
+    def search_space(self) -> SearchSpace:
+        """Where impressions are synthesised: images, or the tail's input."""
+        if self.options.space == "tail-input":
+            return tail_input_space(self.split_point or self.split(), self.spec, self.device)
+        return input_space(self.work, self.spec, self.options.ascent.precision)
 
-    def _sample(self, retain_sample: int | None, seed: int) -> list[int]:
-        """Classes to make impressions of, sorted; not of those forgotten before."""
-        sampling.check_retain_sample(retain_sample)
-        retained = sorted({*range(self.classes)} - {*self.forget, *self.forgotten})
-        size = sampling.sample_size(len(retained), retain_sample)
-        self.sampled = sampling.ALL
-        if size == len(retained):
-            return sorted([*self.forget, *retained])
-        last = layer_names(self.work.module, noise_images(self.spec, 2).to(self.device))[-1]
-        weight = sampling.class_weights(self.work.module, last, self.classes)
-        self.sampled = sampling.RANDOM if weight is None else sampling.RULE
-        return sampling.sample_classes(weight, self.forget, retained, size, seed)
+    def features_of(self, split: Split, impressions: ClassImpressions) -> tuple[Tensor, ...]:
+        """The backbone's features of the impressions, which may be features themselves."""
+        points = impressions.images.to(self.device)
+        if self.options.space == "tail-input":
+            return tail_input_space(split, self.spec, self.device).parts(points)
+        return split.features(points)
 
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        """Times a stage and gives it as many threads as its model is worth."""
-        started = time.perf_counter()
-        with threads_for(self.multiply_adds, self.device):
-            yield
-        self.record.timings[name] = time.perf_counter() - started
+    def fit_task(
+        self, split: Split, features: tuple[Tensor, ...], impressions: ClassImpressions
+    ) -> FitTask:
+        """What the tail is trained on, and by which loss."""
+        return make_fit_task(
+            self.work, split, features, impressions.labels.to(self.device), self.forget_mask,
+            self.options.objective, self.options.features, self.options.seed,
+        )  # fmt: skip
 
     @property
     def history(self) -> list[Any]:
@@ -446,36 +294,76 @@ class ZeroShotUnlearner:
     def stopped(self) -> str:
         return "" if self.result is None else self.result.stopped
 
-    def _made(self) -> ClassImpressions:
-        return self.impressions if self.impressions is not None else self.synthesise()
+    def _prepare(self, model: nn.Module, forget: Any, forgotten: Any, ledger: Any) -> None:
+        """Copies the model, finds out which classes to synthesise, and begins the record."""
+        options = self.options
+        device = options.device
+        if device is None and self.ranks.device.type == "cuda":
+            device = self.ranks.device
+        prepared = prepare_model(model, device, options.input_shape, options.mean, options.std)
+        self.original, self.work, self.spec = model, prepared.model, prepared.spec
+        self.device, self.classes = prepared.device, prepared.classes
+        self.multiply_adds = prepared.multiply_adds()
+        self.forget = check_forget(forget, self.classes)
+        self.ledger = as_ledger(ledger) if self.ranks.is_main else None
+        if forgotten is None:
+            known = self.ledger.forgotten() if self.ledger else None
+            forgotten = self.ranks.broadcast_object(known)
+        self.forgotten = check_forgotten(forgotten, self.forget, self.classes)
+        self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
+        self.forget_mask[self.forget + self.forgotten] = True
+        self.active_classes, self.class_rule = classes_to_synthesise(
+            self.work, self.spec, self.classes, self.forget, self.forgotten,
+            options.retain_sample, options.seed,
+        )  # fmt: skip
+        options.set_per_class(len(self.active_classes))
+        self.record = Record.begin(
+            model, self.spec, self.forget, self.classes, options.given, self.device
+        )
+        self.record.depth["depth"] = options.depth
+        self.record.forgotten = self.forgotten
+        before = self.record.weights_before
+        if self.ledger is not None:
+            self.ledger.check(before)
+        call = {"model": before, "forget": self.forget, "forgotten": self.forgotten}
+        self.ranks.check_same(options.shared | call)
 
-    def _check_impressions(self, given: ClassImpressions | None) -> ClassImpressions | None:
-        if given is None:
+    def _deepen(self, split: Split, impressions: ClassImpressions) -> Split:
+        """Trains the layers ahead of the last; returns the split that is fitted afterwards."""
+        options = self.options
+        inputs = DeepInputs(
+            self.work, self.spec, split, impressions, self.forget_mask, options.seed
+        )
+        self.record.depth |= forget_deeply(
+            inputs, options.features, options.loop, options.deep, self.report
+        )
+        # logits have collapsed by now: keep the margin computed from the original
+        margin = self.record.depth["margin"]
+        options.features = replace(options.features, margin=margin)
+        self.ranks.exchange()  # a new stage: a stop request must not carry over into the fit
+        self.ranks.copy_from_main(trained_parameters(self.work, split))
+        images, labels = impressions.images.to(self.device), impressions.labels.to(self.device)
+        return find_split(self.work, "last", images, labels)
+
+    def _check_impressions(self, impressions: Any) -> ClassImpressions | None:
+        if impressions is None:
             return None
-        if not isinstance(given, ClassImpressions):
-            raise ArgumentError(
-                "impressions", f"got {given!r:.80}", "Pass what synthesize() made, or None."
-            )
-        counts = torch.bincount(given.labels, minlength=self.classes)
-        # where a sample is enough, any that has the classes to forget and one to keep will do
-        sampled = self.sampled != sampling.ALL
-        few = int(counts[self.forget if sampled else self.active_classes].min())
-        if sampled and len(given.labels.unique()) <= len(self.forget):
-            few = 0
-        if given.spec.shape != self.spec.shape or len(counts) > self.classes or few < 1:
-            raise ArgumentError(
-                "impressions",
-                f"got {len(given)} of shape {given.spec.shape}, at least {few} a class of "
-                f"{len(counts)}",
-                f"Give some of shape {self.spec.shape} for each of {self.classes} classes.",
-            )
-        if given.space != self.space:
-            raise ArgumentError(
-                "impressions",
-                f"got some of space={given.space!r} with space={self.space!r}",
-                "Pass the space that they were made in.",
-            )
-        return given
+        sampled = len(self.active_classes) < self.classes - len(self.forgotten)
+        return check_impressions(
+            impressions, self.spec, self.options.space, self.classes, self.forget,
+            None if sampled else self.active_classes,
+        )  # fmt: skip
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Times a stage and gives it the number of threads that its model is worth."""
+        started = time.perf_counter()
+        with threads_for(self.multiply_adds, self.device):
+            yield
+        self.record.timings[name] = time.perf_counter() - started
+
+    def _synthesised(self) -> ClassImpressions:
+        return self.impressions if self.impressions is not None else self.synthesise()
 
 
 @torch_defaults()
@@ -488,29 +376,29 @@ def split(
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Split:
-    """Cuts a copy of ``model`` into a frozen head and a tail, ``tail(*head(x)) == model(x)``.
+    """Splits a copy of ``model`` into backbone and tail: ``tail(*backbone(x)) == model(x)``.
 
     Args:
         model: an image classifier; it is not changed.
         at: "auto" (the first responsive layer), "last", a module's name, or a number of layers.
-        impressions: to search the responsive layer with; None makes a few.
-        input_shape: see `synthesize`.
-        seed, device: as there.
+        impressions: to find the responsive layer with; None synthesises a few.
+        input_shape: (channels, height, width); None: see `resolve_spec`.
+        seed: of the impressions.
+        device: where to compute; None: where the model is.
 
     Raises:
-        ArgumentError: no such module, or nothing to train from it on.
+        ArgumentError: there is no such module, or it is followed by nothing to train.
     """
-    where = resolve_device(model, device)
-    spec = resolve_spec(model, input_shape)
-    work = working_copy(model, where)
-    classes = count_classes(work, spec, where)
+    prepared = prepare_model(model, device, input_shape)
     if at == "auto" and impressions is None:
         impressions = synthesize(
-            model, per_class=8, input_shape=spec.shape, seed=seed, device=where, progress=False
-        )
+            model, per_class=8, input_shape=prepared.spec.shape, seed=seed,
+            device=prepared.device, progress=False,
+        )  # fmt: skip
     if impressions is None:
-        images = spec.normalise(torch.full((4, *spec.shape), 128, dtype=torch.uint8))
-        labels = torch.arange(4) % classes
+        grey = torch.full((4, *prepared.spec.shape), 128, dtype=torch.uint8)
+        images, labels = prepared.spec.normalise(grey), torch.arange(4) % prepared.classes
     else:
         images, labels = impressions.images, impressions.labels
-    return tails.find_split(work, at, images.to(where), labels.to(where))
+    where = prepared.device
+    return find_split(prepared.model, at, images.to(where), labels.to(where))

@@ -1,3 +1,3 @@
-"""The version, where the build and a source tree that is not installed both find it."""
+"""The version; read by the build, and from a source tree that is not installed."""
 
 VERSION = "0.1.0"

@@ -23,10 +23,11 @@ from zsu_fast.models.wrapper import working_copy
 from zsu_fast.runtime.progress import Reporter
 from zsu_fast.splitting.split import split_at
 from zsu_fast.synthesis import synthesize
-from zsu_fast.synthesis.ascent import AscentSettings
+from zsu_fast.synthesis.ascent_settings import AscentSettings
 from zsu_fast.synthesis.space import input_space
-from zsu_fast.training.features import build_feature_set
+from zsu_fast.training.fit_task import FitTask, trained_parameters
 from zsu_fast.training.losses import MaskedKL
+from zsu_fast.training.teacher import Teacher, build_feature_set
 from zsu_fast.training.train_step import CompiledTrainStep, EagerTrainStep, GraphTrainStep
 
 GRAPH_TARGET = 5.0
@@ -34,8 +35,8 @@ BLOCK, BATCH, ROWS = 10, 512, 2048
 FORGET = (1, 2, 3, 4)
 
 
-def tail_case(cut: str) -> tuple[Any, list[Any], Any, MaskedKL]:
-    """LeNet5's tail from the module ``cut`` on, rows for it, and the objective."""
+def tail_case(cut: str) -> FitTask:
+    """LeNet5's tail from the module ``cut`` on, with rows and the masked objective."""
     torch.manual_seed(0)
     model = working_copy(zoo.build("lenet5"), torch.device(DEVICE))
     images = torch.rand(ROWS, 1, 28, 28, device=DEVICE)
@@ -45,11 +46,9 @@ def tail_case(cut: str) -> tuple[Any, list[Any], Any, MaskedKL]:
     with torch.no_grad():
         features = split.backbone(images)
         label = model(images).argmax(1)
-    rows = build_feature_set(
-        split.tail, features, label, forget, 0, torch.Generator().manual_seed(0)
-    )
-    named = dict(model.module.named_parameters())
-    return split.tail, [named[n] for n in split.parameters], rows, MaskedKL(forget, 1.0)
+    draw, loss = torch.Generator().manual_seed(0), MaskedKL(forget, 1.0)
+    rows = build_feature_set(Teacher(split.tail, forget), features, label, 0, draw)
+    return FitTask(split.tail, trained_parameters(model, split), rows, rows, loss, loss, draw)
 
 
 @pytest.mark.parametrize("cut", ["fc3", "fc1"])
@@ -60,9 +59,9 @@ def test_tail_loop(benchmark: Any, table: Table, cut: str) -> None:
     rates = [1e-3] * BLOCK
 
     def steps(kind: type[EagerTrainStep]) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        tail, parameters, rows, objective = tail_case(cut)
-        stepper = kind(tail, parameters, rows, objective)
-        return (lambda: stepper.run(index, rates)), parameters
+        task = tail_case(cut)
+        stepper = kind(task)
+        return (lambda: stepper.run(index, rates)), task.parameters
 
     ends = {}
     for name, kind in kinds.items():
@@ -93,7 +92,7 @@ def test_ascent_loop(benchmark: Any, table: Table) -> None:
 
     def made() -> Tensor:
         with Reporter(False, None) as report:
-            return synthesize.ascend(model, space, spec, range(10), settings, report).images
+            return synthesize.ascend(model, space, range(10), settings, report).images
 
     def eager() -> Tensor:
         with eager_ascent():

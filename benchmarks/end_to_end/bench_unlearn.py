@@ -4,10 +4,11 @@
     python -m benchmarks.end_to_end.bench_unlearn lenet5 --runs 9
 
 Every row makes the same number of impressions from the same noise, trains the same layers on the
-masked objective, and is scored on the real test images outside the timed part. FeatureSet (a) and (b)
-follow the paper's Algorithm 1 as it reads; (c) is the package's schedule in plain torch. Levers are
-switched off by patches that live in this file. Writes ``cpu_unlearn.csv`` (a line a call) and
-``cpu_unlearn.md``.
+masked objective, and is scored on the real test images outside the timed part. Rows (a) and (b)
+follow the paper's Algorithm 1 as it reads. The rival (c) is the package's schedule in plain torch:
+``examples/unlearn_in_plain_torch.py``, which uses nothing of the package and draws its own noise.
+The rows between (b) and ours are ablations: the package with levers switched off by patches that
+live in this file. Writes ``cpu_unlearn.csv`` (one line per call) and ``cpu_unlearn.md``.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ from torch.nn import functional as F
 import zsu_fast
 from benchmarks.end_to_end.table1 import Data, load_data, load_model
 from benchmarks.harness import RESULTS, machine
+from examples.unlearn_in_plain_torch import unlearn as unlearn_in_plain_torch
 from zsu_fast import ops
+from zsu_fast.models import zoo
 from zsu_fast.synthesis import ascent, inference_copy, space as space_module
 from zsu_fast.synthesis.inference_copy import InferenceCopy
-from zsu_fast.synthesis.synthesize import joined
+from zsu_fast.synthesis.synthesize import to_impressions
 from zsu_fast.training import train_step
 from zsu_fast.unlearner import ZeroShotUnlearner
 
@@ -89,7 +92,7 @@ def ladder() -> dict[str, Levers]:
         "batched": "(b) + all impressions in one batch",
         "stop": "+ confidence stop (batch ends with its last row)",
         "compact": "+ compaction: finished rows leave the batch",
-        "cached": "(c) + cached head, mixtures, stop rule",
+        "cached": "+ cached head, mixtures, stop rule",
         "input_only": "+ no weight gradients",
         "folded": "+ folded batch norms",
         "pooled": "+ pooling before relu",
@@ -108,7 +111,10 @@ def ladder() -> dict[str, Levers]:
 
 
 LADDER = ladder()
-A, B, C, OURS = (next(k for k in LADDER if k.startswith(p)) for p in ("(a)", "(b)", "(c)", "ours"))
+A, B, OURS = (next(k for k in LADDER if k.startswith(p)) for p in ("(a)", "(b)", "ours"))
+C = "(c) the schedule in plain torch"
+# Everything that is measured. (c) has no levers: it does not use the package.
+CONTENDERS: dict[str, Levers | None] = {A: LADDER[A], B: LADDER[B], C: None, **LADDER}
 COMPILED = next(k for k, v in LADDER.items() if v.compiled)
 
 
@@ -116,11 +122,25 @@ def call(
     model: nn.Module,
     case: Case,
     seed: int,
-    levers: Levers,
+    levers: Levers | None,
     layers: list[str],
     ascent_steps: int = ASCENT_STEPS,
 ) -> nn.Module:
-    """One whole call. ``layers`` are the parameters to train, for rows that don't find them."""
+    """One whole call; ``levers`` None is the rival (c).
+
+    ``layers`` are the parameters to train, for rows that don't find them.
+    """
+    if levers is None:
+        spec = zoo.ZOO[case.model].spec
+        return unlearn_in_plain_torch(
+            model,
+            case.forget,
+            mean=spec.mean,
+            std=spec.std,
+            shape=spec.shape,
+            seed=seed,
+            per_class=case.per_class,
+        )
     options: dict[str, Any] = {"seed": seed, "impressions_per_class": case.per_class}
     if levers.fused:
         loop = "compiled" if levers.compiled else "auto"
@@ -144,12 +164,12 @@ def fixed_ascent(run: ZeroShotUnlearner, batched: bool, steps: int) -> Any:
     An image is kept as it was when it reached its confidence: pushed on, it teaches nothing and
     the quality would differ. The steps behind that point are taken all the same.
     """
-    space = space_module.input_space(run.work, run.spec, run.ascent.precision)
-    per_class = run.ascent.per_class
+    space = space_module.input_space(run.work, run.spec, run.options.ascent.precision)
+    per_class = run.options.ascent.per_class
     labels = torch.arange(run.classes).repeat_interleave(per_class)
     number = torch.arange(per_class).repeat(run.classes)
-    made = ascent.Ascent(space, labels, number, run.ascent, len(labels))
-    rows = made._fill([])
+    made = ascent.Ascent(space, labels, number, run.options.ascent, len(labels))
+    rows = made.fill()
     index = torch.arange(len(rows.index))
     for part in index.split(len(index) if batched else 1):
         x, label, target = rows.x[part].clone(), rows.label[part], rows.target[part]
@@ -176,7 +196,7 @@ def fixed_ascent(run: ZeroShotUnlearner, batched: bool, steps: int) -> Any:
             made.points[rows.index[number]] = kept[at]
             made.hit[rows.index[number]] = bool(reached[at])
     index = torch.arange(len(labels))
-    return joined([made.result(index)], [index], run.spec, space, run.ranks)
+    return to_impressions(made.result(index), space)
 
 
 def whole_model_epochs(run: ZeroShotUnlearner, layers: list[str]) -> nn.Module:
@@ -194,7 +214,7 @@ def whole_model_epochs(run: ZeroShotUnlearner, layers: list[str]) -> nn.Module:
         wanted = teacher.masked_fill(run.forget_mask, -torch.inf).softmax(1)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(run.seed)
+    generator = torch.Generator().manual_seed(run.options.seed)
     for _ in range(EPOCHS):
         for picked in torch.randperm(len(label), generator=generator).split(BATCH):
             log_p = (model(images[picked]) + shift).log_softmax(1)
@@ -202,7 +222,7 @@ def whole_model_epochs(run: ZeroShotUnlearner, layers: list[str]) -> nn.Module:
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-    return model.model
+    return model.module
 
 
 # --- switches -------------------------------------------------------------------------------------
@@ -219,9 +239,9 @@ def switched(levers: Levers) -> Iterator[None]:
         if not levers.bfloat16:
             put(space_module, "inference_copy", copier(levers))
         if not levers.input_only:
-            put(ascent.Ascent, "_step", step_with_weight_gradients)
+            put(ascent.Ascent, "step", step_with_weight_gradients)
         if not levers.compact:
-            put(ascent, "_bucket", lambda rows, _d: sys.maxsize if rows else 0)
+            put(ascent, "bucket_size", lambda rows, _d: sys.maxsize if rows else 0)
         if not levers.native:
             put(ops, "ascent_step_", plain_ascent_step_)
             put(train_step.EagerTrainStep, "step", plain_tail_step)
@@ -238,7 +258,7 @@ def copier(levers: Levers) -> Callable[..., InferenceCopy]:
         if levers.channels_last:
             return inference_copy.inference_copy(model, images, "float32")
         copied = copy.deepcopy(model)
-        folded = inference_copy._folded(copied, images) if levers.folded else None
+        folded = inference_copy.fold_batch_norms(copied, images) if levers.folded else None
         copied = copied if folded is None else folded
         if levers.pooled:
             copied = inference_copy.pool_before_relu(copied) or copied
@@ -248,22 +268,22 @@ def copier(levers: Levers) -> Callable[..., InferenceCopy]:
     return made
 
 
-def step_with_weight_gradients(self: Any, rows: Any) -> None:
-    """`Ascent._step` by ``loss.backward()``."""
-    x = rows.x.detach().requires_grad_(True)
+def step_with_weight_gradients(self: Any, batch: Any) -> None:
+    """`Ascent.step` by ``loss.backward()``."""
+    x = batch.x.detach().requires_grad_(True)
     logits = self.model(x)
-    own = logits.gather(1, rows.label[:, None])[:, 0]
+    own = logits.gather(1, batch.label[:, None])[:, 0]
     self.model.module.zero_grad()
     own.sum().backward()
     with torch.no_grad():
         probability = logits.softmax(1)
-        rows.confidence.copy_(probability.gather(1, rows.label[:, None])[:, 0])
-        leads = probability.argmax(1) == rows.label
-        tired = rows.step >= self.settings.max_steps
-        rows.reached |= (rows.confidence >= rows.target) & leads & rows.active
-        rows.active &= ~rows.reached & ~tired
+        batch.confidence.copy_(probability.gather(1, batch.label[:, None])[:, 0])
+        highest = probability.argmax(1) == batch.label
+        last_step = batch.step >= self.settings.max_steps
+        batch.reached |= (batch.confidence >= batch.target) & highest & batch.active
+        batch.active &= ~batch.reached & ~last_step
         ops.ascent_step_(
-            rows.x, x.grad, rows.moment, rows.variance, rows.step, rows.active,
+            batch.x, x.grad, batch.exp_avg, batch.exp_avg_sq, batch.step, batch.active,
             self.space.low, self.space.high, self.rate, self.beta,
         )  # fmt: skip
 
@@ -343,12 +363,12 @@ def measure(case: Case, runs: int, slow_runs: int) -> Report:
     layers = trained_layers(model, case)
     report = Report(case)
     warm = replace(case, per_class=4)
-    for levers in LADDER.values():  # every code path once, on few impressions
-        if not levers.compiled:
+    for levers in CONTENDERS.values():  # every code path once, on few impressions
+        if levers is None or not levers.compiled:
             call(model, warm, 0, levers, layers, ascent_steps=2)
     turns = {A: 1, B: slow_runs, COMPILED: slow_runs}
     for seed in range(runs):
-        for name, levers in LADDER.items():
+        for name, levers in CONTENDERS.items():
             if seed >= turns.get(name, runs):
                 continue
             started = time.process_time()
@@ -406,10 +426,10 @@ def print_peak_growth(case: Case, name: str) -> None:
     """In the fresh process: Linux's high-water mark, set back before the call."""
     model = load_model(case.model)
     layers = trained_layers(model, replace(case, per_class=4))
-    call(model, replace(case, per_class=4), 0, LADDER[name], layers, ascent_steps=2)
+    call(model, replace(case, per_class=4), 0, CONTENDERS[name], layers, ascent_steps=2)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    call(model, case, 0, LADDER[name], layers, ascent_steps=3)
+    call(model, case, 0, CONTENDERS[name], layers, ascent_steps=3)
     print(resident("VmHWM") - before)
 
 
@@ -513,7 +533,14 @@ def write(reports: list[Report]) -> None:
         for report in reports:
             for run in report.runs:
                 figures = [f"{run.seconds:.4f}", f"{run.fa:.4f}", f"{run.ra:.4f}"]
-                row = [run.model, run.contender, run.seed, *figures, report.load, *facts.values()]
+                row = [
+                    run.model,
+                    run.contender,
+                    run.options.seed,
+                    *figures,
+                    report.load,
+                    *facts.values(),
+                ]
                 writer.writerow(row)
     lines = [
         "# Whole calls",
@@ -531,7 +558,8 @@ def write(reports: list[Report]) -> None:
         f"{EPOCHS} epochs of masked KL on the impressions in batches of {BATCH} through the whole "
         f"model, head frozen (the paper has 100; of 10 to 100 these are the fewest with our RA); "
         f"they are told which layers to train. All calls are run whole, nothing is scaled. "
-        f"(c) is our schedule in plain torch: autograd `kl_div`, Adam by hand, AdamW unfused, "
+        f"(c) is our schedule in plain torch, without the package "
+        f"(`examples/unlearn_in_plain_torch.py`): autograd `kl_div`, Adam by hand, AdamW unfused, "
         f"float32, contiguous. Peak MB: growth of a fresh process over its size before the call, "
         f"Linux's high-water mark set back after a small warm-up call, median of 3; (a) and (b) "
         f"with 3 ascent steps, since more need no more memory.",

@@ -56,9 +56,9 @@ SHOTS, RELEARN_STEPS = 5_000, 800
 
 # Metrics in the table; the CSV file has all of them.
 COLUMNS = (
-    "fa", "ra", "unmask_fa", "whole_head_fa", "drift_features_forget", "resynthesis_hit",
+    "fa", "ra", "unmask_fa", "unmask_last_layer_fa", "drift_features_forget", "resynthesis_hit",
     "resynthesis_steps", "probe_forget", "knn_forget", "cka_original_forget",
-    "cka_golden_forget", "mia_forget_loss", "relearn_head_steps", "relearn_full_steps",
+    "cka_golden_forget", "mia_forget_loss", "relearn_last_layer_steps", "relearn_full_steps",
     "ain_full", "js_golden_forget",
 )  # fmt: skip
 

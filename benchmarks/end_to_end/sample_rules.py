@@ -25,6 +25,7 @@ from zsu_fast import ClassImpressions, ZeroShotUnlearner
 from zsu_fast.splitting.split import find_split
 from zsu_fast.synthesis import class_sampling as sampling
 from zsu_fast.training.class_subset import ClassSubsetTail
+from zsu_fast.training.fit_task import make_fit_task
 from zsu_fast.training.loop import train_tail
 
 MODEL, SETS, FORGET = "tf_efficientnet_lite0", 2, 100
@@ -78,13 +79,13 @@ def main() -> None:
         for key, some in samples.items():
             if some is not None:
                 rows = torch.isin(made.labels, torch.tensor([*forget, *some]))
-                fit_task = run.fit_task(cut, tuple(f[rows] for f in features), made.labels[rows])
-                train_tail(
-                    fit_task.tail, fit_task.parameters, fit_task.rows, fit_task.validation, fit_task.objective,
-                    fit_task.validation_loss, run.loop, fit_task.generator, run.report,
+                task = make_fit_task(
+                    run.work, cut, tuple(f[rows] for f in features), made.labels[rows],
+                    run.forget_mask, run.options.objective, run.options.features, run.options.seed,
                 )  # fmt: skip
-                assert isinstance(fit_task.tail, ClassSubsetTail)
-                fit_task.tail.write_back()
+                train_tail(task, run.options.loop, run.report)
+                assert isinstance(task.tail, ClassSubsetTail)
+                task.tail.write_back()
             with torch.no_grad():
                 right = cut.tail(real).argmax(1) == labels
                 for parameter, old in zip(parameters, start, strict=True):

@@ -2,16 +2,16 @@
 
     pytest benchmarks/ops/bench_ascent_step.py
 
-`eager` is the step in plain torch, in place, written to be quick: every row active, no NaN flag,
-one step count for all. It and `Inductor`, which compiles it, do less than the op. `Inductor, whole
-op` compiles the package's plain-torch `reference`: an active flag and a step count a row, as the
-impression loop has them. The cases "all options" add gradient normalisation, jitter, the NaN flag
-and rows that are not active. The floor streams the same seven arrays: x, moment and variance are
-read and written, grad is read. All step the same memory again and again, as the loop does.
+`eager` is the step in plain torch, in place, written for speed: every row active, one step count
+for all. It and `Inductor`, which compiles it, do less than the op. `Inductor, whole op` compiles
+the package's plain-torch `reference`, with an active flag and a step count per row, as the ascent
+has them. The floor streams the same seven arrays: x, exp_avg and exp_avg_sq are read and written,
+grad is read. All contenders step the same memory again and again, as the ascent does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,114 +28,102 @@ if DEVICE == "cuda":
 B1, B2, EPS = 0.9, 0.999, 1e-8
 
 
+CPU_NOTES = [
+    "The floor takes three kernels, one per array that is written; GB/s counts seven arrays. In"
+    " cache, three calls can cost more than one fused pass.",
+    "`Inductor` compiles a step that does less than the op, and streams at the floor: no kernel"
+    " can be 3x faster on one thread, as that would be faster than the memory. Tried against it,"
+    " each within the noise: reciprocal and root by approximation and a Newton step; fewer"
+    " operations (bias corrections folded, one-instruction clamps); software prefetch. `Inductor,"
+    " whole op` does what ours does.",
+]
+
+
 def eager_step(
-    x: Tensor, grad: Tensor, moment: Tensor, variance: Tensor, low: Tensor, high: Tensor,
-    lr: Tensor, beta: Tensor, unbias1: Tensor, unbias2: Tensor,
-) -> None:  # fmt: skip
-    """Adam on grad - 2 beta x, then clamp; the bias corrections are ready."""
+    x: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, constants: tuple[Tensor, ...]
+) -> None:
+    """Adam on grad - 2 beta x, then clamp, with precomputed bias corrections."""
+    low, high, lr, beta, unbias1, unbias2 = constants
     g = grad - 2 * beta * x
-    moment.mul_(B1).add_(g, alpha=1 - B1)
-    variance.mul_(B2).addcmul_(g, g, value=1 - B2)
-    root = (variance * unbias2).sqrt_().add_(EPS)
-    x.add_((moment * unbias1).div_(root).mul_(lr)).clamp_(low, high)
+    exp_avg.mul_(B1).add_(g, alpha=1 - B1)
+    exp_avg_sq.mul_(B2).addcmul_(g, g, value=1 - B2)
+    root = (exp_avg_sq * unbias2).sqrt_().add_(EPS)
+    x.add_((exp_avg * unbias1).div_(root).mul_(lr)).clamp_(low, high)
+
+
+class Case:
+    """States (x, grad, exp_avg, exp_avg_sq) of one shape, which all contenders step in turn."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = torch.Size(shape)
+        self.big = self.shape.numel() * 16 > 2**27
+        self.count = 2 if self.big else 1
+        low, high = (torch.full((1, shape[1], 1, 1), v, device=DEVICE) for v in (-2.0, 2.0))
+        lr, beta = torch.tensor(0.01, device=DEVICE), torch.tensor(1e-3, device=DEVICE)
+        self.constants = low, high, lr, beta
+        self.unbias = tuple(torch.tensor(1 / (1 - b**6), device=DEVICE) for b in (B1, B2))
+        self.active = torch.ones(shape[0], dtype=torch.bool, device=DEVICE)
+        self.step = torch.full((shape[0],), 5, dtype=torch.int32, device=DEVICE)
+        self.states = self.new_states()
+        self.following = rotate(self.count)
+
+    def new_states(self) -> list[list[Tensor]]:
+        torch.manual_seed(0)
+        return [
+            [torch.randn(self.shape, device=DEVICE) for _ in range(3)]
+            + [torch.rand(self.shape, device=DEVICE)]
+            for _ in range(self.count)
+        ]
+
+    def eager(self, function: Callable[..., None]) -> Callable[[], None]:
+        constants = (*self.constants, *self.unbias)
+        return lambda: function(*self.states[self.following()], constants)
+
+    def ours(self, backend: str) -> Callable[[], None]:
+        rest = self.step, self.active, *self.constants
+        return lambda: ops.ascent_step_(*self.states[self.following()], *rest, backend=backend)
+
+    def floor(self) -> None:
+        x, grad, exp_avg, exp_avg_sq = self.states[self.following()]
+        x.add_(grad, alpha=0.0)
+        exp_avg.mul_(1.0)
+        exp_avg_sq.mul_(1.0)
+
+    def check(self, run: Callable[[], None]) -> None:
+        """Compare one step from new states with float64, on the first eight rows."""
+        for old, new in zip(self.states, self.new_states(), strict=True):
+            for a, b in zip(old, new, strict=True):
+                a.copy_(b)
+        self.step.fill_(5)
+        run()
+        exact = [t[:8].double() for t in self.new_states()[0]]
+        reference.ascent_step_(
+            *exact, self.step[:8].clone().fill_(5), self.active[:8],
+            *(t.double() for t in self.constants),
+        )  # fmt: skip
+        torch.testing.assert_close(self.states[0][0][:8].double(), exact[0], rtol=1e-5, atol=1e-5)
+        self.step.fill_(5)
+        while self.following() != self.count - 1:  # the next run starts at the first state again
+            pass
 
 
 @pytest.mark.parametrize("shape", CASES, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("everything", [False, True], ids=["plain", "all options"])
-def test_ascent_step(
-    benchmark: Any, table: Table, everything: bool, shape: tuple[int, ...]
-) -> None:
-    big = torch.Size(shape).numel() * 16 > 2**27
-    count = 2 if big else 1
-    rows = shape[0]
-    low, high = (torch.full((1, shape[1], 1, 1), v, device=DEVICE) for v in (-2.0, 2.0))
-    lr, beta = torch.tensor(0.01, device=DEVICE), torch.tensor(1e-3, device=DEVICE)
-    active = torch.ones(rows, dtype=torch.bool, device=DEVICE)
-    options: dict[str, Any] = {}
-    if everything:
-        active[::8] = False
-        options = {
-            "normalize": True,
-            "jitter": torch.tensor(0.01, device=DEVICE),
-            "seed": torch.tensor(1, device=DEVICE),
-            "found_nan": torch.zeros(rows, dtype=torch.bool, device=DEVICE),
-        }
-
-    def states() -> list[list[Tensor]]:
-        torch.manual_seed(0)
-        return [
-            [torch.randn(shape, device=DEVICE) for _ in range(3)]
-            + [torch.rand(shape, device=DEVICE)]
-            for _ in range(count)
-        ]
-
-    following = rotate(count)
-    shared = states()  # all contenders step the same memory, so all find it as warm
-    step = torch.full((rows,), 5, dtype=torch.int32, device=DEVICE)
-    unbias1, unbias2 = (torch.tensor(1 / (1 - b**6), device=DEVICE) for b in (B1, B2))
-
-    def eager(compiled: Any = eager_step) -> None:
-        compiled(*shared[following()], low, high, lr, beta, unbias1, unbias2)
-
-    inductor = torch.compile(eager_step, dynamic=False)
-
-    def ours(backend: str) -> None:
-        ops.ascent_step_(
-            *shared[following()], step, active, low, high, lr, beta, backend=backend, **options
-        )
-
-    def floor() -> None:
-        x, grad, moment, variance = shared[following()]
-        x.add_(grad, alpha=0.0)
-        moment.mul_(1.0)
-        variance.mul_(1.0)
-
+def test_ascent_step(benchmark: Any, table: Table, shape: tuple[int, ...]) -> None:
+    case = Case(shape)
     native = [b for b in ("cpp", "cuda", "triton") if not backends.why_unavailable(b, DEVICE)]
-    contenders = [Contender("eager", eager), Contender("Inductor", lambda: eager(inductor))]
-    if everything:  # plain torch with all of it is the reference: seconds a step on large images
-        contenders = [] if big else [Contender("eager", lambda: ours("eager"))]
-    contenders.append(Contender("Inductor, whole op", lambda: ours("compile")))
-    contenders += [Contender(b, (lambda b=b: ours(b))) for b in native]
+    contenders = [
+        Contender("eager", case.eager(eager_step)),
+        Contender("Inductor", case.eager(torch.compile(eager_step, dynamic=False))),
+        Contender("Inductor, whole op", case.ours("compile")),
+        *(Contender(backend, case.ours(backend)) for backend in native),
+    ]
     for contender in contenders:
-        check(contender.run, shared, states, step, active, (low, high, lr, beta), options)
-        while following() != count - 1:  # the next run starts at the first state again
-            pass
-    contenders.append(Contender("floor: 7 arrays", floor))
+        case.check(contender.run)
+    contenders.append(Contender("floor: 7 arrays", case.floor))
     compare(
-        table, "x".join(map(str, shape)) + (", all options" if everything else ""), contenders,
-        floor="floor: 7 arrays", floor_bytes=7 * 4 * torch.Size(shape).numel(),
-        rounds=9 if big else 41,
+        table, "x".join(map(str, shape)), contenders, floor="floor: 7 arrays",
+        floor_bytes=7 * 4 * case.shape.numel(), rounds=9 if case.big else 41,
     )  # fmt: skip
     if not table.notes and DEVICE == "cpu":
-        table.notes = [
-            "The floor takes three kernels, one for each array that is written; GB/s counts seven"
-            " arrays. In cache, three calls can cost more than one fused pass.",
-            "`Inductor` compiles a step that does less than the op, and streams at the floor: no"
-            " kernel can be 3x faster than it on one thread, for that would be faster than the"
-            " memory. Tried against it, each within the noise: reciprocal and root by approximation"
-            " and a Newton step; fewer operations (bias corrections folded, one-instruction clamps,"
-            " no flag unless asked for); software prefetch. `Inductor, whole op` does what ours"
-            " does.",
-        ]
-    benchmark.pedantic(lambda: ours(native[0]), rounds=5, warmup_rounds=1)
-
-
-def check(
-    run: Any, shared: list[list[Tensor]], states: Any, step: Tensor, active: Tensor,
-    constants: tuple[Tensor, ...], options: dict[str, Any],
-) -> None:  # fmt: skip
-    """One step of a contender from a fresh state, against float64."""
-    low, high, lr, beta = constants
-    for old, new in zip(shared, states(), strict=True):
-        for a, b in zip(old, new, strict=True):
-            a.copy_(b)
-    step.fill_(5)
-    run()
-    exact = [t[:8].double() for t in states()[0]]
-    options = {k: v[:8].clone() if k == "found_nan" else v for k, v in options.items()}
-    reference.ascent_step_(
-        *exact, step[:8].clone().fill_(5), active[:8], low.double(), high.double(), lr.double(),
-        beta.double(), **options,
-    )  # fmt: skip
-    torch.testing.assert_close(shared[0][0][:8].double(), exact[0], rtol=1e-5, atol=1e-5)
-    step.fill_(5)
+        table.notes = CPU_NOTES
+    benchmark.pedantic(case.ours(native[0]), rounds=5, warmup_rounds=1)

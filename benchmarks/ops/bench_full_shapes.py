@@ -32,8 +32,10 @@ from zsu_fast.models.input_spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec
 from zsu_fast.models.wrapper import working_copy
 from zsu_fast.synthesis.inference_copy import inference_copy
 from zsu_fast.training.class_subset import ClassSubsetTail
-from zsu_fast.training.features import FeatureSet, build_feature_set
+from zsu_fast.training.features import FeatureSet
+from zsu_fast.training.fit_task import FitTask
 from zsu_fast.training.losses import ForgetOnlyKL, MaskedKL
+from zsu_fast.training.teacher import Teacher, build_feature_set
 from zsu_fast.training.train_step import TrainStep, make_train_step
 
 SPEC = InputSpec((3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
@@ -138,15 +140,17 @@ def test_tail_epoch(table: Table, name: str, width: int) -> None:
         return epoch
 
     tail = layers["all"]
-    every = make_train_step("auto", tail, list(tail.parameters()), rows, MaskedKL(forget, 0.0))
+    draw, loss = torch.Generator().manual_seed(0), MaskedKL(forget, 0.0)
+    task = FitTask(tail, list(tail.parameters()), rows, rows, loss, loss, draw)
+    every = make_train_step("auto", task)
     names = ["weight", "bias"]
-    some_rows = build_feature_set(
-        layers["ours"], (features,), label, forget, 0, torch.Generator().manual_seed(0), True, names
+    subset_rows = build_feature_set(
+        Teacher(layers["ours"], forget, names), (features,), label, 0, draw
     )
-    some_tail = ClassSubsetTail(layers["ours"], names, forget.nonzero()[:, 0], copied=True)
-    some = make_train_step(
-        "auto", some_tail, list(some_tail.parameters()), some_rows, ForgetOnlyKL(forget, 0.0)
-    )
+    subset = ClassSubsetTail(layers["ours"], names, forget.nonzero()[:, 0], trainable=True)
+    loss = ForgetOnlyKL(forget, 0.0)
+    task = FitTask(subset, list(subset.parameters()), subset_rows, subset_rows, loss, loss, draw)
+    some = make_train_step("auto", task)
 
     def ours(stepper: TrainStep) -> Any:
         def epoch() -> None:

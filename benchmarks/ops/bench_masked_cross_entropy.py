@@ -24,65 +24,75 @@ if DEVICE == "cuda":
     CASES += [(65536, 1000)]
 
 
-@pytest.mark.parametrize(("rows", "classes"), CASES, ids=lambda v: str(v))
-def test_masked_cross_entropy(benchmark: Any, table: Table, rows: int, classes: int) -> None:
-    count = 3
-    following = rotate(count)
-    students = [torch.randn(rows, classes, device=DEVICE, requires_grad=True) for _ in range(count)]
-    bare = [x.detach() for x in students]
-    teacher = torch.randn(rows, classes, device=DEVICE)
-    forget = torch.arange(classes, device=DEVICE) % 10 == 3
-    coef = torch.full((rows,), 1.0 / rows, device=DEVICE)
-    out = torch.empty(rows, classes, device=DEVICE)
-    exact = [
-        reference.masked_cross_entropy(x.double(), teacher.double(), forget, coef.double())[1]
-        for x in bare
-    ]
-    at = 0
+class Case:
+    """Students of one shape, in three copies that take turns, and the exact gradients."""
 
-    def pick() -> Tensor:
-        nonlocal at
-        at = following()
-        return students[at]
+    def __init__(self, rows: int, classes: int) -> None:
+        self.leaves = [
+            torch.randn(rows, classes, device=DEVICE, requires_grad=True) for _ in range(3)
+        ]
+        self.teacher = torch.randn(rows, classes, device=DEVICE)
+        self.forget = torch.arange(classes, device=DEVICE) % 10 == 3
+        self.coef = torch.full((rows,), 1.0 / rows, device=DEVICE)
+        self.logits = [x.detach() for x in self.leaves]
+        exact = self.teacher.double(), self.forget, self.coef.double()
+        self.exact = [reference.masked_cross_entropy(x.double(), *exact)[1] for x in self.logits]
+        self.following = rotate(len(self.leaves))
+        self.at = 0
 
-    def bare_pick() -> Tensor:
-        pick()
-        return bare[at]
+    def next_logits(self) -> Tensor:
+        self.at = self.following()
+        return self.logits[self.at]
 
-    def with_autograd(loss: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    def with_autograd(self, loss: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            x = pick()
+            self.at = self.following()
+            x = self.leaves[self.at]
             (grad,) = torch.autograd.grad(loss(x), x)
             return grad
 
         return run
 
-    def verify(grad: Tensor) -> None:
-        torch.testing.assert_close(grad.double(), exact[at], rtol=1e-4, atol=2e-6 / rows)
+    def verify(self, grad: Tensor) -> None:
+        torch.testing.assert_close(
+            grad.double(), self.exact[self.at], rtol=1e-4, atol=2e-6 / len(grad)
+        )
 
-    def eager(x: Tensor) -> Tensor:
-        log_q = teacher.masked_fill(forget, -torch.inf).log_softmax(1)
+    def eager(self, x: Tensor) -> Tensor:
+        log_q = self.teacher.masked_fill(self.forget, -torch.inf).log_softmax(1)
         q = log_q.exp()
-        terms = q * (log_q.masked_fill(forget, 0) - x.log_softmax(1))
-        return (terms.sum(1) * coef).sum()
+        terms = q * (log_q.masked_fill(self.forget, 0) - x.log_softmax(1))
+        return (terms.sum(1) * self.coef).sum()
 
-    def ours(backend: str) -> Callable[[Tensor], Tensor]:
-        return lambda x: ops.masked_cross_entropy(x, teacher, forget, coef, backend=backend)
 
-    def direct(backend: str) -> Callable[[], Tensor]:
-        return lambda: ops.masked_cross_entropy_and_grad(
-            bare_pick(), teacher, forget, coef, backend=backend
-        )[1]
+def ours(case: Case, backend: str) -> list[Contender]:
+    """Our op on one backend, through autograd and without it."""
+    rest = case.teacher, case.forget, case.coef
 
-    contenders = [
-        Contender("eager", with_autograd(eager), verify),
-        Contender("Inductor", with_autograd(torch.compile(eager, dynamic=False)), verify),
+    def loss(x: Tensor) -> Tensor:
+        return ops.masked_cross_entropy(x, *rest, backend=backend)
+
+    def without_autograd() -> Tensor:
+        return ops.masked_cross_entropy_and_grad(case.next_logits(), *rest, backend=backend)[1]
+
+    return [
+        Contender(backend, case.with_autograd(loss), case.verify),
+        Contender(f"{backend}, no autograd", without_autograd, case.verify),
     ]
+
+
+@pytest.mark.parametrize(("rows", "classes"), CASES, ids=lambda v: str(v))
+def test_masked_cross_entropy(benchmark: Any, table: Table, rows: int, classes: int) -> None:
+    case = Case(rows, classes)
+    out = torch.empty(rows, classes, device=DEVICE)
+    compiled = torch.compile(case.eager, dynamic=False)
     native = [b for b in ("cpp", "cuda", "triton") if not backends.why_unavailable(b, DEVICE)]
-    for backend in native:
-        contenders.append(Contender(backend, with_autograd(ours(backend)), verify))
-        contenders.append(Contender(f"{backend}, no autograd", direct(backend), verify))
-    contenders.append(Contender("floor: add", lambda: torch.add(bare_pick(), teacher, out=out)))
+    contenders = [
+        Contender("eager", case.with_autograd(case.eager), case.verify),
+        Contender("Inductor", case.with_autograd(compiled), case.verify),
+        *(contender for backend in native for contender in ours(case, backend)),
+        Contender("floor: add", lambda: torch.add(case.next_logits(), case.teacher, out=out)),
+    ]
     compare(
         table, f"{rows} x {classes} float32", contenders, floor="floor: add",
         floor_bytes=3 * 4 * rows * classes,

@@ -6,42 +6,14 @@ namespace zsu {
 namespace {
 
 void ascent_step_(
-    const Tensor& x, const Tensor& grad, const Tensor& moment, const Tensor& variance, const Tensor& step,
+    const Tensor& x, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& step,
     const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta,
-    double beta1, double beta2, double eps, const std::string& rule, bool normalize,
-    const std::optional<Tensor>& jitter, const std::optional<Tensor>& seed, const std::optional<Tensor>& found_nan) {
-  const AscentLayout layout =
-      check_ascent(x, grad, moment, variance, step, active, low, high, lr, beta, jitter, seed, found_nan);
-  AscentRows args{};
-  args.x = x.mutable_data_ptr<float>();
-  args.grad = grad.const_data_ptr<float>();
-  args.moment = moment.mutable_data_ptr<float>();
-  args.variance = variance.mutable_data_ptr<float>();
-  args.step = step.const_data_ptr<int32_t>();
-  args.active = active.const_data_ptr<bool>();
-  args.found_nan = found_nan ? found_nan->mutable_data_ptr<bool>() : nullptr;
-  args.row_size = layout.row_size;
-  args.bounds = layout.bounds;
-  args.channels = layout.channels;
-  args.channels_last = layout.channels_last;
-  args.low = low.const_data_ptr<float>();
-  args.high = high.const_data_ptr<float>();
-  args.lr = lr.const_data_ptr<float>();
-  args.lr_stride = lr.numel() > 1 ? 1 : 0;
-  args.beta = *beta.const_data_ptr<float>();
-  args.beta1 = beta1;
-  args.beta2 = beta2;
-  args.eps = eps;
-  args.mode = ascent_mode(rule);
-  args.normalize = normalize;
-  args.jitter = jitter ? *jitter->const_data_ptr<float>() : 0;
-  args.seed = seed ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0;
-
-  const auto kernel = kernels().ascent_step;
-  torch::stable::parallel_for(
-      0, layout.rows, grain(layout.row_size), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    double beta1, double beta2, double eps) {
+  const AscentStepArgs args{
+      ascent_step_tensors(x, grad, exp_avg, exp_avg_sq, step, active, low, high, lr, beta), beta1, beta2, eps};
+  run_rows(kernels().ascent_step, args, args.rows, args.row_size);
   int32_t* steps = step.mutable_data_ptr<int32_t>();
-  for (int64_t i = 0; i < layout.rows; ++i) steps[i] += args.active[i] ? 1 : 0;
+  for (int64_t i = 0; i < args.rows; ++i) steps[i] += args.active[i] ? 1 : 0;
 }
 
 } // namespace

@@ -1,6 +1,6 @@
 // The kernels compiled for CPUs with AVX2, FMA and F16C.
-// System headers come before any target pragma: an inline
-// function of theirs, emitted for this instruction set, must not be what other files link to.
+// System headers come before any target pragma: otherwise an inline function of theirs, emitted for this
+// instruction set, could be the copy that other files link to.
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -15,5 +15,5 @@
 #define ZSU_ISA avx2
 #define ZSU_F16C
 #define ZSU_FMA
-#include "all_kernels.h"
+#include "kernel_table.h"
 #endif

@@ -1,6 +1,6 @@
 // The kernels compiled for CPUs with AVX-512 F, DQ, BW and VL.
-// System headers come before any target pragma: an inline
-// function of theirs, emitted for this instruction set, must not be what other files link to.
+// System headers come before any target pragma: otherwise an inline function of theirs, emitted for this
+// instruction set, could be the copy that other files link to.
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -16,5 +16,5 @@
 #define ZSU_F16C
 #define ZSU_FMA
 #define ZSU_AVX512
-#include "all_kernels.h"
+#include "kernel_table.h"
 #endif

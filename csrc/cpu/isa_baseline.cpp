@@ -1,6 +1,6 @@
 // The kernels compiled for any CPU.
-// System headers come before any target pragma: an inline
-// function of theirs, emitted for this instruction set, must not be what other files link to.
+// System headers come before any target pragma: otherwise an inline function of theirs, emitted for this
+// instruction set, could be the copy that other files link to.
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -11,4 +11,4 @@
 #include "kernels.h"
 
 #define ZSU_ISA baseline
-#include "all_kernels.h"
+#include "kernel_table.h"

@@ -1,9 +1,12 @@
-// What a set of CPU kernels offers. One set per instruction set, chosen once at run time.
+// The CPU kernels of one instruction set: their arguments and a table of them. The set is chosen once, at
+// run time.
 #pragma once
+
+#include "../ascent_step.h"
 
 #include <cstdint>
 
-// GCC alone compiles one file for another instruction set by pragma; elsewhere the baseline runs.
+// Only GCC compiles one file for another instruction set by pragma; elsewhere the baseline runs.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define ZSU_HAS_ISA_LEVELS
 #endif
@@ -12,18 +15,18 @@ namespace zsu {
 
 enum class Storage : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-struct SignedRows {
-  const void* logits; // [rows, classes], rows logits_stride apart; may be dlogits
+struct SignedCrossEntropyArgs {
+  const void* logits; // [rows, classes], rows logits_stride apart
   int64_t logits_stride;
   void* dlogits; // rows dlogits_stride apart
   int64_t dlogits_stride;
   int64_t classes;
   const int64_t* target;
-  const void* coef; // float, or double when the storage is float64
-  double* row_loss; // coef * loss; 0 at the start
+  const void* coef; // float; double if the storage is float64
+  double* row_loss; // coef * loss; 0 on entry
 };
 
-struct MaskedRows {
+struct MaskedCrossEntropyArgs {
   const void* logits;
   int64_t logits_stride;
   const void* teacher;
@@ -35,51 +38,32 @@ struct MaskedRows {
   double* row_loss;
 };
 
-struct ScaledRows {
-  void* rows; // contiguous within a row
+struct ScaleRowsArgs {
+  void* rows; // contiguous classes
   int64_t stride;
   int64_t classes;
   const void* coef;
   double factor[2]; // for negative and for other coefficients
 };
 
-struct AscentRows {
-  float* x;
-  const float* grad;
-  float* moment;
-  float* variance;
-  const int32_t* step; // steps taken before this one
-  const bool* active;
-  bool* found_nan;   // may be null
-  int64_t row_size;  // elements of an impression
-  int64_t channels;  // x.shape[1]
-  int64_t bounds;    // numbers in low and in high: 1, or channels
-  bool channels_last;
-  const float* low;
-  const float* high;
-  const float* lr;
-  int64_t lr_stride; // 0: one for all rows
-  float beta;
+struct AscentStepArgs : AscentStepTensors {
   double beta1, beta2, eps;
-  int mode;
-  bool normalize;
-  float jitter;
-  uint64_t seed;
 };
 
+// Each kernel runs rows [begin, end). The losses and scale_rows_ have one kernel per Storage.
 struct Kernels {
   const char* name;
-  void (*signed_cross_entropy[4])(const SignedRows&, int64_t begin, int64_t end);
-  void (*masked_cross_entropy[4])(const MaskedRows&, int64_t begin, int64_t end);
-  void (*scale_rows[4])(const ScaledRows&, int64_t begin, int64_t end);
-  void (*ascent_step)(const AscentRows&, int64_t begin, int64_t end);
+  void (*signed_cross_entropy[4])(const SignedCrossEntropyArgs&, int64_t begin, int64_t end);
+  void (*masked_cross_entropy[4])(const MaskedCrossEntropyArgs&, int64_t begin, int64_t end);
+  void (*scale_rows[4])(const ScaleRowsArgs&, int64_t begin, int64_t end);
+  void (*ascent_step)(const AscentStepArgs&, int64_t begin, int64_t end);
 };
 
 namespace baseline { const Kernels& kernels(); }
 namespace avx2 { const Kernels& kernels(); }
 namespace avx512 { const Kernels& kernels(); }
 
-// The best set this CPU runs; ZSU_FAST_CPU_ISA=baseline|avx2|avx512 lowers it.
+// The best set that this CPU runs; ZSU_FAST_CPU_ISA=baseline|avx2|avx512 lowers it.
 const Kernels& kernels();
 
 } // namespace zsu

@@ -9,22 +9,20 @@ namespace {
 
 std::tuple<Tensor, Tensor> masked_cross_entropy(
     const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
-  const auto [x, z, mask, coefs] = masked_inputs(logits, teacher, forget, coef);
+  const MaskedCrossEntropyInputs in = masked_cross_entropy_inputs(logits, teacher, forget, coef);
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  const ScalarType accumulator = accumulator_of(logits);
-  const Tensor dlogits = fresh(logits, {rows, classes}, logits.scalar_type());
+  const Tensor dlogits = empty_like(logits, {rows, classes}, logits.scalar_type());
   std::vector<double> row_loss(static_cast<size_t>(rows));
-  const MaskedRows args{
-      x.const_data_ptr(), rows ? x.stride(0) : 0, z.const_data_ptr(), rows ? z.stride(0) : 0, mask.const_data_ptr<bool>(),
-      dlogits.mutable_data_ptr(), classes, coefs.const_data_ptr(), row_loss.data()};
-  const auto kernel = kernels().masked_cross_entropy[static_cast<int>(storage_of(logits))];
-  torch::stable::parallel_for(0, rows, grain(classes), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const MaskedCrossEntropyArgs args{
+      in.logits.const_data_ptr(), rows ? in.logits.stride(0) : 0, in.teacher.const_data_ptr(),
+      rows ? in.teacher.stride(0) : 0, in.forget.const_data_ptr<bool>(), dlogits.mutable_data_ptr(), classes,
+      in.coef.const_data_ptr(), row_loss.data()};
+  run_rows(kernels().masked_cross_entropy[static_cast<int>(storage_of(logits))], args, rows, classes);
 
-  double sum = 0;
+  double sum = 0; // in one order, whatever the number of threads
   for (const double loss : row_loss) sum += loss;
-  const Tensor loss = torch::stable::new_empty(logits, {}, accumulator);
-  if (accumulator == ScalarType::Double) *loss.mutable_data_ptr<double>() = sum;
-  else *loss.mutable_data_ptr<float>() = static_cast<float>(sum);
+  const Tensor loss = torch::stable::new_empty(logits, {}, accumulator_of(logits));
+  set_number(loss, 0, sum);
   return {loss, dlogits};
 }
 

@@ -1,19 +1,19 @@
-// KL(q || p) and its gradient for one row: q is the teacher's softmax over the retain classes, p the
-// student's over all. Neither is ever a tensor: both live in cache for the length of a row.
+// KL(q || p) and its gradient, row by row: q is the teacher's softmax over the retain classes, p the
+// student's over all classes. Neither is stored as a tensor: they stay in cache for the length of a row.
 #pragma once
 
 #include "simd.h"
 
 namespace zsu::ZSU_ISA {
 
-// `ex` and `ez` hold classes numbers each, `keep` is 1 at retain classes and 0 at forgotten ones;
-// all three are padded to whole vectors.
+// Writes the gradient of one row and returns KL(q || p). `keep` is 1 at retain classes and 0 at forgotten
+// ones, `ex` and `ez` are scratch; all three hold `classes` numbers, padded to whole vectors.
 template <class A, class T>
 ZSU_INLINE A masked_row(const T* x, const T* z, const A* keep, T* dx, A* ex, A* ez, int64_t classes, A coef) {
-  using V = typename Lanes<A>::V;
-  constexpr int64_t width = Lanes<A>::width;
+  using V = typename Vec<A>::V;
+  constexpr int64_t width = Vec<A>::width;
   constexpr A infinity = std::numeric_limits<A>::infinity();
-  constexpr int64_t block = 64 * width; // short sums, then a sum of those
+  constexpr int64_t block = 64 * width; // short sums, then the sum of those
   const V lowest = V{} - infinity;
   const auto part = [&](const T* p, int64_t at) ZSU_LAMBDA_INLINE {
     return at + width <= classes ? load(p + at) : load_part<A>(p + at, classes - at, -infinity);
@@ -21,8 +21,8 @@ ZSU_INLINE A masked_row(const T* x, const T* z, const A* keep, T* dx, A* ex, A* 
 
   V top_lanes_x = lowest, top_lanes_z = lowest;
   for (int64_t i = 0; i < classes; i += width) {
-    top_lanes_x = larger(part(x, i), top_lanes_x);
-    top_lanes_z = larger(load(keep + i) != A(0) ? part(z, i) : lowest, top_lanes_z);
+    top_lanes_x = vmax(part(x, i), top_lanes_x);
+    top_lanes_z = vmax(load(keep + i) != A(0) ? part(z, i) : lowest, top_lanes_z);
   }
   const A top_x = max_lanes(top_lanes_x), top_z = max_lanes(top_lanes_z);
 
@@ -61,8 +61,8 @@ ZSU_INLINE A masked_row(const T* x, const T* z, const A* keep, T* dx, A* ex, A* 
 }
 
 template <class A, class T>
-void masked_cross_entropy_rows(const MaskedRows& a, int64_t begin, int64_t end) {
-  constexpr int64_t width = Lanes<A>::width;
+void masked_cross_entropy_kernel(const MaskedCrossEntropyArgs& a, int64_t begin, int64_t end) {
+  constexpr int64_t width = Vec<A>::width;
   const int64_t padded = (a.classes + width - 1) / width * width;
   const Scratch<A> scratch(3 * padded);
   A* ex = scratch.data;
@@ -81,18 +81,6 @@ void masked_cross_entropy_rows(const MaskedRows& a, int64_t begin, int64_t end) 
     const T* z = static_cast<const T*>(a.teacher) + row * a.teacher_stride;
     a.row_loss[row] = static_cast<double>(coef) *
         static_cast<double>(masked_row<A>(x, z, keep, dlogits, ex, ez, a.classes, coef));
-  }
-}
-
-template <class A, class T>
-void scale_rows_rows(const ScaledRows& a, int64_t begin, int64_t end) {
-  constexpr int64_t width = Lanes<A>::width;
-  const int64_t whole = a.classes / width * width;
-  for (int64_t row = begin; row < end; ++row) {
-    const A factor = static_cast<A>(a.factor[static_cast<const A*>(a.coef)[row] < 0 ? 0 : 1]);
-    T* p = static_cast<T*>(a.rows) + row * a.stride;
-    for (int64_t i = 0; i < whole; i += width) store(p + i, load(p + i) * factor);
-    for (int64_t i = whole; i < a.classes; ++i) narrow(widen(p[i]) * factor, p[i]);
   }
 }
 

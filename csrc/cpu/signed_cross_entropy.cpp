@@ -7,68 +7,32 @@
 namespace zsu {
 namespace {
 
-void check_used_targets(const int64_t* target, const void* coef, bool is_double, int64_t rows, int64_t classes) {
+void check_used_targets(const int64_t* target, const Numbers& coef, int64_t rows, int64_t classes) {
   for (int64_t i = 0; i < rows; ++i) {
     if (target[i] >= 0 && target[i] < classes) continue;
-    const bool used = is_double ? static_cast<const double*>(coef)[i] != 0 : static_cast<const float*>(coef)[i] != 0;
-    STD_TORCH_CHECK(!used, "target ", target[i], " of row ", i, " is out of range for ", classes, " classes");
+    STD_TORCH_CHECK(
+        coef[i] == 0, "target ", target[i], " of row ", i, " is out of range for ", classes, " classes");
   }
-}
-
-// dlogits may be logits itself.
-Tensor run(const Tensor& logits, const Tensor& target, const Tensor& coef, const Tensor& dlogits) {
-  const int64_t rows = logits.size(0), classes = logits.size(1);
-  const ScalarType accumulator = accumulator_of(logits);
-  const Tensor targets = contiguous_as(target, ScalarType::Long);
-  const Tensor coefs = contiguous_as(coef, accumulator);
-  const auto* coef_data = coefs.const_data_ptr();
-  check_used_targets(targets.const_data_ptr<int64_t>(), coef_data, accumulator == ScalarType::Double, rows, classes);
-
-  std::vector<double> row_loss(static_cast<size_t>(rows));
-  const SignedRows args{
-      logits.const_data_ptr(), rows ? logits.stride(0) : 0, dlogits.mutable_data_ptr(), rows ? dlogits.stride(0) : 0,
-      classes, targets.const_data_ptr<int64_t>(), coef_data, row_loss.data()};
-  const auto kernel = kernels().signed_cross_entropy[static_cast<int>(storage_of(logits))];
-  torch::stable::parallel_for(0, rows, grain(classes), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-
-  double sums[2] = {0, 0}; // one order, however many threads there were
-  for (int64_t i = 0; i < rows; ++i) {
-    const bool forget = accumulator == ScalarType::Double ? static_cast<const double*>(coef_data)[i] < 0
-                                                          : static_cast<const float*>(coef_data)[i] < 0;
-    sums[forget ? 0 : 1] += row_loss[static_cast<size_t>(i)];
-  }
-  const Tensor losses = fresh(logits, {2}, accumulator);
-  for (int k = 0; k < 2; ++k) {
-    if (accumulator == ScalarType::Double) losses.mutable_data_ptr<double>()[k] = sums[k];
-    else losses.mutable_data_ptr<float>()[k] = static_cast<float>(sums[k]);
-  }
-  return losses;
 }
 
 std::tuple<Tensor, Tensor> signed_cross_entropy(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check_signed(logits, target, coef);
-  const Tensor rows = with_dense_rows(logits);
-  const Tensor dlogits = fresh(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
-  return {run(rows, target, coef, dlogits), dlogits};
-}
+  const SignedCrossEntropyInputs in = signed_cross_entropy_inputs(logits, target, coef);
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  const int64_t* targets = in.target.const_data_ptr<int64_t>();
+  const Numbers coefs(in.coef);
+  check_used_targets(targets, coefs, rows, classes);
+  const Tensor dlogits = empty_like(logits, {rows, classes}, logits.scalar_type());
+  std::vector<double> row_loss(static_cast<size_t>(rows));
+  const SignedCrossEntropyArgs args{
+      in.logits.const_data_ptr(), rows ? in.logits.stride(0) : 0, dlogits.mutable_data_ptr(), rows ? dlogits.stride(0) : 0,
+      classes, targets, coefs.data, row_loss.data()};
+  run_rows(kernels().signed_cross_entropy[static_cast<int>(storage_of(logits))], args, rows, classes);
 
-Tensor signed_cross_entropy_(const Tensor& logits, const Tensor& target, const Tensor& coef) {
-  check_signed_in_place(logits, target, coef);
-  return run(logits, target, coef, logits);
-}
-
-void scale_rows_(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
-  check_scaled(rows, coef, grad);
-  const auto number = [&](int64_t i) {
-    const int64_t at = grad.dim() ? i * grad.stride(0) : 0;
-    return grad.scalar_type() == ScalarType::Double ? grad.const_data_ptr<double>()[at] : grad.const_data_ptr<float>()[at];
-  };
-  const double forget = number(0), retain = number(grad.numel() - 1);
-  if (forget == 1 && retain == 1) return; // the usual case: no pass over memory
-  const Tensor coefs = contiguous_as(coef, accumulator_of(rows));
-  const ScaledRows args{rows.mutable_data_ptr(), rows.size(0) ? rows.stride(0) : 0, rows.size(1), coefs.const_data_ptr(), {forget, retain}};
-  const auto kernel = kernels().scale_rows[static_cast<int>(storage_of(rows))];
-  torch::stable::parallel_for(0, rows.size(0), grain(rows.size(1)), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  double sums[2] = {0, 0}; // in one order, whatever the number of threads
+  for (int64_t i = 0; i < rows; ++i) sums[coefs[i] < 0 ? 0 : 1] += row_loss[static_cast<size_t>(i)];
+  const Tensor losses = empty_like(logits, {2}, accumulator_of(logits));
+  for (int k = 0; k < 2; ++k) set_number(losses, k, sums[k]);
+  return {losses, dlogits};
 }
 
 } // namespace
@@ -76,6 +40,4 @@ void scale_rows_(const Tensor& rows, const Tensor& coef, const Tensor& grad) {
 
 STABLE_TORCH_LIBRARY_IMPL(zsu_fast, CPU, m) {
   m.impl("signed_cross_entropy", TORCH_BOX(&zsu::signed_cross_entropy));
-  m.impl("signed_cross_entropy_", TORCH_BOX(&zsu::signed_cross_entropy_));
-  m.impl("scale_rows_", TORCH_BOX(&zsu::scale_rows_));
 }

@@ -1,5 +1,5 @@
-// Vectors of 64 bytes in GCC's own vector syntax: one zmm, two ymm or four xmm registers, whatever
-// the file that includes this is compiled for. Sums over lanes have one fixed order.
+// Vectors of 64 bytes in GCC's vector syntax: one zmm, two ymm or four xmm registers, depending on the
+// instruction set of the including file. Sums over lanes have one fixed order.
 #pragma once
 
 #include "../math.h"
@@ -11,20 +11,20 @@ namespace zsu::ZSU_ISA {
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
-template <class A> struct Lanes;
-template <> struct Lanes<float> {
+template <class A> struct Vec;
+template <> struct Vec<float> {
   static constexpr int64_t width = 16;
   typedef float V __attribute__((vector_size(64)));
   typedef int32_t I __attribute__((vector_size(64)));
 };
-template <> struct Lanes<double> {
+template <> struct Vec<double> {
   static constexpr int64_t width = 8;
   typedef double V __attribute__((vector_size(64)));
   typedef int64_t I __attribute__((vector_size(64)));
 };
-using VF = Lanes<float>::V;
-using VD = Lanes<double>::V;
-using VI = Lanes<float>::I;
+using VF = Vec<float>::V;
+using VD = Vec<double>::V;
+using VI = Vec<float>::I;
 typedef uint16_t VH __attribute__((vector_size(32)));
 
 template <class To, class From>
@@ -35,23 +35,23 @@ ZSU_INLINE To bit_cast(const From& from) {
   return to;
 }
 
-// ---- one number of any storage type --------------------------------------------------------------
-ZSU_INLINE float widen(float v) { return v; }
-ZSU_INLINE double widen(double v) { return v; }
-ZSU_INLINE float widen(BFloat16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
-ZSU_INLINE float widen(Float16 v) {
+// ---- one number of any storage type; double stays double -----------------------------------------
+ZSU_INLINE float to_float(float v) { return v; }
+ZSU_INLINE double to_float(double v) { return v; }
+ZSU_INLINE float to_float(BFloat16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
+ZSU_INLINE float to_float(Float16 v) {
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
   const uint32_t rest = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
   if ((v.bits & 0x7c00u) == 0x7c00u) return bit_cast<float>(sign | rest | 0x7f800000u);
   return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(rest) * 0x1p112f)); // denormals too
 }
-ZSU_INLINE void narrow(float v, float& to) { to = v; }
-ZSU_INLINE void narrow(double v, double& to) { to = v; }
-ZSU_INLINE void narrow(float v, BFloat16& to) {
+ZSU_INLINE void from_float(float v, float& to) { to = v; }
+ZSU_INLINE void from_float(double v, double& to) { to = v; }
+ZSU_INLINE void from_float(float v, BFloat16& to) {
   const uint32_t b = bit_cast<uint32_t>(v);
   to.bits = static_cast<uint16_t>(v != v ? 0x7fc0u : (b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
 }
-ZSU_INLINE void narrow(float v, Float16& to) {
+ZSU_INLINE void from_float(float v, Float16& to) {
   const uint32_t b = bit_cast<uint32_t>(v), sign = (b >> 16) & 0x8000u, magnitude = b & 0x7fffffffu;
   uint32_t r;
   if (magnitude > 0x7f800000u) r = 0x7e00u;
@@ -65,11 +65,11 @@ ZSU_INLINE void narrow(float v, Float16& to) {
 // ---- a vector of any storage type ----------------------------------------------------------------
 ZSU_INLINE VF load(const float* p) { VF v; __builtin_memcpy(&v, p, sizeof v); return v; }
 ZSU_INLINE VD load(const double* p) { VD v; __builtin_memcpy(&v, p, sizeof v); return v; }
-ZSU_INLINE VF widen_bfloat16(VH h) { return bit_cast<VF>(__builtin_convertvector(h, VI) << 16); }
+ZSU_INLINE VF bfloat16_to_float(VH h) { return bit_cast<VF>(__builtin_convertvector(h, VI) << 16); }
 ZSU_INLINE VF load(const BFloat16* p) {
   VH h;
   __builtin_memcpy(&h, p, sizeof h);
-  return widen_bfloat16(h);
+  return bfloat16_to_float(h);
 }
 ZSU_INLINE VF load(const Float16* p) {
   VF v;
@@ -81,20 +81,20 @@ ZSU_INLINE VF load(const Float16* p) {
     __builtin_memcpy(reinterpret_cast<char*>(&v) + 32 * i, &half, sizeof half);
   }
 #else
-  for (int i = 0; i < 16; ++i) v[i] = widen(p[i]);
+  for (int i = 0; i < 16; ++i) v[i] = to_float(p[i]);
 #endif
   return v;
 }
 ZSU_INLINE void store(float* p, VF v) { __builtin_memcpy(p, &v, sizeof v); }
 ZSU_INLINE void store(double* p, VD v) { __builtin_memcpy(p, &v, sizeof v); }
-ZSU_INLINE VH narrow_bfloat16(VF v) {
+ZSU_INLINE VH float_to_bfloat16(VF v) {
   typedef uint32_t U __attribute__((vector_size(64)));
   const U b = bit_cast<U>(v);
   const U rounded = b + 0x7fffu + ((b >> 16) & 1u);
   return __builtin_convertvector((v == v ? rounded : b | 0x400000u) >> 16, VH); // a NaN stays one
 }
 ZSU_INLINE void store(BFloat16* p, VF v) {
-  const VH h = narrow_bfloat16(v);
+  const VH h = float_to_bfloat16(v);
   __builtin_memcpy(p, &h, sizeof h);
 }
 ZSU_INLINE void store(Float16* p, VF v) {
@@ -107,14 +107,14 @@ ZSU_INLINE void store(Float16* p, VF v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i, _mm256_cvtps_ph(half, 0));
   }
 #else
-  for (int i = 0; i < 16; ++i) narrow(v[i], p[i]);
+  for (int i = 0; i < 16; ++i) from_float(v[i], p[i]);
 #endif
 }
 
 // ---- the first n lanes, n < width: the end of a row ----------------------------------------------
 template <class A, class T>
-ZSU_INLINE typename Lanes<A>::V load_part(const T* p, int64_t n, A fill) {
-#if defined(ZSU_AVX512) // the other lanes' memory is not touched
+ZSU_INLINE typename Vec<A>::V load_part(const T* p, int64_t n, A fill) {
+#if defined(ZSU_AVX512) // does not touch the memory of the other lanes
   const auto first = static_cast<uint16_t>((1u << n) - 1u);
   if constexpr (__is_same(T, float)) {
     return bit_cast<VF>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first, p));
@@ -123,13 +123,13 @@ ZSU_INLINE typename Lanes<A>::V load_part(const T* p, int64_t n, A fill) {
   } else {
     const __m256i half = _mm256_maskz_loadu_epi16(first, p);
     VF v;
-    if constexpr (__is_same(T, BFloat16)) v = widen_bfloat16(bit_cast<VH>(half));
+    if constexpr (__is_same(T, BFloat16)) v = bfloat16_to_float(bit_cast<VH>(half));
     else v = bit_cast<VF>(_mm512_cvtph_ps(half));
     return bit_cast<VF>(_mm512_mask_mov_ps(_mm512_set1_ps(fill), first, bit_cast<__m512>(v)));
   }
 #else
-  typename Lanes<A>::V v = fill - typename Lanes<A>::V{};
-  for (int64_t i = 0; i < n; ++i) v[i] = widen(p[i]);
+  typename Vec<A>::V v = fill - typename Vec<A>::V{};
+  for (int64_t i = 0; i < n; ++i) v[i] = to_float(p[i]);
   return v;
 #endif
 }
@@ -139,24 +139,24 @@ ZSU_INLINE void store_part(T* p, V v, int64_t n) {
   const auto first = static_cast<uint16_t>((1u << n) - 1u);
   if constexpr (__is_same(T, float)) _mm512_mask_storeu_ps(p, first, bit_cast<__m512>(v));
   else if constexpr (__is_same(T, double)) _mm512_mask_storeu_pd(p, static_cast<uint8_t>(first), bit_cast<__m512d>(v));
-  else if constexpr (__is_same(T, BFloat16)) _mm256_mask_storeu_epi16(p, first, bit_cast<__m256i>(narrow_bfloat16(v)));
+  else if constexpr (__is_same(T, BFloat16)) _mm256_mask_storeu_epi16(p, first, bit_cast<__m256i>(float_to_bfloat16(v)));
   else _mm256_mask_storeu_epi16(p, first, _mm512_cvtps_ph(bit_cast<__m512>(v), 0));
 #else
-  for (int64_t i = 0; i < n; ++i) narrow(v[i], p[i]);
+  for (int64_t i = 0; i < n; ++i) from_float(v[i], p[i]);
 #endif
 }
 
-// All lanes but lane `at`, which becomes 0.
+// v with lane `at` set to 0.
 ZSU_INLINE VI lane_index(VF) { return VI{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
-ZSU_INLINE Lanes<double>::I lane_index(VD) { return Lanes<double>::I{0, 1, 2, 3, 4, 5, 6, 7}; }
+ZSU_INLINE Vec<double>::I lane_index(VD) { return Vec<double>::I{0, 1, 2, 3, 4, 5, 6, 7}; }
 template <class V>
 ZSU_INLINE V without_lane(V v, int at) { return lane_index(v) == at ? V{} : v; }
 
 // ---- over lanes ----------------------------------------------------------------------------------
 template <class V>
-ZSU_INLINE V larger(V a, V b) { return a > b ? a : b; } // b where a is NaN
+ZSU_INLINE V vmax(V a, V b) { return a > b ? a : b; } // b if a is NaN
 
-// Lane i meets lane i ^ by. The indices are literals, or they would be rebuilt for every row.
+// Lane i gets lane i ^ by. The indices are literals; otherwise they would be rebuilt for every row.
 template <int by>
 ZSU_INLINE VF swap_lanes(VF v) {
   return __builtin_shuffle(v, VI{0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by, 8 ^ by, 9 ^ by,
@@ -165,7 +165,7 @@ ZSU_INLINE VF swap_lanes(VF v) {
 template <int by>
 ZSU_INLINE VD swap_lanes(VD v) {
   return __builtin_shuffle(
-      v, Lanes<double>::I{0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by});
+      v, Vec<double>::I{0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by});
 }
 template <int by, class V, class F>
 ZSU_INLINE auto fold_lanes(V v, F f) {
@@ -179,13 +179,13 @@ ZSU_INLINE auto sum_lanes(V v) {
 }
 template <class V>
 ZSU_INLINE auto max_lanes(V v) {
-  return fold_lanes<sizeof v / sizeof v[0] / 2>(v, [](V a, V b) ZSU_LAMBDA_INLINE { return larger(a, b); });
+  return fold_lanes<sizeof v / sizeof v[0] / 2>(v, [](V a, V b) ZSU_LAMBDA_INLINE { return vmax(a, b); });
 }
 
 // ---- functions -----------------------------------------------------------------------------------
-// exp(x + low) for x <= 80 and |low| tiny, 1e-7 relative; 0 below -86 (the result nears denormals).
-// Beyond 88 it is nonsense, for the caller to discard.
-struct Nothing {}; // as low: no operation is spent on it
+// exp(x + low) for x <= 80 and tiny |low|, to 1e-7 relative; 0 below -86, where the result nears
+// denormals. Above 88 the result is meaningless and the caller must discard it.
+struct Nothing {}; // as `low`: costs no operation
 template <class Low>
 ZSU_INLINE VF exponential(VF x, Low low) {
   // 1.5 * 2^23 + 127: adding it leaves round(.) + 127, the exponent of a float, in the low bits
@@ -194,7 +194,7 @@ ZSU_INLINE VF exponential(VF x, Low low) {
   const VF n = shifted - to_exponent;
   VF r;
 #if defined(ZSU_FMA)
-  if constexpr (__is_same(Low, Nothing)) r = x - n * 0.69314718056f; // rounded once, off by n * 2e-9
+  if constexpr (__is_same(Low, Nothing)) r = x - n * 0.69314718056f; // rounded once; error n * 2e-9
   else
 #endif
   {
@@ -212,7 +212,7 @@ ZSU_INLINE VF exponential(VF x, Low low) {
   const VF power = bit_cast<VF>(bit_cast<VI>(shifted) << 23);
   return x < -86.0f ? VF{} : p * power;
 }
-// The same in double, 3e-16 relative, 0 below -708: Taylor's series, its next term is 4e-18.
+// The same in double, to 3e-16 relative, 0 below -708: a Taylor series whose next term is 4e-18.
 template <class Low>
 ZSU_INLINE VD exponential(VD x, Low) {
   const double to_exponent = 6755399441056767.0; // 1.5 * 2^52 + 1023
@@ -233,13 +233,13 @@ ZSU_INLINE VD exponential(VD x, Low) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  const VD power = bit_cast<VD>(bit_cast<Lanes<double>::I>(shifted) << 52);
+  const VD power = bit_cast<VD>(bit_cast<Vec<double>::I>(shifted) << 52);
   return x < -708.0 ? VD{} : p * power;
 }
 
-// log(x) for normal x > 0, 1e-7 relative also near 1 (Cephes' logf); NaN and infinity stay.
+// log(x) for normal x > 0, to 1e-7 relative also near 1 (Cephes' logf). Keeps NaN and infinity.
 ZSU_INLINE VF logarithm(VF x) {
-  const VI exponent = (bit_cast<VI>(x) - 0x3f3504f3) >> 23; // of x over sqrt(1/2)
+  const VI exponent = (bit_cast<VI>(x) - 0x3f3504f3) >> 23; // of x / sqrt(1/2)
   const VF f = bit_cast<VF>(bit_cast<VI>(x) - (exponent << 23)) - 1.0f;
   const VF n = __builtin_convertvector(exponent, VF);
   VF p = 7.0376836292e-2f * f - 1.1514610310e-1f;
@@ -259,17 +259,17 @@ ZSU_INLINE VD logarithm(VD x) {
   return x;
 }
 
-// exp(a - b): the part of a - b that does not fit one number (Knuth's two-sum) is not lost, or
-// logits 40 apart would already cost 2e-6 of relative accuracy.
+// exp(a - b), with the part of a - b that rounding drops (Knuth's two-sum): it would cost 2e-6 of
+// relative accuracy where logits differ by 40.
 ZSU_INLINE VF exp_of_difference(VF a, float b) {
   const VF d = a - b;
   const VF z = d - a;
   const VF lost = (a - (d - z)) - (b + z);
-  return exponential(d, lost); // a = -inf: lost is NaN, but d < -86 decides
+  return exponential(d, lost); // a = -inf: lost is NaN, but d < -86 gives 0
 }
 ZSU_INLINE VD exp_of_difference(VD a, double b) { return exponential(a - b, Nothing{}); }
 
-// a / (sqrt(b) + eps). Approximations with a Newton step were tried: no faster, the step waits for memory.
+// a / (sqrt(b) + eps). Approximations with a Newton step are no faster: the kernel waits for memory.
 ZSU_INLINE VF ratio_to_root(VF a, VF b, float eps) {
 #if defined(ZSU_AVX512)
   const VF root = bit_cast<VF>(_mm512_sqrt_ps(bit_cast<__m512>(b)));

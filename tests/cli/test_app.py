@@ -99,5 +99,5 @@ def test_doctor_names_versions_devices_and_extras() -> None:
     result = json.loads(call("doctor", "--json"))
     assert result["torch"] == torch.__version__
     assert result["devices"]["cpu"]["chosen"] in result["devices"]["cpu"]["backends"]
-    assert set(result["extras"]) == {"torchvision", "timm", "transformers", "matplotlib", "PIL"}
+    assert set(result["extras"]) == {"torchvision", "timm", "transformers", "PIL"}
     assert "torch" in call("doctor")

@@ -19,7 +19,7 @@ from zsu_fast.models.wrapper import working_copy
 from zsu_fast.runtime import memory
 from zsu_fast.runtime.progress import Reporter
 from zsu_fast.synthesis import ascent, synthesize
-from zsu_fast.synthesis.ascent import AscentSettings
+from zsu_fast.synthesis.ascent_settings import AscentSettings
 from zsu_fast.synthesis.space import input_space
 from zsu_fast.unlearner import ZeroShotUnlearner
 
@@ -95,10 +95,10 @@ def synthesised(width: int | None = None, eager: bool = False, **options: Any) -
     fit = memory.rows_that_fit
     with (
         mock.patch.object(memory, "rows_that_fit", lambda *a: width or fit(*a)),
-        mock.patch.object(ascent, "_step_many", lambda s, _d: s) if eager else nullcontext(),
+        mock.patch.object(ascent, "capture_steps", lambda s, _d: s) if eager else nullcontext(),
         Reporter(False, None) as report,
     ):
-        return synthesize.ascend(model, space, spec, range(10), settings, report)
+        return synthesize.ascend(model, space, range(10), settings, report)
 
 
 def test_captured_ascent_is_the_eager_ascent() -> None:
@@ -135,15 +135,15 @@ def test_few_captures_when_rows_wait_in_a_queue() -> None:
 
 
 def test_out_of_memory_halves_the_batch() -> None:
-    real, failed = ascent.Ascent._step, []
+    real, failed = ascent.Ascent.step, []
 
-    def step(self: Any, rows: Any) -> None:
-        if len(rows.index) > 100:
-            failed.append(len(rows.index))
+    def step(self: Any, batch: Any) -> None:
+        if len(batch.index) > 100:
+            failed.append(len(batch.index))
             raise torch.OutOfMemoryError("CUDA out of memory, says the test")
-        real(self, rows)
+        real(self, batch)
 
-    with mock.patch.object(ascent.Ascent, "_step", step):
+    with mock.patch.object(ascent.Ascent, "step", step):
         got = synthesised()
     assert failed
     assert bool(got.hit.all())

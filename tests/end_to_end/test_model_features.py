@@ -103,7 +103,10 @@ def test_the_last_layer_includes_a_parallel_classifier() -> None:
     runner, result = run(train(Averaging()), tail="last")
     assert runner.split_point.name == "fc2"
     assert runner.split_point.parameters == ["fc2.weight", "fc2.bias", "other.weight", "other.bias"]
-    assert "moved ahead of 'other', before which other logits are made" in runner.split_point.reason
+    assert (
+        "moved ahead of 'other', before which other logits are computed"
+        in runner.split_point.reason
+    )
     assert_forgets(result, FORGET)
 
 

@@ -1,4 +1,4 @@
-"""FA, RA, overall accuracy: what is divided by what, and the mask baseline."""
+"""FA, RA and overall accuracy: their denominators, their errors, and the mask baseline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zsu_fast import ArgumentError, evaluate, mask
 
 
 class Fixed(nn.Module):
-    """Answers with the class that the first pixel names, out of four."""
+    """Predicts the class, out of four, whose number is the first pixel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,13 +25,12 @@ class Fixed(nn.Module):
         return self.scale * nn.functional.one_hot(x[:, 0].long(), 4).to(x.dtype)
 
 
-#          answers            labels
-ANSWERS = [0, 0, 1, 1, 1, 2, 2, 0, 2, 3]
-LABELS_ = [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+PREDICTIONS = [0, 0, 1, 1, 1, 2, 2, 0, 2, 3]
+LABELS = [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
 
 
 def fixed_data() -> tuple[Tensor, Tensor]:
-    return torch.tensor(ANSWERS).float()[:, None], torch.tensor(LABELS_)
+    return torch.tensor(PREDICTIONS).float()[:, None], torch.tensor(LABELS)
 
 
 def test_denominators() -> None:
@@ -61,20 +60,20 @@ def test_no_image_of_the_forgotten_classes() -> None:
 def test_loaders_tensors_and_lists_agree(batch: int) -> None:
     images, labels = tiny_data()
     model = tiny()
-    want = evaluate(model, (images, labels), [1])
-    assert evaluate(model, (images, labels), [1], batch=batch) == want
+    expected = evaluate(model, (images, labels), [1])
+    assert evaluate(model, (images, labels), [1], batch=batch) == expected
     loader = DataLoader(TensorDataset(images, labels), batch_size=batch)
-    assert evaluate(model, loader, [1]) == want
-    assert evaluate(model, list(loader), [1]) == want
-    assert evaluate(model, iter(loader), [1]) == want
+    assert evaluate(model, loader, [1]) == expected
+    assert evaluate(model, list(loader), [1]) == expected
+    assert evaluate(model, iter(loader), [1]) == expected
 
 
-def test_two_batches_are_not_taken_for_a_pair() -> None:
+def test_two_batches_are_not_a_pair_of_tensors() -> None:
     images, labels = fixed_data()
     batches = [(images[:5], labels[:5]), (images[5:], labels[5:])]
-    want = evaluate(Fixed(), (images, labels), [1])
-    assert evaluate(Fixed(), batches, [1]) == want
-    assert evaluate(Fixed(), tuple(batches), [1]) == want
+    expected = evaluate(Fixed(), (images, labels), [1])
+    assert evaluate(Fixed(), batches, [1]) == expected
+    assert evaluate(Fixed(), tuple(batches), [1]) == expected
 
 
 @pytest.mark.parametrize("labels", [[4], [0, 1, 7], [-1, 0]])
@@ -90,7 +89,7 @@ def test_labels_beyond_the_logits(labels: list[int], loader: bool) -> None:
 @pytest.mark.parametrize(
     "labels", [torch.zeros(10, 4), torch.zeros(10), torch.zeros(10, 1, dtype=torch.int64)]
 )
-def test_labels_that_are_no_class_indices(labels: Tensor) -> None:
+def test_labels_that_are_not_class_indices(labels: Tensor) -> None:
     for data in ((fixed_data()[0], labels), [(fixed_data()[0], labels)]):
         with pytest.raises(ArgumentError, match=r"data: .*labels.*Pass"):
             evaluate(Fixed(), data, [1])
@@ -100,6 +99,18 @@ def test_images_and_labels_that_do_not_pair() -> None:
     images, labels = fixed_data()
     with pytest.raises(ArgumentError, match=r"data: .*10 images.*9 labels"):
         evaluate(Fixed(), (images, labels[:9]), [1])
+
+
+def test_a_batch_whose_images_and_labels_do_not_pair() -> None:
+    images, labels = fixed_data()
+    with pytest.raises(ArgumentError, match=r"data: .*10 images.*9 labels"):
+        evaluate(Fixed(), [(images, labels[:9])], [1])
+
+
+@pytest.mark.parametrize("data", [3, None, "images", {}])
+def test_data_of_another_type(data: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"data: got a .*Pass \(images, labels\)"):
+        evaluate(Fixed(), data, [1])
 
 
 @pytest.mark.parametrize("data", [(torch.zeros(0, 1), torch.zeros(0).long()), []])
@@ -115,13 +126,13 @@ def test_a_bad_forget(forget: Any) -> None:
 
 
 def test_forget_in_other_forms() -> None:
-    want = evaluate(Fixed(), fixed_data(), [0, 1])
+    expected = evaluate(Fixed(), fixed_data(), [0, 1])
     for forget in (np.array([0, 1]), torch.tensor([1, 0]), {0, 1}, range(2)):
-        assert evaluate(Fixed(), fixed_data(), forget) == want
+        assert evaluate(Fixed(), fixed_data(), forget) == expected
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_modes_come_back_and_statistics_stand_still(fails: bool) -> None:
+def test_modes_are_restored_and_statistics_unchanged(fails: bool) -> None:
     model = tiny().train()
     model.drop.eval()
     images, labels = tiny_data(20)
@@ -139,7 +150,7 @@ def test_it_measures_in_eval_mode() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_images_follow_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+def test_images_take_the_dtype_of_the_model(dtype: torch.dtype) -> None:
     assert evaluate(tiny().to(dtype), tiny_data(), [1]).overall_accuracy > 95
 
 
@@ -156,7 +167,7 @@ def test_outputs_in_a_container(wrap: Any) -> None:
 def test_the_mask_forgets_all_and_never_lowers_retain_accuracy() -> None:
     model = tiny()
     with torch.no_grad():
-        model.fc2.weight.add_(torch.randn(5, 32) * 2)  # now it errs
+        model.fc2.weight.add_(torch.randn(5, 32) * 2)  # so that it makes errors
     data = tiny_data()
     before = evaluate(model, data, [1, 3])
     with untouched(model):
@@ -172,8 +183,8 @@ def test_the_mask_sets_only_the_forgotten_logits() -> None:
     images = tiny_data(10)[0]
     masked, plain = mask(model, {1})(images), model(images)
     assert (masked[:, 1] == -torch.inf).all()
-    kept = [0, 2, 3, 4]
-    assert torch.equal(masked[:, kept], plain[:, kept])
+    retained = [0, 2, 3, 4]
+    assert torch.equal(masked[:, retained], plain[:, retained])
     assert plain.isfinite().all()
 
 

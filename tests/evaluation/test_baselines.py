@@ -1,4 +1,4 @@
-"""Random embeddings: what is trained, on what, and what is left alone."""
+"""Random embeddings: what they train, on what rows, and what stays unchanged."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from support import changed_tensors, same_bits, tiny, tiny_data, untouched
 
 from zsu_fast import ArgumentError, random_embeddings
-from zsu_fast.evaluation import baselines
 from zsu_fast.splitting.layers import layer_names
+from zsu_fast.training.teacher import Teacher
 
 FORGET = [1, 3]
 
@@ -17,16 +17,16 @@ def test_the_last_layer_alone_forgets() -> None:
     model = tiny()
     last = layer_names(model, tiny_data(2)[0])[-1]
     with untouched(model):
-        made = random_embeddings(model, FORGET)
-    assert changed_tensors(model, made) == {f"{last}.weight", f"{last}.bias"}
-    features = torch.randn(500, made.get_submodule(last).weight.shape[1]).abs()
-    layer, before = made.get_submodule(last), model.get_submodule(last)
+        unlearned = random_embeddings(model, FORGET)
+    assert changed_tensors(model, unlearned) == {f"{last}.weight", f"{last}.bias"}
+    features = torch.randn(500, unlearned.get_submodule(last).weight.shape[1]).abs()
+    layer, before = unlearned.get_submodule(last), model.get_submodule(last)
     leaked = torch.isin(layer(features).argmax(1), torch.tensor(FORGET))
     assert torch.isin(before(features).argmax(1), torch.tensor(FORGET)).float().mean() > 0.1
     assert leaked.float().mean() < 0.02
 
 
-def test_a_deeper_tail_is_trained_where_it_is_named() -> None:
+def test_a_named_deeper_tail_is_trained() -> None:
     model = tiny()
     names = layer_names(model, tiny_data(2)[0])
     changed = changed_tensors(model, random_embeddings(model, FORGET, tail=names[-2]))
@@ -40,18 +40,18 @@ def test_the_seed_decides() -> None:
     assert not same_bits(one, other)
 
 
-def test_noise_ahead_of_a_deeper_tail_is_as_large_as_its_features(
+def test_noise_for_a_deeper_tail_has_the_scale_of_its_features(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A layer ten times as large ahead of the cut gives rows ten times as large."""
+    """A layer with ten times the scale before the split gives rows of ten times the scale."""
     sizes = []
 
-    def note(tail, rows, *args):  # type: ignore[no-untyped-def]
+    def note(teacher, rows):  # type: ignore[no-untyped-def]
         sizes.append(float(rows[0].square().mean().sqrt()))
-        return label_features(tail, rows, *args)
+        return label(teacher, rows)
 
-    label_features = baselines.label_features
-    monkeypatch.setattr(baselines, "label_features", note)
+    label = Teacher.label
+    monkeypatch.setattr(Teacher, "label", note)
     model = tiny()
     *_, before_last, _ = layer_names(model, tiny_data(2)[0])
     for factor in (1, 10):

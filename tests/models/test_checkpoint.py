@@ -1,4 +1,4 @@
-"""Files of weights: refused where unsafe, whole or not there at all."""
+"""Weights files: unsafe ones are refused, and writes are complete or leave nothing."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ def only(folder: Path, *names: str) -> bool:
     return sorted(p.name for p in folder.iterdir()) == sorted(names)
 
 
-# --- there and back --------------------------------------------------------------------------
+# --- round trips -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt", "pth", "bin", "weights"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_weights_come_back_bit_by_bit(tmp_path: Path, ending: str, dtype: torch.dtype) -> None:
+def test_weights_are_restored_bit_for_bit(tmp_path: Path, ending: str, dtype: torch.dtype) -> None:
     model, path = tiny().to(dtype), tmp_path / f"model.{ending}"
     with untouched(model):
         save_weights(path, model)
     assert only(tmp_path, path.name)
     fresh = TinyNet().to(dtype)
-    if ending == "weights":  # safetensors by content, but not by name
+    if ending == "weights":  # safetensors by content, not by name
         assert load_tensors(path)[0].keys() == model.state_dict().keys()
         return
     load_into(fresh, path)
@@ -76,7 +76,7 @@ def test_tied_tensors_and_wrappers_are_saved(tmp_path: Path) -> None:
         assert bits(loaded["alias.weight"]) == bits(loaded["fc2.weight"])
 
 
-def test_views_and_strides_are_saved_as_they_read(tmp_path: Path) -> None:
+def test_views_and_strides_are_saved_by_value(tmp_path: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
     save_tensors(tmp_path / "a.safetensors", {"t": base.t(), "row": base[1]}, {"k": "v"})
     tensors, metadata = load_tensors(tmp_path / "a.safetensors")
@@ -110,7 +110,7 @@ def test_names_from_compiled_models(tmp_path: Path, prefix: str, ending: str) ->
     assert same_bits(fresh, model)
 
 
-def test_a_part_of_the_model_is_compiled(tmp_path: Path) -> None:
+def test_a_partly_compiled_model(tmp_path: Path) -> None:
     model, fresh = tiny(), TinyNet()
     save_weights(tmp_path / "a.safetensors", model)
     fresh.fc1 = torch.compile(fresh.fc1, backend="eager")
@@ -122,7 +122,7 @@ def test_a_part_of_the_model_is_compiled(tmp_path: Path) -> None:
     assert same_bits(again, model)
 
 
-def test_weights_go_into_wrapped_models(tmp_path: Path) -> None:
+def test_weights_load_into_wrapped_models(tmp_path: Path) -> None:
     save_weights(tmp_path / "a.safetensors", tiny())
     for fresh in (nn.DataParallel(TinyNet()), torch.compile(TinyNet(), backend="eager")):
         load_into(fresh, tmp_path / "a.safetensors")
@@ -149,7 +149,7 @@ def test_a_pickle_is_refused_and_never_executed(tmp_path: Path, ending: str, for
     assert not planted.exists()
 
 
-def test_the_planted_pickle_does_go_off_when_it_is_unpickled(tmp_path: Path) -> None:
+def test_the_planted_pickle_runs_when_unpickled(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Bomb(tmp_path / "planted")))
     assert (tmp_path / "planted").exists()
 
@@ -177,7 +177,7 @@ def test_a_truncated_file(tmp_path: Path, ending: str, keep: float) -> None:
                                      (2).to_bytes(8, "little") + b"{}",
                                      (5).to_bytes(8, "little") + b"[1,2]"])  # fmt: skip
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
-def test_what_is_no_checkpoint(tmp_path: Path, ending: str, content: bytes) -> None:
+def test_what_is_not_a_checkpoint(tmp_path: Path, ending: str, content: bytes) -> None:
     path = tmp_path / f"a.{ending}"
     path.write_bytes(content)
     model = tiny()
@@ -201,7 +201,7 @@ def test_flipped_bytes_in_the_header(tmp_path: Path) -> None:
         )
 
 
-def test_a_zip_that_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_zip_that_is_not_a_checkpoint(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
         file.writestr("readme.txt", "hello")
     with pytest.raises(CheckpointError, match=r"weights: .*refused"):
@@ -242,7 +242,7 @@ def test_weights_of_another_model(tmp_path: Path, wrong: str) -> None:
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
-def test_never_over_an_existing_file(tmp_path: Path, ending: str) -> None:
+def test_existing_files_are_never_overwritten(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"a.{ending}"
     path.write_bytes(b"mine")
     with pytest.raises(OutputError, match=r"out: .* exists\. .*--force"):
@@ -258,7 +258,7 @@ def test_never_over_an_existing_file(tmp_path: Path, ending: str) -> None:
     assert only(tmp_path, path.name)
 
 
-def test_never_over_a_file_that_appears_meanwhile(tmp_path: Path) -> None:
+def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
 
     def write(file: Any) -> None:
@@ -286,7 +286,7 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left")])
-def test_nothing_half_written_is_left(tmp_path: Path, error: Any, force: bool) -> None:
+def test_no_partial_file_is_left(tmp_path: Path, error: Any, force: bool) -> None:
     path = tmp_path / "a.bin"
     if force:
         path.write_bytes(b"old")
@@ -305,7 +305,7 @@ def test_nothing_half_written_is_left(tmp_path: Path, error: Any, force: bool) -
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_full_disk(tmp_path: Path, ending: str, existing: bool) -> None:
-    """The limit on file sizes stands in for it: the write fails half-way, as on a full disk."""
+    """Simulated by a limit on file sizes: the write fails half-way, as on a full disk."""
     path, model = tmp_path / f"a.{ending}", tiny()
     if existing:
         path.write_bytes(b"old")
@@ -333,7 +333,7 @@ def test_space_that_runs_out_at_the_flush(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def read_only() -> Iterator[Path]:
-    """A folder that anyone may look into; pytest's own are closed to other users."""
+    """A folder that all users may read; pytest's own are closed to other users."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o555)
         yield Path(name)
@@ -342,7 +342,7 @@ def read_only() -> Iterator[Path]:
 def test_a_read_only_folder(read_only: Path) -> None:
 
     def save() -> None:
-        if os.geteuid() == 0:  # root may write anywhere
+        if os.geteuid() == 0:  # root may write everywhere
             os.setuid(65534)
         for attempt in (
             lambda: save_weights(read_only / "a.safetensors", tiny()),
@@ -356,7 +356,7 @@ def test_a_read_only_folder(read_only: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/proc/nothing/a.pt", "/dev/null/a.pt", "/proc/a.pt"])
-def test_a_folder_that_takes_no_files(path: str) -> None:
+def test_a_folder_that_accepts_no_files(path: str) -> None:
     for attempt in (lambda: check_writable(path), lambda: save_weights(path, tiny())):
         with pytest.raises(OutputError, match=r"out: .* can't be written"):
             attempt()
@@ -370,7 +370,7 @@ def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
     assert only(tmp_path)
 
 
-def test_trying_leaves_nothing(tmp_path: Path) -> None:
+def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
     check_writable(tmp_path / "a.safetensors")
     assert only(tmp_path)
 
@@ -381,7 +381,7 @@ def test_a_torch_file_is_readable_by_torch(tmp_path: Path) -> None:
     TinyNet().load_state_dict(state)
 
 
-def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_file_name_is_refused(tmp_path: Path) -> None:
     for call in (check_writable, lambda path: save_weights(path, tiny())):
         with pytest.raises(OutputError, match="name of a file"):
             call(str(tmp_path / "a\0b.safetensors"))

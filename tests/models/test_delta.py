@@ -1,4 +1,4 @@
-"""Deltas: base and delta give the result bit for bit, or are refused."""
+"""Deltas: base plus delta is the result bit for bit, or is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def changed_bytes(base: nn.Module, result: nn.Module) -> int:
     return sum(len(bits(new[n])) for n in new if bits(new[n]) != bits(old[n]))
 
 
-def test_base_and_delta_are_the_result(tmp_path: Path, pair: tuple[nn.Module, nn.Module]) -> None:
+def test_base_plus_delta_is_the_result(tmp_path: Path, pair: tuple[nn.Module, nn.Module]) -> None:
     base, result = pair
     path = tmp_path / "d.safetensors"
     save_delta(base, result, path)
@@ -63,7 +63,7 @@ def test_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     assert same_bits(apply_delta(base, tmp_path / "d.safetensors"), result)
 
 
-def test_bits_count_not_values(tmp_path: Path) -> None:
+def test_bits_are_compared_not_values(tmp_path: Path) -> None:
     base = tiny()
     with torch.no_grad():
         base.fc2.bias[:2] = torch.tensor([0.0, float("nan")])
@@ -78,7 +78,7 @@ def test_bits_count_not_values(tmp_path: Path) -> None:
     assert same_bits(apply_delta(base, tmp_path / "minus.safetensors"), result)
 
 
-def test_buffers_odd_strides_and_no_dimensions(tmp_path: Path) -> None:
+def test_buffers_strides_and_scalars(tmp_path: Path) -> None:
     base = tiny().to(memory_format=torch.channels_last)
     result = copy.deepcopy(base)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_wrapped_models(tmp_path: Path, pair: tuple[nn.Module, nn.Module]) -> No
     assert same_bits(apply_delta(nn.DataParallel(base), tmp_path / "d").module, result)
 
 
-def test_no_larger_than_the_changed_tensors_and_two_percent(tmp_path: Path) -> None:
+def test_size_is_at_most_that_of_the_changed_tensors_plus_two_percent(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(500, 500), nn.Linear(500, 100), nn.Linear(100, 10))
     result = copy.deepcopy(base)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_no_larger_than_the_changed_tensors_and_two_percent(tmp_path: Path) -> N
     assert (tmp_path / "d.safetensors").stat().st_size <= 1.02 * changed_bytes(base, result)
 
 
-def test_a_small_delta_has_a_header_of_known_size(
+def test_the_size_of_the_header_is_bounded(
     tmp_path: Path, pair: tuple[nn.Module, nn.Module]
 ) -> None:
     base, result = pair
@@ -169,12 +169,26 @@ def test_not_overwritten_without_force(tmp_path: Path, pair: tuple[nn.Module, nn
     assert same_bits(apply_delta(pair[0], tmp_path / "d"), pair[1])
 
 
-def test_what_is_no_delta_is_refused(tmp_path: Path, pair: tuple[nn.Module, nn.Module]) -> None:
+def test_what_is_not_a_delta_is_refused(tmp_path: Path, pair: tuple[nn.Module, nn.Module]) -> None:
     checkpoint.save_weights(tmp_path / "weights.safetensors", pair[1])
     (tmp_path / "empty").write_bytes(b"")
     for name in ("weights.safetensors", "empty", "missing", "."):
         with pytest.raises(CheckpointError):
             apply_delta(pair[0], tmp_path / name)
+
+
+def test_another_format_version_is_refused(
+    tmp_path: Path, pair: tuple[nn.Module, nn.Module]
+) -> None:
+    base, result = pair
+    facts = {"base": weights_hash(base), "result": weights_hash(result)}
+    for version in ("zsu_fast.delta/0", "zsu_fast.delta/2"):
+        forge(tmp_path / "d", dict(result.state_dict()), format=version, **facts)
+        with untouched(base), pytest.raises(CheckpointError, match=f"{version}.*reads {FORMAT}"):
+            apply_delta(base, tmp_path / "d")
+    forge(tmp_path / "d", dict(result.state_dict()), format="another.delta/1", **facts)
+    with pytest.raises(CheckpointError, match="not a zsu_fast delta"):
+        apply_delta(base, tmp_path / "d")
 
 
 def forge(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
@@ -212,7 +226,7 @@ def test_a_forged_delta_is_refused(tmp_path: Path, pair: tuple[nn.Module, nn.Mod
             apply_delta(base, path)
 
 
-def test_cut_off_anywhere_is_refused(tmp_path: Path, pair: tuple[nn.Module, nn.Module]) -> None:
+def test_a_truncated_delta_is_refused(tmp_path: Path, pair: tuple[nn.Module, nn.Module]) -> None:
     save_delta(*pair, tmp_path / "d")
     whole = (tmp_path / "d").read_bytes()
     for length in {0, 1, 7, 8, 9, len(whole) // 2, len(whole) - 1}:
@@ -224,7 +238,7 @@ def test_cut_off_anywhere_is_refused(tmp_path: Path, pair: tuple[nn.Module, nn.M
 def test_mutated_deltas_are_refused_or_harmless(
     tmp_path: Path, pair: tuple[nn.Module, nn.Module]
 ) -> None:
-    """300 here; ``benchmarks/stress/fuzz.py`` runs 20,000 over all kinds of files."""
+    """300 here; ``benchmarks/stress/fuzz.py`` runs 20,000 on all kinds of files."""
     base, result = pair
     save_delta(base, result, tmp_path / "d")
     whole, draw, refused = (tmp_path / "d").read_bytes(), random.Random(0), 0
@@ -238,5 +252,5 @@ def test_mutated_deltas_are_refused_or_harmless(
             assert same_bits(apply_delta(base, tmp_path / "d"), result)
         except CheckpointError:
             refused += 1
-    assert refused >= 290  # the rest changed white space, or a byte to itself
+    assert refused >= 290  # the others changed white space, or replaced a byte by itself
     assert os.listdir(tmp_path) == ["d"]

@@ -1,4 +1,4 @@
-"""Models by name: torchvision and timm state their input, and weights are never silently random."""
+"""Models by name: they state their images, and weights are never silently random."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from zsu_fast.models.loading import load_model
 
 def test_torchvision_model_with_a_local_file(tmp_path: Path) -> None:
     models = pytest.importorskip("torchvision.models")
-    made = models.squeezenet1_0(num_classes=7)
-    checkpoint.save_weights(tmp_path / "w.safetensors", made)
+    saved = models.squeezenet1_0(num_classes=7)
+    checkpoint.save_weights(tmp_path / "w.safetensors", saved)
     for name in ("squeezenet1_0", "torchvision:squeezenet1_0"):
         model = load_model(name, str(tmp_path / "w.safetensors"), classes=7)
         assert not model.training
-        assert torch.equal(model.classifier[1].weight, made.classifier[1].weight)
+        assert torch.equal(model.classifier[1].weight, saved.classifier[1].weight)
         spec = resolve_spec(model)
         assert spec.shape == (3, 224, 224)
         assert spec.source == "stated by torchvision's weights"
@@ -34,11 +34,11 @@ def test_torchvision_model_with_a_local_file(tmp_path: Path) -> None:
 
 def test_timm_model_with_a_local_file(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
-    made = timm.create_model("resnet10t", num_classes=4)
-    checkpoint.save_weights(tmp_path / "w.pt", made)
+    saved = timm.create_model("resnet10t", num_classes=4)
+    checkpoint.save_weights(tmp_path / "w.pt", saved)
     for name in ("resnet10t", "timm:resnet10t"):
         model = load_model(name, str(tmp_path / "w.pt"), classes=4)
-        assert torch.equal(model.fc.weight, made.fc.weight)
+        assert torch.equal(model.fc.weight, saved.fc.weight)
         assert resolve_spec(model).source == "stated by the model's pretrained_cfg"
 
 
@@ -51,17 +51,17 @@ def test_random_weights_are_refused(name: str) -> None:
 
 
 def hf_folder(path: Path, processor: dict[str, Any] | None = None) -> nn.Module:
-    """Saves a small ViT of 64 pixels to ``path``."""
+    """Saves a small ViT for 64 pixels to ``path``."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         image_size=64, num_labels=3,
     )  # fmt: skip
-    made = transformers.ViTForImageClassification(config)
-    made.save_pretrained(path)
+    model = transformers.ViTForImageClassification(config)
+    model.save_pretrained(path)
     if processor is not None:
         (path / "preprocessor_config.json").write_text(json.dumps(processor))
-    return made
+    return model
 
 
 PROCESSOR = {
@@ -71,17 +71,17 @@ PROCESSOR = {
 
 
 def test_transformers_folder(tmp_path: Path) -> None:
-    made = hf_folder(tmp_path, PROCESSOR)
+    saved = hf_folder(tmp_path, PROCESSOR)
     model = load_model(f"hf:{tmp_path}")
     assert not model.training
-    assert torch.equal(model.classifier.weight, made.classifier.weight)
+    assert torch.equal(model.classifier.weight, saved.classifier.weight)
     spec = resolve_spec(model)
     assert (spec.shape, spec.mean, spec.std) == ((3, 64, 64), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
     assert (spec.resize, spec.interpolation, spec.assumed) == ((64, 64), "bicubic", False)
     assert spec.source == "stated by the model's image processor"
 
 
-def test_transformers_folder_without_a_processor_states_the_size_alone(tmp_path: Path) -> None:
+def test_transformers_folder_without_a_processor_states_only_the_size(tmp_path: Path) -> None:
     hf_folder(tmp_path)
     spec = resolve_spec(load_model(f"hf:{tmp_path}"))
     assert spec.shape == (3, 64, 64)
@@ -97,12 +97,11 @@ def test_a_processor_that_contradicts_the_model(tmp_path: Path) -> None:
     assert resolve_spec(model, (3, 64, 64), 0.5, 0.5).mean == (0.5, 0.5, 0.5)
 
 
-def test_transformers_folder_without_a_trained_head(tmp_path: Path) -> None:
-    made = hf_folder(tmp_path)
-    made.vit.save_pretrained(tmp_path)
+def test_transformers_folder_without_a_trained_classifier(tmp_path: Path) -> None:
+    hf_folder(tmp_path).vit.save_pretrained(tmp_path)
     with pytest.raises(ArgumentError, match=r"weights: .*classifier.*would be random"):
         load_model(f"hf:{tmp_path}")
-    with pytest.raises(ArgumentError, match=r"no config\.json"):
+    with pytest.raises(ArgumentError, match=r"without config\.json"):
         load_model(f"hf:{tmp_path / 'elsewhere'}")
 
 
@@ -128,12 +127,12 @@ def test_a_processor_with_another_scale() -> None:
     assert (spec.mean, spec.std) == ((0.0,), pytest.approx((0.5,)))
 
 
-def test_stated_by_the_weights_that_fit() -> None:
+def test_stated_by_the_weights_that_fit_the_model() -> None:
     models = pytest.importorskip("torchvision.models")
     spec = resolve_spec(models.swin_v2_t())
     assert (spec.shape, spec.resize, spec.interpolation) == ((3, 256, 256), (260,), "bicubic")
     assert not spec.assumed
-    fewer = resolve_spec(models.swin_t(num_classes=5))  # no weights of that shape: inferred
+    fewer = resolve_spec(models.swin_t(num_classes=5))  # no weights fit: inferred
     assert fewer.shape == (3, 224, 224)
     assert fewer.assumed
 
@@ -145,7 +144,7 @@ def test_stated_by_timm() -> None:
     assert (spec.resize, spec.interpolation) == ((256,), "bicubic")
 
 
-def test_nothing_tells_the_size() -> None:
+def test_a_size_that_cannot_be_inferred() -> None:
     anywhere = nn.Sequential(
         nn.Conv2d(3, 4, 3, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
     )

@@ -1,4 +1,4 @@
-"""What a model eats and returns, and which arguments are refused."""
+"""Models as functions from images to logits, and the checks of arguments about them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_classes_in_any_collection_of_ints(form: str) -> None:
 
 
 @pytest.mark.parametrize("one", [2, np.int64(2), torch.tensor(2), np.array(2)])
-def test_one_class_alone(one: Any) -> None:
+def test_a_single_class(one: Any) -> None:
     assert check_forget(one, 5) == [2]
 
 
@@ -101,7 +101,7 @@ def test_refused_classes(form: str) -> None:
 
 
 @pytest.mark.parametrize("value", [range(5), [4, 3, 2, 1, 0], torch.arange(5)])
-def test_every_class_leaves_nothing_to_keep(value: Any) -> None:
+def test_forgetting_every_class_is_refused(value: Any) -> None:
     with pytest.raises(ArgumentError, match=r"forget: .*every class.* Leave out at least one"):
         check_forget(value, 5)
     assert check_classes("classes", value, 5) == [0, 1, 2, 3, 4]
@@ -159,17 +159,17 @@ def test_no_logits_in_it(output: Any) -> None:
         (lambda _: (3,), "int, not"),
     ],
 )
-def test_outputs_that_are_no_rows_of_logits(wrap: Any, reason: str) -> None:
+def test_outputs_that_are_not_rows_of_logits(wrap: Any, reason: str) -> None:
     model = LogitsModel(Returning(tiny(), wrap))
     with pytest.raises(ModelError, match=reason):
         count_classes(model, SPEC, CPU)
 
 
-def test_counts_the_logits() -> None:
+def test_count_classes() -> None:
     assert count_classes(LogitsModel(tiny()), SPEC, CPU) == 5
 
 
-def test_a_model_that_takes_one_image_only() -> None:
+def test_a_model_that_takes_only_one_image() -> None:
     class One(TinyNet):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.view(1, 3, 8, 8))
@@ -187,7 +187,7 @@ def test_a_shape_at_which_the_model_raises() -> None:
 # --- working copy and hash -------------------------------------------------------------------
 
 
-def test_working_copy_is_free_float32_and_trainable() -> None:
+def test_working_copy_is_independent_float32_and_trainable() -> None:
     model = tiny().half().train()
     model.fc2.weight.requires_grad_(False)
     with untouched(model):
@@ -221,7 +221,7 @@ def test_a_model_that_cannot_be_copied() -> None:
         model.file.close()
 
 
-def test_hash_sees_every_bit() -> None:
+def test_hash_depends_on_every_bit() -> None:
     model = tiny()
     digest = weights_hash(model)
     assert len(digest) == 64
@@ -243,7 +243,7 @@ def test_hash_of_other_dtypes(dtype: torch.dtype) -> None:
     assert weights_hash(model) == weights_hash(copy.deepcopy(model)) != weights_hash(tiny())
 
 
-def test_hash_tells_minus_zero_from_zero() -> None:
+def test_hash_distinguishes_minus_zero_from_zero() -> None:
     model = nn.Linear(2, 2, bias=False)
     with torch.no_grad():
         model.weight.zero_()
@@ -276,14 +276,14 @@ def test_shape_of_a_perceptron(features: int, shape: tuple[int, ...]) -> None:
     assert infer_shape(flat)[0] == shape
 
 
-def test_train_mode_statistics_do_not_move_while_inferring() -> None:
+def test_inferring_does_not_change_batch_norm_statistics() -> None:
     model = tiny().train()
     with untouched(model):
         infer_shape(model)
         resolve_spec(model)
 
 
-def test_a_size_that_only_moves_pixels_into_the_batch_does_not_fit() -> None:
+def test_a_size_that_moves_pixels_into_the_batch_does_not_fit() -> None:
     class View(TinyNet):
         def forward(self, x: Tensor) -> Tensor:
             x = self.act(self.bn(self.conv(x))).view(-1, 72)  # 50 rows for 2 images of 32 x 32
@@ -307,11 +307,15 @@ def test_spec_stated_given_or_guessed() -> None:
     assert (given.shape, given.mean, given.std) == ((1, 28, 28), (0.5,), (0.25,))
     assert resolve_spec(tiny()).mean == SPEC.mean
     assert "assumed" in resolve_spec(tiny()).source
+    only_mean = resolve_spec(tiny(), mean=0.5)
+    assert (only_mean.mean, only_mean.std) == ((0.5,) * 3, (1.0,) * 3)
+
+
+def test_spec_from_pretrained_cfg() -> None:
+    pytest.importorskip("timm")
     named = tiny()
     named.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.1,) * 3, "std": (0.2,) * 3}
     assert resolve_spec(named).std == (0.2,) * 3
-    only_mean = resolve_spec(tiny(), mean=0.5)
-    assert (only_mean.mean, only_mean.std) == ((0.5,) * 3, (1.0,) * 3)
 
 
 @pytest.mark.parametrize(
@@ -346,13 +350,13 @@ def test_pixels_are_normalised_between_low_and_high() -> None:
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", 3.5])
-def test_a_device_that_is_not_here(device: Any) -> None:
+def test_a_device_that_is_not_available(device: Any) -> None:
     with pytest.raises(ArgumentError, match=r"device: got .*Pass one"):
         resolve_device(tiny(), device)
 
 
 @pytest.mark.parametrize("model", [nn.ReLU(), "resnet18", None, torch.zeros(3)])
-def test_what_is_no_trained_module(model: Any) -> None:
+def test_what_is_not_a_trained_module(model: Any) -> None:
     with pytest.raises(ModelError, match=r"without parameters.*Pass a trained torch\.nn\.Module"):
         resolve_device(model, None)
 
@@ -361,6 +365,8 @@ def test_what_is_no_trained_module(model: Any) -> None:
     ("options", "name"),
     [({"std": 1e-300}, "std"), ({"mean": 1e30}, "mean"), ({"device": "meta"}, "device")],
 )
-def test_what_would_leave_no_numbers_is_refused(options: dict[str, Any], name: str) -> None:
+def test_options_that_would_give_infinite_values_are_refused(
+    options: dict[str, Any], name: str
+) -> None:
     with pytest.raises(ArgumentError, match=name):
         zsu_fast.unlearn(tiny(), 1, **options)

@@ -1,4 +1,4 @@
-"""The zoo: its models, its weights, and what they score."""
+"""The zoo: its models, its weights, and their accuracy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHIPPED = [name for name, entry in zoo.ZOO.items() if entry.weights]
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
-def test_models_take_and_return_what_they_say(name: str) -> None:
+def test_shapes_of_inputs_and_outputs(name: str) -> None:
     model = zoo.build(name)
     assert model.input_spec is zoo.ZOO[name].spec
     assert not model.training
@@ -51,7 +51,7 @@ def test_shipped_weights_load_and_are_small(name: str) -> None:
     assert (zoo.ASSETS / zoo.ZOO[name].weights).stat().st_size < 1_000_000
 
 
-def test_golden_models_never_answer_the_forgotten_classes() -> None:
+def test_golden_models_never_predict_the_forgotten_classes() -> None:
     for name, forget in (("lenet5_golden", [1, 2, 3, 4]), ("karpathynet_golden", [3, 4, 8])):
         model = zoo.load(name)
         images = torch.randn(200, *model.input_spec.shape)
@@ -80,13 +80,13 @@ def test_cifar10_accuracy(name: str, least: float, cifar10: tuple[Tensor, Tensor
 
 
 @pytest.mark.shared
-def test_the_transformer_s_accuracy(cifar10: tuple[Tensor, Tensor]) -> None:
+def test_accuracy_of_the_transformer(cifar10: tuple[Tensor, Tensor]) -> None:
     model = zoo.load("vit_cifar")
     result = evaluate(model, (model.input_spec.normalise(cifar10[0]), cifar10[1]), [3, 4, 8])
     assert result.overall_accuracy >= 70, str(result)
 
 
-def test_the_transformer_normalises_by_layer_norm_alone() -> None:
+def test_the_transformer_uses_only_layer_norm() -> None:
     model = zoo.build("vit_cifar")
     kinds = {type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__}
     assert kinds == {"LayerNorm"}
@@ -114,12 +114,12 @@ def test_the_public_resnet20_fits(cifar10: tuple[Tensor, Tensor], resnet20_weigh
 @pytest.mark.parametrize("call", [zoo.build, zoo.load])
 @pytest.mark.parametrize("name", ["vgg16", "", "LeNet5"])
 def test_no_such_model(call: Any, name: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"model: got '{name}'\. The zoo has lenet5, "):
+    with pytest.raises(ArgumentError, match=rf"model: got '{name}'\. Pass one of lenet5, "):
         call(name)
 
 
-def test_weights_that_do_not_ship() -> None:
-    with pytest.raises(ArgumentError, match=r"'resnet20_cifar' do not ship.*Give a weights file"):
+def test_weights_that_the_package_lacks() -> None:
+    with pytest.raises(ArgumentError, match=r"no weights of 'resnet20_cifar'.*Pass a weights file"):
         zoo.load("resnet20_cifar")
 
 

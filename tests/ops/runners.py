@@ -1,5 +1,7 @@
-"""Backends to test every op on. Triton runs on the CPU only under TRITON_INTERPRET=1, which must be
-set before import: `test_triton_interpreted.py` runs the same tests in such a process.
+"""The backends that every op is tested on.
+
+On the CPU, Triton needs TRITON_INTERPRET=1 before it is imported: `test_triton_interpreted.py` runs
+the same tests in such a process.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ class Runner(NamedTuple):
 
 
 def runners(compiled: bool = True) -> list[object]:
-    """All that can be tested in this process; ``compiled=False`` where compiling costs too long."""
+    """Returns the runners of this process; ``compiled=False`` where compiling takes too long."""
     gpu = pytest.mark.gpu
     if INTERPRETED:
         return [pytest.param(Runner("triton", "cpu"), id="triton")]
@@ -39,7 +41,7 @@ def runners(compiled: bool = True) -> list[object]:
 
 
 def same(runner: Runner, got: Tensor, want: Tensor) -> None:
-    """Equal bits; on a GPU up to rounding, since how rows are aligned sets the order of sums."""
+    """Assert equal bits; on a GPU equal up to rounding, as alignment sets the order of sums."""
     if runner.device == "cuda":
         rtol = {torch.float64: 1e-13, torch.float32: 2e-6}.get(got.dtype, 1e-2)
         torch.testing.assert_close(got, want, rtol=rtol, atol=1e-7)

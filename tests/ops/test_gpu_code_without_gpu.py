@@ -1,5 +1,7 @@
-"""What can be proven about GPU code on a machine without a GPU: it compiles for sm_80, sm_90 and
-sm_100, nothing spills, memory moves by 128 bits, and element offsets have 64.
+"""What a machine without a GPU can prove about GPU code.
+
+It compiles for sm_80, sm_90 and sm_100, nothing spills, memory moves by 128 bits, and element
+offsets have 64 bits.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 # ---- Triton --------------------------------------------------------------------------------------
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> Any:
-    """The kernel for 16-byte aligned pointers and integers about which nothing is known."""
+    """Compile a kernel for 16-byte aligned pointers and integers without known divisors."""
     names = kernel.arg_names
     warps = constants.pop("num_warps", 4)
     source = ASTSource(
@@ -53,7 +55,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch
 
 
 def stack_bytes(kernel: Any) -> int:
-    """Local memory of a thread: 0 means that nothing spilled."""
+    """Returns the local memory per thread: 0 means that nothing spilled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -65,13 +67,13 @@ def stack_bytes(kernel: Any) -> int:
 
 
 def vector_moves(kernel: Any) -> tuple[int, int]:
-    """128-bit loads and stores in the PTX."""
+    """Counts the 128-bit loads and stores in the PTX."""
     ptx = kernel.asm["ptx"]
     return tuple(len(re.findall(rf"{op}\.global\S*\.v4\.b32", ptx)) for op in ("ld", "st"))
 
 
 def offsets_are_64_bit(kernel: Any) -> bool:
-    """The product of row and stride is taken in 64 bits, never in 32 and widened later."""
+    """Whether row times stride is computed in 64 bits, not in 32 and widened later."""
     ttir = kernel.asm["ttir"]
     wide = re.search(r"arith\.muli .*(: i64|xi64>)", ttir)
     row = re.search(r"arith\.extsi %\S+ : i32 to i64", ttir)
@@ -111,23 +113,21 @@ def test_triton_cross_entropies(arch: int, classes: int, dtype: str, size: int) 
     for kernel in (signed, masked):
         assert stack_bytes(kernel) == 0
         assert offsets_are_64_bit(kernel)
-        if classes >= 1000:  # also at 1000 = 8 x 125, which Triton does not see by itself
+        if classes >= 1000:  # 1000 = 8 x 125: Triton alone does not see that it is a multiple of 8
             loads, stores = vector_moves(kernel)
             assert loads > 0
             assert stores > 0
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("mode", ascent_step.MODES)
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "all options"])
-def test_triton_ascent_step(arch: int, mode: str, extras: bool) -> None:
+@pytest.mark.parametrize("per_channel", [False, True], ids=["one bound", "per channel"])
+def test_triton_ascent_step(arch: int, per_channel: bool) -> None:
     pointers = dict.fromkeys(
-        ["x_ptr", "grad_ptr", "moment_ptr", "variance_ptr", "low_ptr", "high_ptr", "lr_ptr",
-         "beta_ptr", "scale_ptr", "jitter_ptr"], "*fp32",
+        ["x_ptr", "grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "low_ptr", "high_ptr", "lr_ptr",
+         "beta_ptr"], "*fp32",
     )  # fmt: skip
     types = {
-        **pointers, "step_ptr": "*i32", "active_ptr": "*u8", "seed_ptr": "*i64",
-        "found_nan_ptr": "*u8",
+        **pointers, "step_ptr": "*i32", "active_ptr": "*u8",
         **dict.fromkeys(["row_size", "lr_stride", "channels", "plane"], "i32"),
         **dict.fromkeys(
             ["beta1", "beta2", "gain1", "gain2", "log_beta1", "log_beta2", "eps"], "fp32"
@@ -136,15 +136,14 @@ def test_triton_ascent_step(arch: int, mode: str, extras: bool) -> None:
     kernel = compiled(
         ascent_step.ascent_step_kernel,
         types,
-        {"MODE": ascent_step.MODES[mode], "NORMALIZE": extras, "JITTER": extras, "FLAG": extras,
-         "BOUNDS": 3 if extras else 1, "CHANNELS_LAST": extras, "ALIGN": 4, "BLOCK": 1024},
+        {"BOUNDS": 3 if per_channel else 1, "CHANNELS_LAST": per_channel, "ALIGN": 4,
+         "BLOCK": 1024},
         arch,
     )  # fmt: skip
     assert stack_bytes(kernel) == 0
     assert offsets_are_64_bit(kernel)
-    arrays = (4, 3) if mode == "adam" else (2, 1)
     per_array = 1024 // (4 * 32 * 4)  # BLOCK over warps x threads x floats a load
-    assert vector_moves(kernel) == tuple(n * per_array for n in arrays)
+    assert vector_moves(kernel) == tuple(n * per_array for n in (4, 3))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -161,41 +160,36 @@ def test_triton_small_kernels(arch: int) -> None:
              "last": "i32", "classes": "i32"},
             {"ACC": tl.float32, "BLOCK": 1024}, arch,
         ),
-        compiled(
-            ascent_step.grad_scale_kernel,
-            {"grad_ptr": "*fp32", "scale_ptr": "*fp32", "row_size": "i32"},
-            {"ALIGN": 4, "BLOCK": 2048, "num_warps": 8}, arch,
-        ),
     ):  # fmt: skip
         assert stack_bytes(kernel) == 0
 
 
-# ---- CUDA C++: what nvcc put into the library ----------------------------------------------------
-TIERS = [(4, 64, 8), (32, 8, 8), (64, 1, 16), (512, 1, 16)]  # csrc/cuda/common.cuh
+# ---- CUDA C++: the code in the library -----------------------------------------------------------
+ROW_CONFIGS = [(4, 64, 8), (32, 8, 8), (64, 1, 16), (512, 1, 16)]  # csrc/cuda/common.cuh
 TYPES = ("f", "d", "6__half", "13__nv_bfloat16")
 KERNELS = [
-    *(f"held_{op}_cross_entropy_kernelINS0_4TierILi{span}ELi{rows}ELi{values}EEE{t}"
-      for op in ("signed", "masked") for span, rows, values in TIERS for t in TYPES
-      if t != "d" or span == 64),
-    *(f"27{op}_cross_entropy_kernelILi256E{t}" for op in ("signed", "masked") for t in TYPES),
-    *(f"ascent_step_kernelILNS_10AscentModeE{mode}E" for mode in (0, 1, 2)),
+    *(f"register_{op}_cross_entropy_kernelINS0_9RowConfigILi{threads}ELi{rows}ELi{values}EEE{t}"
+      for op in ("signed", "masked") for threads, rows, values in ROW_CONFIGS for t in TYPES
+      if t != "d" or threads == 64),
+    *(f"streaming_{op}_cross_entropy_kernelILi256E{t}"
+      for op in ("signed", "masked") for t in TYPES),
     *(f"scale_rows_kernelI{t}" for t in TYPES),
-    "grad_scale_kernel",
+    "ascent_step_kernel",
 ]  # fmt: skip
 
 
 @cache
 def disassembly(arch: int) -> dict[str, str]:
-    """Function name -> SASS."""
+    """Maps function names to SASS."""
     text = dump("-sass", arch)
     return {part.split(maxsplit=1)[0]: part for part in re.split(r"Function\s*:\s*", text)[1:]}
 
 
 def dump(option: str, arch: int) -> str:
     if not library.CUDA.path:
-        pytest.skip(f"no CUDA library to look into: {library.CUDA.reason}")
+        pytest.skip(f"no CUDA library to disassemble: {library.CUDA.reason}")
     if torch.cuda.is_available() and f"{arch // 10}.{arch % 10}" not in architectures_wanted():
-        pytest.skip(f"built for this machine's GPU alone, not for sm_{arch}")
+        pytest.skip(f"built for this machine's GPU only, not for sm_{arch}")
     run = subprocess.run(
         [CUOBJDUMP, option, "-arch", f"sm_{arch}", str(library.CUDA.path)],
         capture_output=True, text=True, check=True,
@@ -204,7 +198,7 @@ def dump(option: str, arch: int) -> str:
 
 
 def architectures_wanted() -> str:
-    """What the build was told, or on a machine with a GPU decides: that GPU's."""
+    """Returns TORCH_CUDA_ARCH_LIST, or the architecture of this machine's GPU."""
     own = ".".join(map(str, torch.cuda.get_device_capability()))
     return os.environ.get("TORCH_CUDA_ARCH_LIST", own)
 
@@ -215,7 +209,7 @@ def only(functions: dict[str, str], kernel: str) -> str:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_cuda_kernels_are_there_and_do_not_spill(arch: int) -> None:
+def test_cuda_kernels_exist_and_do_not_spill(arch: int) -> None:
     usage = dump("-res-usage", arch)
     stacks = dict(re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+)", usage))
     for kernel in KERNELS:
@@ -228,29 +222,25 @@ def test_cuda_kernels_are_there_and_do_not_spill(arch: int) -> None:
 def test_cuda_kernels_move_128_bits(arch: int, kernel: str) -> None:
     body = only(disassembly(arch), kernel)
     loads, stores = (len(re.findall(rf"{op}\.E\.128", body)) for op in ("LDG", "STG"))
-    wanted = (
-        4 if "AscentModeE0" in kernel else 2 if "masked" in kernel or "AscentMode" in kernel else 1
-    )
-    assert loads >= wanted
-    if kernel != "grad_scale_kernel":
-        assert stores >= (3 if "AscentModeE0" in kernel else 1)
+    assert loads >= (4 if "ascent" in kernel else 2 if "masked" in kernel else 1)
+    assert stores >= (3 if "ascent" in kernel else 1)
 
 
 def test_cuda_sources_have_no_32_bit_element_offsets() -> None:
-    """Rows, sizes and strides are int64; `int` is left for threads, lanes and modes."""
+    """Rows, sizes and strides are int64; `int` is for threads, lanes and positions within a row."""
     root = Path(__file__).parents[2] / "csrc" / "cuda"
     if not root.exists():
         pytest.skip("no sources next to the tests")
-    allowed = {"by", "k", "w", "thread", "span", "threads", "size", "rows_per_block", "chosen",
-               "THREADS", "mode", "operator", "short_span", "long_span", "shuffled"}  # fmt: skip
-    # of HeldRow: within one row that fits in registers
-    allowed |= {"i", "s", "slots", "first", "index", "count", "classes", "capacity", "misaligned",
-                "row_lanes", "lanes", "streaming_span", "threads_a_row", "values"}  # fmt: skip
+    allowed = {"by", "k", "w", "thread", "threads_per_row", "threads", "size"}
+    # of RegisterRow: within one row that fits in registers
+    allowed |= {"i", "s", "packs_per_thread", "first", "index", "count", "classes", "capacity",
+                "misaligned", "row_lanes", "lanes", "streaming_threads"}  # fmt: skip
+    allowed |= {"row_threads", "block_rows", "thread_values"}  # of RowConfig
     for source in [*root.glob("*.cu"), *root.glob("*.cuh")]:
         code = re.sub(r"//.*", "", source.read_text())
         declared = set(re.findall(r"\b(?:int|unsigned|uint32_t)\s+(\w+)", code))
         assert declared - allowed - {"w"} == set(), source.name
-        # a block or thread index enters an offset only after it was widened
+        # a block or thread index is widened before it enters an offset
         for line in code.splitlines():
             if "blockIdx.x *" in line:
                 pytest.fail(f"{source.name}: {line.strip()}")

@@ -17,7 +17,7 @@ ABSOLUTE = {torch.float32: 1e-6, torch.float64: 1e-13, torch.float16: 6e-4, torc
 def make(
     rows: int, classes: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student, teacher, forgotten classes (never all), coefficients (one in four 0)."""
+    """Returns student, teacher, forgotten classes (never all) and coefficients (every fourth 0)."""
     logits, teacher = (
         (3 * torch.randn(rows, classes, dtype=torch.float64)).to(dtype).to(device) for _ in range(2)
     )
@@ -36,7 +36,7 @@ def and_grad(runner: Runner, logits: Tensor, *rest: Tensor) -> tuple[Tensor, Ten
 
 
 def truth(logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
-    """Independent of `reference`: torch's KL divergence over the retain classes, in float64."""
+    """Torch's KL divergence over the retain classes in float64, independent of `reference`."""
     leaf = logits.detach().cpu().double().requires_grad_()
     keep = ~forget.cpu()
     q = teacher.cpu().double()[:, keep].log_softmax(1)
@@ -103,7 +103,7 @@ def test_special_values(runner: Runner) -> None:
         and_grad(runner, logits.round(), teacher.round(), forget, coef),
         rtol=1e-5, atol=1e-6,
     )  # fmt: skip
-    for value in (torch.inf, torch.nan):  # what the mask hides is not looked at
+    for value in (torch.inf, torch.nan):  # masked logits do not matter
         hidden = teacher.clone()
         hidden[:, forget] = value
         got = and_grad(runner, logits, hidden, forget, coef)

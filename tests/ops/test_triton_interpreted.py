@@ -1,6 +1,6 @@
-"""The Triton kernels on the CPU: the op tests once more, in a process where Triton interprets.
+"""The Triton kernels on the CPU: runs the op tests again in a process with Triton's interpreter.
 
-The interpreter runs programs one after another, so it cannot show races: `gpu` tests do.
+The interpreter runs programs one after another, so it cannot show races: the `gpu` tests do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def test_triton_kernels_in_the_interpreter() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this is the interpreted process")
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU, which runs them compiled: see the gpu tests")
+        pytest.skip("the gpu tests run the compiled kernels")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider",
          *(str(HERE / f"test_{op}.py") for op in

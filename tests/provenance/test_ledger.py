@@ -1,4 +1,4 @@
-"""The ledger: a chain of requests in which nothing can be changed, moved or left out unseen."""
+"""The ledger: a chain of requests in which edits, moves and removals are detected."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from support import QUICK, same_bits, tiny, untouched
 
 import zsu_fast
@@ -28,7 +29,7 @@ FAST: dict[str, Any] = QUICK | {"tail": "last", "steps": 20, "max_steps": 20, "r
 
 
 def record(before: str, after: str, forget: list[int] | None = None) -> Record:
-    """A finished run's record, without the run."""
+    """The record of a finished run, without the run."""
     facts = Record("Net", forget or [0], 5, {"seed": 0}, {}, {"torch": "2"}, "now", before)
     facts.weights_after = after
     facts.impressions, facts.split = {"hit_rate": 1.0}, {"trained": ["fc"]}
@@ -38,7 +39,7 @@ def record(before: str, after: str, forget: list[int] | None = None) -> Record:
 
 
 def write(path: Path, count: int) -> list[bytes]:
-    """A good ledger of ``count`` entries; its lines."""
+    """Writes a valid ledger of ``count`` entries; returns its lines."""
     for i in range(count):
         Ledger(path, f"request {i}").append(record(str(i), str(i + 1), [i]))
     return path.read_bytes().splitlines(keepends=True)
@@ -54,7 +55,7 @@ def path(tmp_path: Path) -> Iterator[Path]:
 # --- with unlearn ----------------------------------------------------------------------------
 
 
-def test_requests_one_after_the_other(path: Path) -> None:
+def test_successive_requests(path: Path) -> None:
     base = tiny()
     first = zsu_fast.unlearn(base, [1], ledger=path, **FAST)
     again = zsu_fast.unlearn(first, [3], ledger=Ledger(path, request="R-2"), **FAST)
@@ -74,7 +75,7 @@ def test_requests_one_after_the_other(path: Path) -> None:
     assert len(verify(path, model=first)) == 1
 
 
-def test_another_base_has_to_be_stated(path: Path) -> None:
+def test_another_base_needs_other_base(path: Path) -> None:
     base = tiny()
     zsu_fast.unlearn(base, [1], ledger=path, **FAST)
     before = path.read_bytes()
@@ -84,7 +85,7 @@ def test_another_base_has_to_be_stated(path: Path) -> None:
     zsu_fast.unlearn(base, [1, 2], ledger=Ledger(path, other_base=True), **FAST)
     assert verify(path) == []
     last = json.loads(path.read_text().splitlines()[-1])
-    assert (last["other_base"], last["forget"], last["forgotten"]) == (True, [1, 2], [])
+    assert (last["new_base"], last["forget"], last["forgotten"]) == (True, [1, 2], [])
     assert Ledger(path).forgotten() == [1, 2]
 
 
@@ -111,9 +112,9 @@ def test_no_result_without_its_entry(
     assert not path.exists()
 
 
-def test_nothing_is_recorded_of_a_run_that_fails(path: Path) -> None:
+def test_a_failed_run_is_not_recorded(path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the guessed normalisation is warned about at the end
+        warnings.simplefilter("error")  # the warning of the guessed normalisation, at the end
         with pytest.raises(UserWarning):
             zsu_fast.unlearn(tiny(), [1], ledger=path, **FAST)
     assert not path.exists()
@@ -137,7 +138,7 @@ def test_bad_request_ids(path: Path) -> None:
 # --- what verify finds -----------------------------------------------------------------------
 
 
-def test_a_ledger_that_was_left_alone(path: Path) -> None:
+def test_an_unchanged_ledger_is_valid(path: Path) -> None:
     write(path, 5)
     assert verify(path) == []
     assert [e["number"] for e in Ledger(path).entries()] == list(range(5))
@@ -151,7 +152,7 @@ def damages(lines: list[bytes]) -> dict[str, list[bytes]]:
     rehashed[2]["hash"] = ledger._hash(rehashed[2])
     return {
         "edited": edited,
-        "edited and hashed anew": [ledger._line(e) for e in rehashed],
+        "edited and hashed again": [ledger._line(e) for e in rehashed],
         "first removed": lines[1:],
         "middle removed": [*lines[:2], *lines[3:]],
         "moved": [lines[0], lines[2], lines[1], *lines[3:]],
@@ -160,14 +161,14 @@ def damages(lines: list[bytes]) -> dict[str, list[bytes]]:
         "cut in half": [*lines[:-1], lines[-1][:100]],
         "blank line": [*lines[:2], b"\n", *lines[2:]],
         "white space": [lines[0].replace(b":", b": ", 1), *lines[1:]],
-        "a word more": [*lines, b"hello\n"],
+        "extra line": [*lines, b"hello\n"],
         "empty": [],
         "no object": [b"[]\n"],
         "deep": [b"[" * 100_000 + b"\n"],
         "huge number": [lines[0].replace(b'"seed":0', b'"seed":1e999'), *lines[1:]],
         "long number": [lines[0].replace(b'"seed":0', b'"seed":' + b"9" * 5000), *lines[1:]],
         "not utf-8": [b"\xff\xfe\n"],
-        "field removed": [lines[0].replace(b'"other_base":false,', b""), *lines[1:]],
+        "field removed": [lines[0].replace(b'"new_base":false,', b""), *lines[1:]],
         "field of another type": [lines[0].replace(b'"logits":5', b'"logits":"5"'), *lines[1:]],
     }
 
@@ -180,10 +181,22 @@ def test_damage_is_found_and_nothing_is_appended(path: Path, kind: str) -> None:
     content = b"".join(damages(write(path, 5))[kind])
     path.write_bytes(content)
     assert verify(path), kind
-    with pytest.raises(LedgerError, match="not what was written"):
+    with pytest.raises(LedgerError, match="is not valid"):
         Ledger(path).append(record("5", "6"))
     with pytest.raises(LedgerError):
         Ledger(path).entries()
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_format_version_is_refused(path: Path, version: int) -> None:
+    found = f"zsu_fast.ledger/{version}"
+    content = b"".join(write(path, 2)).replace(ledger.FORMAT.encode(), found.encode())
+    path.write_bytes(content)
+    want = f"line 1: it has format {found}, this version of zsu_fast reads {ledger.FORMAT}"
+    assert verify(path) == [want]
+    with pytest.raises(LedgerError, match=f"{want}.*start a new ledger"):
+        Ledger(path).append(record("2", "3"))
     assert path.read_bytes() == content
 
 
@@ -191,11 +204,11 @@ def test_entries_cut_off_at_the_end_need_the_head(path: Path) -> None:
     lines = write(path, 4)
     head = Ledger(path).head
     path.write_bytes(b"".join(lines[:3]))
-    assert verify(path) == []  # a chain of hashes can't know
+    assert verify(path) == []  # a chain of hashes can't show it
     assert "expected" in verify(path, head=head)[0]
 
 
-def test_another_base_that_is_not_stated_is_found(path: Path) -> None:
+def test_another_base_without_the_mark_is_found(path: Path) -> None:
     lines = write(path, 1)
     entry = json.loads(lines[0]) | {"number": 1, "request": "x", "hash_before": "other"}
     entry["previous"] = entry["hash"]
@@ -205,7 +218,7 @@ def test_another_base_that_is_not_stated_is_found(path: Path) -> None:
 
 
 def test_mutated_ledgers_are_found(path: Path) -> None:
-    """300 here; ``benchmarks/stress/fuzz.py`` runs 20,000 over all kinds of files."""
+    """300 here; ``benchmarks/stress/fuzz.py`` runs 20,000 on all kinds of files."""
     whole, draw = b"".join(write(path, 4)), random.Random(0)
     head = Ledger(path).head
     for _ in range(300):
@@ -255,7 +268,7 @@ def test_processes_and_threads_take_turns(path: Path) -> None:
     assert len(Ledger(path).entries()) == 48
 
 
-def test_of_two_requests_on_one_base_the_second_is_refused(path: Path) -> None:
+def test_a_second_request_on_the_same_base_is_refused(path: Path) -> None:
     Ledger(path).check("a")
     Ledger(path).append(record("a", "b"))
     with pytest.raises(LedgerError, match="ended with"):
@@ -275,7 +288,7 @@ def test_a_clock_that_jumps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert times[1] == "2001-09-09T01:46:40Z"
 
 
-def test_mode_and_link_are_kept(path: Path, tmp_path: Path) -> None:
+def test_mode_and_link_are_preserved(path: Path, tmp_path: Path) -> None:
     write(path, 1)
     path.chmod(0o640)
     (tmp_path / "sub").mkdir()
@@ -287,6 +300,21 @@ def test_mode_and_link_are_kept(path: Path, tmp_path: Path) -> None:
     assert len(Ledger(path).entries()) == 2
     link.unlink()
     os.rmdir(tmp_path / "sub")
+
+
+def test_waits_for_the_lock(path: Path) -> None:
+    """Whoever holds the lock file next to the ledger itself blocks appending, also by a link."""
+    write(path, 1)
+    link = path.with_name("link")
+    link.symlink_to(path)
+    writer = threading.Thread(target=lambda: Ledger(link).append(record("1", "2")))
+    with FileLock(path.with_name("ledger.jsonl.lock")):
+        writer.start()
+        time.sleep(0.3)
+        assert len(Ledger(path).entries()) == 1
+    writer.join()
+    assert len(Ledger(path).entries()) == 2
+    link.unlink()
 
 
 def test_a_full_disk_leaves_the_old_ledger(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +333,6 @@ def test_a_full_disk_leaves_the_old_ledger(path: Path, monkeypatch: pytest.Monke
     assert verify(path) == []
 
 
-def test_the_result_is_the_same_with_and_without(path: Path) -> None:
-    with_one = zsu_fast.unlearn(tiny(), [1], ledger=path, **FAST)
-    assert same_bits(with_one, zsu_fast.unlearn(tiny(), [1], **FAST))
+def test_the_ledger_does_not_change_the_result(path: Path) -> None:
+    logged = zsu_fast.unlearn(tiny(), [1], ledger=path, **FAST)
+    assert same_bits(logged, zsu_fast.unlearn(tiny(), [1], **FAST))

@@ -1,4 +1,4 @@
-"""The record of a run: plain JSON, true hashes, warnings that say what went wrong."""
+"""The record of a run: plain JSON, correct hashes, and warnings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zsu_fast.provenance.record import Record
 
 
 def stating() -> nn.Module:
-    """A model that says what its images are."""
+    """A model that states its images."""
     model = tiny()
     model.input_spec = SPEC
     return model
@@ -33,14 +33,14 @@ def run(model: nn.Module | None = None, **options: Any) -> tuple[ZeroShotUnlearn
         return runner, runner.run()
 
 
-def test_json_there_and_back() -> None:
+def test_json_round_trip() -> None:
     runner, _ = run()
-    told = json.loads(runner.record.to_json())
-    assert told == runner.record.to_dict()
-    rebuilt = Record(**told)
-    assert rebuilt.to_dict() == told
-    json.dumps(told, allow_nan=False)  # strict JSON: no NaN or Infinity in it
-    assert not any(k.startswith("_") for k in told)
+    loaded = json.loads(runner.record.to_json())
+    assert loaded == runner.record.to_dict()
+    rebuilt = Record(**loaded)
+    assert rebuilt.to_dict() == loaded
+    json.dumps(loaded, allow_nan=False)  # strict JSON: no NaN or Infinity in it
+    assert not any(k.startswith("_") for k in loaded)
 
 
 def test_hashes_are_those_of_the_models() -> None:
@@ -71,9 +71,9 @@ def test_wrappers_do_not_change_the_record(wrap: Any) -> None:
     assert wrapped.weights_after == plain.weights_after
 
 
-def test_what_was_asked_and_what_was_done() -> None:
+def test_settings_and_results() -> None:
     runner, _ = run(seed=9, tail="fc1", mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))
-    record, made = runner.record, runner.impressions
+    record, impressions = runner.record, runner.impressions
     assert record.forget == [1, 3]
     assert record.classes == 5
     settings = record.settings
@@ -85,10 +85,11 @@ def test_what_was_asked_and_what_was_done() -> None:
     assert "mean and std given" in record.input["source"]
     assert record.versions["torch"] == torch.__version__
     assert set(record.versions) == {"zsu_fast", "torch", "python", "platform", "threads", "device"}
-    assert record.impressions["count"] == len(made) == 40
-    assert record.impressions["hit_rate"] == made.hit_rate
-    assert record.impressions["most_steps"] == int(made.steps.max())
-    assert record.impressions["mean_confidence"] == pytest.approx(float(made.confidence.mean()))
+    assert record.impressions["count"] == len(impressions) == 40
+    assert record.impressions["hit_rate"] == impressions.hit_rate
+    assert record.impressions["most_steps"] == int(impressions.steps.max())
+    mean = float(impressions.confidence.mean())
+    assert record.impressions["mean_confidence"] == pytest.approx(mean)
     assert record.split["at"] == "fc1"
     assert record.split["trained"] == runner.split_point.parameters
     assert record.split["output_level"] is False
@@ -103,8 +104,8 @@ def test_what_was_asked_and_what_was_done() -> None:
 def test_numbers_that_are_not_finite_become_null() -> None:
     runner, _ = run()
     assert math.isnan(runner.history[0].loss)
-    told = json.loads(runner.record.to_json())
-    assert told["fit"]["history"][0]["loss"] is None
+    loaded = json.loads(runner.record.to_json())
+    assert loaded["fit"]["history"][0]["loss"] is None
     runner.record.timings["odd"] = math.inf
     assert json.loads(runner.record.to_json())["timings"]["odd"] is None
 
@@ -113,7 +114,7 @@ def test_a_good_run_has_no_warnings() -> None:
     assert run(stating(), tail="fc1")[0].record.warnings == []
 
 
-def test_output_level_forgetting_is_warned_of() -> None:
+def test_output_level_forgetting_warns() -> None:
     with pytest.warns(UserWarning, match="only the last layer"):
         zsu_fast.unlearn(stating(), [1, 3], tail="last", **QUICK)
     (note,) = run(stating(), tail="last")[0].record.warnings
@@ -121,14 +122,14 @@ def test_output_level_forgetting_is_warned_of() -> None:
     assert "features of the forgotten classes are still inside" in note
 
 
-def test_guessed_normalisation_is_warned_of() -> None:
+def test_guessed_normalisation_warns() -> None:
     (note,) = run(tiny(), tail="fc1")[0].record.warnings
     assert "ImageNet mean and std assumed" in note
     given = run(tiny(), tail="fc1", mean=SPEC.mean, std=SPEC.std)[0]
     assert given.record.warnings == []
 
 
-def test_a_class_without_impressions_is_warned_of() -> None:
+def test_a_class_without_impressions_warns() -> None:
     model = stating()
     with torch.no_grad():
         model.fc2.weight[4] = 0
@@ -141,15 +142,15 @@ def test_a_class_without_impressions_is_warned_of() -> None:
     assert json.loads(runner.record.to_json())["warnings"] == [note]
 
 
-def test_a_run_that_does_not_forget_is_warned_of() -> None:
+def test_a_run_that_does_not_forget_warns() -> None:
     model = tiny()
     runner = ZeroShotUnlearner(model, [1, 3], learning_rate=1e-9, **QUICK)
-    with pytest.warns(UserWarning, match=r"of held-out rows are still answered with a forgotten"):
+    with pytest.warns(UserWarning, match=r"of held-out rows are still classified as a forgotten"):
         runner.run()
     assert runner.record.fit["best"]["leak"] > 0.1
 
 
-def test_no_warning_reaches_the_user_of_a_good_run() -> None:
+def test_a_good_run_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         zsu_fast.unlearn(stating(), [1, 3], tail="fc1", **QUICK)

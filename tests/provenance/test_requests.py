@@ -1,4 +1,4 @@
-"""Requests that keep coming: ``forgotten=``, and the same from the command line with its ledger."""
+"""Successive requests: ``forgotten=``, and the command line with a ledger."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 from support import QUICK, assert_forgets, same_bits, tiny, untouched
 from typer.testing import CliRunner
-from zsu_fast.cli.app import app
 
 import zsu_fast
 from zsu_fast import ArgumentError, Ledger
+from zsu_fast.cli.app import app
 from zsu_fast.models import checkpoint, zoo
 from zsu_fast.models.parameters import weights_hash
 from zsu_fast.provenance.ledger import verify
@@ -34,9 +34,9 @@ def test_what_was_forgotten_stays_forgotten() -> None:
         run = ZeroShotUnlearner(model, wanted, forgotten=before, **QUICK, tail="last")
         with untouched(model):
             model = run.run()
-        made = run.impressions
-        assert made is not None
-        assert made.labels.unique().tolist() == [c for c in range(5) if c not in before]
+        impressions = run.impressions
+        assert impressions is not None
+        assert impressions.labels.unique().tolist() == [c for c in range(5) if c not in before]
         assert run.forget_mask.nonzero()[:, 0].tolist() == sorted([*before, wanted])
         assert run.record.forget == [wanted]
         assert run.record.forgotten == sorted(before)
@@ -45,7 +45,7 @@ def test_what_was_forgotten_stays_forgotten() -> None:
         assert_forgets(model, before)
 
 
-def test_activations_at_the_cut_are_not_made_of_them_either() -> None:
+def test_tail_inputs_are_not_synthesised_for_forgotten_classes() -> None:
     run = ZeroShotUnlearner(tiny(), 0, forgotten=[3], space="tail-input", tail="last", **QUICK)
     assert run.synthesise().labels.unique().tolist() == [0, 1, 2, 4]
     run.run()
@@ -54,39 +54,39 @@ def test_activations_at_the_cut_are_not_made_of_them_either() -> None:
     assert run.result.best.leak <= 0.01
 
 
-def test_impressions_reach_every_class_that_is_left() -> None:
-    """Others lead by far once a class is forgotten; a logit alone does not get past them."""
+def test_impressions_reach_every_remaining_class() -> None:
+    """After forgetting, other logits may lead so far that raising one logit is not enough."""
     first = zsu_fast.unlearn(zoo.load("lenet5"), 3, impressions_per_class=8, progress=False)
-    left = [c for c in range(10) if c != 3]
-    made = zsu_fast.synthesize(first, left, per_class=4, progress=False)
-    assert made.hit_rate == 1.0
-    alone = zsu_fast.synthesize(first, left, per_class=4, restarts=0, progress=False)
-    assert alone.hit_rate < 0.9
+    remaining = [c for c in range(10) if c != 3]
+    restarted = zsu_fast.synthesize(first, remaining, per_class=4, progress=False)
+    assert restarted.hit_rate == 1.0
+    once = zsu_fast.synthesize(first, remaining, per_class=4, restarts=0, progress=False)
+    assert once.hit_rate < 0.9
 
 
-def test_without_it_they_are_asked_for_again() -> None:
+def test_without_forgotten_they_are_synthesised_again() -> None:
     first = zsu_fast.unlearn(tiny(), 3, **QUICK, tail="last")
     run = ZeroShotUnlearner(first, 0, **QUICK, tail="last", max_steps=20, restarts=0)
     run.run()
     assert [w for w in run.record.warnings if "no impression" in w and "class 3" in w]
 
 
-def test_the_leak_counts_them() -> None:
-    """A model that still answers class 3, said to be forgotten: the first check sees it."""
+def test_the_leak_includes_classes_forgotten_before() -> None:
+    """The model still predicts class 3, declared forgotten: the first validation shows it."""
     run = ZeroShotUnlearner(tiny(), 0, forgotten=3, **QUICK, tail="last")
-    alone = ZeroShotUnlearner(tiny(), 0, **QUICK, tail="last")
-    everything = zsu_fast.synthesize(tiny(), per_class=8, progress=False)
-    run.impressions = alone.impressions = everything
-    for each in (run, alone):
+    without = ZeroShotUnlearner(tiny(), 0, **QUICK, tail="last")
+    all_classes = zsu_fast.synthesize(tiny(), per_class=8, progress=False)
+    run.impressions = without.impressions = all_classes
+    for each in (run, without):
         each.split()
         each.fit()
-    assert run.history[0].leak > alone.history[0].leak + 0.1
+    assert run.history[0].leak > without.history[0].leak + 0.1
     assert run.result is not None
     assert run.result.best is not None
     assert run.result.best.leak <= 0.01
 
 
-def test_given_impressions_need_not_have_them() -> None:
+def test_given_impressions_may_lack_forgotten_classes() -> None:
     first = zsu_fast.unlearn(tiny(), 3, **QUICK, tail="last")
     some = zsu_fast.synthesize(first, [0, 1, 2, 4], per_class=8, progress=False)
     options = QUICK | {"tail": "last", "impressions": some}
@@ -96,10 +96,10 @@ def test_given_impressions_need_not_have_them() -> None:
 
 
 @pytest.mark.parametrize("none", [None, [], (), torch.empty(0, dtype=torch.int64)])
-def test_none_before(none: Any) -> None:
+def test_nothing_forgotten_before(none: Any) -> None:
     options = QUICK | {"tail": "last", "steps": 20, "impressions_per_class": 4}
-    with_it = zsu_fast.unlearn(tiny(), 1, forgotten=none, **options)
-    assert same_bits(with_it, zsu_fast.unlearn(tiny(), 1, **options))
+    result = zsu_fast.unlearn(tiny(), 1, forgotten=none, **options)
+    assert same_bits(result, zsu_fast.unlearn(tiny(), 1, **options))
 
 
 @pytest.mark.parametrize(
@@ -124,27 +124,27 @@ def test_bad_arguments(forget: Any, forgotten: Any, words: str) -> None:
 # --- from the command line -------------------------------------------------------------------
 
 
-def test_a_week_of_requests(tmp_path: Path) -> None:
+def test_two_requests_with_files_and_ledger(tmp_path: Path) -> None:
     one, two, delta, book, copy, record = (
         str(tmp_path / n) for n in ("1.safetensors", "2.pt", "d", "ledger", "copy.pt", "record")
     )
     call("unlearn", "lenet5", "--forget", "5", "--out", one, "--ledger", book, *LENET)
-    told = json.loads(
+    printed = json.loads(
         call("unlearn", "lenet5", "--weights", one, "--forget", "2", "--delta", delta, "--out", two,
              "--record", record, "--ledger", book, "--request", "R-2", "--json", *LENET)
     )  # fmt: skip
-    assert told["delta"] == delta
-    assert told["ledger"]["request"] == "R-2"
-    assert told["record"]["forgotten"] == [5]
+    assert printed["delta"] == delta
+    assert printed["ledger"]["request"] == "R-2"
+    assert printed["record"]["forgotten"] == [5]
     applied = json.loads(call("apply", "lenet5", delta, "--weights", one, "--out", copy, "--json"))
-    assert applied["weights_after"] == told["record"]["weights_after"]
+    assert applied["weights_after"] == printed["record"]["weights_after"]
     models = [zoo.build("lenet5") for _ in range(2)]
     for model, file in zip(models, (two, copy), strict=True):
         checkpoint.load_into(model, file)
     assert same_bits(*models)
-    good = json.loads(call("ledger", "verify", book, "--head", told["ledger"]["head"], "--model",
+    good = json.loads(call("ledger", "verify", book, "--head", printed["ledger"]["head"], "--model",
                            "lenet5", "--weights", copy, "--json"))  # fmt: skip
-    assert good == {"entries": 2, "head": told["ledger"]["head"], "forgotten": [2, 5]}
+    assert good == {"entries": 2, "head": printed["ledger"]["head"], "forgotten": [2, 5]}
     assert "2 entries" in call("ledger", "verify", book)
     assert "R-2" in call("ledger", "show", book)
     assert [e["forget"] for e in json.loads(call("ledger", "show", book, "--json"))] == [[5], [2]]
@@ -155,7 +155,7 @@ def test_a_week_of_requests(tmp_path: Path) -> None:
     assert "edited" in call("ledger", "show", book, code=2)
 
 
-def test_a_delta_alone_and_wrong_bases(tmp_path: Path) -> None:
+def test_only_a_delta_and_wrong_bases(tmp_path: Path) -> None:
     delta, out = tmp_path / "d", tmp_path / "out.safetensors"
     text = call("unlearn", "lenet5", "--forget", "1", "--delta", str(delta), *LENET)
     assert str(delta) in text.replace("\n", "")
@@ -169,7 +169,7 @@ def test_a_delta_alone_and_wrong_bases(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "out.safetensors"]
 
 
-def test_no_file_without_its_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_without_its_ledger_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise zsu_fast.OutputError("ledger: no space")
 
@@ -180,7 +180,7 @@ def test_no_file_without_its_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_ledger_of_other_weights_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_a_ledger_of_other_weights_is_refused_before_the_work(tmp_path: Path) -> None:
     book, out = tmp_path / "ledger", tmp_path / "o.pt"
     call("unlearn", "lenet5", "--forget", "1", "--ledger", str(book), "--out", str(out), *LENET)
     again = ["unlearn", "lenet5", "--forget", "2", "--ledger", str(book), *LENET, "--out"]
@@ -190,4 +190,4 @@ def test_the_ledger_of_other_weights_is_refused_before_the_work(tmp_path: Path) 
     assert verify(book) == []
     entries = Ledger(book).entries()
     assert entries[1]["hash_before"] == weights_hash(zoo.load("lenet5"))
-    assert (entries[1]["other_base"], entries[1]["forgotten"]) == (True, [])
+    assert (entries[1]["new_base"], entries[1]["forgotten"]) == (True, [])

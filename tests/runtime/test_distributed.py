@@ -1,4 +1,4 @@
-"""Several ranks make one call: the same bits everywhere, as one process, and all end with one."""
+"""Several ranks make one call: same bits on all, same result as one process, errors shared."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def on_ranks(size: int, folder: Path, action: Callable[[int], Any], patience: float = 60) -> list:
-    """What ``action(rank)`` gives or raises in each of ``size`` forked processes, a gloo group.
+    """Runs ``action(rank)`` in each of ``size`` forked processes that form a gloo group.
 
-    None for a rank that was killed. The group's timeout is ``patience`` seconds.
+    Returns what each returned or raised, None for a rank that was killed. The group's timeout is
+    ``patience`` seconds.
     """
     children = []
     for rank in range(size):
@@ -47,7 +48,7 @@ def on_ranks(size: int, folder: Path, action: Callable[[int], Any], patience: fl
                     timeout=datetime.timedelta(seconds=patience),
                 )  # fmt: skip
                 result = action(rank)
-            except BaseException as error:  # noqa: BLE001  the parent looks at it
+            except BaseException as error:  # noqa: BLE001  the parent inspects it
                 result = error
             (folder / f"rank{rank}").write_bytes(pickle.dumps(result))
             os._exit(0)
@@ -69,25 +70,25 @@ def on_ranks(size: int, folder: Path, action: Callable[[int], Any], patience: fl
 
 
 def call(model: nn.Module, forget: Any, **options: Any) -> tuple[dict[str, Any], nn.Module]:
-    """The record of a run, and its result."""
+    """Runs unlearning; returns its record (with the impressions' labels) and the new model."""
     run = ZeroShotUnlearner(model, forget, **FAST | options)
     result = run.run()
-    return run.record.to_dict() | {"hits": run.impressions.labels.tolist()}, result
+    return run.record.to_dict() | {"labels": run.impressions.labels.tolist()}, result
 
 
-def tell(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     assert isinstance(error, BaseException), error
     return f"{type(error).__name__}: {error}"
 
 
-def assert_as_alone(results: list[Any], alone: tuple[dict[str, Any], nn.Module]) -> None:
-    """Every rank has the bits of rank 0, and they are those of one process within 1e-5."""
-    want = alone[1].state_dict()
+def assert_same_result(results: list[Any], single: tuple[dict[str, Any], nn.Module]) -> None:
+    """Every rank has the bits of rank 0, within 1e-5 of the result of a single process."""
+    want = single[1].state_dict()
     for result in results:
-        assert not isinstance(result, BaseException), tell(result)
+        assert not isinstance(result, BaseException), describe(result)
         record, model = result
         assert record["weights_after"] == weights_hash(results[0][1]) == weights_hash(model)
-        assert record["hits"] == alone[0]["hits"]
+        assert record["labels"] == single[0]["labels"]
         assert sum(record["distributed"]["rows"]) == record["impressions"]["count"]
         for name, value in model.state_dict().items():
             torch.testing.assert_close(value, want[name], rtol=0, atol=1e-5)
@@ -100,7 +101,7 @@ def test_three_ranks_with_ten_classes(tmp_path: Path) -> None:
     options = {"tail": "fc2", "mean": None, "std": None, "impressions_per_class": 5}
     model = zoo.load("lenet5")
     results = on_ranks(3, tmp_path, lambda _: call(model, [1, 2, 3], **options))
-    assert_as_alone(results, call(model, [1, 2, 3], **options))
+    assert_same_result(results, call(model, [1, 2, 3], **options))
     assert results[0][0]["distributed"] == {
         "ranks": 3, "backend": "gloo", "rows": results[1][0]["distributed"]["rows"],
     }  # fmt: skip
@@ -110,7 +111,7 @@ def test_three_ranks_with_ten_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("per_class", [1, 6])
 def test_four_ranks_with_two_classes(tmp_path: Path, per_class: int) -> None:
-    """With one impression of each, two ranks or more have nothing to do."""
+    """With one impression per class, only one rank has work."""
     model = TinyNet(2)
     images, labels = tiny_data(seed=0)
     optimiser = torch.optim.Adam(model.parameters(), 1e-2)
@@ -121,12 +122,12 @@ def test_four_ranks_with_two_classes(tmp_path: Path, per_class: int) -> None:
     model.zero_grad()
     model.eval()
     results = on_ranks(4, tmp_path, lambda _: call(model, 1, impressions_per_class=per_class))
-    assert_as_alone(results, call(model, 1, impressions_per_class=per_class))
+    assert_same_result(results, call(model, 1, impressions_per_class=per_class))
     if per_class == 1:
         assert sorted(results[0][0]["distributed"]["rows"]) == [0, 0, 0, 2]
 
 
-def test_deep_and_at_the_cut(tmp_path: Path) -> None:
+def test_deep_and_tail_input(tmp_path: Path) -> None:
     model = tiny()
     calls: list[dict[str, Any]] = [
         {"depth": "deep", "tail": "auto"},
@@ -134,53 +135,53 @@ def test_deep_and_at_the_cut(tmp_path: Path) -> None:
     ]
     for options in calls:
         results = on_ranks(2, tmp_path, lambda _, o=options: call(model, 1, **o))
-        assert_as_alone(results, call(model, 1, **options))
+        assert_same_result(results, call(model, 1, **options))
 
 
 def test_a_cache_shared_by_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache = tiny(), tmp_path / "cache"
     first = on_ranks(2, tmp_path, lambda _: call(model, 1, cache=cache))
-    assert_as_alone(first, call(model, 1))
-    made = sorted(p.name for p in cache.rglob("*"))
-    assert len(made) == 1 + len(make_shards(40, 1000, 1, torch.device("cpu")))
-    assert not [name for name in made if name.endswith(".tmp")]
+    assert_same_result(first, call(model, 1))
+    names = sorted(p.name for p in cache.rglob("*"))
+    assert len(names) == 1 + len(make_shards(40, 1000, 1, torch.device("cpu")))
+    assert not [name for name in names if name.endswith(".tmp")]
 
-    def climbs(*_: Any, **__: Any) -> None:
-        raise AssertionError("made again")
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("a cached shard was synthesised again")
 
-    monkeypatch.setattr("zsu_fast.synthesis.ascent.Ascent.run", climbs)
-    again = on_ranks(3, tmp_path, lambda _: call(model, 1, cache=cache))  # whatever their number
-    assert_as_alone(again, first[0])
+    monkeypatch.setattr("zsu_fast.synthesis.ascent.Ascent.run", fail)
+    again = on_ranks(3, tmp_path, lambda _: call(model, 1, cache=cache))  # another number of ranks
+    assert_same_result(again, first[0])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_pieces(device: str) -> None:
+def test_shards(device: str) -> None:
     for rows in (1, 2, 7, 8, 9, 40, 320, 1000):
         for work in (1, 4_000_000, 400_000_000, 10**12):
-            found = make_shards(rows, 108, work, torch.device(device))
-            assert torch.cat(found).sort().values.equal(torch.arange(rows))
-            sizes = [len(p) for p in found]
+            shards = make_shards(rows, 108, work, torch.device(device))
+            assert torch.cat(shards).sort().values.equal(torch.arange(rows))
+            sizes = [len(shard) for shard in shards]
             assert max(sizes) <= 108
             assert max(sizes) - min(sizes) <= 1
-    # an easy model's rows are cut into 8, a heavy one's into fours
+    # 8 shards for a small model, shards of 4 rows for a large one
     assert len(make_shards(320, 1000, 400_000, torch.device("cpu"))) == 8
     assert len(make_shards(64, 108, 400_000_000, torch.device("cpu"))) == 16
 
 
-# --- one for all ----------------------------------------------------------------------------
+# --- failures are shared --------------------------------------------------------------------
 
 
-def test_one_fails_and_all_end(tmp_path: Path) -> None:
-    """With its words, soon, nothing changed and nothing written."""
-    ledger, there = tmp_path / "ledger.jsonl", tmp_path / "there"
+def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
+    """Soon, with that error's text, with nothing changed and nothing written."""
+    ledger, failed = tmp_path / "ledger.jsonl", tmp_path / "failed"
 
     def action(rank: int, stage: str, error: type[BaseException]) -> Any:
         def fail(event: zsu_fast.Event) -> None:
             if rank == 1 and event.stage == stage:
-                there.touch()
+                failed.touch()
                 raise error("the roof is on fire")
-            late = time.monotonic() + 30  # make_shards go to whoever comes first: leave rank 1 one
-            while event.stage == stage and not there.exists() and time.monotonic() < late:
+            end = time.monotonic() + 30  # the first free rank takes a shard: leave one for rank 1
+            while event.stage == stage and not failed.exists() and time.monotonic() < end:
                 time.sleep(0.01)
 
         model = tiny()
@@ -197,16 +198,17 @@ def test_one_fails_and_all_end(tmp_path: Path) -> None:
         ("fit", KeyboardInterrupt, "interrupted"),
     ):
         started = time.monotonic()
-        there.unlink(missing_ok=True)
-        told = [tell(e) for e in on_ranks(3, tmp_path, lambda r, s=stage, e=error: action(r, s, e))]
+        failed.unlink(missing_ok=True)
+        results = on_ranks(3, tmp_path, lambda r, s=stage, e=error: action(r, s, e))
+        told = [describe(e) for e in results]
         assert told[1] == f"{error.__name__}: the roof is on fire"
         assert told[0] == told[2] == f"RankError: rank 1: {words}"
-        assert time.monotonic() - started < 50  # no timeout was waited for
+        assert time.monotonic() - started < 50  # no rank waited for the timeout
         assert not ledger.exists()
 
 
 def test_rank_0_fails_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ledger can't be written: the others, which don't write, restore their models too."""
+    """Rank 0 can't write the ledger: the other ranks restore their models too."""
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -220,14 +222,14 @@ def test_rank_0_fails_at_the_very_end(tmp_path: Path, monkeypatch: pytest.Monkey
             return call(model, 1, inplace=True, ledger=tmp_path / "ledger.jsonl")
         except OSError as raised:
             assert snapshot(model) == before
-            return RuntimeError(tell(raised))
+            return RuntimeError(describe(raised))
         except RankError as raised:
             assert snapshot(model) == before
             return raised
 
     zero, one = on_ranks(2, tmp_path, action)
-    assert "No space left" in tell(zero)
-    assert tell(one) == "RankError: rank 0: OSError: [Errno 28] No space left on device"
+    assert "No space left" in describe(zero)
+    assert describe(one) == "RankError: rank 0: OSError: [Errno 28] No space left on device"
 
 
 def test_a_rank_is_killed(tmp_path: Path) -> None:
@@ -240,11 +242,11 @@ def test_a_rank_is_killed(tmp_path: Path) -> None:
 
     zero, one, two = on_ranks(3, tmp_path, action)
     assert one is None
-    assert tell(zero).startswith("RankError: rank 0: another rank was killed")
-    assert tell(two).startswith("RankError: rank 2: another rank was killed")
+    assert describe(zero).startswith("RankError: rank 0: another rank was killed")
+    assert describe(two).startswith("RankError: rank 2: another rank was killed")
 
 
-def test_a_rank_that_never_calls(tmp_path: Path) -> None:
+def test_a_rank_that_does_not_make_the_call(tmp_path: Path) -> None:
     def action(rank: int) -> Any:
         if rank == 1:
             time.sleep(6)
@@ -252,19 +254,19 @@ def test_a_rank_that_never_calls(tmp_path: Path) -> None:
         return call(tiny(), 1)
 
     zero, _ = on_ranks(2, tmp_path, action, patience=4)
-    assert "did not make the call, or took longer than the group's timeout" in tell(zero)
+    assert "did not make the call, or took longer than the group's timeout" in describe(zero)
 
 
-def test_ranks_that_ask_for_other_things(tmp_path: Path) -> None:
+def test_ranks_with_different_arguments(tmp_path: Path) -> None:
     results = on_ranks(2, tmp_path, lambda rank: call(tiny(), rank))
-    assert tell(results[0]).startswith("RankError: rank 1: its forget is [1], that of rank 0 [0]")
+    assert describe(results[0]).startswith("RankError: rank 1: its forget is [1], rank 0 has [0]")
     results = on_ranks(2, tmp_path, lambda rank: call(tiny(), [1] if rank else [99]))
-    assert "rank 0: forget: " in tell(results[1])
-    assert tell(results[0]).startswith("ArgumentError: forget: ")
+    assert "rank 0: forget: " in describe(results[1])
+    assert describe(results[0]).startswith("ArgumentError: forget: ")
 
 
-def test_other_bits_on_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are seen before anything is handed out."""
+def test_different_bits_on_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are detected before the result is returned."""
 
     def action(rank: int) -> Any:
         def drift(_: Ranks, tensors: list[torch.Tensor]) -> None:
@@ -274,7 +276,7 @@ def test_other_bits_on_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(Ranks, "copy_from_main", drift)
         return call(tiny(), 1)
 
-    assert all("rank 1: its result is " in tell(e) for e in on_ranks(2, tmp_path, action))
+    assert all("rank 1: its result is " in describe(e) for e in on_ranks(2, tmp_path, action))
 
 
 @pytest.mark.parametrize("stage", ["synthesise", "fit"])
@@ -289,26 +291,26 @@ def test_a_stop_on_one_rank_stops_all(tmp_path: Path, stage: str) -> None:
         return record, model
 
     zero, one = on_ranks(2, tmp_path, action)
-    assert not isinstance(zero, BaseException), tell(zero)
+    assert not isinstance(zero, BaseException), describe(zero)
     assert zero[0]["weights_after"] == one[0]["weights_after"] == weights_hash(one[1])
     if stage == "fit":
         assert "another rank was asked to stop" in zero[0]["fit"]["stopped"]
         assert zero[0]["fit"] == one[0]["fit"]
     else:
         assert zero[0]["impressions"]["count"] < 80
-        assert zero[0]["hits"] == one[0]["hits"] == sorted(zero[0]["hits"])
+        assert zero[0]["labels"] == one[0]["labels"] == sorted(zero[0]["labels"])
 
 
-def test_alone_in_a_group(tmp_path: Path) -> None:
-    """A rank may make a call by itself."""
-    alone = call(tiny(), 1)
+def test_distributed_false(tmp_path: Path) -> None:
+    """One rank of a group makes a call by itself."""
+    single = call(tiny(), 1)
 
     def action(rank: int) -> Any:
         assert join(False).single
         return call(tiny(), 1, distributed=False) if rank else None
 
     _, one = on_ranks(2, tmp_path, action)
-    assert weights_hash(one[1]) == weights_hash(alone[1])
+    assert weights_hash(one[1]) == weights_hash(single[1])
     assert one[0]["distributed"] == {}
     with pytest.raises(zsu_fast.ArgumentError, match="no process group is initialised"):
         call(tiny(), 1, distributed=True)
@@ -349,10 +351,10 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
 
 
 def test_a_failure_under_torchrun(tmp_path: Path) -> None:
-    """One rank can't load the model: rank 0 says so, once, and there is no file."""
+    """One rank can't load the model: rank 0 prints that once, and no file is written."""
     (tmp_path / "factory.py").write_text(
         "import os\n"
-        "from zsu_fast import zoo\n"
+        "from zsu_fast.models import zoo\n"
         "def make():\n"
         "    if os.environ['RANK'] == '1':\n"
         "        raise ValueError('the shelf is empty')\n"

@@ -1,4 +1,4 @@
-"""How many rows go at once: measured, and halved where memory runs out all the same."""
+"""Batch size from memory: measured, and halved if memory runs out nevertheless."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ CPU = torch.device("cpu")
 
 
 def chain(layers: int) -> nn.Module:
-    """Each layer keeps its output, 4,000 bytes a row, for the backward pass."""
+    """Each layer saves its output, 4,000 bytes per row, for the backward pass."""
     return nn.Sequential(*[nn.ReLU() for _ in range(layers)])
 
 
-# --- what a row needs ------------------------------------------------------------------------
+# --- bytes per row ---------------------------------------------------------------------------
 
 
-def test_bytes_a_row_are_those_that_autograd_keeps() -> None:
+def test_bytes_per_row_count_what_autograd_saves() -> None:
     row = torch.randn(1, 1000)
     one = memory.bytes_per_row(chain(1), row)
     assert memory.bytes_per_row(chain(2), row) - one == 4000
@@ -52,11 +52,11 @@ def test_bytes_grow_with_the_resolution() -> None:
 @pytest.mark.parametrize("trained", [False, True])
 def test_weights_are_not_counted_for_each_row(trained: bool) -> None:
     model = nn.Sequential(nn.Linear(100, 2000), nn.ReLU(), nn.Linear(2000, 10))
-    model.requires_grad_(trained)  # a tail's weights are
+    model.requires_grad_(trained)  # as in a tail
     assert memory.bytes_per_row(model, torch.randn(1, 100)) < 50_000  # the weights: 880,000
 
 
-def test_the_row_is_left_alone() -> None:
+def test_the_row_is_unchanged() -> None:
     row = torch.randn(1, 1000)
     before = row.clone()
     memory.bytes_per_row(chain(3), row)
@@ -65,7 +65,7 @@ def test_the_row_is_left_alone() -> None:
     assert not row.requires_grad
 
 
-# --- how many fit ----------------------------------------------------------------------------
+# --- rows that fit ---------------------------------------------------------------------------
 
 
 def test_rows_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_rows_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.rows_that_fit(0, CPU) == 1_000_000
 
 
-def test_free_bytes_are_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_bytes_are_the_smaller_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.free_bytes(CPU) > 1024**2
     for machine, group, want in ((7, 5, 5), (7, None, 7), (None, 5, 5), (7, 9, 7)):
         monkeypatch.setattr(memory, "_available", lambda n=machine: n)
@@ -86,7 +86,7 @@ def test_free_bytes_are_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.free_bytes(CPU) == memory._UNKNOWN
 
 
-def test_little_memory_means_a_narrow_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_memory_means_a_small_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     widths = watch(monkeypatch)
     monkeypatch.setattr(memory, "rows_that_fit", lambda *_: 7)
     made = make()
@@ -107,17 +107,17 @@ def test_little_memory_means_a_narrow_batch(monkeypatch: pytest.MonkeyPatch) -> 
     ],
     ids=repr,
 )
-def test_what_counts_as_out_of_memory(error: BaseException, is_one: bool) -> None:
+def test_which_errors_mean_out_of_memory(error: BaseException, is_one: bool) -> None:
     assert memory.is_out_of_memory(error) == is_one
 
 
-def test_a_real_allocation_that_fails_counts() -> None:
+def test_a_real_failed_allocation_means_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**55, dtype=torch.uint8)
     assert memory.is_out_of_memory(caught.value)
 
 
-# --- when it runs out all the same -----------------------------------------------------------
+# --- when memory runs out --------------------------------------------------------------------
 
 
 def make(**options: Any) -> ClassImpressions:
@@ -125,7 +125,7 @@ def make(**options: Any) -> ClassImpressions:
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, most: int = 10**6, error: Any = None) -> list[int]:
-    """Gets the batch size of every forward pass; those above ``most`` raise ``error``."""
+    """Records the batch size of every forward pass; those above ``most`` raise ``error``."""
     widths: list[int] = []
     run = InferenceCopy.__call__
 
@@ -145,7 +145,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, most: int = 10**6, error: Any = None)
      RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")],
     ids=repr,
 )  # fmt: skip
-def test_the_width_is_halved_and_the_impressions_are_the_same(
+def test_the_batch_is_halved_and_the_impressions_are_the_same(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:
     with monkeypatch.context() as patch:
@@ -154,7 +154,7 @@ def test_the_width_is_halved_and_the_impressions_are_the_same(
     widths = watch(monkeypatch, most=12, error=error)
     with caplog.at_level(logging.WARNING):
         made = make()
-    assert [w for w in widths if w > 12] == [40, 20]  # halved from what was tried: 40, 20, 10
+    assert [w for w in widths if w > 12] == [40, 20]  # tried 40, then 20, then 10
     assert all(bits(getattr(made, f)) == bits(getattr(want, f)) for f in FIELDS)
     said = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
     assert said == [f"out of memory: impressions go on with {n} rows at a time" for n in (20, 10)]
@@ -165,7 +165,7 @@ def test_not_even_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
     def full(self: InferenceCopy, images: Tensor) -> Tensor:
-        if len(images) <= 2 and not calls:  # checks of the copy and the measurement
+        if len(images) <= 2 and not calls:  # the checks of the copy, and the measurement
             return run(self, images)
         calls.append(len(images))
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -183,16 +183,16 @@ def test_other_errors_pass_through_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert [w for w in widths if w > 12] == [40]
 
 
-# --- what a call leaves behind -------------------------------------------------------------------
+# --- after a call ----------------------------------------------------------------------------
 
 
-def test_a_call_leaves_no_weights_to_the_garbage_collector() -> None:
-    """Circles would keep several copies of the model until it comes by, many calls later."""
+def test_a_call_leaves_no_reference_cycles() -> None:
+    """They would keep copies of the model alive until the garbage collector runs."""
     model = zoo.build("resnet20_cifar").eval()
     options: dict[str, Any] = {
         "impressions_per_class": 4, "steps": 2, "max_steps": 2, "restarts": 0, "progress": False,
     }  # fmt: skip
-    zsu_fast.unlearn(model, 1, **options)  # what torch sets up once
+    zsu_fast.unlearn(model, 1, **options)  # torch sets up its global state
     gc.collect()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""What a run tells: quiet where nobody looks, a bar on a terminal, events for programs."""
+"""Progress: a bar on a terminal, nothing elsewhere, events for a callback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zsu_fast.runtime.progress import Reporter
 
 
 class Clock:
-    """A clock that a test sets."""
+    """A clock that tests set."""
 
     now = 0.0
 
@@ -24,23 +24,23 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(progress.time, "monotonic", made.monotonic)
-    return made
+    fake = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", fake.monotonic)
+    return fake
 
 
-def late(report: Reporter, clock: Clock) -> None:
-    """Reports after a second and more."""
+def report_slowly(report: Reporter, clock: Clock) -> None:
+    """Reports one step per second."""
     with report:
         for at in range(5):
             clock.now += 1.0
             report("fit", at, 5)
 
 
-def test_quiet_where_stderr_is_no_terminal(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+def test_quiet_if_stderr_is_no_terminal(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
     report = Reporter()
     assert not report.show
-    late(report, clock)
+    report_slowly(report, clock)
     assert capfd.readouterr() == ("", "")
 
 
@@ -57,12 +57,12 @@ def test_a_bar_on_a_terminal(
     monkeypatch.setenv("FORCE_COLOR", "1")
     report = Reporter()
     assert report.show
-    late(report, clock)
-    told = capfd.readouterr()
-    assert told.out == ""
-    assert "fit" in told.err
-    assert "4/5" in told.err
-    assert report._bar is None  # stopped, so that the terminal is as it was
+    report_slowly(report, clock)
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "fit" in printed.err
+    assert "4/5" in printed.err
+    assert report._bar is None  # stopped, which restores the terminal
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -73,7 +73,7 @@ def test_false_is_quiet_even_on_a_terminal(
     terminal: bool,
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    late(Reporter(False), clock)
+    report_slowly(Reporter(False), clock)
     assert capfd.readouterr() == ("", "")
 
 
@@ -117,18 +117,44 @@ def test_only_true_stops(answer: object) -> None:
     Reporter(False, lambda _: answer)("fit", 1, 2)  # type: ignore[arg-type, return-value]
 
 
-def test_true_stops_and_says_where() -> None:
+def test_true_stops_and_the_message_says_where() -> None:
     with pytest.raises(Stopped, match="callback asked to stop in fit at 1 of 2"):
         Reporter(False, lambda _: True)("fit", 1, 2)
 
 
-def test_events_of_a_run_go_forward() -> None:
+def test_events_of_a_run_are_in_order() -> None:
     seen: list[Event] = []
     unlearn(tiny(), [1], callback=lambda e: seen.append(e), **QUICK)
     stages = [e.stage for e in seen]
     assert stages == sorted(stages, reverse=True)  # synthesise, then fit
     assert set(stages) == {"synthesise", "fit"}
-    made = [e for e in seen if e.stage == "synthesise"]
-    assert made[-1].done == made[-1].total == 40
+    synthesis = [e for e in seen if e.stage == "synthesise"]
+    assert synthesis[-1].done == synthesis[-1].total == 40
     assert all(0 <= e.done <= e.total for e in seen)
     assert {"divergence", "leak", "agreement"} <= set(seen[-1].metrics)
+
+
+class FakePeers:
+    """Another process that stops once it was asked to."""
+
+    stopped = False
+
+    def request_stop(self) -> None:
+        self.stopped = True
+
+    def poll(self) -> None:
+        if self.stopped:
+            raise Stopped("another process was asked to stop")
+
+
+def test_peers_stop_together() -> None:
+    peers = FakePeers()
+    with pytest.raises(Stopped, match="in fit at 1 of 2"):
+        Reporter(False, lambda _: True, peers)("fit", 1, 2)
+    with pytest.raises(Stopped, match="another process"):
+        Reporter(False, None, peers)("fit", 1, 2)
+
+
+def test_quiet_hides_the_bar() -> None:
+    assert Reporter(True).show
+    assert not Reporter(True, quiet=True).show

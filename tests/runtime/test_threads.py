@@ -1,4 +1,4 @@
-"""Small models get one thread, and the caller's setting comes back whatever happens."""
+"""Small models run on one thread, and the caller's setting is always restored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_multiply_adds_of_known_models() -> None:
     assert 40_000_000 < resnet < 42_000_000
 
 
-def test_small_work_on_a_cpu_gets_one_thread() -> None:
+def test_small_work_on_a_cpu_runs_on_one_thread() -> None:
     with threads_for(SMALL, CPU):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
@@ -41,7 +41,7 @@ def test_small_work_on_a_cpu_gets_one_thread() -> None:
         assert torch.get_num_threads() == 2
 
 
-def test_a_run_uses_one_thread_and_gives_the_setting_back() -> None:
+def test_a_run_uses_one_thread_and_restores_the_setting() -> None:
     seen: set[int] = set()
     zsu_fast.unlearn(
         tiny(), [1], callback=lambda _: bool(seen.add(torch.get_num_threads())), **QUICK

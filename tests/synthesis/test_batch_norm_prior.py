@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from limited import SMALL, synthesize_limited
 from support import QUICK, TinyNet, assert_forgets, bits, tiny, untouched
 from torch import Tensor, nn
 
@@ -74,8 +75,6 @@ def test_the_distance_falls() -> None:
 
 
 def test_several_batches_and_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zsu_fast.synthesis.synthesize._BATCH_VALUES", 1)
-    monkeypatch.setattr("zsu_fast.synthesis.synthesize.BATCHES_PER_SHARD", 1)
     taken: list[int] = []
     distance = BatchNormStatistics.distance
 
@@ -84,8 +83,9 @@ def test_several_batches_and_shards(monkeypatch: pytest.MonkeyPatch) -> None:
         return distance(self)
 
     monkeypatch.setattr(BatchNormStatistics, "distance", spy)
-    assert len(make(batch_norm=0.01)) == 40
-    assert set(taken) == {2}  # one layer, mean and variance, however many shards were made
+    settings = {"per_class": 8, "precision": "float32", "batch_norm": 0.01}
+    assert len(synthesize_limited(SMALL, tiny(), **settings)) == 40
+    assert set(taken) == {2}  # one layer, mean and variance, however many shards there are
 
 
 def test_a_model_without_batchnorm() -> None:

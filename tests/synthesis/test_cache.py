@@ -1,4 +1,4 @@
-"""Impressions on disk: found again, resumed after an interruption, never those of another run."""
+"""The cache: impressions are found again, resumed after an interruption, never of another run."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from limited import SMALL, synthesize_limited
 from support import QUICK, bits, same_bits, tiny
 from torch import nn
 
-from zsu_fast import ClassImpressions, Event, ZeroShotUnlearner, ops, synthesize
+from zsu_fast import ClassImpressions, Event, ZeroShotUnlearner, ops
 
 FIELDS = ("images", "labels", "confidence", "target", "steps", "hit")
-
-
-@pytest.fixture(autouse=True)
-def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 impressions a shard: three shards of 40."""
-    monkeypatch.setattr("zsu_fast.synthesis.synthesize._BATCH_VALUES", 1)
-    monkeypatch.setattr("zsu_fast.synthesis.synthesize.BATCHES_PER_SHARD", 1)
 
 
 @pytest.fixture
@@ -41,7 +36,16 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def make(folder: Path | None, model: nn.Module | None = None, **options: Any) -> ClassImpressions:
-    return synthesize(model or tiny(), progress=False, cache=folder, **({"per_class": 8} | options))
+    """16 impressions per shard: three shards of 40."""
+    given = {"per_class": 8, "limits": SMALL} | options
+    return synthesize_limited(given.pop("limits"), model or tiny(), cache=folder, **given)
+
+
+def runner(forget: list[int], **options: Any) -> ZeroShotUnlearner:
+    """Whose impressions come in three shards too."""
+    run = ZeroShotUnlearner(tiny(), forget, **options)
+    run.options.ascent = replace(run.options.ascent, limits=SMALL)
+    return run
 
 
 def same(a: ClassImpressions, b: ClassImpressions) -> bool:
@@ -87,16 +91,16 @@ def test_a_second_call_takes_no_step(tmp_path: Path, steps: list[int]) -> None:
 
 def test_unlearn_finds_them_too(tmp_path: Path, steps: list[int]) -> None:
     for space in ("input", "tail-input"):
-        kept = QUICK | {"cache": tmp_path, "space": space}
-        first = ZeroShotUnlearner(tiny(), [1, 3], **kept)
+        options = QUICK | {"cache": tmp_path, "space": space}
+        first = runner([1, 3], **options)
         changed = first.run()
         assert steps
         steps.clear()
-        again = ZeroShotUnlearner(tiny(), [0], **kept)  # other classes, the same impressions
+        again = runner([0], **options)  # other classes, the same impressions
         again.run()
         assert steps == []
         assert same(first.impressions, again.impressions)
-        assert same_bits(changed, ZeroShotUnlearner(tiny(), [1, 3], **kept).run())
+        assert same_bits(changed, runner([1, 3], **options).run())
     assert len(shards(tmp_path)) == 6
 
 
@@ -161,7 +165,7 @@ def test_a_damaged_shard_is_made_anew(tmp_path: Path, steps: list[int], damage: 
     with pytest.warns(UserWarning, match=r"cache: .*00001\.safetensors.* made anew"):
         assert same(make(tmp_path), first)
     assert steps
-    assert path.read_bytes() == content  # and kept again
+    assert path.read_bytes() == content  # and stored again
 
 
 def test_a_shard_that_is_not_of_this_run_is_not_used(tmp_path: Path) -> None:
@@ -220,13 +224,10 @@ def test_another_model_does_not_hit(tmp_path: Path, steps: list[int], other: Any
     assert same(made, make(None, other()))
 
 
-def test_shards_of_another_size_do_not_hit(
-    tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_of_another_size_do_not_hit(tmp_path: Path, steps: list[int]) -> None:
     make(tmp_path)
-    monkeypatch.setattr("zsu_fast.synthesis.synthesize.BATCHES_PER_SHARD", 2)
     steps.clear()
-    assert len(make(tmp_path)) == 40
+    assert len(make(tmp_path, limits=replace(SMALL, batches_per_shard=2))) == 40
     assert steps
 
 
@@ -248,16 +249,17 @@ def test_an_unwritable_folder_warns_once_and_the_run_goes_on(tmp_path: Path) -> 
 
 def test_two_processes_with_one_folder(tmp_path: Path) -> None:
     script = (
-        "import sys, torch, zsu_fast, zsu_fast.synthesis.synthesize as i\n"
+        "import sys, torch\n"
+        "from limited import SMALL, synthesize_limited\n"
         "from zsu_fast.models import zoo\n"
-        "i._BATCH_VALUES, i.BATCHES_PER_SHARD = 1, 1\n"
         "torch.set_num_threads(1)\n"
-        "made = zsu_fast.synthesize(zoo.load('lenet5'), per_class=4, progress=False,\n"
-        "                           precision='float32', cache=sys.argv[1])\n"
+        "made = synthesize_limited(SMALL, zoo.load('lenet5'), per_class=4, precision='float32',\n"
+        "                          cache=sys.argv[1])\n"
         "made.save(sys.argv[2])\n"
     )
-    root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    here = Path(__file__).resolve()
+    path = os.pathsep.join(map(str, (here.parents[2], here.parent)))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     outputs = [tmp_path / f"made{i}.safetensors" for i in range(2)]
     folder = tmp_path / "cache"
     running = [

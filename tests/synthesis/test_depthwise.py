@@ -107,7 +107,7 @@ def test_batch_norms_that_do_more_are_folded_if_it_is_seen_what(
     made = inference_copy(working_copy(model, torch.device("cpu")), x, "float32")
     assert made.folded
     assert made.depthwise
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in made.model.modules()) == left
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in made.module.modules()) == left
     assert torch.allclose(made(made.layout(x)), model(x), rtol=1e-4, atol=1e-4)
 
 

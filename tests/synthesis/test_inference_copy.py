@@ -1,4 +1,4 @@
-"""The copy that impressions are made on: each speed-up is taken where it changes nothing else."""
+"""The copy for the ascent: each speed-up is used where it leaves the function as it is."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_batch_norms_are_folded_and_maps_are_channels_last() -> None:
     made = inference_copy(work, x, "float32")
     assert made.folded
     assert made.channels_last
-    assert folds(made.model) == 0
+    assert folds(made.module) == 0
     assert folds(work) == 19
     assert made.layout(x).stride() == (3 * 32 * 32, 1, 32 * 3, 3)
     assert torch.allclose(made(made.layout(x)), work(x), rtol=1e-3, atol=1e-3)
@@ -69,7 +69,7 @@ def test_bfloat16_is_close_and_returns_float32() -> None:
     assert float((got - want).norm() / want.norm()) < 0.03
 
 
-def test_a_deep_network_is_made_in_bfloat16_too() -> None:
+def test_a_deep_network_runs_in_bfloat16_too() -> None:
     """Its gradient is off by a third, element by element, and points the same way."""
     work = working_copy(zoo.build("resnet20_cifar"), CPU)
     made = inference_copy(work, images(4, (3, 32, 32)), "bfloat16")
@@ -181,7 +181,7 @@ def test_a_copy_with_another_gradient_is_not_used() -> None:
     x = images(4, (3, 32, 32))
     made = inference_copy(work, x, "float32")
     assert made.channels_last
-    assert not isinstance(made.model, torch.fx.GraphModule)
+    assert not isinstance(made.module, torch.fx.GraphModule)
     got, want = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
     (a,) = torch.autograd.grad(made(made.layout(got)).sum(), got)
     (b,) = torch.autograd.grad(work(want).sum(), want)

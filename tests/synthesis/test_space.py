@@ -1,4 +1,4 @@
-"""Where impressions live: `space="tail-input"` climbs at the cut and never runs the head."""
+"""Where impressions lie: `space="tail-input"` ascends at the split and never runs the backbone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 
 def run(model: nn.Module | None = None, **options: Any) -> ZeroShotUnlearner:
-    """A finished run on the tiny model in the space at the cut."""
+    """A finished run on the tiny model in the space at the split."""
     runner = ZeroShotUnlearner(model or tiny(), FORGET, space="tail-input", **(QUICK | options))
     runner.run()
     return runner
@@ -69,7 +69,7 @@ def test_karpathynet_forgets_cifar10_classes(cifar10: tuple[Tensor, Tensor]) -> 
 
 
 @pytest.mark.parametrize(("tail", "width"), [("fc2", 32), ("last", 32), ("fc1", 72), (2, 72)])
-def test_the_tail_says_where_to_climb(tail: str | int, width: int) -> None:
+def test_the_tail_says_where_to_ascend(tail: str | int, width: int) -> None:
     model = tiny()
     runner = ZeroShotUnlearner(model, FORGET, space="tail-input", tail=tail, **QUICK)
     result = runner.run()
@@ -92,7 +92,7 @@ def test_the_confidence_reached_is_the_tails() -> None:
     assert (made.confidence[made.hit] >= made.target[made.hit] - 1e-4).all()
 
 
-def test_the_head_is_run_for_a_few_noise_images_alone() -> None:
+def test_the_backbone_runs_for_a_few_noise_images_alone() -> None:
     seen = []
     for per_class in (4, 40):
         rows: list[int] = []
@@ -121,9 +121,9 @@ def test_points_are_negative_only_where_activations_are(tail: str, signed: bool)
 
 @pytest.mark.parametrize("tail", ["fc1", "bn"])
 def test_points_start_near_zero_and_step_at_the_activations_scale(tail: str) -> None:
-    cut = split(tiny(), tail)
-    space = tail_input_space(cut, SPEC, CPU)
-    real = cut.features(noise_images(SPEC, 256))[0]
+    found = split(tiny(), tail)
+    space = tail_input_space(found, SPEC, CPU)
+    real = found.features(noise_images(SPEC, 256))[0]
     start = space.start(torch.randn(256, *space.shape))
     assert float(space.step) == pytest.approx(float(real.square().mean().sqrt()), rel=0.1)
     assert 0 < float(start.square().mean().sqrt()) < 0.2 * float(space.step)
@@ -138,7 +138,7 @@ def residual() -> nn.Module:
 
 
 @pytest.mark.parametrize(("tail", "tensors"), [("layer3.2.bn2", 2), ("layer3.2", 1)])
-def test_a_cut_through_a_residual_block(tail: str, tensors: int) -> None:
+def test_a_split_through_a_residual_block(tail: str, tensors: int) -> None:
     model = residual()
     runner = ZeroShotUnlearner(
         model, FORGET, space="tail-input", tail=tail,
@@ -146,18 +146,18 @@ def test_a_cut_through_a_residual_block(tail: str, tensors: int) -> None:
     )  # fmt: skip
     with untouched(model):
         result = runner.run()
-    cut, made = runner.split_point, runner.impressions
-    features = cut.features(noise_images(SPEC, 3))
+    found, made = runner.split_point, runner.impressions
+    features = found.features(noise_images(SPEC, 3))
     assert len(features) == tensors
     assert made.images.shape == (40, sum(f[0].numel() for f in features))
-    assert changed_tensors(model, result) == set(cut.parameters)
+    assert changed_tensors(model, result) == set(found.parameters)
 
-    space = tail_input_space(cut, SPEC, CPU)
+    space = tail_input_space(found, SPEC, CPU)
     flat = torch.cat([f.flatten(1) for f in features], 1)
     parts = space.parts(flat)
     assert all(torch.equal(p, f) for p, f in zip(parts, features, strict=True))
     with torch.no_grad():
-        assert torch.allclose(space.fast_model(flat), cut.tail(*features), atol=1e-5)
+        assert torch.allclose(space.fast_model(flat), found.tail(*features), atol=1e-5)
 
 
 # --- what points depend on -------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_impressions_of_the_other_space_are_refused(space: str) -> None:
         unlearn(model, FORGET, impressions=made, space=space, **QUICK)
 
 
-def test_points_of_another_cut_are_refused() -> None:
+def test_points_of_another_split_are_refused() -> None:
     made = run(tail="fc1").impressions
     model = tiny()
     with untouched(model), pytest.raises(ArgumentError, match=r"impressions: got .*72.*32"):

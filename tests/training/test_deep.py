@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ from support import QUICK, TinyNet, tiny_data, train
 from torch import Tensor, nn
 
 import zsu_fast
-from zsu_fast import unlearner
 from zsu_fast.errors import ArgumentError
 from zsu_fast.models import zoo
 from zsu_fast.models.parameters import weights_hash
@@ -22,8 +20,7 @@ from zsu_fast.synthesis import dead_leaves as drawing
 from zsu_fast.synthesis.dead_leaves import sample_dead_leaves
 from zsu_fast.synthesis.impressions import ClassImpressions
 from zsu_fast.synthesis.synthesize import synthesize
-from zsu_fast.training.deep.data import _targets
-from zsu_fast.training.deep.deep import forget_deeply
+from zsu_fast.training.deep.data import target_classes
 from zsu_fast.training.deep.losses import DeepObjective, room_above_floor
 from zsu_fast.training.deep.settings import DeepSettings
 from zsu_fast.training.deep.split_rule import find_deep_split
@@ -48,11 +45,9 @@ class Run:
 def karpathynet() -> Run:
     original = zoo.load("karpathynet")
     made = synthesize(original, per_class=8, progress=False)
-    with pytest.MonkeyPatch.context() as patch:
-        small = functools.partial(forget_deeply, settings=SMALL)
-        patch.setattr(unlearner, "forget_deeply", small)
-        run = ZeroShotUnlearner(original, FORGET, depth="deep", impressions=made, progress=False)
-        deep = run.run()
+    run = ZeroShotUnlearner(original, FORGET, depth="deep", impressions=made, progress=False)
+    run.options.deep = SMALL
+    deep = run.run()
     output = zsu_fast.unlearn(original, FORGET, impressions=made, progress=False)
     fresh = synthesize(original, per_class=16, seed=99, progress=False)
     return Run(original, deep, output, run, fresh)
@@ -93,7 +88,7 @@ def test_the_last_fit_keeps_the_margin_of_the_original(karpathynet: Run) -> None
     """After deepening nothing logit_margin, and a margin of that would be none: quickly relearned."""
     margin = karpathynet.run.record.depth["margin"]
     assert margin > 1
-    assert karpathynet.run.rows.margin == margin
+    assert karpathynet.run.options.features.margin == margin
 
 
 def test_only_the_last_layers_are_trained(karpathynet: Run) -> None:
@@ -134,12 +129,10 @@ def test_tiny_model_forgets(tiny: nn.Module) -> None:
     assert result.retain_accuracy > mask.retain_accuracy - 5
 
 
-def test_each_term_does_its_part(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_term_does_its_part(tiny: nn.Module) -> None:
     def facts(**weights: float) -> tuple[dict[str, float], float]:
-        settings = DeepSettings(scenes=512, pushed=256, **weights)
-        one = functools.partial(forget_deeply, settings=settings)
-        monkeypatch.setattr(unlearner, "forget_deeply", one)
         run = ZeroShotUnlearner(tiny, [1], depth="deep", **QUICK)
+        run.options.deep = DeepSettings(scenes=512, pushed=256, **weights)
         made = run.run()
         size = made.fc1(tiny_features(made)).relu().square().mean().detach()
         return {k: v["after"] for k, v in run.record.depth.items() if isinstance(v, dict)}, float(
@@ -183,14 +176,12 @@ def test_inner_layers_are_those_whose_input_nothing_else_reads() -> None:
     assert inside.shape == (4, 16)
 
 
-def test_what_inner_layers_take_is_erased_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_inner_layers_take_is_erased_too() -> None:
     model = train(Residual())
 
     def evidence(weight: float) -> dict[str, float]:
-        settings = DeepSettings(scenes=512, pushed=256, inside=weight, steps=200)
-        one = functools.partial(forget_deeply, settings=settings)
-        monkeypatch.setattr(unlearner, "forget_deeply", one)
         run = ZeroShotUnlearner(model, [1], depth="deep", tail="one", **QUICK | {"steps": 200})
+        run.options.deep = DeepSettings(scenes=512, pushed=256, inside=weight, steps=200)
         run.run()
         told: dict[str, float] = run.record.depth["evidence_inside"]
         return told
@@ -215,10 +206,9 @@ def test_features_shrink_less_where_inner_layers_are_erased_too() -> None:
         for both in (0.0, 1.0):
             weights = {"unmask": 0, "erase": 0, "inside": 0, "shrink_inside": both}
             settings = DeepSettings(**weights, shrink=4 * both)
-            objective = DeepObjective(
-                DualClassifierTail(model, cut, images), rows, forget, 1.0, settings
-            )
-            losses.append(float(objective(rows).detach()))
+            tail = DualClassifierTail(model, cut, images)
+            objective = DeepObjective(tail, rows, forget, 1.0, settings)
+            losses.append(float(objective.loss(tail(*rows.features), rows).detach()))
         return losses[1] - losses[0]
 
     assert shrunk("one") == pytest.approx(1, abs=1e-3)  # `three` is an inner layer
@@ -307,7 +297,7 @@ def test_vectors_have_no_scenes_but_can_be_forgotten() -> None:
 
 
 def test_few_impressions_a_class_are_warned_of(tiny: nn.Module) -> None:
-    text = "impressions a class: RA may fall"
+    text = "impressions per class: RA may fall"
     with pytest.warns(UserWarning, match=text):
         zsu_fast.unlearn(tiny, [1], depth="deep", **QUICK | {"impressions_per_class": 2})
     run = ZeroShotUnlearner(tiny, [1], depth="deep", **QUICK | {"impressions_per_class": 4})
@@ -369,11 +359,11 @@ def test_scenes_are_pushed_to_few_of_many_classes() -> None:
     forget = torch.zeros(1000, dtype=torch.bool)
     forget[100:900] = True
     classes = torch.arange(0, 1000, 2)
-    got = _targets(classes, forget, 100)
+    got = target_classes(classes, forget, 100)
     assert len(set(got)) == 100
     assert set(got) <= set(classes.tolist())
     assert sum(bool(forget[c]) for c in got) == 50
-    assert _targets(classes, forget, 500) == classes.tolist()
-    few_gone = _targets(torch.arange(1000), torch.arange(1000) == 7, 100)
+    assert target_classes(classes, forget, 500) == classes.tolist()
+    few_gone = target_classes(torch.arange(1000), torch.arange(1000) == 7, 100)
     assert 7 in few_gone
     assert len(few_gone) == 100

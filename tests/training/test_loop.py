@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from zsu_fast import ArgumentError, Event
 from zsu_fast.runtime.progress import Reporter
-from zsu_fast.training.features import FeatureSet, build_feature_set
-from zsu_fast.training.loop import Fit, LoopSettings, ValidationResult, train_tail
-from zsu_fast.training.losses import Differential, MaskedKL
+from zsu_fast.training.features import FeatureSet
+from zsu_fast.training.fit_task import FitTask
+from zsu_fast.training.loop import LoopSettings, train_tail
+from zsu_fast.training.losses import Differential, LogitObjective, MaskedKL
+from zsu_fast.training.teacher import Teacher, build_feature_set
+from zsu_fast.training.trainer import Fit, ValidationResult
 
 FORGET = torch.tensor([False, True, False, False])
 
 
-class Scripted:
+class Scripted(LogitObjective):
     """An objective that does as a script says: ``script(call, logits, rows) -> loss``."""
-
-    name = "scripted"
 
     def __init__(
         self, script: Callable[[int, Tensor, FeatureSet], Tensor], rate: float | None = None
@@ -52,22 +53,29 @@ class Setting:
         for _ in range(2):
             features = torch.eye(4)[label] + 0.1 * torch.randn(40, 4)
             made.append(
-                build_feature_set(self.tail, (features,), label, FORGET, 100, torch.Generator())
+                build_feature_set(
+                    Teacher(self.tail, FORGET), (features,), label, 100, torch.Generator()
+                )
             )
         self.rows, self.held_out = made
         self.validation_loss = MaskedKL(FORGET, 2.0)
 
     def train(self, objective: Any = None, callback: Any = None, **settings: Any) -> Fit:
         return train_tail(
+            self.task(objective),
+            LoopSettings(**({"steps": 200, "batch": 64} | settings)),
+            Reporter(False, callback),
+        )
+
+    def task(self, objective: Any = None) -> FitTask:
+        return FitTask(
             self.tail,
             list(self.tail.parameters()),
             self.rows,
             self.held_out,
             objective or self.validation_loss,
             self.validation_loss,
-            LoopSettings(**({"steps": 200, "batch": 64} | settings)),
             torch.Generator().manual_seed(0),
-            Reporter(False, callback),
         )
 
     def divergence(self) -> float:
@@ -290,10 +298,9 @@ def test_an_exception_leaves_a_state_that_was_checked(
 
 def test_only_the_given_parameters_move() -> None:
     setting = Setting()
-    train_tail(
-        setting.tail, [setting.tail.bias], setting.rows, setting.held_out, setting.validation_loss,
-        setting.validation_loss, LoopSettings(20, 64), torch.Generator(), Reporter(False),
-    )  # fmt: skip
+    task = setting.task()
+    task.parameters = [setting.tail.bias]
+    train_tail(task, LoopSettings(20, 64), Reporter(False))
     assert torch.equal(setting.tail.weight, setting.start[0])
     assert not torch.equal(setting.tail.bias, setting.start[1])
 

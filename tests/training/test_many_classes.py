@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zsu_fast
-from zsu_fast import ZeroShotUnlearner, unlearner
+from zsu_fast import ZeroShotUnlearner
 from zsu_fast.errors import ArgumentError
 from zsu_fast.synthesis import class_sampling as sampling
+from zsu_fast.synthesis.ascent_settings import BatchLimits
 from zsu_fast.synthesis.synthesize import batch_rows
-from zsu_fast.training import class_subset, features
-from zsu_fast.training.features import FeatureSet, build_feature_set
+from zsu_fast.training.class_subset import ClassSubsetTail, supports_subset
+from zsu_fast.training.features import FeatureSet
+from zsu_fast.training.limits import MemoryLimits
 from zsu_fast.training.losses import ForgetOnlyKL, MaskedKL
+from zsu_fast.training.teacher import Teacher, build_feature_set
 
 CLASSES, FEATURES, ROWS = 40, 12, 30
 GONE = [3, 17, 39]
@@ -44,13 +48,14 @@ def forget_mask() -> Tensor:
     return mask
 
 
-def rows_of(tail: nn.Module, names: list[str]) -> FeatureSet:
+def rows_of(tail: nn.Module, names: list[str], **limits: int) -> FeatureSet:
     """Mixtures of random features, labelled by ``tail``; the same at each call."""
     features = torch.rand(ROWS, FEATURES, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         label = tail(features).argmax(1)
     draw = torch.Generator().manual_seed(1)
-    return build_feature_set(tail, (features,), label, forget_mask(), 200, draw, names=names)
+    teacher = Teacher(tail, forget_mask(), names, MemoryLimits(**limits))
+    return build_feature_set(teacher, (features,), label, 200, draw)
 
 
 # --- which classes ---------------------------------------------------------------------------
@@ -69,11 +74,11 @@ def test_a_sample_has_the_forgotten_the_nearest_and_some_by_lot() -> None:
     assert chosen != sampling.sample_classes(weight, [3, 4], retained, 6, seed=1)
 
 
-def test_nearness_is_the_same_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearness_is_the_same_in_tiles() -> None:
     weight, others = torch.randn(50, 8, 2, 2), torch.arange(5, 50)
     want = sampling.nearness(weight, [0, 1], others)
-    monkeypatch.setattr(sampling, "_TILE", 100)
-    torch.testing.assert_close(sampling.nearness(weight, [0, 1], others), want)
+    tiled = sampling.nearness(weight, [0, 1], others, tile_values=100)
+    torch.testing.assert_close(tiled, want)
     flat = weight.flatten(1) - weight.flatten(1).mean(0)
     cosines = nn.functional.cosine_similarity(flat[others][:, None], flat[None, :2], dim=2)
     torch.testing.assert_close(want, cosines.amax(1))
@@ -105,7 +110,7 @@ def test_a_run_makes_impressions_of_the_sample_alone_and_says_so() -> None:
     assert len(made) == 3
     told = run.record.impressions
     assert told["classes"] == 3
-    assert told["rule"] == sampling.RULE
+    assert told["rule"] == sampling.NEAREST
     assert not [note for note in run.record.warnings if "no impression reached" in note]
     assert_forgets(result, [1])
     whole = ZeroShotUnlearner(tiny(), [1], input_shape=(3, 8, 8), **QUICK)
@@ -144,7 +149,7 @@ def test_impressions_given_with_a_sample_need_the_forgotten_and_one_more() -> No
 @pytest.mark.parametrize("rows", [torch.tensor([3, 17, 39]), slice(10, 30)], ids=str)
 def test_a_narrow_tail_gives_the_whole_tail_s_columns(rows: Any) -> None:
     tail, x = nn.Linear(FEATURES, CLASSES), torch.randn(5, FEATURES)
-    few = class_subset.ClassSubsetTail(tail, ["weight", "bias"], rows, copied=True)
+    few = ClassSubsetTail(tail, ["weight", "bias"], rows, trainable=True)
     torch.testing.assert_close(few(x), tail(x)[:, rows])
     assert [len(p) for p in few.parameters()] == [len(torch.arange(CLASSES)[rows])] * 2
 
@@ -152,7 +157,7 @@ def test_a_narrow_tail_gives_the_whole_tail_s_columns(rows: Any) -> None:
 def test_rows_are_written_back_and_no_others() -> None:
     tail = nn.Linear(FEATURES, CLASSES)
     before = tail.weight.detach().clone()
-    few = class_subset.ClassSubsetTail(tail, ["weight", "bias"], torch.tensor(GONE), copied=True)
+    few = ClassSubsetTail(tail, ["weight", "bias"], torch.tensor(GONE), trainable=True)
     with torch.no_grad():
         for parameter in few.parameters():
             parameter.add_(1)
@@ -196,7 +201,7 @@ class Reshaped(nn.Linear):
 def test_only_logits_that_do_not_depend_on_others_are_narrowed(
     tail: nn.Module, x: Tensor, can: bool
 ) -> None:
-    assert class_subset.supports_subset(tail, list(tail.parameters()), (x,)) == can
+    assert supports_subset(tail, list(tail.parameters()), (x,)) == can
 
 
 def test_alone_is_the_masked_objective_in_two_numbers_a_row() -> None:
@@ -210,7 +215,7 @@ def test_alone_is_the_masked_objective_in_two_numbers_a_row() -> None:
     assert torch.equal(whole.label, few.label)
     assert torch.equal(whole.forgotten, few.forgotten)
     assert few.teacher.numel() == 0
-    assert few.spread == pytest.approx(float(whole.teacher.std()), rel=1e-3)
+    assert few.logit_std == pytest.approx(float(whole.teacher.std()), rel=1e-3)
     masked, alone = (
         MaskedKL(forget_mask(), 1.5, forget_logits_only=True),
         ForgetOnlyKL(forget_mask(), 1.5),
@@ -223,33 +228,31 @@ def test_alone_is_the_masked_objective_in_two_numbers_a_row() -> None:
     torch.testing.assert_close(narrowed, loss)
     torch.testing.assert_close(small, gradient[:, GONE], rtol=1e-4, atol=1e-8)
     assert not gradient[:, ~forget_mask()].any()
-    own = class_subset.ClassSubsetTail(student, ["weight", "bias"], torch.tensor(GONE), copied=True)
+    own = ClassSubsetTail(student, ["weight", "bias"], torch.tensor(GONE), trainable=True)
     score = masked.score(student, whole)
     assert 0 < score[1] < 1
     assert alone.score(own, few) == pytest.approx(score, rel=1e-4)
 
 
-def test_tiles_of_classes_say_what_all_of_them_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_classes_say_what_all_of_them_do() -> None:
     tail = nn.Linear(FEATURES, CLASSES)
     want = rows_of(tail, ["weight", "bias"])
-    monkeypatch.setattr(class_subset, "TILE_CLASSES", 7)
-    monkeypatch.setattr(class_subset, "TILE_VALUES", 70)
-    got = rows_of(tail, ["weight", "bias"])
+    got = rows_of(tail, ["weight", "bias"], tile_classes=7, tile_logits=70)
     assert torch.equal(got.label, want.label)
-    assert got.rest is not None
-    assert want.rest is not None
-    torch.testing.assert_close(got.rest, want.rest)
+    assert got.retained is not None
+    assert want.retained is not None
+    torch.testing.assert_close(got.retained.logsumexp, want.retained.logsumexp)
+    torch.testing.assert_close(got.retained.max, want.retained.max)
     retained = tail(*want.features)[:, ~forget_mask()]
-    torch.testing.assert_close(want.rest, torch.stack([retained.logsumexp(1), retained.amax(1)], 1))
-    assert got.spread == pytest.approx(want.spread, rel=1e-4)
+    torch.testing.assert_close(want.retained.logsumexp, retained.logsumexp(1))
+    torch.testing.assert_close(want.retained.max, retained.amax(1))
+    assert got.logit_std == pytest.approx(want.logit_std, rel=1e-4)
 
 
-def test_a_teacher_that_is_too_large_to_keep_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_logits_too_large_to_store_are_computed_again() -> None:
     tail = nn.Linear(FEATURES, CLASSES)
     kept = rows_of(tail, [])
-    monkeypatch.setattr(features, "_KEPT_TEACHER", 0)
-    monkeypatch.setattr(class_subset, "TILE_VALUES", 3 * CLASSES)
-    asked = rows_of(tail, [])
+    asked = rows_of(tail, [], teacher_bytes=0, tile_logits=3 * CLASSES)
     assert asked.teacher.numel() == 0
     masked = MaskedKL(forget_mask(), 1.0)
     score = masked.score(tail, kept)
@@ -264,15 +267,17 @@ def test_a_teacher_that_is_too_large_to_keep_is_asked_anew(monkeypatch: pytest.M
     assert masked.score(tail, asked) == pytest.approx(score, rel=1e-5)
 
 
-def unlearned(monkeypatch: pytest.MonkeyPatch, above: int, **options: Any) -> nn.Module:
-    monkeypatch.setattr(unlearner, "SUBSET_ABOVE", above)
-    return zsu_fast.unlearn(tiny(), [1, 4], tail="last", **QUICK, **options)
+def limited(forget: list[int], limits: MemoryLimits, **options: Any) -> ZeroShotUnlearner:
+    """A run of the tiny model with other memory limits."""
+    run = ZeroShotUnlearner(tiny(), forget, **QUICK | {"tail": "last"} | options)
+    run.options.features = replace(run.options.features, limits=limits)
+    return run
 
 
-def test_a_narrow_fit_ends_where_the_whole_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_of_the_forgotten_logits_ends_where_one_of_all_does() -> None:
     options: dict[str, Any] = {"learning_rate": 1e-2, "input_shape": (3, 8, 8)}
-    whole = unlearned(monkeypatch, 10**9, **options)
-    few = unlearned(monkeypatch, 1, **options)
+    whole = limited([1, 4], MemoryLimits(subset_above=10**9), **options).run()
+    few = limited([1, 4], MemoryLimits(subset_above=1), **options).run()
     assert_forgets(few, [1, 4])
     before = tiny().get_parameter("fc2.weight")
     got, want = few.get_parameter("fc2.weight"), whole.get_parameter("fc2.weight")
@@ -282,15 +287,16 @@ def test_a_narrow_fit_ends_where_the_whole_one_does(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("options", [{"objective": "differential"}, {"tail": 2}], ids=str)
-def test_other_fits_are_whole_and_can_do_without_a_kept_teacher(
-    monkeypatch: pytest.MonkeyPatch, options: Any
-) -> None:
-    monkeypatch.setattr(unlearner, "SUBSET_ABOVE", 1)
-    monkeypatch.setattr(class_subset.ClassSubsetTail, "__init__", None)
-    options = {"tail": "last", "learning_rate": 1e-3, "input_shape": (3, 8, 8)} | QUICK | options
-    want = zsu_fast.unlearn(tiny(), [1], **options)
-    monkeypatch.setattr(features, "_KEPT_TEACHER", 0)
-    got = zsu_fast.unlearn(tiny(), [1], **options)
+def test_other_fits_train_all_logits_and_need_no_stored_teacher(options: Any) -> None:
+    options = {"learning_rate": 1e-3, "input_shape": (3, 8, 8)} | options
+    want = limited([1], MemoryLimits(subset_above=1), **options).run()
+    got = limited([1], MemoryLimits(subset_above=1, teacher_bytes=0), **options).run()
+    retained = [0, 2, 3, 4]
+    for model in (want, got):  # a fit of the forgotten logits alone would leave these as they are
+        assert not torch.equal(
+            model.get_parameter("fc2.weight")[retained],
+            tiny().get_parameter("fc2.weight")[retained],
+        )
     before = tiny().get_parameter("fc2.weight")
     moved = want.get_parameter("fc2.weight") - before
     off = got.get_parameter("fc2.weight") - want.get_parameter("fc2.weight")
@@ -319,16 +325,17 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("narrowed", [True, False])
 def test_no_tensor_has_rows_times_classes(monkeypatch: pytest.MonkeyPatch, narrowed: bool) -> None:
     classes = 3000
-    monkeypatch.setattr(class_subset, "TILE_VALUES", 32 * classes)
-    monkeypatch.setattr(class_subset, "TILE_CLASSES", 1000)
-    monkeypatch.setattr(features, "_KEPT_TEACHER", 0)
-    monkeypatch.setattr(unlearner, "SUBSET_ABOVE", 256 if narrowed else 10**9)
-    monkeypatch.setattr("zsu_fast.synthesis.synthesize._BATCH_LOGITS", 16 * classes)
     model = Many(classes).eval()
     run = ZeroShotUnlearner(
         model, [7, 8], retain_sample=30, impressions_per_class=4, mixtures=1000, steps=5, batch=16,
         max_steps=30, restarts=0, precision="float32", progress=False, tail="last",
     )  # fmt: skip
+    limits = MemoryLimits(
+        tile_logits=32 * classes, tile_classes=1000, teacher_bytes=0,
+        subset_above=256 if narrowed else 10**9,
+    )  # fmt: skip
+    run.options.features = replace(run.options.features, limits=limits)
+    run.options.ascent = replace(run.options.ascent, limits=BatchLimits(logits=16 * classes))
     weights = {tuple(p.shape) for p in model.parameters()} | {(16, classes)}
     with Largest(weights) as seen:
         run.synthesise()
@@ -340,18 +347,17 @@ def test_no_tensor_has_rows_times_classes(monkeypatch: pytest.MonkeyPatch, narro
     assert run.result.history[-1].step == 5
 
 
-def test_few_rows_climb_at_once_where_classes_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_ascend_at_once_where_classes_are_many() -> None:
     run = ZeroShotUnlearner(Many(64), [0], progress=False)
     from zsu_fast.synthesis.space import input_space
 
     space = input_space(run.work, run.spec, "float32")
     wide = batch_rows(space)[1]
-    monkeypatch.setattr("zsu_fast.synthesis.synthesize._BATCH_LOGITS", 20 * 64)
     assert wide > 20
-    assert batch_rows(space) == (80, 20)
+    assert batch_rows(space, BatchLimits(logits=20 * 64)) == (80, 20)
 
 
-def test_few_rows_climb_at_once_where_they_fill_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_ascend_at_once_where_they_fill_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     run = ZeroShotUnlearner(Many(64), [0], progress=False)
     from zsu_fast.synthesis.space import input_space
 
@@ -363,5 +369,4 @@ def test_few_rows_climb_at_once_where_they_fill_a_cache(monkeypatch: pytest.Monk
         (weights, 0, 8),
     ):
         monkeypatch.setattr("zsu_fast.runtime.memory.bytes_per_row", lambda *_, row=row: row)
-        monkeypatch.setattr("zsu_fast.synthesis.synthesize._CACHE_BYTES", cache)
-        assert batch_rows(space)[1] == rows
+        assert batch_rows(space, BatchLimits(cache_bytes=cache))[1] == rows

@@ -15,6 +15,7 @@ from zsu_fast import ops
 from zsu_fast.errors import ArgumentError
 from zsu_fast.training import train_step
 from zsu_fast.training.features import FeatureSet
+from zsu_fast.training.fit_task import FitTask
 from zsu_fast.training.losses import MaskedKL
 from zsu_fast.training.train_step import (
     CompiledTrainStep,
@@ -39,15 +40,22 @@ def case(device: str = "cpu") -> tuple[nn.Module, FeatureSet, Tensor]:
     return tail, rows, index
 
 
+def fit_task(
+    tail: nn.Module, rows: FeatureSet, forget: Tensor = FORGET, margin: float = 2.0
+) -> FitTask:
+    """All parameters of ``tail`` on the masked objective."""
+    loss = MaskedKL(forget.to(rows.label.device), margin)
+    return FitTask(tail, list(tail.parameters()), rows, rows, loss, loss, torch.Generator())
+
+
 def run(kind: Any, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     """Parameters and last loss after three blocks of eight steps."""
     torch.manual_seed(0)
     tail, rows, index = case(device)
-    parameters = list(tail.parameters())
-    stepper = kind(tail, parameters, rows, MaskedKL(FORGET.to(device), 2.0))
+    stepper = kind(fit_task(tail, rows))
     for at in range(0, 24, 8):
         loss = stepper.run(index[at : at + 8], RATES[at : at + 8])
-    return [p.detach().clone() for p in parameters], loss.clone()
+    return [p.detach().clone() for p in tail.parameters()], loss.clone()
 
 
 def test_the_steps_are_adam_on_the_objective() -> None:
@@ -55,7 +63,7 @@ def test_the_steps_are_adam_on_the_objective() -> None:
     tail, rows, index = case()
     other = copy.deepcopy(tail)
     objective = MaskedKL(FORGET, 2.0)
-    stepper = EagerTrainStep(tail, list(tail.parameters()), rows, objective)
+    stepper = EagerTrainStep(fit_task(tail, rows))
     stepper.run(index, RATES)
     optimiser = torch.optim.AdamW(other.parameters(), weight_decay=0.0, foreach=False)
     for picked, rate in zip(index, RATES, strict=True):
@@ -84,7 +92,7 @@ def test_fused_steps_are_those_of_torchs_optimiser(dtype: torch.dtype) -> None:
                 rows.forgotten)  # fmt: skip
     other = copy.deepcopy(tail)
     scales = [5.0 if p.ndim == 1 else 1.0 for p in tail.parameters()]
-    train_step = [EagerTrainStep(t, list(t.parameters()), rows, MaskedKL(FORGET, 2.0), scales)
+    train_step = [EagerTrainStep(fit_task(t, rows), scales)
                 for t in (tail, other)]  # fmt: skip
     groups = [
         {"params": [p for p in other.parameters() if (p.ndim == 1) == bias], "scale": scale}
@@ -110,7 +118,7 @@ def test_compiled_equals_eager() -> None:
 def test_reset_forgets_the_moments() -> None:
     tail, rows, index = case()
     start = copy.deepcopy(tail.state_dict())
-    stepper = EagerTrainStep(tail, list(tail.parameters()), rows, MaskedKL(FORGET, 2.0))
+    stepper = EagerTrainStep(fit_task(tail, rows))
     ends = []
     for _ in range(2):
         tail.load_state_dict(start)
@@ -123,7 +131,7 @@ def test_reset_forgets_the_moments() -> None:
 def test_graph_without_a_gpu_says_so() -> None:
     tail, rows, _ = case()
     with pytest.raises(ArgumentError, match=r"loop: got 'graph'.*cpu.*loop='auto'"):
-        make_train_step("graph", tail, list(tail.parameters()), rows, MaskedKL(FORGET, 2.0))
+        make_train_step("graph", fit_task(tail, rows))
     model = tiny()
     with pytest.raises(ArgumentError, match="loop"):
         zsu_fast.unlearn(model, [1], loop="graph", **QUICK)
@@ -134,7 +142,7 @@ def test_graph_without_a_gpu_says_so() -> None:
 
 def test_auto_on_a_cpu_is_eager() -> None:
     tail, rows, _ = case()
-    made = make_train_step("auto", tail, list(tail.parameters()), rows, MaskedKL(FORGET, 2.0))
+    made = make_train_step("auto", fit_task(tail, rows))
     assert made.name == "eager"
 
 
@@ -165,7 +173,7 @@ def test_products_of_large_tails_are_quick_within_a_block(
     rows = FeatureSet(
         (features,), tail(features).detach(), torch.zeros(8).long(), torch.ones(8).bool()
     )
-    stepper = train_step.EagerTrainStep(tail, list(tail.parameters()), rows, MaskedKL(forget, 1.0))
+    stepper = train_step.EagerTrainStep(fit_task(tail, rows, forget, 1.0))
     seen.clear()
     stepper.run(torch.arange(8).view(1, 8), [1e-3])
     assert seen == ["bf16" if quick else before]

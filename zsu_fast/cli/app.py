@@ -15,7 +15,7 @@ from ..models import checkpoint
 from ..models.delta import apply_delta
 from ..models.infer_spec import resolve_spec
 from ..models.parameters import weights_hash
-from ..planning import plan as make_plan
+from ..planning.plan import plan as make_plan
 from ..runtime.accelerators import ACCELERATORS
 from ..runtime.doctor import doctor as examine, render
 from .audit import audit

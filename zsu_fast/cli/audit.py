@@ -144,7 +144,7 @@ def audit_run(
         input_shape=spec.shape,
         mean=spec.mean,
         std=spec.std,
-        seed=run.seed,
+        seed=run.options.seed,
         device=run.device,
         progress=progress,
     )

@@ -15,10 +15,11 @@ from ..errors import ArgumentError
 from ..models import checkpoint
 from ..models.delta import save_delta
 from ..models.parameters import UNCOPYABLE, deep_copy
+from ..options import paper_preset
 from ..provenance.ledger import Entry, Ledger
 from ..provenance.record import Record
 from ..runtime import distributed
-from ..unlearner import ZeroShotUnlearner, paper_preset
+from ..unlearner import ZeroShotUnlearner
 from .audit import audit_run, check_report
 from .inputs import parse_classes, parse_tail
 from .options import (

@@ -1,22 +1,23 @@
-"""Forget, retain and overall accuracy, and the baseline that every method has to be held against.
+"""Forget, retain and overall accuracy, and the mask: the baseline for every unlearning method.
 
-Setting the forgotten logits to -inf (`mask`) gives FA = 0 and never lowers RA, at no cost. So
-FA and RA say whether outputs were forgotten without harm, and nothing about what is inside.
+`mask` sets the forgotten logits to -inf. That gives FA = 0 and never lowers RA, at no cost. So
+FA and RA say whether the outputs forgot without harm; they say nothing about the features inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
 from ..models.class_indices import ANY_NUMBER, check_forget
 from ..models.parameters import unwrap
 from ..models.wrapper import pick_logits
+from .labelled_batches import check_label_range, labelled_batches
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,12 @@ class Evaluation:
 
     Attributes:
         forget_accuracy: FA, over images of the forgotten classes. Lower is better.
-        retain_accuracy: RA, over images of the other classes. Higher is better.
-        overall_accuracy: over all images, forgotten classes *included*: it has to fall when
-            classes are forgotten, so it can't be compared with RA.
-        per_class: over the images of each class that occurs.
-        forget_count, retain_count: numbers of images: the denominators of FA and RA; their sum is
-            that of the overall accuracy.
+        retain_accuracy: RA, over images of the retained classes. Higher is better.
+        overall_accuracy: over all images, *including* those of forgotten classes. Forgetting
+            lowers it, so it can't be compared with RA.
+        per_class: class -> accuracy over its images, for each class with images.
+        forget_count, retain_count: numbers of images behind FA and RA; their sum is the number
+            behind the overall accuracy.
         forget: the forgotten classes.
     """
 
@@ -41,6 +42,22 @@ class Evaluation:
     forget_count: int
     retain_count: int
     forget: list[int]
+
+    @classmethod
+    def from_counts(cls, correct: Tensor, total: Tensor, forget: list[int]) -> Evaluation:
+        """Builds the accuracies from `count_correct`'s counts, int64 [C] each."""
+        forget_mask = torch.zeros(len(total), dtype=torch.bool)
+        forget_mask[forget] = True
+        forget_count, retain_count = int(total[forget_mask].sum()), int(total[~forget_mask].sum())
+        return cls(
+            percentage(int(correct[forget_mask].sum()), forget_count),
+            percentage(int(correct[~forget_mask].sum()), retain_count),
+            percentage(int(correct.sum()), forget_count + retain_count),
+            {c: 100 * int(correct[c]) / int(total[c]) for c in range(len(total)) if int(total[c])},
+            forget_count,
+            retain_count,
+            list(forget),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,80 +84,60 @@ def evaluate(
     """Measures ``model`` on labelled images.
 
     Args:
-        model: an image classifier; run in eval mode, then put back as it was.
-        data: a (images, labels) pair of tensors, or a DataLoader or other iterable of such pairs;
-            images float [N, ...] as the model wants them, labels int [N].
+        model: an image classifier; runs in eval mode and returns to its modes afterwards.
+        data: a (images, labels) pair of tensors, or a DataLoader or another iterable of such
+            pairs; images float [N, ...] as the model takes them, labels int [N].
         forget: the forgotten classes, as for `unlearn`.
-        batch: images at a time where ``data`` is a pair of tensors.
+        batch: the batch size if ``data`` is a pair of tensors.
 
     Raises:
-        ArgumentError: no images, labels that the model has no logit for, or a bad ``forget``.
+        ArgumentError: there are no images, the model has no logit for a label, or ``forget`` is
+            not a set of class indices.
     """
-    batches: Iterable[Any] = data
-    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
-        images, labels = data
-        if len(images) != len(labels):
-            raise ArgumentError(
-                "data",
-                f"there are {len(images)} images and {len(labels)} labels",
-                "Pass a label for each image.",
-            )
-        batches = zip(images.split(batch), labels.split(batch), strict=True)
+    correct: Tensor | None = None
     first = next(unwrap(model).parameters(), None)
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    right = count = torch.zeros(0, dtype=torch.int64)
-    try:
-        for images, labels in batches:
+    with _eval_mode(model):
+        for images, labels in labelled_batches(data, "data", batch):
             if first is not None:
                 images = images.to(first.device, first.dtype)
             logits = pick_logits(model(images))
             classes = logits.shape[1]
-            if not len(count):
-                check_forget(forget, classes)
-                right = count = torch.zeros(classes, dtype=torch.int64)
-            labels = torch.as_tensor(labels).cpu()
-            if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
-                raise ArgumentError(
-                    "data",
-                    f"its labels are {labels.dtype} of shape {tuple(labels.shape)}",
-                    "Pass one class index, an int, for each image.",
-                )
-            labels = labels.long()
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-                raise ArgumentError(
-                    "data",
-                    f"labels run from {int(labels.min())} to {int(labels.max())}, the model has "
-                    f"{classes} logits",
-                    f"Number the classes from 0 to {classes - 1}, as the model was trained.",
-                )
-            hit = labels[logits.argmax(1).cpu() == labels]
-            count = count + torch.bincount(labels, minlength=classes)
-            right = right + torch.bincount(hit, minlength=classes)
+            if correct is None:
+                forget = check_forget(forget, classes)
+                correct = total = torch.zeros(classes, dtype=torch.int64)
+            check_label_range(labels, classes, "data")
+            in_batch = count_correct(logits.argmax(1).cpu(), labels, classes)
+            correct, total = correct + in_batch[0], total + in_batch[1]
+    assert correct is not None  # labelled_batches yields a batch or raises
+    return Evaluation.from_counts(correct, total, forget)
+
+
+def count_correct(predictions: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Counts the correct predictions and the images of each class: int64 [C] each.
+
+    Args:
+        predictions, labels: int64 [N], on the CPU.
+        classes: the number of classes, C.
+    """
+    correct = torch.bincount(labels[predictions == labels], minlength=classes)
+    return correct, torch.bincount(labels, minlength=classes)
+
+
+def percentage(part: int, whole: int) -> float | None:
+    """``part`` of ``whole`` in per cent; None if ``whole`` is 0."""
+    return 100 * part / whole if whole else None
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Runs the block in eval mode, then restores each module's own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
-    if int(count.sum()) == 0:
-        raise ArgumentError("data", "there is no image in it", "Pass at least one labelled image.")
-    wanted = check_forget(forget, len(count))
-    gone = torch.zeros(len(count), dtype=torch.bool)
-    gone[wanted] = True
-    return Evaluation(
-        forget_accuracy=_percent(right[gone], count[gone]),
-        retain_accuracy=_percent(right[~gone], count[~gone]),
-        overall_accuracy=_percent(right, count),
-        per_class={
-            c: 100 * int(right[c]) / int(count[c]) for c in range(len(count)) if int(count[c])
-        },
-        forget_count=int(count[gone].sum()),
-        retain_count=int(count[~gone].sum()),
-        forget=wanted,
-    )
-
-
-def _percent(right: Tensor, count: Tensor) -> float | None:
-    total = int(count.sum())
-    return 100 * int(right.sum()) / total if total else None
 
 
 class MaskedClassifier(nn.Module):
@@ -159,11 +156,12 @@ class MaskedClassifier(nn.Module):
 
 
 def mask(model: nn.Module, forget: Any) -> MaskedClassifier:
-    """The baseline: ``model`` with the forgotten logits at -inf. Hides, does not forget.
+    """The mask baseline: ``model`` with the forgotten logits at -inf. It hides without forgetting.
 
     Wraps the model without copying it.
 
     Raises:
-        ArgumentError: ``forget`` is no set of class indices (its range shows at the first image).
+        ArgumentError: ``forget`` is not a set of class indices. Indices beyond the logits are
+            found at the first forward pass.
     """
     return MaskedClassifier(model, check_forget(forget, ANY_NUMBER))

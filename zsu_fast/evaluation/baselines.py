@@ -1,9 +1,9 @@
-"""Random embeddings, the baseline that synthesis has to beat: noise at the cut, no ascent.
+"""Random embeddings, the baseline that synthesis has to beat: noise at the split, no ascent.
 
 After "Source-Free Class Unlearning via Synthetic Embeddings" (TMLR 2026): half-normal vectors stand
-for what the head makes of images, labelled by the model itself. Objective, margin, loop and stop
-are those of `unlearn`: what differs is where the rows come from. Scale matters: at the last layer
-it is 1, as published (LeNet5: FA 4; as large as the features of noise images, FA 79).
+in for the backbone's features, and the model itself labels them. Objective, margin, loop and
+stopping rule are those of `unlearn`; only the origin of the rows differs. Scale matters: at the
+last layer it is 1, as published (LeNet5: FA 4; at the scale of noise images' features, FA 79).
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from ..models.input_spec import InputSpec, noise_images
 from ..models.wrapper import LogitsModel, count_classes, resolve_device, working_copy
 from ..runtime.progress import Reporter
 from ..runtime.torch_defaults import torch_defaults
-from ..splitting import split as tails
-from ..splitting.split import Split
-from ..training.features import FeatureSet, FeatureSettings, label_features, mean_logit_margin
+from ..splitting.split import Split, find_split
+from ..training.features import FeatureSet, FeatureSettings
+from ..training.fit_task import FitTask, trained_parameters
 from ..training.loop import LoopSettings, train_tail
 from ..training.losses import MaskedKL
+from ..training.teacher import Teacher
 
-# Rows to train on beside those for mixtures, and rows held out: as many as the default makes of ten
-# classes. Fewer where a row is a whole feature map.
+# Training rows, besides those for mixtures, and held-out rows: as many as `unlearn` uses by default
+# for ten classes.
 _IMPRESSIONS, _HELD_OUT = 240, 2128
-_VALUES = 2**27
+# At most this many numbers in a set of rows, which limits sets of feature maps; but a set may
+# always have the second number of rows.
+_MAX_VALUES, _MIN_LIMIT = 2**27, 1024
 
 
 @torch_defaults()
@@ -41,14 +44,14 @@ def random_embeddings(
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> nn.Module:
-    """A copy of ``model`` whose tail unlearned ``forget`` on noise at the cut, for comparison.
+    """Returns a copy of ``model`` whose tail unlearned ``forget`` on noise at the split.
 
-    A float32 copy in eval mode, of the module inside a wrapper.
+    The copy is float32, in eval mode, of the module inside a wrapper.
 
     Args:
         model, forget, device: as for `unlearn`.
         tail: "last", the name of the module at which the tail starts, or a number of layers.
-        seed: draws the noise.
+        seed: of the noise.
 
     Raises:
         ArgumentError: as `unlearn` does; ``tail`` is "auto", which needs impressions.
@@ -60,60 +63,50 @@ def random_embeddings(
             "Pass 'last', a module's name, or a number.",
         )
     spec, where = resolve_spec(model), resolve_device(model, device)
-    work = working_copy(model, where)
-    classes = count_classes(work, spec, where)
-    gone = torch.zeros(classes, dtype=torch.bool, device=where)
-    gone[check_forget(forget, classes)] = True
-    probe = noise_images(spec, 4).to(where)
-    cut = tails.find_split(work, tail, probe, torch.zeros(4, dtype=torch.int64, device=where))
-    train_on_noise(work, cut, spec, gone, seed)
-    return work.module
+    copy = working_copy(model, where)
+    classes = count_classes(copy, spec, where)
+    forget_mask = torch.zeros(classes, dtype=torch.bool, device=where)
+    forget_mask[check_forget(forget, classes)] = True
+    images, labels = noise_images(spec, 4).to(where), torch.zeros(4, dtype=torch.int64)
+    split = find_split(copy, tail, images, labels.to(where))
+    train_on_noise(copy, split, spec, forget_mask, seed)
+    return copy.module
 
 
 def train_on_noise(
-    model: LogitsModel, cut: Split, spec: InputSpec, forget: Tensor, seed: int
+    model: LogitsModel, split: Split, spec: InputSpec, forget: Tensor, seed: int
 ) -> None:
-    """Trains the tail of ``cut`` on random rows, in place.
+    """Trains the tail of ``split`` on random rows, in place.
 
     Args:
-        model: the working copy that ``cut`` shares its parameters with.
-        cut: its tail. Noise for a last layer is of unit scale, as published; that for deeper
-            tails as large as what noise images give there.
-        spec: of the images.
-        forget: bool [C].
+        model: the working copy that shares its parameters with ``split``.
+        split: its tail is trained. Noise for a last layer has unit scale, as published; for deeper
+            tails it has the scale of noise images' features.
+        spec: the images the model takes.
+        forget: bool [C], True for forgotten classes.
         seed: of the noise.
     """
     draw, device, classes = torch.Generator().manual_seed(seed), forget.device, len(forget)
-    # one image tells the shapes, some more the scale
-    seen = cut.features(noise_images(spec, 1 if cut.output_level else 32).to(device))
-    scales = [1.0 if cut.output_level else float(f.square().mean().sqrt()) for f in seen]
-    fit = max(1024, _VALUES // sum(f[0].numel() for f in seen))
+    # one image is enough for shapes, a scale needs more
+    images = noise_images(spec, 1 if split.output_level else 32)
+    features = split.features(images.to(device))
+    scales = [1.0 if split.output_level else float(f.square().mean().sqrt()) for f in features]
+    limit = max(_MIN_LIMIT, _MAX_VALUES // sum(f[0].numel() for f in features))
 
-    def rows(wanted: int) -> FeatureSet:
-        count = min(fit, wanted)
+    teacher, settings = Teacher(split.tail, forget), FeatureSettings()
+
+    def noise_rows(wanted: int) -> FeatureSet:
+        count = min(limit, wanted)
         embeddings = tuple(
             scale * torch.randn(count, *f.shape[1:], generator=draw).abs().to(device)
-            for f, scale in zip(seen, scales, strict=True)
+            for f, scale in zip(features, scales, strict=True)
         )
-        return label_features(cut.tail, embeddings, forget)
+        return teacher.label(embeddings)
 
-    train = rows(_IMPRESSIONS + FeatureSettings().count(_IMPRESSIONS, classes))
-    held_out = rows(_HELD_OUT)
-    lead = mean_logit_margin(cut.tail, train, len(train), classes)
-    # all logits move: that serves random rows better than the forgotten ones alone (LeNet5: FA 4
-    # instead of 40)
-    validation_loss = MaskedKL(
-        forget, FeatureSettings().margin_of(lead, classes, forget_logits_only=False)
-    )
-    named = dict(model.module.named_parameters())
-    train_tail(
-        cut.tail,
-        [named[name] for name in cut.parameters],
-        train,
-        held_out,
-        validation_loss,
-        validation_loss,
-        LoopSettings(),
-        draw,
-        Reporter(False),
-    )
+    train = noise_rows(_IMPRESSIONS + settings.mixtures_for(_IMPRESSIONS, classes))
+    held_out = noise_rows(_HELD_OUT)
+    logit_margin = teacher.mean_logit_margin(train, len(train))
+    # all logits are trained: random rows need it (LeNet5: FA 4 instead of 40)
+    loss = MaskedKL(forget, settings.margin_for(logit_margin, classes, forget_logits_only=False))
+    task = FitTask(split.tail, trained_parameters(model, split), train, held_out, loss, loss, draw)
+    train_tail(task, LoopSettings(), Reporter(False))

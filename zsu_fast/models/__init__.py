@@ -1,1 +1,7 @@
-"""."""
+"""A user's model and its files.
+
+In: an ``nn.Module``, or a name and a weights file. Out: a float32 working copy that returns plain
+logits (`wrapper`), the images that it expects (`input_spec`, `infer_spec`), its classes
+(`class_indices`), and its weights: hashed and replaced (`parameters`), read and written
+(`checkpoint`, `delta`). `loading` and `zoo` build models by name. Read `wrapper` first.
+"""

@@ -1,4 +1,4 @@
-"""Reading and writing weights: nothing executed, nothing overwritten, nothing half-written."""
+"""Reads and writes weights: executes nothing, overwrites nothing, leaves no partial files."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, OutputError, shorten
 from .parameters import unwrap
 
-_FORMATS = "a safetensors file, or a torch checkpoint that torch.load(weights_only=True) reads"
+_FORMATS = "a safetensors file, or a checkpoint that torch.load(weights_only=True) accepts"
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a safetensors file or a torch checkpoint.
+    """Reads a state dict from a safetensors file or a torch checkpoint.
 
-    Checkpoints are read by ``torch.load(weights_only=True)``: a pickle that would run code is
-    refused, never executed. A checkpoint that keeps the weights under "state_dict" or "model" is
-    understood, and the names that DataParallel ("module.") and torch.compile ("_orig_mod.") make.
+    Checkpoints are read with ``torch.load(weights_only=True)``: a pickle that would run code is
+    refused, never executed. The weights may be under "state_dict", "model_state_dict" or "model".
+    The prefixes of DataParallel ("module.") and torch.compile ("_orig_mod.") are removed.
 
     Raises:
-        CheckpointError: missing, damaged, pickled, or with no tensors in it.
+        CheckpointError: missing, damaged, an unsafe pickle, or not a dict of tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -39,7 +39,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable"
         raise CheckpointError(
-            f"weights: {path} was refused ({type(error).__name__}: {reason[:200]}). It is damaged, "
+            f"weights: {path} was refused ({type(error).__name__}: {reason[:200]}): it is damaged, "
             f"or a pickle that could run code. Pass {_FORMATS}."
         ) from error
     for key in ("state_dict", "model_state_dict", "model"):
@@ -47,59 +47,58 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"weights: {path} holds a {type(content).__name__}, not names with tensors. "
+            f"weights: {path} holds a {type(content).__name__}, not a dict of tensors. "
             f"Save model.state_dict()."
         )
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     if not tensors or len(tensors) < len(content):
-        odd = [str(k) for k, v in content.items() if not isinstance(v, Tensor)][:3]
-        told = ", ".join(odd) or "it is empty"
-        raise CheckpointError(
-            f"weights: {path} holds entries that are no tensors ({told}). Save model.state_dict()."
-        )
+        others = [k for k, v in content.items() if not isinstance(v, Tensor)]
+        found = f"entries that are not tensors ({shorten(others, 3)})" if others else "no tensors"
+        raise CheckpointError(f"weights: {path} holds {found}. Save model.state_dict().")
     return _without_wrappers(tensors)
 
 
 def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The names as they are inside DataParallel and torch.compile, however nested."""
-    tensors = {_compiled_away(name): t for name, t in tensors.items()}
+    """Removes the prefixes of DataParallel and torch.compile from names, however nested."""
+    tensors = {_without_compile(name): t for name, t in tensors.items()}
     while tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
     return tensors
 
 
-def _compiled_away(name: str) -> str:
+def _without_compile(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
 def load_into(model: nn.Module, path: str | Path) -> None:
-    """Loads a file of weights into ``model``, all names and shapes matching.
+    """Loads a weights file into ``model``; all names and shapes must match.
 
     Raises:
-        CheckpointError: as `load_weights`, or it does not fit; the model is unchanged then.
+        CheckpointError: as `load_weights`, or the weights don't fit; the model is unchanged.
     """
     tensors = load_weights(path)
     model = unwrap(model)
-    names = {_compiled_away(name): name for name in model.state_dict()}  # of compiled parts
+    names = {_without_compile(name): name for name in model.state_dict()}
     own = {short: model.state_dict()[name] for short, name in names.items()}
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     misfit = [
-        f"{n} is {tuple(tensors[n].shape)}, the model wants {tuple(own[n].shape)}"
+        f"{n} is {tuple(tensors[n].shape)}, the model needs {tuple(own[n].shape)}"
         for n in sorted(own.keys() & tensors.keys())
         if own[n].shape != tensors[n].shape
     ]
     if missing or unknown or misfit:
-        told = [f"missing {missing[:3]}"] if missing else []
-        told += [f"unknown {unknown[:3]}"] if unknown else []
+        reasons = [f"missing {missing[:3]}"] if missing else []
+        reasons += [f"unknown {unknown[:3]}"] if unknown else []
+        reasons += misfit[:3]
         raise CheckpointError(
-            f"weights: {path} does not fit {type(model).__name__}: {'; '.join(told + misfit[:3])}. "
-            f"Pass the checkpoint of this architecture with this number of classes."
+            f"weights: {path} does not fit {type(model).__name__}: {'; '.join(reasons)}. "
+            f"Pass a checkpoint of this architecture with this number of classes."
         )
     model.load_state_dict({names[short]: t for short, t in tensors.items()}, strict=True)
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Reads the tensors and the metadata of a safetensors file.
 
     Raises:
         CheckpointError: missing or damaged.
@@ -110,7 +109,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"weights: {path} is no intact safetensors file ({error}). Copy or save it anew."
+            f"weights: {path} is not an intact safetensors file ({error}). Copy or save it again."
         ) from error
 
 
@@ -118,7 +117,7 @@ def save_weights(
     path: str | Path, model: nn.Module, metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> None:  # fmt: skip
-    """Writes ``model.state_dict()``: safetensors, or ``torch.save`` for .pt, .pth and .bin.
+    """Writes ``model.state_dict()``: by ``torch.save`` for .pt, .pth and .bin, else safetensors.
 
     Raises:
         OutputError: the path exists (without ``force``) or can't be written.
@@ -136,7 +135,7 @@ def save_tensors(
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> None:
-    """Writes a safetensors file atomically. Tied tensors are stored once per name.
+    """Writes a safetensors file atomically; tied tensors are stored once per name.
 
     Raises:
         OutputError: the path exists (without ``force``) or can't be written.
@@ -147,7 +146,7 @@ def save_tensors(
 
 
 def check_writable(path: str | Path, force: bool = False) -> None:
-    """Fails early, before hours of work, where the result could not be written to ``path``.
+    """Raises before the work starts if its result could not be written to ``path``.
 
     Raises:
         OutputError: it exists (without ``force``), is a folder, or its folder is not writable.
@@ -163,20 +162,22 @@ def check_writable(path: str | Path, force: bool = False) -> None:
 def write_atomically(
     path: str | Path, write: Callable[[Any], object], force: bool = False, keep: bool = True
 ) -> None:
-    """Writes beside ``path``, flushes to disk, then renames; on any failure nothing is left.
+    """Writes a draft next to ``path``, flushes it to disk, then renames it.
+
+    If anything fails, no draft is left and an existing file is unchanged.
 
     Args:
-        path: the file to make.
-        write: called with the open binary file.
-        force: replace an existing file; otherwise it is an error, even if it appears meanwhile.
-        keep: False only tries whether the folder can be written to.
+        path: the file to write.
+        write: called with the draft, an open binary file.
+        force: replace an existing file; without it, a file that appears meanwhile is an error too.
+        keep: False only tests whether the folder is writable.
 
     Raises:
-        OutputError: exists, read-only, no space, no such folder.
+        OutputError: the file exists, or the folder is missing, read-only or full.
     """
     path = Path(path)
     if "\0" in str(path):
-        raise OutputError(f"out: {str(path)!r} can't be the name of a file. Name another.")
+        raise OutputError(f"out: {str(path)!r} is not a valid name of a file. Name another file.")
     draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         try:
@@ -198,7 +199,7 @@ def write_atomically(
         ) from error
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise OutputError(
-            f"out: {path} can't be written ({error}). Name a folder that exists, is writable and "
+            f"out: {path} can't be written ({error}). Name a folder that exists, is writable, and "
             f"has room."
         ) from error
 
@@ -208,7 +209,7 @@ def _rename_to_new(draft: Path, path: Path) -> None:
         os.link(draft, path)  # unlike a rename, fails if the path exists
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         if path.exists():
             raise FileExistsError(path) from None
         os.replace(draft, path)

@@ -1,8 +1,8 @@
-"""Delta artefacts: only what unlearning changed, and which weights it fits.
+"""Deltas: files that hold only the tensors that unlearning changed.
 
-A delta is a safetensors file of the tensors whose bits changed. Its metadata names the format and
-two `weights_hash` values: of the base that it belongs to and of the result. Both are checked, so a
-delta of other weights and one that was cut off or altered are refused.
+A delta is a safetensors file of the tensors whose bits changed. Its metadata holds the format and
+two `weights_hash` values: of the model that it applies to ("base") and of the result ("result").
+Both are checked, so a delta for other weights, cut off, or altered is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ModelError
+from ..errors import CheckpointError, ModelError, shorten
 from . import checkpoint
 from .parameters import deep_copy, unwrap, weights_hash
 
@@ -24,19 +24,19 @@ FORMAT = "zsu_fast.delta/1"
 def save_delta(
     base: nn.Module, unlearned: nn.Module, path: str | Path, force: bool = False
 ) -> None:
-    """Writes what has to be put into ``base`` to get ``unlearned``, atomically.
+    """Writes the tensors by which ``unlearned`` differs from ``base``, atomically.
 
-    The file holds the changed tensors (those tied to one tensor once) and a header of at most
-    512 bytes and 160 bytes and its name for each of them.
+    Tied tensors are stored once. The header takes at most 512 bytes, plus 160 bytes and the name
+    per tensor.
 
     Args:
-        base: the model before; its ``state_dict()`` is meant, other attributes are not.
-        unlearned: the same architecture after.
-        path: of the safetensors file.
+        base: the model before; only its ``state_dict()`` is compared.
+        unlearned: the model after, of the same architecture.
+        path: the safetensors file to write.
         force: replace an existing file.
 
     Raises:
-        ModelError: the two differ in names, shapes or dtypes.
+        ModelError: the models differ in names, shapes or dtypes.
         OutputError: the path exists (without ``force``) or can't be written.
     """
     old, new = _tensors(base), _tensors(unlearned)
@@ -47,17 +47,17 @@ def save_delta(
     ]
     if misfit:
         raise ModelError(
-            f"base and result differ in more than values: {', '.join(misfit[:3])}",
-            "Pass the model that was unlearned and the result of that.",
+            f"base and result differ in more than values: {shorten(misfit, 3)}",
+            "Pass the model that was unlearned, and the result.",
         )
     changed: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}  # further names of a tensor that is stored
-    seen: dict[tuple[int, int, torch.Size, tuple[int, ...]], str] = {}
+    tied: dict[str, str] = {}  # further names of a stored tensor
+    stored: dict[tuple[int, int, torch.Size, tuple[int, ...]], str] = {}
     for name in sorted(new):
         if _same_bits(old[name], new[name]):
             continue
-        place = (new[name].data_ptr(), new[name].numel(), new[name].shape, new[name].stride())
-        first = seen.setdefault(place, name)
+        memory = (new[name].data_ptr(), new[name].numel(), new[name].shape, new[name].stride())
+        first = stored.setdefault(memory, name)
         if first == name:
             changed[name] = new[name]
         else:
@@ -69,24 +69,21 @@ def save_delta(
 
 
 def apply_delta(base: nn.Module, path: str | Path) -> nn.Module:
-    """A copy of ``base`` with the delta put in: the unlearned model, bit for bit.
+    """Returns a copy of ``base`` with the delta applied: the unlearned model, bit for bit.
 
     Raises:
-        CheckpointError: no delta, cut off, altered, or of another base.
+        CheckpointError: not a delta, of another format version, damaged, or for other weights.
         ModelError: ``base`` can't be copied.
     """
     changed, metadata = checkpoint.load_tensors(path)
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"delta: {path} is no zsu_fast delta. Pass a file that save_delta or --delta wrote."
-        )
+    _check_format(path, metadata.get("format", ""))
     if weights_hash(base) != metadata.get("base"):
         raise CheckpointError(
-            f"delta: {path} fits weights {str(metadata.get('base'))[:12]}..., these are "
+            f"delta: {path} fits weights {str(metadata.get('base'))[:12]}..., this model has "
             f"{weights_hash(base)[:12]}.... Pass the model that was unlearned, in its own dtype."
         )
     result = deep_copy(base, "Pass the module inside the wrapper.")
-    damaged = f"delta: {path} was altered or damaged. Copy it anew from where it was written."
+    damaged = f"delta: {path} was altered or damaged. Copy it again from its source."
     own = _tensors(result)
     for name, first in _ties(metadata, damaged).items():
         if first not in changed or name in changed:
@@ -103,13 +100,26 @@ def apply_delta(base: nn.Module, path: str | Path) -> nn.Module:
     return result
 
 
+def _check_format(path: str | Path, found: str) -> None:
+    if found == FORMAT:
+        return
+    if found.startswith(FORMAT.rpartition("/")[0] + "/"):
+        raise CheckpointError(
+            f"delta: {path} has format {found}, this version of zsu_fast reads {FORMAT}. Write the "
+            f"delta again with this version, or apply it with the version that wrote it."
+        )
+    raise CheckpointError(
+        f"delta: {path} is not a zsu_fast delta. Pass a file written by save_delta or --delta."
+    )
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of ``state_dict()``; they share memory with the model."""
+    """The tensors in ``state_dict()``; they share memory with the model."""
     return {n: t for n, t in unwrap(model).state_dict().items() if isinstance(t, Tensor)}
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape and dtype have the same bytes: -0 is not 0, NaN is NaN."""
+    """Compares bytes, for tensors of one shape and dtype: -0 differs from 0, NaN equals NaN."""
     first, second = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (a, b))
     return torch.equal(first, second)
 

@@ -1,4 +1,4 @@
-"""The `InputSpec` of a model: given, stated by the model, or inferred from its layers."""
+"""Finds the `InputSpec` of a model: given, stated by the model, or inferred from its layers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from ..runtime.hooks import forward_hooks
 from .input_spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec, stated_shape, stated_spec
 from .parameters import UNCOPYABLE, deep_copy, unwrap
 from .wrapper import grey_images, pick_logits
 
-# No model is fed with pixels beyond this, and their squares are still finite.
+# Largest normalised pixel; its square is still finite.
 _LARGEST_PIXEL = 1e6
-# Sizes people train classifiers at, the most common first; see `infer_shape`.
+# Image sizes that classifiers are trained at, the most common first; see `infer_shape`.
 _COMMON_SIZES = (32, 224, 28, 64, 96, 128, 160, 192, 240, 256, 288, 299, 384, 48, 16, 8)
 
 
@@ -27,18 +28,18 @@ def resolve_spec(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
 ) -> InputSpec:
-    """What images the model expects: given, stated by the model, or inferred without data.
+    """Returns what images the model expects, without data.
 
-    `inputs.stated_spec` says which models state it. Otherwise the shape is inferred from the
-    layers (`infer_shape`), and pixels are taken to be normalised by ImageNet's mean and std (three
-    channels), MNIST's (one), or 0.5 (others); ``assumed`` is set then.
+    Given values come first, then what the model states (`stated_spec`). Otherwise the shape is
+    inferred from the layers (`infer_shape`), and ``assumed`` is set: mean and std are those of
+    ImageNet for three channels, of MNIST for one, and 0.5 for other numbers.
 
     Raises:
-        ArgumentError: a given value is malformed, or nothing tells the shape.
+        ArgumentError: a given value is malformed, or the shape can't be inferred.
     """
     inner = unwrap(model)
-    everything = input_shape is not None and mean is not None and std is not None
-    stated = None if everything else stated_spec(inner)
+    all_given = input_shape is not None and mean is not None and std is not None
+    stated = None if all_given else stated_spec(inner)
     if input_shape is not None:
         shape, source = _check_shape(input_shape), "shape given"
     elif stated is not None:
@@ -59,83 +60,91 @@ def resolve_spec(
     means = _check_channels("mean", 0.0 if mean is None else mean, channels)
     stds = _check_channels("std", 1.0 if std is None else std, channels)
     if any(s <= 0 for s in stds):
-        raise ArgumentError("std", f"got {std!r}", "Every value must be above 0.")
+        raise ArgumentError("std", f"got {std!r}", "Pass values above 0.")
     spec = InputSpec(shape, means, stds, f"{source}; mean and std given")
     if float(torch.cat([spec.low, spec.high]).abs().max()) > _LARGEST_PIXEL:
         raise ArgumentError(
             "std" if max(map(abs, means)) <= _LARGEST_PIXEL else "mean",
-            f"pixels would be beyond {_LARGEST_PIXEL:.0e} with mean {mean!r} and std {std!r}",
-            "Pass what pixels of 0..1 are normalised by.",
+            f"pixels would exceed {_LARGEST_PIXEL:.0e} with mean {mean!r} and std {std!r}",
+            "Pass the mean and std of pixels in 0..1.",
         )
     return spec
 
 
 def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
-    """The shape of the images, from the layers alone.
+    """Infers the shape of the images from the layers alone; returns it and its source.
 
-    Channels come from the first convolution (or the width of the first linear layer). Of the
-    common sizes, those are kept at which the model runs. If several are left, as with global
-    pooling, the first of 28 pixels or more is taken at which the last feature map is 4 to 16
-    wide: that is how wide it is in practice, 8 for a ResNet made for 32, 7 for one made for 224.
+    The number of channels is that of the first convolution, or follows from the width of the first
+    linear layer. Of the common sizes, those remain at which the model runs. If there are several,
+    as with global pooling, takes the first of at least 28 pixels at which the last feature map is
+    4 to 16 wide, as is usual: 8 for a ResNet for 32 pixels, 7 for one for 224.
 
     Raises:
-        ArgumentError: the model runs at none of them, or at several with no such map.
+        ArgumentError: the model runs at no common size, or at several without such a map.
     """
     probe = deep_copy(model, UNCOPYABLE).float().eval()
     layers = [m for m in probe.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    device = next((p.device for p in probe.parameters()), torch.device("cpu"))
     if not layers:
         raise ArgumentError(
             "input_shape",
             "not given, and the model has no convolution or linear layer to infer it from",
             "Pass input_shape=(channels, height, width).",
         )
-    first = layers[0]
-    if isinstance(first, nn.Conv2d):
-        candidates = [(first.in_channels, s, s) for s in _COMMON_SIZES]
-    else:
-        candidates = []
-        for channels in (1, 3):
-            side = math.isqrt(first.in_features // channels)
-            if channels * side * side == first.in_features:
-                candidates.append((channels, side, side))
-        candidates.append((first.in_features,))  # type: ignore[arg-type]
+    any_width = isinstance(layers[0], nn.Linear)  # a perceptron has no feature maps
+    candidates = _candidate_shapes(layers[0])
     running: list[tuple[int, ...]] = []
-    last_error: Exception | None = None
-    # one image alone where two do not run: `count_classes` then says what is wrong
-    for batch, shape in ((batch, shape) for batch in (2, 1) for shape in candidates):
-        if batch == 1 and running:
+    error: Exception | None = None
+    # a single image if two fail at every size: `count_classes` then reports what is wrong
+    for batch in (2, 1):
+        for shape in candidates:
+            try:
+                width = _last_map_width(probe, shape, batch)
+            except Exception as raised:  # noqa: BLE001  this size does not fit, the next may
+                error = raised
+                continue
+            if any_width or (4 <= width <= 16 and shape[-1] >= 28):
+                return shape, f"shape inferred: the last feature map is {width} wide"
+            running.append(shape)
+        if running:
             break
-        try:
-            width = _last_map_width(probe, shape, batch, device)
-        except Exception as error:  # noqa: BLE001  this size does not fit: the next may
-            last_error = error
-            continue
-        if (4 <= width <= 16 and shape[-1] >= 28) or not isinstance(first, nn.Conv2d):
-            return shape, f"shape inferred: the last feature map is {width} wide"
-        running.append(shape)
     if len(running) == 1:
         return running[0], "shape inferred: the only common one at which the model runs"
+    raise _cannot_infer(running, len(candidates), error) from error
+
+
+def _candidate_shapes(first: nn.Conv2d | nn.Linear) -> list[tuple[int, ...]]:
+    """Common shapes of images that the first layer accepts."""
+    if isinstance(first, nn.Conv2d):
+        return [(first.in_channels, side, side) for side in _COMMON_SIZES]
+    shapes: list[tuple[int, ...]] = []
+    for channels in (1, 3):
+        side = math.isqrt(first.in_features // channels)
+        if channels * side * side == first.in_features:
+            shapes.append((channels, side, side))
+    return [*shapes, (first.in_features,)]
+
+
+def _cannot_infer(
+    running: list[tuple[int, ...]], tried: int, error: Exception | None
+) -> ArgumentError:
     if running:
         sides = ", ".join(str(shape[-1]) for shape in running)
-        raise ArgumentError(
+        return ArgumentError(
             "input_shape",
-            f"not given; the model runs on images of {sides} pixels and nothing tells which it "
-            f"was trained on",
+            f"not given; the model runs on images of {sides} pixels, and nothing tells which size "
+            f"it was trained on",
             "Pass input_shape=(channels, height, width), and mean and std.",
         )
-    raise ArgumentError(
+    return ArgumentError(
         "input_shape",
-        f"not given, and the model raises at each of {len(candidates)} common shapes, "
-        f"at the last with {type(last_error).__name__}: {last_error}",
+        f"not given, and the model raises at each of {tried} common shapes, "
+        f"at the last with {type(error).__name__}: {error}",
         "Pass input_shape=(channels, height, width).",
-    ) from last_error
+    )
 
 
 @torch.no_grad()
-def _last_map_width(
-    model: nn.Module, shape: Sequence[int], batch: int, device: torch.device
-) -> int:
+def _last_map_width(model: nn.Module, shape: Sequence[int], batch: int) -> int:
     """Width of the last feature map; 0 if there is none.
 
     A feature map is the output [N, C, W, W] of a convolution or [N, W, W, C] of a linear layer.
@@ -151,15 +160,12 @@ def _last_map_width(
         elif output.shape[1] == output.shape[2]:
             width = int(output.shape[1])
 
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    hooks = [m.register_forward_hook(note) for m in layers]
-    try:
+    with forward_hooks(layers, note):
         rows = len(pick_logits(model(grey_images(shape, batch, device))))
-        if rows != batch:  # as after x.view(-1, 400) of a map that is larger than that
-            raise ValueError(f"{rows} rows of output for {batch} images")
-    finally:
-        for hook in hooks:
-            hook.remove()
+    if rows != batch:  # x.view(-1, 400) of a larger map moves pixels into the batch
+        raise ValueError(f"{rows} rows of output for {batch} images")
     return width
 
 

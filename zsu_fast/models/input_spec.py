@@ -1,8 +1,8 @@
-"""The images a model expects, as far as the model itself says: size, normalisation, crop.
+"""The images that a model expects, as the model itself states: size, normalisation, crop.
 
-Sources, the first that speaks: an attribute ``input_spec`` (an `InputSpec`, as zoo models and
-`load_model` set it), the image processor of a transformers model loaded from a folder, timm's
-``pretrained_cfg``, the transforms of the torchvision weights that are made for the model.
+The first of these sources counts: an attribute ``input_spec`` (set by the zoo and `load_model`),
+the image processor of a transformers model that was loaded from a folder, timm's
+``pretrained_cfg``, and the transforms of the torchvision weights that fit the model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 
-# How Pillow numbers its filters, as transformers' processors store them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# Pillow's numbers of its filters, which transformers' processors store.
 _PILLOW_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
@@ -29,13 +31,14 @@ class InputSpec:
 
     Attributes:
         shape: (channels, height, width).
-        mean: per-channel mean that was subtracted from pixels in 0..1.
-        std: per-channel divisor of the same.
-        source: where this is known from, in words (it goes into the run record).
-        resize: what a photo is resized to before the central crop of ``shape``: (shorter side,),
-            or (height, width) whatever its aspect; None for 256/224 of the crop.
-        interpolation: of that resizing, as Pillow calls it.
-        assumed: True where nothing stated mean and std, so that they were guessed.
+        mean: per-channel mean, subtracted from pixels in 0..1.
+        std: per-channel standard deviation, by which they are divided then.
+        source: how this is known, in words, for the run record.
+        resize: size to which a photo is resized before the central crop to ``shape``: (shorter
+            side,), or (height, width), which ignores the aspect ratio; None for 256/224 of the
+            crop.
+        interpolation: Pillow's name of the filter for resizing.
+        assumed: whether mean and std are a guess, since nothing states them.
     """
 
     shape: tuple[int, ...]
@@ -57,20 +60,20 @@ class InputSpec:
         return torch.tensor([(1.0 - m) / s for m, s in zip(self.mean, self.std, strict=True)])
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [N, channels, H, W] (0..255) -> float32 of that shape, as the model wants it."""
+        """uint8 [N, channels, H, W] in 0..255 -> normalised float32 of the same shape."""
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
         return (images.float() / 255 - mean) / std
 
     def transform(self) -> Any:
-        """A torchvision transform: Pillow image -> float32 of ``shape``, as the model wants it.
+        """A torchvision transform: Pillow image -> normalised float32 of ``shape``.
 
         Raises:
-            ArgumentError: torchvision is not installed, or the shape is not that of an image.
+            ArgumentError: torchvision is not installed, or ``shape`` is not that of a photo.
         """
         if len(self.shape) != 3 or self.shape[0] not in (1, 3):
             raise ArgumentError(
-                "input_shape", f"got {self.shape}", "Photos have (1 or 3, height, width)."
+                "input_shape", f"got {self.shape}", "Pass (1 or 3, height, width) for photos."
             )
         try:
             from torchvision import transforms
@@ -99,7 +102,7 @@ def _as_rgb(image: Any) -> Any:
 
 
 def stated_spec(model: nn.Module) -> InputSpec | None:
-    """What ``model`` says about its images, or None; see the top of this file."""
+    """Returns what ``model`` states about its images, or None; see the top of this file."""
     own = getattr(model, "input_spec", None)
     if isinstance(own, InputSpec):
         return own
@@ -107,7 +110,7 @@ def stated_spec(model: nn.Module) -> InputSpec | None:
 
 
 def stated_shape(model: nn.Module) -> tuple[tuple[int, ...], str] | None:
-    """Shape and source where a model states its size alone, as a transformers config does."""
+    """Shape and source if a model states only its size, as a transformers config does."""
     config = getattr(model, "config", None)
     size = getattr(config, "image_size", None)
     if isinstance(size, int):
@@ -119,7 +122,7 @@ def stated_shape(model: nn.Module) -> tuple[tuple[int, ...], str] | None:
 
 
 def torchvision_spec(transforms: Any) -> InputSpec:
-    """The spec in ``weights.transforms()`` of a torchvision weights entry."""
+    """Reads ``weights.transforms()`` of a torchvision weights entry."""
     crop = transforms.crop_size[0]
     return InputSpec(
         (3, crop, crop),
@@ -132,7 +135,7 @@ def torchvision_spec(transforms: Any) -> InputSpec:
 
 
 def _from_torchvision(model: nn.Module) -> InputSpec | None:
-    """From the weights entries beside the model's class, where one has as many parameters."""
+    """Reads the weights entry for the model's class with the same number of parameters."""
     module = type(model).__module__
     if not module.startswith("torchvision.models."):
         return None
@@ -150,15 +153,19 @@ def _from_torchvision(model: nn.Module) -> InputSpec | None:
 
 
 def _from_timm(model: nn.Module) -> InputSpec | None:
+    """Reads ``pretrained_cfg`` as timm does, if it states all that timm would otherwise assume."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if not isinstance(config, dict) or not {"input_size", "mean", "std"} <= set(config):
         return None
+    try:
+        from timm.data.config import resolve_data_config
+    except ImportError:  # the model can't be timm's
+        return None
+    config = resolve_data_config(pretrained_cfg=config)
     shape = tuple(config["input_size"])
-    resize: tuple[int, ...] | None = None
-    if config.get("crop_pct"):
-        sides = tuple(int(side / config["crop_pct"]) for side in shape[-2:])
-        resize = sides if config.get("crop_mode") == "squash" else (min(sides),)
-    mode = config.get("interpolation") or "bilinear"
+    sides = tuple(int(side / config["crop_pct"]) for side in shape[-2:])
+    resize = sides if config["crop_mode"] == "squash" else (min(sides),)
+    mode = config["interpolation"]
     return InputSpec(
         shape,
         tuple(config["mean"]),
@@ -170,7 +177,10 @@ def _from_timm(model: nn.Module) -> InputSpec | None:
 
 
 def _from_transformers(model: nn.Module) -> InputSpec | None:
-    """From the image processor in the folder that the model was loaded from."""
+    """Reads the image processor in the folder that the model was loaded from.
+
+    Reads the JSON file: importing ``transformers.AutoImageProcessor`` would take seconds.
+    """
     folder = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not isinstance(folder, str) or not folder:
         return None
@@ -191,20 +201,20 @@ def _from_transformers(model: nn.Module) -> InputSpec | None:
 def processor_spec(
     processor: dict[str, Any], stated: tuple[tuple[int, ...], str] | None = None
 ) -> InputSpec:
-    """The spec in a transformers image processor's ``to_dict()``.
+    """Reads a transformers image processor's ``to_dict()``.
 
     Args:
-        processor: as stored in preprocessor_config.json.
-        stated: what `stated_shape` says about the model.
+        processor: the content of preprocessor_config.json.
+        stated: `stated_shape` of the model, to compare with.
 
     Raises:
-        KeyError, TypeError, ValueError: it lacks what is needed.
+        KeyError, TypeError, ValueError: it is incomplete, malformed, or contradicts ``stated``.
     """
     mean = tuple(float(m) for m in processor["image_mean"])
     std = tuple(float(s) for s in processor["image_std"])
     if not processor.get("do_normalize", True):
         mean, std = (0.0,) * len(mean), (1.0,) * len(std)
-    scale = float(processor.get("rescale_factor", 1 / 255)) * 255  # of pixels in 0..1
+    scale = float(processor.get("rescale_factor", 1 / 255)) * 255  # relative to pixels in 0..1
     mean, std = tuple(m / scale for m in mean), tuple(s / scale for s in std)
     size = processor["size"]
     size = {"height": size, "width": size} if isinstance(size, int) else size
@@ -219,29 +229,24 @@ def processor_spec(
         box = {"height": box, "width": box} if isinstance(box, int) else box
         crop = (int(box["height"]), int(box["width"]))
     elif edge is not None and processor.get("crop_pct") and int(edge) < 384:
-        # ConvNext's processor: at 384 pixels and more it squashes, below it crops
+        # ConvNext's processor crops below 384 pixels, and squashes from there on
         resize = (int(edge / processor["crop_pct"]),)
     elif edge is not None and processor.get("crop_pct"):
         resize = crop
     if stated is not None and stated[0][1:] != crop:
         raise ValueError(f"it makes images of {crop}, the model's config says {stated[0][1:]}")
-    number = processor.get("resample", 2)
     return InputSpec(
         (len(mean), *crop),
         mean,
         std,
         "stated by the model's image processor",
         resize,
-        _PILLOW_FILTERS[int(number)],
+        _PILLOW_FILTERS[int(processor.get("resample", 2))],
     )
 
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
 def noise_images(spec: InputSpec, count: int) -> Tensor:
-    """Images of independent uniform pixels, normalised, float32 [count, *shape]."""
+    """Normalised images of independent uniform pixels, float32 [count, *shape]; fixed seed."""
     bounds = (-1, 1, 1) if len(spec.shape) == 3 else (-1,)
     low, high = spec.low.view(bounds), spec.high.view(bounds)
     generator = torch.Generator().manual_seed(0)

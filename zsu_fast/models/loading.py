@@ -1,5 +1,6 @@
-"""A model from its name: the zoo, torchvision, timm, a transformers folder, or
-``module:factory``; and its weights.
+"""Builds a model from its name and loads its weights.
+
+A name refers to the zoo, torchvision, timm, a transformers folder, or ``module:factory``.
 """
 
 from __future__ import annotations
@@ -25,19 +26,17 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
 
     Args:
         name: a zoo name ("lenet5"), a torchvision or timm name ("resnet50", or "torchvision:..."
-            and "timm:..." to say which), "hf:folder", a folder to which a transformers image
-            classifier was saved (``save_pretrained``; nothing is downloaded), or
-            "package.module:factory", a function without required arguments that returns an
-            ``nn.Module``.
-        weights: a safetensors file or a checkpoint that ``torch.load(weights_only=True)`` reads;
-            "pretrained", or the name of a torchvision weights entry, to let torchvision or timm
-            download theirs; None for what ships with the zoo, lies in the folder, or what the
-            factory loads.
+            and "timm:..." to choose), "hf:folder" (a transformers image classifier written by
+            ``save_pretrained``; nothing is downloaded), or "package.module:factory" (a function
+            without required arguments that returns an ``nn.Module``).
+        weights: a safetensors file, or a checkpoint that ``torch.load(weights_only=True)`` accepts;
+            "pretrained", or the name of a torchvision weights entry, lets torchvision or timm
+            download theirs; None takes the weights of the zoo, the folder, or the factory.
         classes: number of logits of a torchvision or timm model; None for its default.
 
     Raises:
-        ArgumentError: no such model, or nothing says which weights.
-        CheckpointError: a file that can't be read or does not fit.
+        ArgumentError: no such model, or no weights are given for a model that has none.
+        CheckpointError: the file can't be read, or does not fit the model.
     """
     source, _, rest = name.partition(":")
     if name in zoo.ZOO:
@@ -59,14 +58,14 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
             continue
     raise ArgumentError(
         "model",
-        f"got {name!r}, which neither the zoo nor an installed torchvision or timm has",
+        f"got {name!r}, which is in neither the zoo nor an installed torchvision or timm",
         f"Pass one of {', '.join(zoo.ZOO)}, a torchvision or timm name (pip install "
         f"'zsu-fast[models]'), hf:folder, or module:factory.",
     )
 
 
 class _Unknown(ArgumentError):
-    """This source has no model of that name."""
+    """The library has no model of this name."""
 
 
 def _with_file(model: nn.Module, weights: str | None) -> nn.Module:
@@ -81,7 +80,7 @@ def _torchvision(name: str, weights: str | None, classes: int | None) -> nn.Modu
     except ImportError as error:
         raise _unknown(name, "torchvision", f"torchvision can't be imported: {error}") from error
     if name not in models.list_models(module=models):
-        raise _unknown(name, "torchvision", "it has no image classifier of that name")
+        raise _unknown(name, "torchvision", "it has no image classifier of this name")
     entries = models.get_model_weights(name)
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     chosen = None
@@ -104,7 +103,7 @@ def _timm(name: str, weights: str | None, classes: int | None) -> nn.Module:
     except ImportError as error:
         raise _unknown(name, "timm", f"timm can't be imported: {error}") from error
     if not timm.is_model(name):
-        raise _unknown(name, "timm", "it has no model of that name")
+        raise _unknown(name, "timm", "it has no model of this name")
     _need_weights(name, weights)
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     model = timm.create_model(name, pretrained=weights == PRETRAINED, **options)
@@ -123,46 +122,46 @@ def _transformers(folder: str, weights: str | None) -> nn.Module:
     if not (Path(folder) / "config.json").is_file():
         raise ArgumentError(
             "model",
-            f"got 'hf:{folder}', in which there is no config.json",
+            f"got 'hf:{folder}', a folder without config.json",
             "Name a local folder written by save_pretrained(); nothing is downloaded.",
         )
     try:
-        model, told = AutoModelForImageClassification.from_pretrained(
+        model, info = AutoModelForImageClassification.from_pretrained(
             folder, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ArgumentError(
             "model",
             f"got 'hf:{folder}', which transformers can't load ({type(error).__name__}: {error})",
-            "Save an image classifier there by save_pretrained().",
+            "Save an image classifier there with save_pretrained().",
         ) from error
-    missing = sorted(told["missing_keys"])
+    missing = sorted(info["missing_keys"])
     if missing and weights is None:
         raise ArgumentError(
             "weights",
-            f"'hf:{folder}' has none for {missing[:3]}, so they would be random",
-            "Save the trained classifier there, not the network below it.",
+            f"'hf:{folder}' has none for {missing[:3]}, which would be random",
+            "Save the whole trained classifier there, not only its backbone.",
         )
     return _with_file(model, weights)
 
 
 def _factory(module: str, attribute: str) -> nn.Module:
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does; a console script does not
+        sys.path.insert(0, os.getcwd())  # as with `python -m`; a console script does not do this
     try:
         factory: Callable[[], Any] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ArgumentError(
             "model",
             f"got '{module}:{attribute}', which can't be imported ({error})",
-            "Pass package.module:factory, importable from the folder you are in.",
+            "Pass package.module:factory, importable from the current folder.",
         ) from error
     model = factory()
     if not isinstance(model, nn.Module):
         raise ArgumentError(
             "model",
             f"{module}:{attribute} returned a {type(model).__name__}",
-            "It must return a torch.nn.Module.",
+            "Return a torch.nn.Module from it.",
         )
     return model
 
@@ -172,7 +171,7 @@ def _need_weights(name: str, weights: str | None) -> None:
         raise ArgumentError(
             "weights",
             f"not given, so {name!r} would have random ones, with nothing to forget",
-            f"Pass a safetensors or checkpoint file, or {PRETRAINED!r} to download them.",
+            f"Pass a safetensors or checkpoint file, or {PRETRAINED!r} to download weights.",
         )
 
 

@@ -1,4 +1,4 @@
-"""A model's parameters and buffers by name: their hash, and replacing some of them safely."""
+"""A model's parameters and buffers: hash them, replace some of them safely, copy the model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 
-# What to do about a model that can't be copied.
-UNCOPYABLE = "Remove what cannot be copied: open files, locks, non-leaf tensors in attributes."
+# The remedy for a model that can't be copied.
+UNCOPYABLE = "Remove attributes that cannot be copied, such as open files and locks."
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile`` and (Distributed)DataParallel, however nested."""
+    """Removes the wrappers of ``torch.compile`` and (Distributed)DataParallel, however nested."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(
@@ -31,22 +31,22 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def computed_tensors(model: nn.Module) -> dict[int, Any]:
-    """A memo for ``copy.deepcopy(model, memo)``: detached copies of tensors in attributes.
+    """Returns a memo for ``copy.deepcopy(model, memo)`` with detached copies of computed tensors.
 
-    Without it, tensors that autograd made can't be copied: ``nn.utils.weight_norm`` keeps such
-    weights and makes them anew at each forward pass.
+    ``copy.deepcopy`` refuses tensors that autograd computed. ``nn.utils.weight_norm`` stores such
+    tensors in attributes and computes them anew in each forward pass.
     """
     held = (value for module in model.modules() for value in vars(module).values())
     return {id(v): v.detach().clone() for v in held if isinstance(v, Tensor) and not v.is_leaf}
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, persistent or not; names tied to one tensor come once."""
+    """Parameters and buffers by name, also non-persistent ones; tied tensors appear once."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of ``model.state_dict()``, as 64 hex digits."""
+    """SHA-256 of the names, dtypes, shapes and bytes in ``model.state_dict()``, 64 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(unwrap(model).state_dict().items()):
         if not isinstance(tensor, Tensor):
@@ -59,9 +59,9 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def replace_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Writes ``values`` over the parameters of those names: all of them, or none.
+    """Copies ``values`` into the parameters of the same names: all of them, or none.
 
-    They keep their device, dtype, identity and ``requires_grad``.
+    The parameters keep their device, dtype, identity and ``requires_grad``.
     """
     named = dict(unwrap(model).named_parameters())
     with restored_on_failure(model, values), torch.no_grad():
@@ -71,7 +71,7 @@ def replace_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 @contextmanager
 def restored_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Where the block raises, Ctrl-C included, these parameters get their old bits again."""
+    """If the block raises, by Ctrl-C too, restores the bits of these parameters."""
     named = dict(unwrap(model).named_parameters())
     before = {name: named[name].detach().clone() for name in names}
     try:
@@ -84,10 +84,10 @@ def restored_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[None
 
 
 def deep_copy(model: nn.Module, remedy: str) -> nn.Module:
-    """``copy.deepcopy(model)``, also where autograd made tensors that are kept in attributes.
+    """``copy.deepcopy(model)``, also with computed tensors in attributes (`computed_tensors`).
 
     Raises:
-        ModelError: it can't be copied; ``remedy`` says what to do instead.
+        ModelError: the model can't be copied; ``remedy`` completes the message.
     """
     try:
         return copy.deepcopy(model, computed_tensors(model))

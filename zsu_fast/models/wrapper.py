@@ -1,6 +1,7 @@
-"""A user's model as one plain function, image tensor -> logits.
+"""A user's model as a plain function from image tensor to logits.
 
-Nothing in this file changes the model it is given."""
+No function here changes the model that it is given.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ class LogitsModel(nn.Module):
 
 
 def pick_logits(output: Any) -> Any:
-    """The logits in whatever a classifier returns. Also runs on torch.fx proxies while tracing."""
+    """Finds the logits in a classifier's output; also works on torch.fx proxies while tracing.
+
+    Raises:
+        ModelError: there are none.
+    """
     if isinstance(output, Tensor | torch.fx.Proxy):
         return output
     if isinstance(output, dict):
@@ -46,15 +51,18 @@ def pick_logits(output: Any) -> Any:
     keys = f" with keys {sorted(map(str, output))}" if isinstance(output, dict) else ""
     raise ModelError(
         f"its output is a {type(output).__name__}{keys}, in which no logits were found",
-        "Return a [N, classes] tensor, a tuple that starts with it, a dict with the key 'logits', "
+        "Return a tensor [N, classes], a tuple that starts with it, a dict with the key 'logits', "
         "or an object with the attribute .logits.",
     )
 
 
 def working_copy(model: nn.Module, device: torch.device) -> LogitsModel:
-    """A float32 copy in eval mode on ``device``, trainable everywhere, safe to change.
+    """Returns a float32 copy in eval mode on ``device`` whose parameters all require gradients.
 
-    In-place activations are switched off in it, so that cached activations stay what they are.
+    In-place activations become out-of-place, so that they don't overwrite cached activations.
+
+    Raises:
+        ModelError: weights are not finite, or the model can't be copied.
     """
     inner = unwrap(model)
     for name, tensor in state(inner).items():
@@ -76,10 +84,11 @@ def working_copy(model: nn.Module, device: torch.device) -> LogitsModel:
 
 
 def count_classes(model: LogitsModel, spec: InputSpec, device: torch.device) -> int:
-    """Runs two mid-grey images through the model and returns the number of its logits.
+    """Runs two mid-grey images through the model and returns the number of logits.
 
     Raises:
-        ModelError: the model can't run a batch, or does not return logits [N, C >= 2].
+        ArgumentError: the model raises for images of this shape.
+        ModelError: it can't run a batch, or does not return finite logits [N, C >= 2].
     """
     try:
         logits = model(grey_images(spec.shape, 2, device))
@@ -88,7 +97,7 @@ def count_classes(model: LogitsModel, spec: InputSpec, device: torch.device) -> 
     except Exception as error:
         try:
             model(grey_images(spec.shape, 1, device))
-        except Exception:  # noqa: BLE001  any error of the user's code is reported by the raise
+        except Exception:  # noqa: BLE001  reports any error in the user's code
             raise ArgumentError(
                 "input_shape",
                 f"the model raises for images of shape {spec.shape} ({spec.source}): "
@@ -97,17 +106,18 @@ def count_classes(model: LogitsModel, spec: InputSpec, device: torch.device) -> 
             ) from error
         raise ModelError(
             f"it runs one image but not a batch of two ({type(error).__name__}: {error})",
-            "Let forward() take any batch size: impressions are made in batches.",
+            "Let forward() take any batch size: impressions are synthesised in batches.",
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(
             f"for two images of shape {spec.shape} its output is {shape}, not [2, classes]",
-            "zsu_fast unlearns image classifiers: one image in, one row of logits out.",
+            "Pass an image classifier: one image in, one row of logits out.",
         )
     if logits.shape[1] < 2:
         raise ModelError(
-            "it has a single logit", "At least two classes are needed: one to forget, one to keep."
+            "it has a single logit",
+            "Pass a model of two classes or more: one to forget, one to keep.",
         )
     if not bool(logits.isfinite().all()):
         raise ModelError(
@@ -118,11 +128,11 @@ def count_classes(model: LogitsModel, spec: InputSpec, device: torch.device) -> 
 
 
 def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    """The device to compute on: ``device``, or where the model's first parameter is.
+    """Returns the device to compute on: ``device``, or that of the model's first parameter.
 
     Raises:
-        ArgumentError: no such device here.
-        ModelError: the model has no parameters.
+        ArgumentError: the device is not available.
+        ModelError: ``model`` is not a module with parameters.
     """
     first = next(unwrap(model).parameters(), None) if isinstance(model, nn.Module) else None
     if first is None:
@@ -138,7 +148,7 @@ def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ArgumentError(
-            "device", f"got {device!r}: {reason}", "Pass one that torch has here, such as 'cpu'."
+            "device", f"got {device!r}: {reason}", "Pass one that is available, such as 'cpu'."
         ) from error
     if chosen.type == "meta":
         raise ArgumentError("device", "got 'meta', which holds no numbers", "Pass 'cpu' or 'cuda'.")
@@ -146,4 +156,5 @@ def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch
 
 
 def grey_images(shape: Sequence[int], batch: int, device: torch.device) -> Tensor:
+    """Normalised images of the mean colour: zeros [batch, *shape]."""
     return torch.zeros(batch, *shape, device=device)

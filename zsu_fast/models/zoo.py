@@ -1,8 +1,7 @@
-"""The small models of the paper, two CIFAR ResNets and a Vision Transformer, with their weights.
+"""The zoo: the paper's small models, two CIFAR ResNets and a Vision Transformer, with weights.
 
-LeNet5, KarpathyNet and the transformer are trained by ``benchmarks/tools/train_zoo.py``; their
-weights, and those of the *golden* models (trained without the forgotten classes), lie in
-``zsu_fast/assets``.
+``benchmarks/tools/train_zoo.py`` trains LeNet5, KarpathyNet and the transformer. Their weights, and
+those of the *golden* models (trained without the forgotten classes), are in `ASSETS`.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ class CifarResNet(nn.Module):
     """The CIFAR ResNet of depth 6 * blocks + 2 (He et al. 2016, section 4.2).
 
     Input float [N, 3, 32, 32], output logits [N, classes]. Fits the public checkpoints of
-    akamaster/pytorch_resnet_cifar10 once "module." is taken from their names.
+    akamaster/pytorch_resnet_cifar10 (without the prefix "module." of their names).
     """
 
     def __init__(self, blocks: int, classes: int = 10) -> None:
@@ -112,10 +111,10 @@ class CifarResNet(nn.Module):
 
 
 class PatchEmbed(nn.Sequential):
-    """An image as tokens: two convolutions, each pooled to half the side.
+    """Turns an image into tokens: two convolutions, each followed by pooling to half the size.
 
-    The compact stem of Hassani et al. (2021), instead of one convolution as wide as its stride:
-    a small data set is too small to learn from patches what convolutions know.
+    The compact stem of Hassani et al. (2021) replaces the usual convolution whose stride equals its
+    width, since a small data set does not suffice to learn the locality that convolutions have.
     Input float [N, 3, H, W], output [N, H/4 * W/4, width].
     """
 
@@ -136,8 +135,8 @@ class PatchEmbed(nn.Sequential):
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017) over tokens [N, T, width].
 
-    Written out: torch's fused scaled_dot_product_attention takes several times as long in its
-    backward pass on a CPU, for so few tokens.
+    In basic operations: for so few tokens on a CPU, the backward pass of torch's fused
+    scaled_dot_product_attention takes several times as long.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -154,7 +153,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and a two-layer network, each behind its LayerNorm and beside a shortcut."""
+    """Attention and a two-layer network, each with LayerNorm before it and a shortcut."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -171,7 +170,7 @@ class CompactViT(nn.Module):
     """A Vision Transformer (Dosovitskiy et al., arXiv 2010.11929) for 32x32 colour images.
 
     64 tokens from a compact convolutional stem (Hassani et al., arXiv 2104.05704), a class token,
-    learned positions, pre-norm blocks, and the class token's last state to the head.
+    learned positions, pre-norm blocks, and a classifier on the class token.
     Input float [N, 3, 32, 32], output logits [N, classes].
     """
 
@@ -195,7 +194,7 @@ class CompactViT(nn.Module):
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the zoo: how to build it, what images it takes, its weights if they ship."""
+    """A model of the zoo: its factory, the images it expects, and its weights file, if any."""
 
     build: Callable[[], nn.Module]
     spec: InputSpec
@@ -219,29 +218,29 @@ ZOO: dict[str, Entry] = {
 
 
 def build(name: str) -> nn.Module:
-    """A zoo model with fresh random weights, in eval mode; it knows its ``input_spec``.
+    """Builds a zoo model with random weights, in eval mode, with its ``input_spec``.
 
     Raises:
         ArgumentError: no such name.
     """
     if name not in ZOO:
-        raise ArgumentError("model", f"got {name!r}", f"The zoo has {', '.join(ZOO)}.")
+        raise ArgumentError("model", f"got {name!r}", f"Pass one of {', '.join(ZOO)}.")
     model = ZOO[name].build().eval()
     model.input_spec = ZOO[name].spec  # type: ignore[assignment]
     return model
 
 
 def load(name: str) -> nn.Module:
-    """A zoo model with the weights that ship in the package.
+    """Builds a zoo model with the weights in the package.
 
     Raises:
-        ArgumentError: no such name, or its weights do not ship (load them by ``--weights``).
+        ArgumentError: no such name, or the package does not include its weights.
     """
     model = build(name)
     file = ZOO[name].weights
     if file is None:
         raise ArgumentError(
-            "model", f"the weights of {name!r} do not ship in the package", "Give a weights file."
+            "model", f"the package has no weights of {name!r}", "Pass a weights file."
         )
     checkpoint.load_into(model, ASSETS / file)
     return model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from . import backends
 def ascent_step_(
     x: Tensor,
     grad: Tensor,
-    moment: Tensor,
-    variance: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     step: Tensor,
     active: Tensor,
     low: Tensor,
@@ -24,73 +25,62 @@ def ascent_step_(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     *,
-    mode: Literal["adam", "sgd", "sign"] = "adam",
-    normalize: bool = False,
-    jitter: Tensor | None = None,
-    seed: Tensor | None = None,
-    found_nan: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """One ascent step on ``objective - beta * ||x||^2``, clamped to valid images, in place.
+    """One Adam ascent step on ``objective - beta * ||x||^2``, clamped to valid images, in place.
 
-    Rows that are not active keep every bit of x, moment, variance and step. A NaN stays visible:
-    clamping does not turn it into a bound. Whatever changes from step to step is a tensor on the
-    device, so a captured step can be replayed with new values.
+    Rows that are not active keep every bit of x, exp_avg, exp_avg_sq and step. A NaN stays NaN:
+    clamping does not turn it into a bound. Everything that changes between steps is a tensor on
+    the device, so a captured step can be replayed with new values.
 
     Args:
-        x: float32 [N, ...], changed. Fastest when x, grad and the moments are all contiguous or
-            all channels-last; any other layout costs copies.
-        grad: float32 [N, ...], gradient of the objective (without the L2 term).
-        moment, variance: float32 [N, ...], Adam's first and second moment, changed by mode adam.
+        x: float32 [N, ...], changed. Fastest if x, grad and the moments are all contiguous or all
+            channels-last; any other layout costs copies.
+        grad: float32 [N, ...], gradient of the objective without the L2 term.
+        exp_avg, exp_avg_sq: float32 [N, ...], Adam's first and second moments, changed.
         step: int32 [N], steps taken by each row, changed.
         active: bool [N].
         low, high: float32, broadcastable to x: the valid range. One number or one per channel
-            runs fused; bounds that vary otherwise run on the eager backend.
-        lr: float32, scalar or one number a row ([N, 1, ...]); other shapes as for the bounds.
+            runs fused; other bounds run on the eager backend.
+        lr: float32, scalar or one number per row ([N, 1, ...]); other shapes as for the bounds.
         beta: float32 scalar, weight of the L2 term.
         betas, eps: Adam's (Kingma and Ba, 2015, Algorithm 1).
-        mode: ``adam``; ``sgd``: the gradient itself; ``sign``: its sign.
-        normalize: divide each row's ``grad`` by its L2 norm (a zero row stays zero).
-        jitter: float32 scalar: add ``jitter * U(-1, 1)`` before clamping, Philox keyed by
-            (seed, step of the row, row, element): equal on every backend and device.
-        seed: int64 scalar, needed with jitter.
-        found_nan: bool [N], set (never cleared) for active rows whose gradient or new x is not
-            finite.
         backend: see `backends`.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit.
-        BackendUnavailable: an explicit backend cannot run here, or with these bounds.
+        RuntimeError: shapes, dtypes or devices do not match.
+        BackendUnavailable: an explicit backend cannot run here, or not with these bounds.
     """
-    bounds = _per_channel(x, low), _per_channel(x, high)
-    rate = _per_row(x, lr)
-    if bounds[0] is None or bounds[1] is None or rate is None:
-        wanted = backend or backends.forced_backend()
-        if wanted not in (None, "auto", "eager", "compile"):
-            raise backends.BackendUnavailable(
-                f"backend {wanted!r}: bounds must be per channel and lr per row; use 'eager'"
-            )
-        op = backends.choose("ascent_step_", x.device, wanted or "eager")
-        fused_bounds = low.expand(x.shape), high.expand(x.shape)
-        rate = lr.expand(x.shape)
-    else:
-        op = backends.choose("ascent_step_", x.device, backend)
-        count = max(bounds[0].numel(), bounds[1].numel())
-        fused_bounds = bounds[0].expand(count).contiguous(), bounds[1].expand(count).contiguous()
-    tensors = (x, grad, moment, variance)
-    dense = x, grad, moment, variance = _alike(tensors)
+    op, low, high, lr = _op_and_constants(x, low, high, lr, backend)
+    tensors = (x, grad, exp_avg, exp_avg_sq)
+    dense = x, grad, exp_avg, exp_avg_sq = _same_layout(tensors)
     with torch.no_grad():
-        op(
-            x, grad, moment, variance, step, active, *fused_bounds, rate, beta,
-            *betas, eps, mode, normalize, jitter, seed, found_nan,
-        )  # fmt: skip
+        op(x, grad, exp_avg, exp_avg_sq, step, active, low, high, lr, beta, *betas, eps)
         for target, source in zip(tensors, dense, strict=True):
             if target is not source and target is not tensors[1]:
                 target.copy_(source)
 
 
+def _op_and_constants(
+    x: Tensor, low: Tensor, high: Tensor, lr: Tensor, backend: str | None
+) -> tuple[Callable[..., Any], Tensor, Tensor, Tensor]:
+    """Returns the op to run, and bounds and lr in the shapes that it takes."""
+    flat_low, flat_high, flat_lr = _per_channel(x, low), _per_channel(x, high), _per_row(x, lr)
+    if flat_low is None or flat_high is None or flat_lr is None:
+        wanted = backend or backends.forced_backend()
+        if wanted not in (None, "auto", "eager", "compile"):
+            raise backends.BackendUnavailable(
+                f"backend {wanted!r} needs bounds per channel and lr per row; use 'eager'"
+            )
+        op = backends.choose("ascent_step_", x.device, wanted or "eager")
+        return op, low.expand(x.shape), high.expand(x.shape), lr.expand(x.shape)
+    op = backends.choose("ascent_step_", x.device, backend)
+    count = max(flat_low.numel(), flat_high.numel())
+    return op, flat_low.expand(count).contiguous(), flat_high.expand(count).contiguous(), flat_lr
+
+
 def _per_channel(x: Tensor, bound: Tensor) -> Tensor | None:
-    """``bound`` as [1] or [channels]; None if it varies along other dimensions."""
+    """Returns ``bound`` as [1] or [channels]; None if it varies along other dimensions."""
     if bound.numel() == 1:
         return bound.reshape(1)
     padded = (1,) * (x.ndim - bound.ndim) + tuple(bound.shape)
@@ -100,13 +90,14 @@ def _per_channel(x: Tensor, bound: Tensor) -> Tensor | None:
 
 
 def _per_row(x: Tensor, lr: Tensor) -> Tensor | None:
+    """Returns ``lr`` as [1] or [N]; None if it varies within a row."""
     if lr.numel() == 1:
         return lr.reshape(1)
     return lr.reshape(-1) if tuple(lr.shape) == (len(x), *(1,) * (x.ndim - 1)) else None
 
 
-def _alike(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The tensors themselves if all are contiguous or all channels-last, else contiguous copies."""
+def _same_layout(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Returns the tensors if all are contiguous or all channels-last, else contiguous copies."""
     if all(t.is_contiguous() for t in tensors):
         return tensors
     if tensors[0].ndim == 4:
@@ -122,13 +113,13 @@ def _alike(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _(
     x: Tensor,
     grad: Tensor,
-    moment: Tensor,
-    variance: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     step: Tensor,
     active: Tensor,
     *_: Any,
     **__: Any,
 ) -> None:
     torch._check(grad.shape == x.shape, lambda: "grad must have the shape of x")
-    torch._check(moment.shape == x.shape and variance.shape == x.shape)
+    torch._check(exp_avg.shape == x.shape and exp_avg_sq.shape == x.shape)
     torch._check(step.shape[0] == x.shape[0] and active.shape[0] == x.shape[0])

@@ -1,4 +1,4 @@
-"""Which code runs an op: chosen by argument, by `use_backend`, by ZSU_FAST_BACKEND, or for you.
+"""Choose the code that runs an op: by argument, `use_backend`, ZSU_FAST_BACKEND, or automatically.
 
 | backend | what runs                                      | device                              |
 |---------|------------------------------------------------|-------------------------------------|
@@ -8,8 +8,8 @@
 | eager   | `reference`, plain torch                       | any                                 |
 | compile | `reference` under ``torch.compile``            | any                                 |
 
-The automatic choice takes the first that can run and logs once why a faster one cannot. An explicit
-choice that cannot run raises `BackendUnavailable` with the reason.
+The automatic choice takes the first backend of `PREFERENCE` that can run, and logs once why a
+faster one cannot. An explicit choice that cannot run raises `BackendUnavailable` with the reason.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger("zsu_fast")
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend that was asked for cannot run here; the message says why."""
+    """The requested backend cannot run here; the message says why."""
 
 
 def _checked(name: str | None) -> Backend | None:
@@ -51,12 +51,12 @@ def _checked(name: str | None) -> Backend | None:
 
 _forced: Backend | None = _checked(os.environ.get("ZSU_FAST_BACKEND"))
 _chosen: dict[tuple[str, str, Backend | None], Callable[..., Any]] = {}
-_told: set[str] = set()
+_logged: set[str] = set()
 
 
 @contextmanager
 def use_backend(backend: Backend | Literal["auto"]) -> Iterator[None]:
-    """Run every op inside the block on one backend (in all threads)."""
+    """Run every op inside the block on one backend, in all threads."""
     global _forced
     before, _forced = _forced, _checked(backend)
     try:
@@ -66,12 +66,12 @@ def use_backend(backend: Backend | Literal["auto"]) -> Iterator[None]:
 
 
 def forced_backend() -> Backend | None:
-    """The backend set by `use_backend` or ZSU_FAST_BACKEND, None for automatic."""
+    """Returns the backend set by `use_backend` or ZSU_FAST_BACKEND, None for automatic."""
     return _forced
 
 
 def why_unavailable(backend: Backend, device_type: str) -> str | None:
-    """Why a backend cannot run on a kind of device; None if it can."""
+    """Returns why a backend cannot run on a type of device; None if it can."""
     if backend == "cpp":
         return library.CPU.reason if device_type == "cpu" else "cpp runs on the CPU only"
     if backend == "cuda":
@@ -86,7 +86,7 @@ def why_unavailable(backend: Backend, device_type: str) -> str | None:
 
 
 def best_backend(device_type: str) -> tuple[Backend, list[str]]:
-    """The automatic choice for a kind of device, and why each faster one cannot run."""
+    """Returns the automatic choice for a type of device, and why each faster one cannot run."""
     reasons: list[str] = []
     for backend in PREFERENCE.get(device_type, ("eager",)):
         reason = why_unavailable(backend, device_type)
@@ -97,10 +97,10 @@ def best_backend(device_type: str) -> tuple[Backend, list[str]]:
 
 
 def choose(op: str, device: torch.device, backend: str | None = None) -> Callable[..., Any]:
-    """The function that runs ``op`` (a name in `schemas`) on ``device``.
+    """Returns the function that runs ``op`` (a name in `schemas`) on ``device``.
 
     Raises:
-        BackendUnavailable: the backend asked for cannot run on this device.
+        BackendUnavailable: the requested backend cannot run on this device.
         ValueError: there is no such backend.
     """
     wanted = _forced if backend is None else _checked(backend) or _forced
@@ -118,8 +118,8 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> Callabl
 
 
 def _log_once(text: str) -> None:
-    if text not in _told:
-        _told.add(text)
+    if text not in _logged:
+        _logged.add(text)
         log.warning(text)
 
 

@@ -1,7 +1,7 @@
-"""Load the native libraries; every op is defined whether they are there or not.
+"""Load the native libraries, and define every op whether they are present or not.
 
 ``_C_cpu`` holds the schemas and the CPU kernels, ``_C_cuda`` the CUDA kernels: a torch without
-CUDA loads the first alone. An op that has no native kernel for a device runs `reference` there.
+CUDA loads the first alone. On a device without a native kernel an op runs `reference`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .schemas import SCHEMAS
 
 @dataclass(frozen=True)
 class NativeLibrary:
-    """One shared library: where it is, and why it is not loaded (None if it is)."""
+    """One shared library: its path, and the reason why it is not loaded (None if it is)."""
 
     name: str
     path: Path | None
@@ -60,9 +60,9 @@ for _name, _schema in SCHEMAS.items():
 
 
 def _bump_versions(name: str) -> None:
-    """Make autograd notice what op ``name`` overwrites.
+    """Tell autograd which arguments op ``name`` overwrites.
 
-    A kernel registered from C++ leaves the version counter alone, whatever its schema says, and a
+    A kernel registered from C++ does not bump the version counter, whatever its schema says, and a
     backward pass that saved the old values would silently use the new ones.
     """
     op = getattr(torch.ops.zsu_fast, name).default
@@ -71,21 +71,20 @@ def _bump_versions(name: str) -> None:
 
     def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         for i in written:
-            tensor = args[i] if i < len(args) else kwargs.get(arguments[i].name)
-            if tensor is not None:
-                torch.autograd.graph.increment_version(tensor)
+            torch.autograd.graph.increment_version(
+                args[i] if i < len(args) else kwargs[arguments[i].name]
+            )
         return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
 
     _definitions.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
 
 
-# Not for scale_rows_, which is ours alone: it scales what a backward pass is about to hand out.
-for _name in ("signed_cross_entropy_", "ascent_step_"):
-    _bump_versions(_name)
+# Not scale_rows_: only the backward pass calls it, on a gradient that nothing else has seen.
+_bump_versions("ascent_step_")
 
 
 def cpu_isa() -> str | None:
-    """The instruction set the CPU kernels run on: baseline, avx2 or avx512; None if not loaded."""
+    """Returns the instruction set of the CPU kernels: baseline, avx2, avx512; None without them."""
     if not CPU.loaded:
         return None
     name = ctypes.CDLL(str(CPU.path)).zsu_fast_cpu_isa

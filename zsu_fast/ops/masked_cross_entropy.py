@@ -1,4 +1,8 @@
-"""Masked cross-entropy: be the original model with the forgotten classes taken out (DESIGN)."""
+"""Masked cross-entropy: match the original model with its forgotten classes masked out.
+
+The loss of the default objective. It is bounded below by 0, so unlike the signed cross-entropy it
+cannot be minimised by destroying the model.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,23 @@ from . import fused_loss
 def masked_cross_entropy(
     logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor, *, backend: str | None = None
 ) -> Tensor:
-    """``sum(coef * KL(masked softmax of teacher || softmax of logits))``, differentiable in logits.
+    """``sum(coef * KL(masked softmax of teacher || softmax of logits))``.
+
+    Differentiable in ``logits``, once.
 
     Args:
-        logits: float32, float64, float16 or bfloat16 [B, C], the student's, any strides.
-        teacher: float [B, C], the original model's, unmasked.
-        forget: bool [C]; at least one class stays.
-        coef: float [B], weight / N; 0 leaves the row out.
+        logits: float32, float64, float16 or bfloat16 [B, C], of the student, any strides.
+        teacher: float [B, C], unmasked logits of the original model.
+        forget: bool [C], True at forgotten classes; at least one is False.
+        coef: float [B], weight / N; 0 ignores the row.
         backend: see `backends`.
 
     Returns:
-        Scalar, float32 (float64 for float64 logits), at least 0 (but for rounding) for coefficients
-        that are. No rows: 0.
+        Scalar, float32 (float64 for float64 logits). With coefficients of at least 0 it is at
+        least 0, up to rounding. 0 without rows.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit.
+        RuntimeError: shapes, dtypes or devices do not match.
     """
     return fused_loss.fused_loss("masked_cross_entropy", (logits, teacher, forget, coef), backend)
 
@@ -33,7 +39,10 @@ def masked_cross_entropy(
 def masked_cross_entropy_and_grad(
     logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The loss of `masked_cross_entropy` (scalar) and its gradient [B, C], without autograd."""
+    """Returns the loss of `masked_cross_entropy` (scalar) and its gradient, without autograd.
+
+    The gradient is [B, C] in the dtype of ``logits``.
+    """
     inputs = (logits, teacher, forget, coef)
     return fused_loss.loss_and_grad("masked_cross_entropy", inputs, backend)
 

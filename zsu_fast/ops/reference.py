@@ -1,7 +1,7 @@
-"""The truth about every op, in plain torch: slow, exact, and able to run in float64.
+"""Every op in plain torch: slow, exact, and able to run in float64.
 
-Kernels are tested against these functions, and the package falls back to them. Arithmetic is in
-float32 for half types and float32, in float64 for float64; results are rounded once, at the end.
+Kernels are tested against these functions, and the package falls back to them. Half types and
+float32 are computed in float32, float64 in float64; results are rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -16,28 +16,25 @@ def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _by_row(t: Tensor) -> Tensor:
-    return t.flatten(1) if t.ndim > 1 else t[:, None]
-
-
 def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each row times its coefficient, with the gradient, accurate where p -> 1.
+    """Cross-entropy of each row times its coefficient, and the gradient, accurate where p -> 1.
 
-    For a saturated row ``softmax - onehot`` rounds to 0 at the target. Here it is minus the sum
-    of the *other* probabilities, and the loss of a row whose target leads is ``log1p`` of that
-    sum's odds: neither subtracts two numbers that are nearly equal.
+    For a saturated row ``softmax - onehot`` rounds to 0 at the target. Here the gradient at the
+    target is minus the sum of the *other* probabilities, and the loss of a row whose target has
+    the largest logit is ``log1p(sum of exp(x - largest) over the others)``: neither subtracts two
+    nearly equal numbers.
 
     Args:
         logits: float [B, C].
         target: int64 or int32 [B], values in 0..C-1 where coef is not 0.
-        coef: float [B], sign x weight / N; 0 leaves a row out.
+        coef: float [B], sign x weight / N; 0 ignores the row.
 
     Returns:
-        losses: [2], the sums of ``coef * CE`` over rows with negative and with positive coef.
+        losses: [2], the sums of ``coef * CE`` over rows with a negative coef and over the others.
         dlogits: [B, C] in the dtype of ``logits``, the gradient of ``losses.sum()``.
 
     Raises:
-        RuntimeError: a target is out of range, on the CPU; elsewhere its row becomes NaN.
+        RuntimeError: a target is out of range, on the CPU; on other devices its row becomes NaN.
     """
     x, c = _wide(logits), coef.to(_wide(logits).dtype)
     rows = torch.arange(x.shape[0], device=x.device)
@@ -69,13 +66,6 @@ def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[
     return losses, dlogits.to(logits.dtype)
 
 
-def signed_cross_entropy_(logits: Tensor, target: Tensor, coef: Tensor) -> Tensor:
-    """`signed_cross_entropy` that leaves dlogits in ``logits``."""
-    losses, dlogits = signed_cross_entropy(logits, target, coef)
-    logits.copy_(dlogits)
-    return losses
-
-
 def scale_rows_(rows: Tensor, coef: Tensor, grad: Tensor) -> None:
     """Multiply each row by the gradient of its term: ``grad[0]`` where coef < 0, else ``grad[-1]``.
 
@@ -91,17 +81,17 @@ def scale_rows_(rows: Tensor, coef: Tensor, grad: Tensor) -> None:
 def masked_cross_entropy(
     logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """KL from the teacher's softmax without the forgotten classes to the student's softmax.
+    """KL(q || p) of the teacher's masked softmax q and the student's softmax p, with its gradient.
 
     ``q`` is the teacher's softmax over the retain classes, renormalised (0 at the forgotten
     ones), ``p`` the student's over all classes: ``loss = sum(coef * KL(q || p))`` and
-    ``dlogits = coef * (p - q)``. It is 0 exactly where the student equals the masked teacher.
+    ``dlogits = coef * (p - q)``. Both are 0 exactly where the student equals the masked teacher.
 
     Args:
-        logits: float [B, C], the student's.
-        teacher: float [B, C], the original model's, unmasked.
+        logits: float [B, C], of the student.
+        teacher: float [B, C], unmasked logits of the original model.
         forget: bool [C], True at forgotten classes; at least one is False.
-        coef: float [B], weight / N; 0 leaves a row out.
+        coef: float [B], weight / N; 0 ignores the row.
 
     Returns:
         loss: scalar.
@@ -118,39 +108,11 @@ def masked_cross_entropy(
     return loss, dlogits.to(logits.dtype)
 
 
-def philox(seed: Tensor, element: Tensor, row: Tensor, step: Tensor) -> Tensor:
-    """First word of Philox-4x32-10 (Salmon et al., 2011) at counter (element, row, step), int64."""
-    mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = element & mask, (element >> 32) & mask, row & mask, step & mask
-    k0, k1 = seed & mask, (seed >> 32) & mask
-
-    def multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-        """High and low word of a 32 x 32 bit product, which may not fit int64 at once."""
-        low, high = a * (b & 0xFFFF), a * (b >> 16)
-        return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & mask
-
-    for _ in range(10):
-        high0, low0 = multiply(0xD2511F53, c0)
-        high1, low1 = multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return c0
-
-
-def _noise(x: Tensor, step: Tensor, seed: Tensor) -> Tensor:
-    """U(-1, 1) for every element, 24 bits of Philox each."""
-    shape = (-1, *[1] * (x.ndim - 1))
-    rows = torch.arange(x.shape[0], device=x.device).view(shape)
-    elements = torch.arange(math.prod(x.shape[1:]), device=x.device).view(1, *x.shape[1:])
-    bits = philox(seed, elements, rows, (step.long() + 1).view(shape)) >> 8
-    return (bits - 2**23).to(x.dtype) * 2.0**-23
-
-
 def ascent_step_(
     x: Tensor,
     grad: Tensor,
-    moment: Tensor,
-    variance: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     step: Tensor,
     active: Tensor,
     low: Tensor,
@@ -160,50 +122,26 @@ def ascent_step_(
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
-    rule: str = "adam",
-    normalize: bool = False,
-    jitter: Tensor | None = None,
-    seed: Tensor | None = None,
-    found_nan: Tensor | None = None,
 ) -> None:
-    """One ascent step on ``objective - beta * ||x||^2``, clamped to valid images, in place.
+    """One Adam ascent step on ``objective - beta * ||x||^2``, clamped to valid images, in place.
 
-    The arguments are those of the public `zsu_fast.ops.ascent_step_`, except that bounds may be
-    given as [1] or [channels] and lr as [1] or [N], and that ``mode`` is called ``rule``.
+    The arguments are those of the public `zsu_fast.ops.ascent_step_`, except that bounds may also
+    be [1] or [channels] and lr [1] or [N].
     """
-    if rule not in ("adam", "sgd", "sign"):
-        raise RuntimeError(f"mode must be adam, sgd or sign, got {rule}")
     shape = (-1, *[1] * (x.ndim - 1))
     per_channel = (1, -1, *[1] * (x.ndim - 2)) if x.ndim > 1 else (-1,)
     low, high = (b.view(per_channel) if b.ndim == 1 else b for b in (low, high))
     lr = lr.view(shape) if lr.ndim == 1 else lr
     rows = active.view(shape)
-    g = grad
-    if normalize:
-        norm = torch.linalg.vector_norm(_by_row(grad), dim=1)
-        g = g * torch.where(norm == 0, torch.zeros_like(norm), 1 / norm).view(shape)
-    g = g - 2 * beta * x
-    m, v = moment, variance
-    if rule == "adam":
-        m = beta1 * moment + (1 - beta1) * g
-        v = beta2 * variance + (1 - beta2) * g * g
-        t = (step + 1).double().view(shape)
-        # 1 - b**t loses five digits in float32 at t = 1; expm1 keeps them
-        fix1, fix2 = (-torch.expm1(t * math.log(b)) for b in (beta1, beta2))
-        update = (m / fix1.to(x.dtype)) / ((v / fix2.to(x.dtype)).sqrt() + eps)
-    elif rule == "sgd":
-        update = g
-    else:
-        update = g - g + g.sign()  # g - g: NaN where g is not finite
-    moved = x + lr * update
-    if jitter is not None and seed is not None:
-        moved = moved + jitter * _noise(x, step, seed)
-    moved = torch.minimum(torch.maximum(moved, low), high)
-    if found_nan is not None:
-        finite = _by_row(grad.isfinite() & moved.isfinite()).all(1)
-        found_nan.logical_or_(active & ~finite)
+    g = grad - 2 * beta * x
+    m = beta1 * exp_avg + (1 - beta1) * g
+    v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+    t = (step + 1).double().view(shape)
+    # 1 - b**t loses five digits in float32 at t = 1; expm1 keeps them
+    fix1, fix2 = (-torch.expm1(t * math.log(b)) for b in (beta1, beta2))
+    update = (m / fix1.to(x.dtype)) / ((v / fix2.to(x.dtype)).sqrt() + eps)
+    moved = torch.minimum(torch.maximum(x + lr * update, low), high)
     x.copy_(torch.where(rows, moved, x))
-    if rule == "adam":
-        moment.copy_(torch.where(rows, m, moment))
-        variance.copy_(torch.where(rows, v, variance))
+    exp_avg.copy_(torch.where(rows, m, exp_avg))
+    exp_avg_sq.copy_(torch.where(rows, v, exp_avg_sq))
     step.add_(active.to(step.dtype))

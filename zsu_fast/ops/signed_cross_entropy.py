@@ -2,56 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from . import backends, fused_loss
+from . import fused_loss
 
 
 def signed_cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    coef: Tensor,
-    *,
-    reduction: Literal["terms", "sum"] = "terms",
-    backend: str | None = None,
+    logits: Tensor, target: Tensor, coef: Tensor, *, backend: str | None = None
 ) -> Tensor:
-    """``sum(coef * CE(logits, target))``, differentiable once in ``logits``.
+    """``sum(coef * CE(logits, target))``, the forget and the retain rows apart.
+
+    Differentiable in ``logits``, once.
 
     Args:
         logits: float32, float64, float16 or bfloat16 [B, C], any strides (classes that are not
-            neighbours in memory cost a copy).
+            contiguous cost a copy).
         target: int64 or int32 [B], in 0..C-1 where coef is not 0, ignored elsewhere.
-        coef: float [B], one coefficient a row: sign x weight / N; 0 leaves the row out.
-        reduction: "terms": the forget and the retain sum apart; "sum": one loss, the sum of
-            both, cheaper than adding them up outside.
+        coef: float [B], sign x weight / N of each row; 0 ignores the row.
         backend: see `backends`.
 
     Returns:
-        float32 (float64 for float64 logits). "terms": [2], the sum over rows with a negative
-        coef (forget) and with a positive one (retain); both carry gradients. "sum": a scalar.
-        No rows: 0.
+        [2], float32 (float64 for float64 logits): the sum over rows with a negative coef (forget)
+        and the sum over the others (retain); both carry gradients. 0 without rows.
 
     Raises:
-        ValueError: no such reduction.
-        RuntimeError: shapes, dtypes or devices do not fit; on the CPU also a target out of range
-            (on other devices such a row gives NaN, seen without waiting for the device).
+        RuntimeError: shapes, dtypes or devices do not match; on the CPU also if a target is out of
+            range (on other devices its row becomes NaN, without a device synchronisation).
     """
-    if reduction not in ("terms", "sum"):
-        raise ValueError(f"unknown reduction {reduction!r}: choose from terms, sum")
-    inputs = (logits, target, coef)
-    return fused_loss.fused_loss("signed_cross_entropy", inputs, backend, reduction == "sum")
+    return fused_loss.fused_loss("signed_cross_entropy", (logits, target, coef), backend)
 
 
 def signed_cross_entropy_and_grad(
     logits: Tensor, target: Tensor, coef: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The losses of `signed_cross_entropy` and the gradient of their sum, without autograd.
+    """Returns the losses of `signed_cross_entropy` and the gradient of their sum.
 
-    The shortest way through a training step: ``logits.backward(dlogits)`` starts the backward
-    pass at the logits, and autograd never sees the loss.
+    The fastest training step: ``logits.backward(dlogits)`` starts the backward pass at the logits,
+    and autograd never sees the loss.
 
     Returns:
         losses: [2].
@@ -60,37 +48,13 @@ def signed_cross_entropy_and_grad(
     return fused_loss.loss_and_grad("signed_cross_entropy", (logits, target, coef), backend)
 
 
-def signed_cross_entropy_(
-    logits: Tensor, target: Tensor, coef: Tensor, *, backend: str | None = None
-) -> Tensor:
-    """As `signed_cross_entropy`, but leaves the gradient in ``logits`` and saves its memory.
-
-    Autograd does not record it, and refuses a backward pass that would need the old logits. Rows
-    must not overlap.
-    """
-    with torch.no_grad():
-        op = backends.choose("signed_cross_entropy_", logits.device, backend)
-        losses: Tensor = op(logits, target, coef)
-    return losses
-
-
 @torch.library.register_fake("zsu_fast::signed_cross_entropy")
 def _(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
-    return _fake_losses(logits, target, coef), logits.new_empty(logits.shape)
-
-
-@torch.library.register_fake("zsu_fast::signed_cross_entropy_")
-def _fake_losses(logits: Tensor, target: Tensor, coef: Tensor) -> Tensor:
     torch._check(logits.ndim == 2, lambda: "logits must be [batch, classes]")
     torch._check(target.ndim == 1 and target.shape[0] == logits.shape[0])
     torch._check(coef.ndim == 1 and coef.shape[0] == logits.shape[0])
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty(2, dtype=wide)
-
-
-@torch.library.register_fake("zsu_fast::scale_rows_")
-def _(rows: Tensor, coef: Tensor, grad: Tensor) -> None:  # noqa: ARG001
-    torch._check(rows.ndim == 2, lambda: "rows must be [batch, classes]")
+    return logits.new_empty(2, dtype=wide), logits.new_empty(logits.shape)
 
 
 torch.library.register_autograd(

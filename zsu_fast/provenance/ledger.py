@@ -1,16 +1,17 @@
-"""The ledger: which requests to forget were carried out on a model, as an append-only file.
+"""The ledger: an append-only file of the requests to forget that were carried out on a model.
 
-One JSON object a line. Every entry holds the SHA-256 of itself and of the entry before it, and the
-hash of the weights before and after the request, so that an entry that was edited, removed or moved
-is found by `verify`. The order is the order of the lines: the time is only noted, and may jump.
+Each line is a JSON object. Every entry holds the SHA-256 of itself and of the entry before it, and
+the hashes of the weights before and after the request, so that `verify` finds entries that were
+edited, removed or moved. The order of the lines counts; times are for information only.
 
-What a chain of plain hashes can't show: that its last entries were cut off, or that someone wrote
-the whole file anew. Against that, keep the last hash (`Ledger.head`) somewhere else, or the last
-model itself, and pass it to `verify`.
+A chain of hashes does not show that its last entries were cut off, or that the whole file was
+written again. To detect that, keep the last hash (`Ledger.head`) or the last model elsewhere, and
+pass it to `verify`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from torch import nn
 
 from ..errors import ArgumentError, LedgerError, OutputError
@@ -30,9 +32,9 @@ from ..models import checkpoint
 from ..models.parameters import weights_hash
 from .record import Record
 
-FORMAT = "zsu_fast.ledger/1"
-_START = "0" * 64  # what the first entry is chained to
-_KINDS: dict[str, type | tuple[type, ...]] = {
+FORMAT = "zsu_fast.ledger/2"
+_START = "0" * 64  # hash before the first entry
+_TYPES: dict[str, type | tuple[type, ...]] = {
     "format": str,
     "number": int,
     "request": str,
@@ -41,7 +43,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "logits": int,
     "forget": list,
     "forgotten": list,
-    "other_base": bool,
+    "new_base": bool,
     "hash_before": str,
     "hash_after": str,
     "settings": dict,
@@ -55,13 +57,14 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ledger:
-    """The ledger of one model, and how the next request is to be written into it.
+    """A model's ledger, and options for the next entry.
 
     Args:
-        path: the file; made with the first entry. A lock file ``path`` + ".lock" lies beside it.
-        request: the id of the request; None makes a UUID.
-        other_base: states that the model is not the result of the last entry: the original was
-            trained anew, say. Only the classes named from then on count as forgotten.
+        path: the file; the first entry creates it. Next to it is a lock file, ``path`` + ".lock".
+        request: id of the next request; None generates a UUID.
+        other_base: accept a model that is not the result of the last entry, such as one that was
+            trained again. The entry is marked ``new_base``; classes forgotten before it no longer
+            count.
     """
 
     path: str | Path
@@ -75,7 +78,7 @@ class Ledger:
             raise ArgumentError("request", f"got {self.request!r}", "Pass a text, or None.")
 
     def entries(self) -> list[Entry]:
-        """All entries; [] where there is no file yet.
+        """Returns all entries; [] if there is no file yet.
 
         Raises:
             LedgerError: `verify` finds a problem.
@@ -85,37 +88,36 @@ class Ledger:
         entries, problems = _read(self.path)
         if problems:
             raise LedgerError(
-                f"ledger: {self.path} is not what was written: {problems[0]}"
-                f"{f' (and {len(problems) - 1} more)' if problems[1:] else ''}. Restore it from a "
-                f"copy; nothing is appended to a broken chain."
+                f"ledger: {self.path} is not valid: {problems[0]}. Restore a valid copy, or start "
+                f"a new ledger; nothing is appended to this one."
             )
         return entries
 
     @property
     def head(self) -> str:
-        """The hash of the last entry, 64 hex digits, to be kept elsewhere; zeros for none."""
+        """Hash of the last entry, 64 hex digits, to keep elsewhere; zeros without entries."""
         entries = self.entries()
         return str(entries[-1]["hash"]) if entries else _START
 
     def forgotten(self) -> list[int]:
-        """The classes that the result of the last entry has forgotten, sorted."""
+        """Classes that the result of the last entry has forgotten, sorted."""
         if self.other_base:
             return []
         classes: set[int] = set()
         for entry in self.entries():
-            if entry["other_base"]:
+            if entry["new_base"]:
                 classes.clear()
             classes |= {*entry["forget"], *entry["forgotten"]}
         return sorted(classes)
 
     def check(self, before: str) -> None:
-        """Fails early, before the work, where `append` would refuse.
+        """Raises before the work if `append` would refuse its result.
 
         Args:
-            before: `weights_hash` of the model that is to be unlearned.
+            before: `weights_hash` of the model to unlearn.
 
         Raises:
-            LedgerError: the file is broken, or the last entry did not end with these weights.
+            LedgerError: the file is damaged, or the last entry has other weights after it.
             ArgumentError: the request is in the ledger already.
             OutputError: the file can't be written.
         """
@@ -123,13 +125,13 @@ class Ledger:
         checkpoint.check_writable(self.path, force=True)
 
     def append(self, record: Record) -> Entry:
-        """Writes a finished run as the next entry: all of it, on disk, or nothing.
+        """Writes a finished run as the next entry, and flushes it to disk.
 
-        Processes and threads wait for each other. A new file with one line more takes the place
-        of the old one, so that no reader ever sees half a line, whatever dies when.
+        Other processes and threads wait. The file is replaced as a whole, so that readers never see
+        half a line, even after a crash.
 
         Raises:
-            as `check`.
+            LedgerError, ArgumentError, OutputError: as `check`.
         """
         try:
             with _locked(Path(self.path)) as path:
@@ -141,7 +143,7 @@ class Ledger:
 
                 def write(file: Any) -> None:
                     if mode is not None:
-                        os.fchmod(file.fileno(), mode)
+                        os.chmod(file.name, mode)
                     file.write(old + _line(entry))
 
                 checkpoint.write_atomically(path, write, force=True)
@@ -150,8 +152,8 @@ class Ledger:
             raise
         except OSError as error:
             raise OutputError(
-                f"ledger: {self.path} can't be written ({error}). Name a file in a folder that is "
-                f"writable and has room."
+                f"ledger: {self.path} can't be written ({error}). Name a folder that exists, is "
+                f"writable, and has room."
             ) from error
         return entry
 
@@ -160,20 +162,20 @@ class Ledger:
             raise ArgumentError(
                 "request",
                 f"got {self.request!r}, which is in {self.path} already",
-                "Give each request an id of its own, or none.",
+                "Use each id once, or pass none.",
             )
         if entries and not self.other_base and entries[-1]["hash_after"] != before:
             raise LedgerError(
                 f"ledger: the last entry of {self.path} ended with weights "
-                f"{entries[-1]['hash_after'][:12]}..., this model has {before[:12]}.... Unlearn "
-                f"the result of that request (it has forgotten {self.forgotten()}); for another "
-                f"base pass Ledger(path, other_base=True) or --other-base, and name all classes "
-                f"that it has to forget."
+                f"{entries[-1]['hash_after'][:12]}..., this model has {before[:12]}.... Pass the "
+                f"result of that entry (it has forgotten {self.forgotten()}). For another base, "
+                f"pass Ledger(path, other_base=True) or --other-base, and name all classes to "
+                f"forget."
             )
 
 
 def as_ledger(value: Any) -> Ledger | None:
-    """A path as a `Ledger`; None and a `Ledger` as they are.
+    """Turns a path into a `Ledger`; returns None and a `Ledger` unchanged.
 
     Raises:
         ArgumentError: anything else.
@@ -184,18 +186,18 @@ def as_ledger(value: Any) -> Ledger | None:
 
 
 def verify(path: str | Path, head: str | None = None, model: nn.Module | None = None) -> list[str]:
-    """What is wrong with a ledger, in words; [] for nothing.
+    """Checks a ledger; returns its problems in words, [] if it is valid.
 
     Args:
-        path: of the ledger.
-        head: the hash that its last entry has to have, kept elsewhere: finds entries cut off.
-        model: the model in use, which has to be the result of the last entry.
+        path: the file.
+        head: expected hash of the last entry, kept elsewhere; finds entries that were cut off.
+        model: the model in use, which must be the result of the last entry.
     """
     entries, problems = _read(path)
     if problems:
         return problems
     if head is not None and entries[-1]["hash"] != head:
-        problems.append(f"the last entry's hash is {entries[-1]['hash']}, not the {head} expected")
+        problems.append(f"the last entry has hash {entries[-1]['hash']}, expected was {head}")
     if model is not None and (after := weights_hash(model)) != entries[-1]["hash_after"]:
         problems.append(
             f"the model has weights {after}, the last entry ended with {entries[-1]['hash_after']}"
@@ -225,7 +227,7 @@ def _entry(record: Record, ledger: Ledger, entries: list[Entry]) -> Entry:
         "logits": record.classes,
         "forget": facts["forget"],
         "forgotten": facts["forgotten"],
-        "other_base": bool(entries) and entries[-1]["hash_after"] != record.weights_before,
+        "new_base": bool(entries) and entries[-1]["hash_after"] != record.weights_before,
         "hash_before": record.weights_before,
         "hash_after": record.weights_after,
         "settings": facts["settings"],
@@ -237,7 +239,7 @@ def _entry(record: Record, ledger: Ledger, entries: list[Entry]) -> Entry:
 
 
 def _text(value: Entry) -> str:
-    """The one way in which an entry is written."""
+    """The canonical JSON of an entry, which is hashed."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
@@ -251,7 +253,7 @@ def _hash(entry: Entry) -> str:
 
 
 def _read(path: str | Path) -> tuple[list[Entry], list[str]]:
-    """The entries up to the first one that is wrong, and what is wrong."""
+    """Returns the entries before the first problem, and the problem."""
     try:
         content = Path(path).read_bytes()
     except (OSError, ValueError) as error:
@@ -259,65 +261,76 @@ def _read(path: str | Path) -> tuple[list[Entry], list[str]]:
     if not content:
         return [], ["it is empty"]
     entries: list[Entry] = []
-    seen: set[str] = set()
+    requests: set[str] = set()
     lines = content.split(b"\n")
     if lines.pop():
         return [], [f"line {len(lines) + 1}, the last one, is cut off"]
-    for at, line in enumerate(lines):
+    for number, line in enumerate(lines):
         problem, entry = _parse(line)
-        if not problem and entry["number"] != at:
-            problem = f"it is entry {entry['number']}: an entry was removed, added or moved"
-        if not problem and entry["previous"] != (entries[-1]["hash"] if entries else _START):
-            problem = "it does not follow the entry before it: one was changed, removed or moved"
-        if not problem and entry["request"] in seen:
-            problem = f"its request {entry['request']!r} is there twice"
-        if not problem and entries and not entry["other_base"]:
-            after = entries[-1]["hash_after"]
-            if entry["hash_before"] != after:
-                problem = f"it starts from other weights than {after[:12]}... and does not say so"
+        problem = problem or _link_problem(entry, number, entries, requests)
         if problem:
-            return entries, [f"line {at + 1}: {problem}"]
+            return entries, [f"line {number + 1}: {problem}"]
         entries.append(entry)
-        seen.add(entry["request"])
+        requests.add(entry["request"])
     return entries, []
 
 
+def _link_problem(entry: Entry, number: int, entries: list[Entry], requests: set[str]) -> str:
+    """Says how an entry does not follow from ``entries``; "" if it does."""
+    if entry["number"] != number:
+        return f"it is entry {entry['number']}: an entry was removed, added or moved"
+    if entry["previous"] != (entries[-1]["hash"] if entries else _START):
+        return "it does not follow the entry before it: one was changed, removed or moved"
+    if entry["request"] in requests:
+        return f"request {entry['request']!r} occurs twice"
+    if entries and not entry["new_base"] and entry["hash_before"] != entries[-1]["hash_after"]:
+        after = entries[-1]["hash_after"]
+        return f"it starts from other weights than {after[:12]}... without being marked new_base"
+    return ""
+
+
 def _parse(line: bytes) -> tuple[str, Entry]:
-    """What is wrong with a line alone ("" for nothing), and its entry."""
+    """Parses one line; returns its problem ("" if it is valid) and its entry."""
     try:
         entry = json.loads(line)
         if not isinstance(entry, dict) or entry.get("format") != FORMAT:
-            return f"it is no entry of format {FORMAT}", {}
-        if list(entry) != list(_KINDS):
+            return _format_problem(entry), {}
+        if list(entry) != list(_TYPES):
             return "its fields are not those of an entry", {}
-        if any(type(entry[k]) is not kind for k, kind in _KINDS.items()):
+        if any(type(entry[k]) is not kind for k, kind in _TYPES.items()):
             return "a field has the wrong type", {}
         classes = [*entry["forget"], *entry["forgotten"]]
         if any(type(c) is not int for c in classes):
-            return "a class is no whole number", {}
+            return "a class is not an int", {}
         if _hash(entry) != entry["hash"] or _line(entry) != line + b"\n":
             return "it was edited: its hash does not match", {}
     except (ValueError, RecursionError) as error:
-        return f"it is no JSON ({type(error).__name__})", {}
+        return f"it is not JSON ({type(error).__name__})", {}
     return "", entry
+
+
+def _format_problem(entry: Any) -> str:
+    found = entry.get("format") if isinstance(entry, dict) else None
+    if isinstance(found, str) and found.startswith(FORMAT.rpartition("/")[0] + "/"):
+        return f"it has format {found}, this version of zsu_fast reads {FORMAT}"
+    return f"it is not an entry of format {FORMAT}"
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
-    """Holds the ledger's lock; gives the file that a link stands for."""
-    try:
-        import fcntl
-    except ImportError as error:  # Windows
-        raise OutputError("ledger: this system has no fcntl locks. Use Linux or macOS.") from error
+    """Holds the ledger's lock; yields the file itself if ``path`` is a link to it."""
     path = path.resolve()
-    # A file of its own, since the ledger is replaced; it stays, or two could lock two of them.
-    with open(path.with_name(f"{path.name}.lock"), "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    if not path.parent.is_dir():  # some versions of filelock would create it
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    # The lock is a file of its own, since the ledger is replaced by each entry.
+    with FileLock(path.with_name(f"{path.name}.lock")):
         yield path
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes sure that the new name survives a power cut."""
+    """Makes the renaming of a file durable, where folders can be flushed (not on Windows)."""
+    if os.name == "nt":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""The record of a run: what was asked, what was done, and hashes that prove which weights."""
+"""The record of a run: its settings, its results, and the hashes of the weights."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import shorten
 from ..models.input_spec import InputSpec
 from ..models.parameters import unwrap, weights_hash
 from ..splitting.split import Split
 from ..synthesis import class_sampling as sampling
 from ..synthesis.impressions import ClassImpressions
-from ..training.loop import Fit
+from ..training.trainer import Fit
 from ..version import VERSION
 
 
 @dataclass
 class Record:
-    """Everything about one run, as plain values; `to_json` writes it.
+    """Everything about one run, as plain values that `to_json` writes.
 
     Attributes:
         model: class name of the user's model.
-        forget: the forgotten classes.
+        forget: the classes to forget.
         forgotten: classes that the model had forgotten before.
-        classes: the number of logits.
+        classes: number of logits.
         settings: the options of the run.
-        input: shape, mean, std, and where they are known from.
-        versions: of zsu_fast, torch, python; the platform; threads; the device, a GPU by its name.
-        weights_before, weights_after: `classifier.weights_hash`.
-        impressions: count, of how many classes, chosen by what rule where not all have some, hit
-            rate, worst class's hit rate, mean confidence, steps.
-        depth: "output" or "deep"; of a deep run also what its held-out rows showed before and
-            after (`deep.forget_deeply`).
-        split: where, why, what was trained, whether only outputs can forget.
-        fit: why it stopped, the best check and the history.
-        timings: seconds by stage, and in all.
-        distributed: ranks, backend, and the rows that each rank made; {} without a process group.
+        input: shape, mean, std and so on of the images, and how they are known (`InputSpec`).
+        versions: of zsu_fast, torch and python; platform, threads, device.
+        started: when, in UTC.
+        weights_before, weights_after: `weights_hash` of the model.
+        impressions: their count and number of classes, the rule that chose the classes, hit rate
+            (also of the worst class), mean confidence, steps.
+        depth: "output" or "deep"; after a deep run, also its validation before and after
+            (`forget_deeply`).
+        split: where and why, the trained parameters, whether only outputs can forget.
+        fit: why it stopped, the learning rate, the best validation, the history.
+        timings: seconds per stage, and in total.
+        distributed: ranks, backend, and rows per rank; {} without a process group.
         warnings: what the user should know, in words.
     """
 
@@ -62,6 +64,7 @@ class Record:
     timings: dict[str, float] = field(default_factory=dict)
     distributed: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    _clock: float = field(default_factory=time.perf_counter, init=False, repr=False)
 
     @classmethod
     def begin(
@@ -73,8 +76,8 @@ class Record:
         settings: dict[str, Any],
         device: torch.device,
     ) -> Record:
-        """The part that is known before the run."""
-        record = cls(
+        """Starts the record with what is known before the run."""
+        return cls(
             model=type(unwrap(model)).__name__,
             forget=forget,
             classes=classes,
@@ -93,38 +96,36 @@ class Record:
             started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             weights_before=weights_hash(model),
         )
-        record._clock = time.perf_counter()
-        return record
 
     def finish(
         self,
         model: nn.Module,
-        made: ClassImpressions,
-        cut: Split,
+        impressions: ClassImpressions,
+        split: Split,
         fit: Fit,
-        sampled: str = sampling.ALL,
+        rule: str = sampling.ALL,
     ) -> None:
-        """Adds what came out; ``sampled`` says which classes have impressions, in words."""
+        """Adds the results; ``rule`` says in words which classes have impressions."""
         self.weights_after = weights_hash(model)
-        # nothing was made of classes that the model does not answer any more, or were left out
+        # given impressions may include classes that were forgotten before
         before = set(self.forgotten)
-        having = [c for c in made.labels.unique().tolist() if c not in before]
-        rates = {c: made.hit_rate_of(c) for c in having}
+        having = [c for c in impressions.labels.unique().tolist() if c not in before]
+        rates = {c: impressions.hit_rate_of(c) for c in having}
         self.impressions = {
-            "count": len(made),
+            "count": len(impressions),
             "classes": len(having),
-            "rule": sampled,
-            "hit_rate": made.hit_rate,
+            "rule": rule,
+            "hit_rate": impressions.hit_rate,
             "worst_class_hit_rate": min(rates.values()),
-            "mean_confidence": float(made.confidence.mean()),
-            "mean_steps": float(made.steps.float().mean()),
-            "most_steps": int(made.steps.max()),
+            "mean_confidence": float(impressions.confidence.mean()),
+            "mean_steps": float(impressions.steps.float().mean()),
+            "most_steps": int(impressions.steps.max()),
         }
         self.split = {
-            "at": cut.name,
-            "reason": cut.reason,
-            "trained": cut.parameters,
-            "output_level": cut.output_level,
+            "at": split.name,
+            "reason": split.reason,
+            "trained": split.parameters,
+            "output_level": split.output_level,
         }
         self.fit = {
             "stopped": fit.stopped,
@@ -140,48 +141,47 @@ class Record:
         if self.input.get("assumed"):
             notes.append(
                 f"mean and std of the images are a guess ({self.input['source']}): pass mean= and "
-                f"std= as the model was trained."
+                f"std= as in the model's training."
             )
         if self.split.get("output_level"):
             notes.append(
-                f"only the last layer ({', '.join(self.split['trained'])}) was trained: outputs "
-                f"forget, the features of the forgotten classes are still inside. Name an "
-                f"earlier module by tail= to train more."
+                f"only the last layer ({', '.join(self.split['trained'])}) was trained: the "
+                f"outputs forget, but the features of the forgotten classes are still inside. Name "
+                f"an earlier module by tail= to train more."
             )
         empty = [c for c, rate in rates.items() if rate == 0]
         if empty:
             notes.append(
-                f"no impression reached its confidence for class {_few(empty)}: the model may "
-                f"never answer it, or input_shape, mean and std are not the model's. Raise "
-                f"max_steps if they are."
+                f"no impression reached its confidence for class {shorten(empty)}: the model may "
+                f"never predict it, or input_shape, mean and std are wrong. Raise max_steps if "
+                f"they are right."
             )
         if "given up" in self.depth.get("stopped", ""):
             notes.append(
-                f"the features were left as they are, only outputs forget: "
+                f"the features are unchanged, only the outputs forget: "
                 f"{self.depth['stopped']}. Leave learning_rate out, or pass a smaller one."
             )
-        few = self.impressions["count"] / self.impressions["classes"]
-        if self.depth.get("depth") == "deep" and few < 4:
+        per_class = self.impressions["count"] / self.impressions["classes"]
+        if self.depth.get("depth") == "deep" and per_class < 4:
             notes.append(
-                f"depth='deep' had {few:.3g} impressions a class: RA may fall by ten points and "
-                f"more (EfficientNet-lite0: 12). Measure it; depth='output' keeps it."
+                f"depth='deep' had {per_class:.3g} impressions per class: RA may fall by ten "
+                f"points or more (EfficientNet-lite0: 12). Measure it; depth='output' preserves it."
             )
         if fit.best is None or fit.best.leak > 0.01:
             leak = 100 * fit.best.leak if fit.best else 100
             notes.append(
-                f"{leak:.1f} % of held-out rows are still answered with a forgotten class: "
+                f"{leak:.1f} % of held-out rows are still classified as a forgotten class: "
                 f"{fit.stopped}. Try objective='masked', more steps, or another tail."
             )
         return notes
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values; numbers that are not finite become None."""
+        """Returns plain values; numbers that are not finite become None."""
         return _finite(asdict(self))
 
     def to_json(self) -> str:
+        """Returns the record as strict JSON."""
         return json.dumps(self.to_dict(), indent=2)
-
-    _clock: float = field(default=0.0, init=False, repr=False)
 
 
 def _plain(value: Any) -> Any:
@@ -198,8 +198,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _few(items: list[int]) -> str:
-    shown = ", ".join(map(str, items[:8]))
-    return shown + (f" and {len(items) - 8} more" if len(items) > 8 else "")

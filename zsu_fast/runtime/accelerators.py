@@ -1,4 +1,4 @@
-"""Accelerators that are not here: what their makers publish, for estimates on paper."""
+"""Published figures of GPUs, for estimates without the device (`zsu_fast.plan`)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..errors import ArgumentError
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A card's published figures.
+    """A GPU's published figures.
 
     Attributes:
-        name: what it is called.
-        rate: dense bfloat16 (T4: float16) tensor-core peak, multiply-adds a second (half the
-            published operations).
-        bandwidth: of its memory, bytes a second.
+        name: full product name.
+        rate: peak of the tensor cores for dense bfloat16 (T4: float16), in multiply-adds per second
+            (half the published operations).
+        bandwidth: memory bandwidth, bytes per second.
         memory: bytes.
     """
 
@@ -33,20 +33,20 @@ ACCELERATORS = {
     "l4": Accelerator("NVIDIA L4", 121e12 / 2, 0.3e12, 24e9),
     "t4": Accelerator("NVIDIA T4", 65e12 / 2, 0.32e12, 16e9),
 }
-# The share of both peaks that convolutional networks are taken to reach.
+# Assumed fraction of both peaks that convolutional networks reach.
 UTILISATION = 0.3
 
 
 def accelerator(name: str) -> Accelerator:
-    """The card called ``name``.
+    """Looks up a GPU by its short name, such as "h100".
 
     Raises:
-        ArgumentError: it is not known.
+        ArgumentError: unknown name.
     """
     if not isinstance(name, str) or name.lower() not in ACCELERATORS:
         raise ArgumentError(
             "hardware",
             f"got {name!r}",
-            f"Pass one of {', '.join(ACCELERATORS)}, or None for the device here.",
+            f"Pass one of {', '.join(ACCELERATORS)}, or None for the device in use.",
         )
     return ACCELERATORS[name.lower()]

@@ -8,7 +8,7 @@ import torch
 
 
 def warm_up(run: Callable[[], None], device: torch.device) -> None:
-    """Calls ``run`` on a side stream, as capture requires: it allocates and sets up libraries."""
+    """Calls ``run`` on a side stream before capture, so that libraries and memory are set up."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):

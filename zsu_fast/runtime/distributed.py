@@ -1,8 +1,8 @@
-"""Several GPUs and machines: one call, made on every rank of a torch.distributed group.
+"""One call made on every rank of a torch.distributed group, on several GPUs or machines.
 
-The make_shards of the synthesis are dealt over the ranks, their impressions gathered on all. Splitting
-and fitting cost little: each rank does them itself, and takes rank 0's result in the end, so that
-all hold the same bits. Ranks leave a stage together or not at all: the error of one ends all.
+The ranks share the synthesis: each claims shards of impressions, and all gather the result.
+Splitting and fitting are cheap, so every rank repeats them and then copies rank 0's result: all
+ranks hold the same bits. Ranks leave a stage together: an error on one raises on all of them.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from torch import Tensor
 from ..errors import ArgumentError, RankError, ZsuFastError
 from .events import Stopped
 
-# How long a rank that torchrun started waits for the others: as long as they may differ by.
+# How long a rank started by torchrun waits for the slowest one.
 TIMEOUT = timedelta(minutes=30)
-# Seconds between looks at what other ranks have told.
-_POLL_SECONDS = 0.1
-# A step of a piece on a CPU is worth so many multiply-adds: below, Python's share shows.
-_PIECE_WORK = 1_600_000_000
-# Whatever the work: at least so many make_shards, if there are as many rows to make 4 a piece.
-_PIECES = 8
+_POLL_SECONDS = 0.1  # between two queries of the other ranks' flags
+# Smallest shard, in multiply-adds per step on a CPU; below this, Python overhead shows.
+_SHARD_WORK = 1_600_000_000
+# At least this many shards, as long as each gets 4 rows (32 on a GPU).
+_MIN_SHARDS = 8
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class _OtherRankFailed(Exception):
-    """Another rank has failed; what it said comes with the next `Ranks.exchange`."""
+    """Another rank has failed; the next `Ranks.exchange` raises its error."""
 
 
 @dataclass
 class Ranks:
-    """The ranks that make a call together; by default one process alone.
+    """The ranks that make one call together; by default a single process without a group.
 
     Attributes:
-        rank, size: of this process, and how many there are.
-        backend: as torch.distributed calls it; "" where there is no group.
-        device: where tensors have to be to be sent.
-        rows: of each rank in the last `gather`.
+        rank: this process's rank.
+        size: number of ranks.
+        backend: name of the torch.distributed backend; "" without a group.
+        device: the device of the tensors that the backend sends.
+        rows: rows per rank in the last `gather`.
     """
 
     rank: int = 0
@@ -57,32 +57,33 @@ class Ranks:
     backend: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rows: list[int] = field(default_factory=list)
-    _call: str = ""
+    _call_id: str = ""  # the same on all ranks, different for each call
     _exchanges: int = 0
-    _polled: float = 0.0
+    _last_poll: float = 0.0
 
     @property
     def single(self) -> bool:
+        """Whether there is no group, so that nothing is exchanged."""
         return not self.backend
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes, prints, and shows progress."""
+        """Whether this is rank 0, which writes files, prints, and shows progress."""
         return self.rank == 0
 
     def exchange(self, value: Any = None, error: BaseException | None = None) -> list[Any]:
-        """Every rank's value. All ranks have to call it, one that failed with its ``error``.
+        """Returns every rank's ``value``. All ranks must call it; a failing rank passes its error.
 
         Raises:
-            RankError: on the ranks that did not fail, where another one did, or is gone.
+            RankError: another rank passed an error, or can't be reached.
         """
         if self.single:
             return [value]
         got: list[Any] = [None] * self.size
         with self._connected():
-            dist.all_gather_object(got, (None if error is None else _in_words(error), value))
+            dist.all_gather_object(got, (None if error is None else _describe(error), value))
         self._exchanges += 1
-        failed = [f"rank {rank}: {words}" for rank, (words, _) in enumerate(got) if words]
+        failed = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(got) if text]
         if failed and error is None:
             more = f" (and {len(failed) - 1} more)" if failed[1:] else ""
             raise RankError(failed[0] + more)
@@ -90,10 +91,10 @@ class Ranks:
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """All ranks leave the block, or it raises on all of them.
+        """The block ends on all ranks, or raises on all of them. Blocks may be nested.
 
         Raises:
-            RankError: another rank raised something; the one that did raises that.
+            RankError: another rank raised; that rank raises its own error.
         """
         try:
             yield
@@ -102,55 +103,55 @@ class Ranks:
             raise
         except BaseException as error:
             if not self.single and not isinstance(error, RankError) and not _is_reported(error):
-                error.__dict__["_reported"] = True  # an outer block must not tell it once more
+                _mark_reported(error)
                 with suppress(RankError):
-                    self._set_flag("failed")
+                    self.set_flag("failed")
                     self.exchange(error=error)
             raise
         self.exchange()
 
     def broadcast_object(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+        """Returns rank 0's value on every rank."""
         got: T = self.exchange(value if self.is_main else None)[0]
         return got
 
     def check_same(self, facts: dict[str, Any]) -> None:
-        """Checks that every rank has the same facts.
+        """Checks that ``facts`` are equal on all ranks.
 
         Raises:
-            RankError: one has others.
+            RankError: a rank differs from rank 0.
         """
         everyone = self.exchange(facts)
         for rank, theirs in enumerate(everyone):
             for name, value in theirs.items():
-                want = everyone[0][name]
-                if value != want:
+                expected = everyone[0][name]
+                if value != expected:
                     raise RankError(
-                        f"rank {rank}: its {name} is {value!r:.100}, that of rank 0 {want!r:.100}. "
-                        f"Every rank has to make the same call."
+                        f"rank {rank}: its {name} is {value!r:.100}, rank 0 has {expected!r:.100}. "
+                        f"Make the same call on every rank."
                     )
 
     def claim_shards(self, count: int) -> Iterator[int]:
-        """Numbers below ``count``, each to one rank: whoever is done takes the next.
+        """Yields shard numbers below ``count``; each goes to one rank, the first that is free.
 
-        How long a piece takes can't be told before, so that a fixed share for each rank would let
-        them wait for the slowest (measured: 1.3 times as long on two ranks).
+        How long a shard takes is not known in advance: with a fixed share per rank, ranks would
+        wait for the slowest (measured: 1.3 times as long on two ranks).
         """
         if self.single:
             yield from range(count)
             return
-        while not self._flag("stopped") and not self._flag("failed"):
+        while not self.flag("stopped") and not self.flag("failed"):
             with self._connected():
-                at = self._store.add(self._key("dealt"), 1) - 1
-            if at >= count:
+                shard = self._store.add(self._key("claimed"), 1) - 1
+            if shard >= count:
                 return
-            yield at
+            yield shard
 
     def gather(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The rows of all ranks, rank by rank.
+        """Concatenates the rows of all ranks in the order of ranks.
 
         Args:
-            columns: tensors [n, ...] by name on the CPU; n may differ between ranks, and be 0.
+            columns: tensors [n, ...] on the CPU by name; n may differ between ranks and may be 0.
         """
         if self.single:
             return columns
@@ -164,37 +165,49 @@ class Ranks:
         return joined
 
     def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
-        """Gives ``tensors`` rank 0's bits."""
+        """Overwrites ``tensors`` with those of rank 0, bit for bit."""
         if not self.single:
             for tensor in tensors:
                 self._broadcast(tensor.detach(), 0, tensor.detach())
 
     def facts(self) -> dict[str, Any]:
-        """For the record; {} for one process alone."""
+        """The entry for the run's record; {} without a group."""
         if self.single:
             return {}
         return {"ranks": self.size, "backend": self.backend, "rows": self.rows}
 
     def request_stop(self) -> None:
-        """Tells the others that this rank was asked to end the stage early."""
-        self._set_flag("stopped")
+        """Tells the other ranks to end this stage early, as this one was asked to."""
+        self.set_flag("stopped")
 
     def poll(self) -> None:
-        """Ends what this rank does where another one was asked to stop, or has failed.
+        """Ends this rank's stage if another rank was asked to stop or has failed.
 
         Raises:
-            Stopped, _OtherRankFailed: as said.
+            Stopped: another rank was asked to stop.
+            _OtherRankFailed: another rank raised; `all_or_none` turns this into a `RankError`.
         """
-        if self.single or time.monotonic() - self._polled < _POLL_SECONDS:
+        if self.single or time.monotonic() - self._last_poll < _POLL_SECONDS:
             return
-        self._polled = time.monotonic()
-        if self._flag("failed"):
+        self._last_poll = time.monotonic()
+        if self.flag("failed"):
             raise _OtherRankFailed
-        if self._flag("stopped"):
+        if self.flag("stopped"):
             raise Stopped("another rank was asked to stop")
 
+    def set_flag(self, name: str) -> None:
+        """Sets a flag that all ranks see until the end of the stage."""
+        if not self.single:
+            with self._connected():
+                self._store.set(self._key(name), "1")
+
+    def flag(self, name: str) -> bool:
+        """Whether any rank has set this flag in this stage."""
+        with self._connected():
+            return bool(self._store.check([self._key(name)]))
+
     def _broadcast(self, source: Tensor, rank: int, target: Tensor) -> None:
-        """As bytes: every backend takes these, whatever the dtype."""
+        """Sends bytes: every backend supports them, whatever the dtype."""
         data = source.contiguous().to(self.device, copy=True)
         with self._connected():
             dist.broadcast(data.reshape(-1).view(torch.uint8), rank)
@@ -204,22 +217,13 @@ class Ranks:
     def _store(self) -> Any:
         return dist.distributed_c10d._get_default_store()
 
-    def _key(self, what: str) -> str:
-        """Of one stage of one call: a stop does not reach into the next one."""
-        return f"zsu_fast/{self._call}/{self._exchanges}/{what}"
-
-    def _set_flag(self, what: str) -> None:
-        if not self.single:
-            with self._connected():
-                self._store.set(self._key(what), "1")
-
-    def _flag(self, what: str) -> bool:
-        with self._connected():
-            return bool(self._store.check([self._key(what)]))
+    def _key(self, name: str) -> str:
+        """A key for one stage of one call, so that a stop does not carry over into the next."""
+        return f"zsu_fast/{self._call_id}/{self._exchanges}/{name}"
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
-        """Backends raise RuntimeErrors of their own where a rank is gone or late."""
+        """Turns the RuntimeErrors of a backend that lost a rank into a `RankError`."""
         try:
             yield
         except RankError:
@@ -227,49 +231,49 @@ class Ranks:
         except RuntimeError as error:
             raise RankError(
                 f"rank {self.rank}: another rank was killed, did not make the call, or took longer "
-                f"than the group's timeout ({_in_words(error)[:300]})"
+                f"than the group's timeout ({_describe(error)[:300]})"
             ) from error
 
 
 def join(wanted: bool | None = None) -> Ranks:
-    """The ranks of this process: the default group where it is initialised, else itself alone.
+    """Returns the ranks of the default process group, or of this process alone.
 
-    All ranks of the group have to call this.
+    All ranks of the group must call this.
 
     Args:
-        wanted: False for this process alone, True if there has to be a group.
+        wanted: True requires a group, False ignores it, None joins it if it is initialised.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: a group is required and there is none, or ``wanted`` is something else.
     """
     if wanted is not None and not isinstance(wanted, bool):
         raise ArgumentError("distributed", f"got {wanted!r}", "Pass True, False, or None.")
-    there = dist.is_available() and dist.is_initialized()
-    if wanted and not there:
+    initialised = dist.is_available() and dist.is_initialized()
+    if wanted and not initialised:
         raise ArgumentError(
             "distributed",
-            "got True, and no process group is initialised",
-            "Call torch.distributed.init_process_group(), or start the program by torchrun.",
+            "got True, but no process group is initialised",
+            "Call torch.distributed.init_process_group(), or start the program with torchrun.",
         )
-    if wanted is False or not there:
+    if wanted is False or not initialised:
         return Ranks()
     on_cpu = "cpu:" in dist.get_backend_config()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_backend(), device)
-    ranks._call = ranks.broadcast_object(uuid.uuid4().hex)
+    ranks._call_id = ranks.broadcast_object(uuid.uuid4().hex)
     return ranks
 
 
 @contextmanager
 def launched(device: str | None) -> Iterator[Ranks]:
-    """The ranks of a command: of all processes that torchrun started, if it did.
+    """Yields the ranks of a command: all processes started by torchrun, or this one alone.
 
     Args:
-        device: as the user named it. None and "cuda" are the GPU of the local rank, where there
-            are GPUs; the group is NCCL's then, else gloo's.
+        device: the user's choice. None and "cuda" stand for the local rank's GPU if there are GPUs
+            (NCCL backend); otherwise ranks run on the CPU (gloo backend).
 
     Raises:
-        ArgumentError: that device can't be every rank's.
+        ArgumentError: not every rank can use this device.
     """
     if not started_by_torchrun() or dist.is_initialized():
         yield join()
@@ -281,7 +285,7 @@ def launched(device: str | None) -> Iterator[Ranks]:
             "device",
             f"got {device!r} for local rank {local} of a machine with {torch.cuda.device_count()} "
             f"GPUs",
-            "Leave it out for a GPU a rank, start no more ranks than GPUs, or pass cpu.",
+            "Leave it out for one GPU per rank, start at most one rank per GPU, or pass cpu.",
         )
     if on_gpu:
         torch.cuda.set_device(local)
@@ -290,7 +294,7 @@ def launched(device: str | None) -> Iterator[Ranks]:
         ranks = join()
         try:
             yield ranks
-        finally:  # torchrun ends all as soon as one has failed: rank 0 has to have its say first
+        finally:  # torchrun kills all ranks once one has failed: let rank 0 print the error first
             with suppress(RankError):
                 ranks.exchange()
     finally:
@@ -298,40 +302,43 @@ def launched(device: str | None) -> Iterator[Ranks]:
 
 
 def started_by_torchrun() -> bool:
-    """Whether the environment tells a rank, the number of ranks, and where they meet."""
+    """Whether torchrun's environment variables are set."""
     return dist.is_available() and all(
         name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     )
 
 
 def ranks_here() -> int:
-    """Ranks on this machine, that share its memory."""
+    """Number of ranks on this machine; they share its memory."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def make_shards(rows: int, most: int, work: int, device: torch.device) -> list[Tensor]:
-    """Row numbers of each piece that is dealt: each holds rows of all classes, hard and easy.
+    """Splits rows into shards with a stride, so that each shard holds rows of all classes.
 
-    How a row is rounded may depend on the batch that it is in, and its whole ascent on that: so
-    the make_shards depend on the rows and the model alone, never on how many ranks there are.
+    Rounding may depend on the batch that a row is in, and the whole ascent on rounding. So shards
+    depend on the rows and the model alone, never on the number of ranks.
 
     Args:
-        rows: how many there are.
-        most: in one piece.
-        work: multiply-adds of a row.
-        device: a GPU wants more rows at once.
+        rows: number of rows.
+        most: largest number of rows per shard.
+        work: multiply-adds per row.
+        device: on a GPU, shards are larger.
+
+    Returns:
+        Row indices of each shard, int64.
     """
     if device.type == "cuda":
         least, enough = 32, most
     else:
-        least, enough = 4, _PIECE_WORK // max(1, work)
-    size = min(most, max(least, min(enough, math.ceil(rows / _PIECES))))
+        least, enough = 4, _SHARD_WORK // max(1, work)
+    size = min(most, max(least, min(enough, math.ceil(rows / _MIN_SHARDS))))
     count = math.ceil(rows / size)
     return [torch.arange(start, rows, count) for start in range(count)]
 
 
 def all_or_none(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """A method of an object with a ``ranks``, inside `Ranks.all_or_none`."""
+    """Runs a method in ``self.ranks.all_or_none()``."""
 
     @functools.wraps(method)
     def run(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -341,21 +348,7 @@ def all_or_none(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenat
     return run
 
 
-def joins_ranks(method: Callable[P, None]) -> Callable[P, None]:
-    """An ``__init__`` with the option ``distributed``: sets ``ranks`` first, then as `together`."""
-
-    @functools.wraps(method)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        wanted: Any = kwargs.get("distributed")
-        ranks = join(wanted)
-        args[0].ranks = ranks  # type: ignore[attr-defined]
-        with ranks.all_or_none():
-            method(*args, **kwargs)
-
-    return run
-
-
-def _in_words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     if isinstance(error, ZsuFastError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -363,5 +356,13 @@ def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def _mark_reported(error: BaseException) -> None:
+    """Notes on ``error`` that the other ranks know it: enclosing blocks must not send it again.
+
+    Not by setattr: an exception that is a frozen dataclass would refuse.
+    """
+    vars(error)["_reported_to_ranks"] = True
+
+
 def _is_reported(error: BaseException) -> bool:
-    return bool(error.__dict__.get("_reported"))
+    return "_reported_to_ranks" in vars(error)

@@ -1,4 +1,4 @@
-"""What of the engine is built, loaded and chosen on this machine, and why the rest is not."""
+"""Reports which kernels and packages are available on this machine, and why others are not."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import torch
 from ..ops import backends, library
 from ..version import VERSION
 
-_EXTRAS = ("torchvision", "timm", "transformers", "matplotlib", "PIL")
+_EXTRAS = ("torchvision", "timm", "transformers", "PIL")
 
 
 def doctor() -> dict[str, Any]:
-    """The state of the engine, ready to print (`render`) or to paste into a bug report.
+    """Returns the state of the installation, to print (`render`) or to paste into a bug report.
 
     Returns:
-        ``zsu_fast``, ``python``, ``torch``, ``torch_cuda``, ``triton`` (versions; None if absent);
-        ``gpu`` (names), ``threads``, ``cpu_isa`` (instruction set of the C++ kernels);
+        ``zsu_fast``, ``python``, ``torch``, ``torch_cuda``, ``triton``: versions, None if absent;
+        ``gpu``: names; ``threads``: CPU threads; ``cpu_isa``: instruction set of the C++ kernels;
         ``libraries``: name -> {"loaded", "path", "reason"};
         ``extras``: optional package -> version, or why it can't be imported;
         ``forced_backend``: set by `use_backend` or ZSU_FAST_BACKEND, else None;
-        ``devices``: "cpu", "cuda" -> {"present", "chosen", "backends": name -> reason or None}.
+        ``devices``: "cpu", "cuda" -> {"present", "chosen", "backends"}, where ``backends`` maps
+        names to the reason why they can't run, or to None.
     """
     has_gpu = torch.cuda.is_available()
     devices = {}
@@ -75,7 +76,7 @@ def _version(module: str) -> str:
 
 
 def render(report: dict[str, Any] | None = None) -> str:
-    """`doctor()` as text."""
+    """Formats `doctor()` as text."""
     report = report or doctor()
     lines = [
         f"zsu_fast {report['zsu_fast']}",

@@ -1,4 +1,4 @@
-"""What a long run reports: an `Event` for each step, and how a callback ends a stage early."""
+"""What a long run reports: an `Event` per step. A callback may end the stage early."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Event:
-    """A step of a run.
+    """One step of a run.
 
     Attributes:
-        stage: "synthesise" or "fit".
-        done, total: impressions finished, or optimiser steps taken; total is the most there can be.
-        metrics: what was measured last, by name.
+        stage: "synthesise", "fit" or "audit".
+        done: impressions finished, optimiser steps taken, or audit stages finished.
+        total: the largest value that ``done`` can reach.
+        metrics: the latest measurements by name.
     """
 
     stage: str

@@ -1,7 +1,7 @@
-"""Symbolic tracing that leaves other threads alone.
+"""Symbolic tracing that does not disturb other threads.
 
-While torch.fx traces, it replaces ``nn.Module.__call__`` for the whole process: a model that
-another thread serves meanwhile would end up in the trace, and raise there.
+While torch.fx traces, it replaces ``nn.Module.__call__`` for the whole process. Without care, a
+model that another thread runs meanwhile would be traced too, and raise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class Tracer(torch.fx.Tracer):
-    """A tracer that sees the calls of the thread that it was made in, and passes on all others."""
+    """A tracer that records calls of the thread that created it, and passes on all others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,15 +29,18 @@ class Tracer(torch.fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> torch.fx.Graph:
-        """Once only: functions that it patched keep the tracer, which then keeps no model."""
+        """Traces once; afterwards the tracer is empty.
+
+        torch.fx leaves functions behind that refer to the tracer, so it must not refer to a model.
+        """
         try:
             return super().trace(*args, **kwargs)
         finally:
-            self.__dict__.clear()
+            vars(self).clear()
 
 
 def trace(model: nn.Module, tracer: Tracer | None = None) -> torch.fx.GraphModule:
-    """``torch.fx.symbolic_trace(model)`` by ``tracer``, or one of that kind; see `break_reference_cycles`."""
+    """``torch.fx.symbolic_trace(model)`` with ``tracer``, without the result's reference cycles."""
     graph = (tracer or Tracer()).trace(model)
     traced = torch.fx.GraphModule(model, graph, type(model).__name__)
     break_reference_cycles(traced)
@@ -45,10 +48,10 @@ def trace(model: nn.Module, tracer: Tracer | None = None) -> torch.fx.GraphModul
 
 
 def break_reference_cycles(*models: nn.Module) -> None:
-    """Takes the graphs' references to their modules out of our own ``models``.
+    """Removes the references from the graphs in ``models`` to their modules.
 
-    They close circles that keep all weights until Python's garbage collector comes by, which
-    may be many calls later.
+    These cycles keep all weights alive until Python's garbage collector runs, which may be many
+    calls later.
     """
     for model in models:
         for module in model.modules():

@@ -1,4 +1,4 @@
-"""How many rows fit: what a row needs is measured, what is free is asked for."""
+"""Batch size from memory: measures the bytes per row, queries the free memory."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# A working batch may take this share of the free memory: other programs want some too.
+# Fraction of the free memory that a batch may take; the rest is for other programs.
 _SHARE = 0.25
-# Taken to be free where the system does not tell.
+# Assumed to be free if the system does not report it.
 _UNKNOWN = 4 * 1024**3
 
 
 def bytes_per_row(run: Callable[[Tensor], Tensor], row: Tensor) -> int:
-    """Measures what the forward and backward pass of one row hold at their peak, in bytes.
+    """Measures the peak memory of the forward and backward pass of one row, in bytes.
 
-    On a GPU the allocator counts it. On a CPU it is the row, its gradient, and every tensor that
-    autograd keeps for the backward pass, each storage once.
+    On a GPU the allocator reports it. On a CPU it is the sum of the row, the output, their
+    gradients, and all storages that autograd saves for the backward pass.
 
     Args:
-        run: rows [1, ...] -> any tensor.
+        run: maps rows [1, ...] to any tensor.
         row: [1, ...].
     """
     x = row.detach().clone().requires_grad_(True)
@@ -31,42 +31,42 @@ def bytes_per_row(run: Callable[[Tensor], Tensor], row: Tensor) -> int:
         with torch.enable_grad():
             torch.autograd.grad(run(x).sum(), x)
         return max(1, torch.cuda.max_memory_allocated(row.device) - before)
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
-    def count(tensor: Tensor) -> None:  # the tensor itself would keep its own graph alive
+    def count(tensor: Tensor) -> None:  # returns None: saving the tensor would keep its graph alive
         storage = tensor.untyped_storage()
         owner = tensor if tensor._base is None else tensor._base
-        if not owner.is_leaf:  # weights are there anyway, however many rows there are
-            kept[storage.data_ptr()] = storage  # held, so that its address is not used again
+        if not owner.is_leaf:  # weights need the same memory for any number of rows
+            saved[storage.data_ptr()] = storage  # held, so that its address is not reused
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda none: none):
         out = run(x)
-    inner = sum(storage.nbytes() for storage in kept.values())
+    inner = sum(storage.nbytes() for storage in saved.values())
     return 2 * row.numel() * row.element_size() + inner + 2 * out.numel() * 4
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of ``device``; on a CPU what the system and the control group leave."""
+    """Free memory of ``device``; on a CPU, what both the system and the control group allow."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    left = [n for n in (_available(), _left_in_group()) if n is not None]
-    return min(left, default=_UNKNOWN)
+    limits = [n for n in (_available(), _left_in_group()) if n is not None]
+    return min(limits, default=_UNKNOWN)
 
 
 def rows_that_fit(row: int, device: torch.device, processes: int = 1) -> int:
-    """Rows of ``row`` bytes each in a quarter of the free memory, 1 or more.
+    """How many rows fit into a quarter of the free memory; at least 1.
 
     Args:
-        row: bytes.
-        device: where they go.
-        processes: so many share a CPU's memory.
+        row: bytes per row.
+        device: the device whose memory is used.
+        processes: number of processes that share the CPU's memory.
     """
     share = _SHARE / (processes if device.type == "cpu" else 1)
     return max(1, int(free_bytes(device) * share / max(1, row)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is the error of an allocation that failed, on a GPU or a CPU."""
+    """Whether ``error`` reports a failed allocation, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -86,8 +86,8 @@ def _available() -> int | None:
 def _left_in_group() -> int | None:
     group = Path("/sys/fs/cgroup")
     try:
-        most = (group / "memory.max").read_text().strip()
+        limit = (group / "memory.max").read_text().strip()
         used = (group / "memory.current").read_text().strip()
     except OSError:
         return None
-    return None if most == "max" else max(0, int(most) - int(used))
+    return None if limit == "max" else max(0, int(limit) - int(used))

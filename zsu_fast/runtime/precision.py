@@ -1,4 +1,4 @@
-"""Which precision the hardware multiplies in, and how torch is told to use it."""
+"""The precisions that the hardware multiplies in, and how to select one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 @contextmanager
 def fp32_precision(settings: Any, precision: str) -> Iterator[None]:
-    """Float32 work of one of torch's backends ("torch.backends...") in another precision."""
+    """Sets the precision of float32 work in one backend, and restores it afterwards.
+
+    Args:
+        settings: a module under ``torch.backends`` with ``fp32_precision``.
+        precision: its value in the block, such as "bf16".
+    """
     before = settings.fp32_precision
     settings.fp32_precision = precision
     try:

@@ -1,44 +1,55 @@
-"""What a long run tells while it runs: a callback for programs, a progress bar for people."""
+"""Reports the progress of a long run: to a callback, and on a progress bar."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..errors import ArgumentError, check_flag
-from .distributed import Ranks
 from .events import Callback, Event, Stopped
+
+
+class Peers(Protocol):
+    """Other processes that end a stage together with this one, such as `Ranks`."""
+
+    def request_stop(self) -> None:
+        """Tells the others to end the stage."""
+
+    def poll(self) -> None:
+        """Raises `Stopped` if another one has ended the stage."""
 
 
 class Reporter:
     """Passes events to a callback and, after the first second, to a progress bar.
 
     Args:
-        progress: True or False; None shows the bar only where stderr is a terminal.
+        progress: whether to show the bar; None shows it if stderr is a terminal.
         callback: called with each `Event`; returning True ends the stage early.
-        ranks: ranks that end it early together; rank 0 alone shows a bar.
+        peers: processes that end the stage early together with this one.
+        quiet: never show the bar, as on all ranks but one.
 
     Raises:
-        ArgumentError: neither of these.
+        ArgumentError: ``progress`` or ``callback`` is something else.
     """
 
     def __init__(
         self,
         progress: bool | None = None,
         callback: Callback | None = None,
-        ranks: Ranks | None = None,
+        peers: Peers | None = None,
+        quiet: bool = False,
     ) -> None:
         if progress is not None:
             check_flag("progress", progress)
         if callback is not None and not callable(callback):
             raise ArgumentError("callback", f"got {callback!r}", "Pass a function, or None.")
-        self.show = sys.stderr.isatty() if progress is None else progress
-        self.show = self.show and (ranks is None or ranks.is_main)
-        self.callback, self.ranks = callback, ranks
+        self.show = (sys.stderr.isatty() if progress is None else progress) and not quiet
+        self.callback, self.peers = callback, peers
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._started = time.monotonic()
@@ -58,18 +69,18 @@ class Reporter:
             self._bar, self._tasks = None, {}
 
     def __call__(self, stage: str, done: int, total: int, **metrics: float) -> None:
-        """Reports progress.
+        """Reports one step.
 
         Raises:
             Stopped: the callback returned True, here or on another rank.
         """
-        if self.ranks is not None:
-            self.ranks.poll()
+        if self.peers is not None:
+            self.peers.poll()
         if self.show and time.monotonic() - self._started > 1:
             self._draw(stage, done, total)
         if self.callback is not None and self.callback(Event(stage, done, total, metrics)) is True:
-            if self.ranks is not None:
-                self.ranks.request_stop()
+            if self.peers is not None:
+                self.peers.request_stop()
             raise Stopped(f"the callback asked to stop in {stage} at {done} of {total}")
 
     def _draw(self, stage: str, done: int, total: int) -> None:

@@ -1,8 +1,8 @@
 """One thread for small models.
 
-Operations of a few microseconds gain nothing from a second thread, and OpenMP's threads wait for
-each other by spinning: beside one other busy process, LeNet5 took 72 s on two threads of a
-two-core machine and 1 s on one (measured; on the idle machine both take the same).
+Operations of a few microseconds gain nothing from a second thread, and OpenMP threads spin while
+they wait for each other: next to one other busy process on a two-core machine, LeNet5 took 72 s
+with two threads and 1 s with one (on the idle machine both take the same).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from contextlib import contextmanager
 
 import torch
 
-# Work below this is small, be it a forward pass of one image or a step of the tail. LeNet5 has
-# 0.4 million multiply-adds an image, KarpathyNet 4, ResNet-20 at 32 pixels 41, EfficientNet-Lite0
-# at 224 pixels 400.
+# Multiply-adds of one image's forward pass, or of one optimiser step, up to which one thread is
+# enough. Per image, LeNet5 has 0.4 million, KarpathyNet 4, ResNet-20 at 32 pixels 41, and
+# EfficientNet-Lite0 at 224 pixels 385.
 SMALL = 50_000_000
 
 
 @contextmanager
 def threads_for(work: int, device: torch.device) -> Iterator[None]:
-    """One thread inside, if ``work`` (multiply-adds) is small and ``device`` is the CPU.
+    """Runs the block with one thread if ``work`` (multiply-adds) is small and on the CPU.
 
-    The choice depends on the model alone, so that results do not depend on the moment.
+    The choice depends on the model alone, never on the load, so that results can be reproduced.
     """
     before = torch.get_num_threads()
     if device.type != "cpu" or work > SMALL or before == 1:

@@ -1,4 +1,4 @@
-"""Process-wide torch settings: set for one call, restored afterwards, one thread at a time."""
+"""Process-wide PyTorch settings: set for one call at a time, and restored after it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import torch
 
 
 class ProcessLock:
-    """What threads wait for: the right to set what belongs to the whole process.
+    """Held by the thread that changes process-wide settings.
 
-    The default dtype, the number of threads, how matrices are multiplied, and torch.fx's tracing:
-    two threads that set and restored these in turn would compute in each other's modes.
+    These are the default dtype, the number of threads, the precision of matrix products, and
+    torch.fx's tracing: two threads that set and restored them at once would compute with each
+    other's settings.
     """
 
     def __init__(self) -> None:
         self.renew()
-        os.register_at_fork(after_in_child=self.renew)
+        if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+            os.register_at_fork(after_in_child=self.renew)
 
     def renew(self) -> None:
-        """A forked child has only the thread that forked: nobody else gives the turn back."""
+        """Makes a new lock: in a forked child, the thread that held the old one does not exist."""
         self.lock = threading.RLock()
 
 
@@ -31,8 +33,10 @@ _lock = ProcessLock()
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
-    """Gradients on, inference mode and autocast off, float32 as the default dtype, whatever the
-    caller's are; put back afterwards. A decorator too. One thread at a time is inside.
+    """Gradients on, inference mode and autocast off, float32 as default dtype.
+
+    Restores the caller's settings at the end. Also works as a decorator. Only one thread at a time
+    runs the block.
     """
     with _lock.lock:
         dtype = torch.get_default_dtype()

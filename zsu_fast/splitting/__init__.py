@@ -1,1 +1,7 @@
-"""."""
+"""Splits a model into a frozen backbone and a trainable tail.
+
+In: a `models.wrapper.LogitsModel`, where to split (`split.find_split`, or a module's name), images.
+Out: a `split.Split`, whose ``tail(*backbone(x))`` equals ``model(x)``.
+Read first: split.py; then fx_split.py (by symbolic tracing) and replay_split.py (where that fails).
+Imports run one way: layers <- separability; batch_dim <- fx_split, replay_split; all <- split.
+"""

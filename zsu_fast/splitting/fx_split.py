@@ -5,18 +5,19 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
 
 from ..models.wrapper import LogitsModel
 from ..runtime.fx_tracing import Tracer, break_reference_cycles, trace
 from .batch_dim import (
     BatchDim,
     BatchMultiple,
-    Features,
-    Halves,
+    BoundaryTensors,
     NotBatchLinear,
     infer_batch_dim,
     infer_value,
@@ -24,30 +25,53 @@ from .batch_dim import (
 )
 
 
-class _PackedBackbone(nn.Module):
-    """A head whose outputs are brought to [N, ...]."""
+def split_by_fx(
+    model: LogitsModel, name: str, images: Tensor
+) -> tuple[nn.Module, nn.Module] | None:
+    """Splits ``model`` before its module ``name``.
 
-    def __init__(self, head: nn.Module, rules: Sequence[BatchDim]) -> None:
-        super().__init__()
-        self.backbone, self.rules = head, rules
+    Args:
+        model: from `working_copy`; backbone and tail share its parameters.
+        name: as in ``model.module.named_modules()``.
+        images: valid images, [N, ...].
 
-    def forward(self, x: Tensor) -> Features:
-        return tuple(r.pack(t) for r, t in zip(self.rules, self.backbone(x), strict=True))
+    Returns:
+        The backbone and the tail, or None if torch.fx can't trace the model, or if a value that
+        passes between them depends on the images in a way that can't be recomputed.
+    """
+    path = f"module.{name}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = trace(model, _ParentsTracer(path))
+    except Exception:  # noqa: BLE001  control flow on values: left to `split_by_replay`
+        return None
+    nodes = list(traced.graph.nodes)
+    start = next(
+        (i for i, n in enumerate(nodes) if n.op == "call_module" and n.target == path), None
+    )
+    if start is None:
+        return None
+    before, after = nodes[:start], nodes[start:]
+    tail_nodes = set(after)
+    crossing = [n for n in before if any(user in tail_nodes for user in n.users)]
+    parameters = [n for n in crossing if n.op == "get_attr"]  # the tail gets its own reference
+    boundary = _find_boundary(traced, [n for n in crossing if n.op != "get_attr"], images)
+    if boundary is None:
+        return None
+    graphs = _backbone_graph(before, boundary), _tail_graph(traced, [*parameters, *after], boundary)
+    for graph in graphs:
+        graph.lint()
+    backbone, tail = (GraphModule(traced, graph) for graph in graphs)
+    break_reference_cycles(backbone, tail)
+    dims = list(boundary.batch_dims.values())
+    if all(dim.plain for dim in dims):
+        return backbone, tail
+    return _PackedBackbone(backbone, dims), _PackedTail(tail, dims)
 
 
-class _PackedTail(nn.Module):
-    """A tail that takes them as `_PackedBackbone` returns them."""
-
-    def __init__(self, tail: nn.Module, rules: Sequence[BatchDim]) -> None:
-        super().__init__()
-        self.tail, self.rules = tail, rules
-
-    def forward(self, *features: Tensor) -> Tensor:
-        return self.tail(*[r.unpack(f) for r, f in zip(self.rules, features, strict=True)])
-
-
-class _Around(Tracer):
-    """Traces through the modules that contain the one at ``path``, and through no other."""
+class _ParentsTracer(Tracer):
+    """Traces into the modules that contain the one at ``path``, and into no other."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -57,82 +81,77 @@ class _Around(Tracer):
         return not self.path.startswith(f"{path}.")
 
 
-def split_by_fx(model: LogitsModel, name: str, images: Tensor) -> Halves | None:
-    """The halves, or None where symbolic tracing does not get through."""
-    path = f"module.{name}"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            traced = trace(model, _Around(path))
-    except Exception:  # noqa: BLE001  control flow on values: `split_by_replay` handles those
-        return None
-    nodes = list(traced.graph.nodes)
-    start = next(
-        (i for i, n in enumerate(nodes) if n.op == "call_module" and n.target == path), None
-    )
-    if start is None:
-        return None
-    before, inside = nodes[:start], set(nodes[start:])
-    crossing = [n for n in before if any(u in inside for u in n.users)]
-    own = {n for n in crossing if n.op == "get_attr"}  # parameters: the tail gets its own
-    after = [n for n in nodes if n in own or n in inside]
-    crossing = [n for n in crossing if n not in own]
+@dataclass
+class _Boundary:
+    """The values that pass from the backbone to the tail.
+
+    Attributes:
+        batch_dims: of the boundary tensors.
+        others: values that the tail holds or computes itself: tensors that depend on parameters
+            alone, and values other than tensors, with a `BatchMultiple` for what counts images.
+    """
+
+    batch_dims: dict[Node, BatchDim] = field(default_factory=dict)
+    others: dict[Node, Any] = field(default_factory=dict)
+
+
+def _find_boundary(traced: GraphModule, crossing: list[Node], images: Tensor) -> _Boundary | None:
+    """Sorts the values of ``crossing``; None if there is one that a tail can't be given."""
     runs = [_Recorder(traced, set(crossing)).values_for(batch) for batch in two_batches(images)]
-    rules: dict[torch.fx.Node, BatchDim] = {}
-    others: dict[torch.fx.Node, Any] = {}
+    boundary = _Boundary()
     for node in crossing:
         two, three = runs[0][node], runs[1][node]
         if isinstance(two, Tensor) and isinstance(three, Tensor):
-            rule = infer_batch_dim(two, three)
-            if rule is not None:
-                rules[node] = rule
+            batch_dim = infer_batch_dim(two, three)
+            if batch_dim is not None:
+                boundary.batch_dims[node] = batch_dim
             elif two.shape == three.shape and torch.equal(two, three):
-                others[node] = two.detach()  # made of parameters alone
+                boundary.others[node] = two.detach()
             else:
                 return None
         else:
             try:
-                others[node] = infer_value(two, three)
+                boundary.others[node] = infer_value(two, three)
             except NotBatchLinear:
                 return None
-    if not rules:
-        return None
-    head_graph = torch.fx.Graph()
-    head_map: dict[torch.fx.Node, Any] = {}
-    for node in before:  # all of them: x.relu_() counts even if nothing uses its value
-        head_map[node] = head_graph.node_copy(node, lambda n: head_map[n])
-    head_graph.output(tuple(head_map[n] for n in rules))
-    tail_graph = torch.fx.Graph()
-    tail_map: dict[torch.fx.Node, Any] = {}
-    for i, node in enumerate(rules):
-        tail_map[node] = tail_graph.placeholder(f"feature_{i}")
-    first, rule = next(iter(rules.items()))
-    batch: torch.fx.Node | None = None
-    for i, (node, value) in enumerate(others.items()):
+    return boundary if boundary.batch_dims else None
+
+
+def _backbone_graph(nodes: list[Node], boundary: _Boundary) -> Graph:
+    """All of ``nodes``, since x.relu_() has an effect even if nothing reads its value."""
+    graph = Graph()
+    copies: dict[Node, Any] = {}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[n] for n in boundary.batch_dims))
+    return graph
+
+
+def _tail_graph(traced: GraphModule, nodes: list[Node], boundary: _Boundary) -> Graph:
+    """``nodes``, fed with the boundary tensors; constants become buffers of ``traced``."""
+    graph = Graph()
+    copies: dict[Node, Any] = {}
+    for i, node in enumerate(boundary.batch_dims):
+        copies[node] = graph.placeholder(f"feature_{i}")
+    first, batch_dim = next(iter(boundary.batch_dims.items()))
+    batch: Node | None = None
+    for i, (node, value) in enumerate(boundary.others.items()):
         if isinstance(value, Tensor):
             traced.register_buffer(f"_constant_{i}", value, persistent=False)
-            tail_map[node] = tail_graph.get_attr(f"_constant_{i}")
+            copies[node] = graph.get_attr(f"_constant_{i}")
             continue
         if batch is None:
-            batch = tail_graph.call_method("size", (tail_map[first], rule.dim))
-            if rule.per_image > 1:
-                batch = tail_graph.call_function(operator.floordiv, (batch, rule.per_image))
-        tail_map[node] = _in_graph(value, tail_graph, batch)
-    for node in after:
-        tail_map[node] = tail_graph.node_copy(node, lambda n: tail_map[n])
-    halves = []
-    for graph in (head_graph, tail_graph):
-        graph.lint()
-        halves.append(torch.fx.GraphModule(traced, graph))
-    break_reference_cycles(*halves)
-    if all(r.plain for r in rules.values()):
-        return halves[0], halves[1]
-    listed = list(rules.values())
-    return _PackedBackbone(halves[0], listed), _PackedTail(halves[1], listed)
+            batch = graph.call_method("size", (copies[first], batch_dim.dim))
+            if batch_dim.per_image > 1:
+                batch = graph.call_function(operator.floordiv, (batch, batch_dim.per_image))
+        copies[node] = _in_graph(value, graph, batch)
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return graph
 
 
-def _in_graph(value: Any, graph: torch.fx.Graph, batch: torch.fx.Node) -> Any:
-    """``value`` with `BatchMultiple` computed from the batch size."""
+def _in_graph(value: Any, graph: Graph, batch: Node) -> Any:
+    """``value`` with each `BatchMultiple` computed from the batch size."""
     if isinstance(value, BatchMultiple):
         return graph.call_function(operator.mul, (batch, value.times))
     if isinstance(value, tuple | list):
@@ -140,20 +159,44 @@ def _in_graph(value: Any, graph: torch.fx.Graph, batch: torch.fx.Node) -> Any:
     return value
 
 
-class _Recorder(torch.fx.Interpreter):
-    """Runs a graph and keeps the values of some of its nodes."""
+class _PackedBackbone(nn.Module):
+    """A backbone whose boundary tensors are brought to [N, ...]."""
 
-    def __init__(self, traced: torch.fx.GraphModule, wanted: set[torch.fx.Node]) -> None:
+    def __init__(self, backbone: nn.Module, batch_dims: Sequence[BatchDim]) -> None:
+        super().__init__()
+        self.backbone, self.batch_dims = backbone, batch_dims
+
+    def forward(self, x: Tensor) -> BoundaryTensors:
+        tensors = self.backbone(x)
+        return tuple(dim.pack(t) for dim, t in zip(self.batch_dims, tensors, strict=True))
+
+
+class _PackedTail(nn.Module):
+    """A tail that takes the boundary tensors as `_PackedBackbone` returns them."""
+
+    def __init__(self, tail: nn.Module, batch_dims: Sequence[BatchDim]) -> None:
+        super().__init__()
+        self.tail, self.batch_dims = tail, batch_dims
+
+    def forward(self, *features: Tensor) -> Tensor:
+        tensors = [dim.unpack(f) for dim, f in zip(self.batch_dims, features, strict=True)]
+        return self.tail(*tensors)
+
+
+class _Recorder(torch.fx.Interpreter):
+    """Runs a graph and keeps the values of the nodes in ``wanted``."""
+
+    def __init__(self, traced: GraphModule, wanted: set[Node]) -> None:
         super().__init__(traced)
         self.wanted = wanted
-        self.values: dict[torch.fx.Node, Any] = {}
+        self.values: dict[Node, Any] = {}
 
-    def values_for(self, images: Tensor) -> dict[torch.fx.Node, Any]:
+    def values_for(self, images: Tensor) -> dict[Node, Any]:
         with torch.no_grad():
             self.run(images)
         return self.values
 
-    def run_node(self, n: torch.fx.Node) -> Any:
+    def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if n in self.wanted:
             self.values[n] = value

@@ -1,4 +1,9 @@
-"""Splits a model before one of its modules by recording and replaying its modules' outputs."""
+"""Splits a model before one of its modules by recording and replaying its modules' outputs.
+
+For models that torch.fx can't trace. The backbone runs the model up to the split and records what
+the modules before it returned. The tail runs the model's own code once more, in which those modules
+return the recorded outputs instead of computing them.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +18,71 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ArgumentError, ModelError
 from ..models.wrapper import LogitsModel
-from .batch_dim import Features, Halves, infer_batch_dim, two_batches
+from ..runtime.hooks import forward_hooks, forward_pre_hooks
+from .batch_dim import BoundaryTensors, infer_batch_dim, two_batches
 
 
-class _Reached(Exception):
-    """The module at the cut is about to run."""
+def split_by_replay(model: LogitsModel, name: str, images: Tensor) -> tuple[nn.Module, nn.Module]:
+    """Splits ``model`` before its module ``name``.
+
+    Of the tensors recorded before the split, the backbone returns only those on which the logits
+    depend when all of them are given.
+
+    Args:
+        model: from `working_copy`; backbone and tail share it.
+        name: as in ``model.module.named_modules()``.
+        images: valid images, [N, ...].
+
+    Returns:
+        The backbone and the tail.
+
+    Raises:
+        ArgumentError: the forward pass never calls ``name``.
+        ModelError: which modules run before the split depends on the images.
+    """
+    backbone = ReplayBackbone(model, name)
+    with torch.no_grad():
+        (calls, two), (others, three) = (backbone.record(batch) for batch in two_batches(images))
+    if calls != others or len(two) != len(three):
+        raise ModelError(
+            f"which of its modules run before {name!r} depends on the images",
+            "Name a module as tail= before which the forward pass is always the same.",
+        )
+    slots = [_Slot(a, b) for a, b in zip(two, three, strict=True)]
+    tail = ReplayTail(model, calls, slots)
+    backbone.slots = slots
+    with torch.enable_grad(), _ValueReads() as reads:
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in two]
+        logits = tail.replay([leaf.clone() for leaf in leaves])
+    if reads.found:
+        return backbone, tail
+    floating = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+    grads = torch.autograd.grad(
+        logits.sum(), [leaves[i] for i in floating], allow_unused=True, materialize_grads=False
+    )
+    for i, grad in zip(floating, grads, strict=True):
+        slots[i].used = slots[i].batch_dim is not None and grad is not None
+    with torch.no_grad():
+        want, got = model(images), tail(*backbone(images))
+    if not torch.allclose(got, want, rtol=1e-3, atol=1e-4 * (1 + float(want.abs().max()))):
+        for slot in slots:  # some value reaches the logits without a gradient
+            slot.used = slot.batch_dim is not None
+    return backbone, tail
+
+
+class _SplitReached(Exception):
+    """The module at the split is about to run."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A finished module's call: its output is ``form`` with tensors in the places ``filled``."""
+    """A module's finished call: its output is the tree ``form``, whose leaves are tensors or None.
+
+    Attributes:
+        name: of the module.
+        form: the output without its leaves.
+        filled: for each leaf, whether it is a tensor.
+    """
 
     name: str
     form: pytree.TreeSpec
@@ -34,72 +94,74 @@ class _Call:
 
 
 class _Slot:
-    """What one recorded tensor is to the tail: an input, a constant, or of no influence."""
+    """What a recorded tensor is to the tail: an input, a constant, or without influence."""
 
     def __init__(self, two: Tensor, three: Tensor) -> None:
-        self.rule = infer_batch_dim(two, three)
-        same = self.rule is None and two.shape == three.shape and torch.equal(two, three)
+        self.batch_dim = infer_batch_dim(two, three)
+        same = self.batch_dim is None and two.shape == three.shape and torch.equal(two, three)
         self.constant = two.detach() if same else None
         self.example = two.detach().new_zeros(()).expand(two.shape)  # a shape, no memory
-        self.used = self.rule is not None
+        self.used = self.batch_dim is not None
 
-    def stand_in(self, batch: int) -> Tensor:
-        """For a tensor of no influence: zeros in its shape, without memory."""
+    def placeholder(self, batch: int) -> Tensor:
+        """The constant, or zeros that take no memory in place of a tensor without influence."""
         if self.constant is not None:
             return self.constant
-        shape = self.example.shape if self.rule is None else self.rule.shape(self.example, batch)
-        return self.example.new_zeros(()).expand(shape)
+        dim, example = self.batch_dim, self.example
+        return example.new_zeros(()).expand(
+            example.shape if dim is None else dim.shape(example, batch)
+        )
 
 
 class ReplayBackbone(nn.Module):
-    """Runs the model up to the cut and returns those recorded tensors that the tail reads."""
+    """Runs the model up to the split and returns the recorded tensors that the tail reads."""
 
     def __init__(self, model: LogitsModel, name: str) -> None:
         super().__init__()
         self.model, self.name = model, name
         self.slots: list[_Slot] = []
 
-    def forward(self, x: Tensor) -> Features:
-        _, tensors = self.recorded(x)
+    def forward(self, x: Tensor) -> BoundaryTensors:
+        _, tensors = self.record(x)
         return tuple(
-            slot.rule.pack(tensor)
+            slot.batch_dim.pack(tensor)
             for slot, tensor in zip(self.slots, tensors, strict=True)
-            if slot.used and slot.rule is not None
+            if slot.used and slot.batch_dim is not None
         )
 
-    def recorded(self, x: Tensor) -> tuple[list[_Call], list[Tensor]]:
-        """The calls of modules that finish before the cut, without those inside them; the image
-        and the tensors that these calls return.
+    def record(self, x: Tensor) -> tuple[list[_Call], list[Tensor]]:
+        """Runs the model up to the split.
+
+        Returns:
+            The calls that finished, without those inside another one; and the tensors: ``x``
+            itself, then those in the outputs of the calls.
+
+        Raises:
+            ArgumentError: the forward pass never calls the module at the split.
         """
-        done: list[tuple[_Call, list[Tensor]]] = []
-        hooks = []
-        for name, module in self.model.module.named_modules():
-            if not name:
-                continue
+        names = {module: name for name, module in self.model.module.named_modules() if name}
+        finished: list[tuple[_Call, list[Tensor]]] = []
 
-            def after(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
-                leaves, form = pytree.tree_flatten(output)
-                tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-                if tensors and all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves):
-                    # a finished parent replaces its finished children
-                    while done and done[-1][0].name.startswith(f"{name}."):
-                        done.pop()
-                    filled = tuple(leaf is not None for leaf in leaves)
-                    done.append((_Call(name, form, filled), tensors))
+        def record(module: nn.Module, _args: Any, output: Any) -> None:
+            leaves, form = pytree.tree_flatten(output)
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            if tensors and all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves):
+                name = names[module]
+                while finished and finished[-1][0].name.startswith(f"{name}."):
+                    finished.pop()  # the call of a parent replaces those of its children
+                filled = tuple(leaf is not None for leaf in leaves)
+                finished.append((_Call(name, form, filled), tensors))
 
-            def before(_m: nn.Module, _a: Any) -> None:
-                raise _Reached
+        def stop(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
+            raise _SplitReached
 
-            hooks.append(module.register_forward_hook(after))
-            if name == self.name:
-                hooks.append(module.register_forward_pre_hook(before))
-        try:
-            self.model(x)
-        except _Reached:
-            return [call for call, _ in done], [x, *(t for _, ts in done for t in ts)]
-        finally:
-            for hook in hooks:
-                hook.remove()
+        start = [module for module, name in names.items() if name == self.name]
+        with forward_hooks(names, record), forward_pre_hooks(start, stop):
+            try:
+                self.model(x)
+            except _SplitReached:
+                tensors = [t for _, of_call in finished for t in of_call]
+                return [call for call, _ in finished], [x, *tensors]
         raise ArgumentError(
             "tail",
             f"got {self.name!r}, a module that the forward pass never calls",
@@ -108,44 +170,36 @@ class ReplayBackbone(nn.Module):
 
 
 class ReplayTail(nn.Module):
-    """Runs the model with the modules before the cut answering from their recorded outputs."""
+    """Runs the model with the modules before the split returning their recorded outputs."""
 
     def __init__(self, model: LogitsModel, calls: list[_Call], slots: list[_Slot]) -> None:
         super().__init__()
         self.model, self.calls, self.slots = model, calls, slots
 
     def forward(self, *features: Tensor) -> Tensor:
-        given, batch = iter(features), len(features[0])
+        inputs, batch = iter(features), len(features[0])
         return self.replay(
             [
-                slot.rule.unpack(next(given)) if slot.used and slot.rule else slot.stand_in(batch)
+                slot.batch_dim.unpack(next(inputs))
+                if slot.used and slot.batch_dim
+                else slot.placeholder(batch)
                 for slot in self.slots
             ]
         )
 
     def replay(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The logits from the image and every recorded tensor, as the model has them."""
+        """The logits, from the images and every recorded tensor in the model's layout."""
         x, *recorded = tensors
-        left = iter(recorded)
-        answers: dict[str, list[Any]] = {}
+        remaining = iter(recorded)
+        outputs: dict[str, list[Any]] = {}
         for call in self.calls:
-            answers.setdefault(call.name, []).append(call.output(left))
+            outputs.setdefault(call.name, []).append(call.output(remaining))
         modules = dict(self.model.module.named_modules())
         originals = {}
-        for name, outputs in answers.items():
+        for name, recorded_outputs in outputs.items():
             module = modules[name]
-            original = module.forward
-            queue = iter(outputs)
-
-            def replay(
-                *args: Any, queue: Iterator[Any] = queue, original: Any = original, **kw: Any
-            ) -> Any:
-                for output in queue:
-                    return output
-                return original(*args, **kw)
-
             originals[name] = module.__dict__.get("forward")
-            module.forward = replay
+            module.forward = _replaying(recorded_outputs, module.forward)
         try:
             logits: Tensor = self.model(x)
         finally:
@@ -157,8 +211,20 @@ class ReplayTail(nn.Module):
         return logits
 
 
-class _ReadsValues(TorchDispatchMode):
-    """Notices Python code that looks into tensors: what it does may depend on any of them."""
+def _replaying(outputs: list[Any], forward: Any) -> Any:
+    """A ``forward`` that returns ``outputs`` one by one, and then computes again."""
+    queue = iter(outputs)
+
+    def replay(*args: Any, **kwargs: Any) -> Any:
+        for output in queue:
+            return output
+        return forward(*args, **kwargs)
+
+    return replay
+
+
+class _ValueReads(TorchDispatchMode):
+    """Notices Python code that reads tensors' values: its course may depend on any tensor."""
 
     OPS = (
         torch.ops.aten._local_scalar_dense.default,
@@ -168,46 +234,8 @@ class _ReadsValues(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = False
+        self.found = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen |= func in self.OPS
+        self.found |= func in self.OPS
         return func(*args, **(kwargs or {}))
-
-
-def split_by_replay(model: LogitsModel, name: str, images: Tensor) -> Halves:
-    """The halves. Of the outputs recorded before the cut, the head returns those on which the
-    logits depend when all of them are given; the others need not be kept.
-
-    Raises:
-        ArgumentError: the forward pass never calls ``name``.
-        ModelError: what runs before the cut depends on the images.
-    """
-    head = ReplayBackbone(model, name)
-    with torch.no_grad():
-        (calls, two), (others, three) = (head.recorded(batch) for batch in two_batches(images))
-    if calls != others or len(two) != len(three):
-        raise ModelError(
-            f"which of its modules run before {name!r} depends on the images",
-            "Name a module as tail= before which the forward pass is always the same.",
-        )
-    slots = [_Slot(a, b) for a, b in zip(two, three, strict=True)]
-    tail = ReplayTail(model, calls, slots)
-    head.slots = slots
-    with torch.enable_grad(), _ReadsValues() as reading:
-        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in two]
-        logits = tail.replay([leaf.clone() for leaf in leaves])
-    if reading.seen:
-        return head, tail
-    floating = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
-    grads = torch.autograd.grad(
-        logits.sum(), [leaves[i] for i in floating], allow_unused=True, materialize_grads=False
-    )
-    for i, grad in zip(floating, grads, strict=True):
-        slots[i].used = slots[i].rule is not None and grad is not None
-    with torch.no_grad():
-        want, got = model(images), tail(*head(images))
-    if not torch.allclose(got, want, rtol=1e-3, atol=1e-4 * (1 + float(want.abs().max()))):
-        for slot in slots:  # values that reach the logits without a gradient
-            slot.used = slot.rule is not None
-    return head, tail

@@ -1,6 +1,6 @@
-"""How well each layer's input tells the classes apart: where class-specific features emerge.
+"""Measures how well the input of each layer separates the classes, on class impressions.
 
-Data-free: measured on class impressions.
+It finds the first responsive layer: the one where class-specific features emerge.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.wrapper import LogitsModel
+from ..runtime.hooks import forward_pre_hooks
 from .layers import in_chunks, layer_names
 
 # Enough to tell layers apart; impressions of 1,000 classes at 224 pixels would take minutes.
@@ -18,65 +19,62 @@ MOST_IMAGES = 512
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def fisher_ratios(model: LogitsModel, images: Tensor, labels: Tensor) -> list[tuple[str, float]]:
-    """How well each layer's input tells the classes apart, in the order of the forward pass.
+def fisher_ratios(
+    model: LogitsModel, images: Tensor, labels: Tensor, most_images: int = MOST_IMAGES
+) -> list[tuple[str, float]]:
+    """Fisher's ratio at the input of each layer, in the order of the forward pass.
 
-    The ratio of the variance between class means to the variance around them (Fisher's, as the
-    traces of both scatter matrices), on impressions. Feature maps are averaged to at most 4 x 4
-    positions first. Of tokens both their mean and the first one (the class token, where a model
-    has one) are tried, and the better counts. 0 is none, without an upper bound.
+    The ratio is the variance between the class means over the variance within the classes (the
+    traces of the two scatter matrices); 0 means no separation, and there is no upper bound.
+    Feature maps are first averaged to at most 4 x 4 positions. For tokens, both their mean and
+    the first one (the class token, where a model has one) are tried, and the higher ratio counts.
 
     Args:
         model: from `working_copy`.
-        images, labels: impressions; of more than 512, those of evenly spaced classes are taken.
+        images, labels: impressions [N, ...] and their classes, int64 [N].
+        most_images: of more images than this, only those of evenly spaced classes are used.
 
     Returns:
         (module name, ratio) of each layer with weights.
     """
-    images, labels = _sample(images, labels)
-    names = layer_names(model.module, images[:2])
+    images, labels = _subsample(images, labels, most_images)
     modules = dict(model.module.named_modules())
-    inputs: dict[str, list[list[Tensor]]] = {name: [] for name in names}
-    hooks = []
-    for name in names:
-
-        def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-            if given is not None and len(inputs[name]) < len(chunks):  # a layer's first call counts
-                inputs[name].append(_summaries(module, given, chunks[-1]))
-
-        hooks.append(modules[name].register_forward_pre_hook(note, with_kwargs=True))
+    names = {modules[name]: name for name in layer_names(model.module, images[:2])}
+    summaries: dict[str, list[list[Tensor]]] = {name: [] for name in names.values()}
     chunks: list[int] = []
-    try:
-        with torch.no_grad():
-            for chunk in in_chunks(model, images):
-                chunks.append(len(chunk))
-                model(chunk)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        noted = summaries[names[module]]
+        if x is not None and len(noted) < len(chunks):  # the layer's first call counts
+            noted.append(_summarise(module, x, chunks[-1]))
+
+    with forward_pre_hooks(names, note), torch.no_grad():
+        for chunk in in_chunks(model, images):
+            chunks.append(len(chunk))
+            model(chunk)
     result = []
-    for name in names:
+    for name, noted in summaries.items():
         ratios = [0.0]
-        for parts in zip(*inputs[name], strict=False):  # the kinds of summary are the same ones
+        for parts in zip(*noted, strict=False):  # one kind of summary, of all chunks
             if sum(len(p) for p in parts) == len(labels):
-                ratios.append(_between_over_within(torch.cat(parts), labels))
+                ratios.append(_fisher_ratio(torch.cat(parts), labels))
         result.append((name, max(ratios)))
     return result
 
 
-def _sample(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """At most so many images: all of a class, of every k-th class."""
+def _subsample(images: Tensor, labels: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """At most ``most`` images: all of a class, of every k-th class."""
     classes = labels.unique()
-    every = -(-len(labels) // MOST_IMAGES)
+    every = -(-len(labels) // most)
     if every <= 1 or len(classes) < 2 * every:
         return images, labels
     rows = torch.isin(labels, classes[::every])
     return images[rows], labels[rows]
 
 
-def _summaries(module: nn.Module, x: Tensor, images: int) -> list[Tensor]:
-    """A layer's input -> float32 [images, D] with D bounded, one or two ways."""
+def _summarise(module: nn.Module, x: Tensor, images: int) -> list[Tensor]:
+    """A layer's input -> one or two summaries of it, float32 [images, D] with a bounded D."""
     x = x.float()
     if x.ndim > 2 and x.shape[0] != images and x.shape[1] == images:
         x = x.transpose(0, 1)  # sequence first
@@ -84,21 +82,21 @@ def _summaries(module: nn.Module, x: Tensor, images: int) -> list[Tensor]:
         x = x.unflatten(0, (images, -1)).flatten(1, -2)  # windows or tokens among the rows
     if isinstance(module, _CONVOLUTIONS):
         if x.ndim == 4:
-            return [_pooled(x)]
+            return [_pool(x)]
         return [x.flatten(2).mean(2)] if x.ndim > 2 else [x]
     if x.ndim == 4:  # [N, H, W, C]
-        return [_pooled(x.movedim(-1, 1))]
+        return [_pool(x.movedim(-1, 1))]
     if x.ndim == 3:
         return [x.mean(1), x[:, 0]]
     return [x.flatten(1)]
 
 
-def _pooled(x: Tensor) -> Tensor:
+def _pool(x: Tensor) -> Tensor:
     height, width = (min(4, s) for s in x.shape[-2:])
     return nn.functional.adaptive_avg_pool2d(x, (height, width)).flatten(1)
 
 
-def _between_over_within(features: Tensor, labels: Tensor) -> float:
+def _fisher_ratio(features: Tensor, labels: Tensor) -> float:
     classes, index = labels.unique(return_inverse=True)
     count = torch.bincount(index).to(features.dtype)[:, None]
     centred = features - features.mean(0)

@@ -1,8 +1,8 @@
-"""Where a model is cut: a frozen head, evaluated once, and a trainable tail.
+"""Splits a model into a frozen backbone, which runs once, and a trainable tail.
 
-The cut is a point in the data flow, not in a list of layers: everything that runs before the
-named module is the head, everything from it on is the tail, and whatever values cross the cut
-(one feature vector, or a feature map and the skip connection beside it) are the tail's inputs.
+The split is a point in the data flow, not in a list of layers: what runs before the named module
+is the backbone, everything from it on is the tail. The values that pass between them (one feature
+vector, or a feature map and the skip connection beside it) are the boundary tensors.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, ModelError
+from ..errors import ArgumentError, ModelError, shorten
 from ..models.wrapper import LogitsModel
-from .batch_dim import Features
+from .batch_dim import BoundaryTensors
 from .fx_split import split_by_fx
-from .layers import in_chunks, layer_names
+from .layers import CHUNK_BYTES, in_chunks, layer_names
 from .replay_split import ReplayBackbone, split_by_replay
 from .separability import fisher_ratios
 
 
-class _Tied(ArgumentError):
-    """The tail would train weights that the head uses too."""
+class _TiedWeightsError(ArgumentError):
+    """The tail would train weights that the backbone uses too."""
 
 
 @dataclass
 class Split:
-    """A model cut in two: ``tail(*backbone(x)) == model(x)``.
+    """A model in two parts: ``tail(*backbone(x)) == model(x)``.
 
     Attributes:
-        backbone: images [N, ...] -> the tuple of tensors that cross the cut, each [N, ...].
-        tail: those tensors -> logits [N, C].
+        backbone: images [N, ...] -> the tuple of boundary tensors, each [N, ...].
+        tail: the boundary tensors -> logits [N, C].
         name: the module at which the tail starts.
         reason: why there, in words.
         parameters: names (in the user's model) of what the tail trains.
@@ -47,28 +47,33 @@ class Split:
     parameters: list[str]
     output_level: bool
 
-    def features(self, images: Tensor, batch: int | None = None) -> Features:
-        """The head's output for all images, without gradients.
+    def features(
+        self, images: Tensor, batch: int | None = None, chunk_bytes: int = CHUNK_BYTES
+    ) -> BoundaryTensors:
+        """The backbone's output for all images, without gradients.
 
         Args:
             images: [N, ...].
-            batch: images at a time; None for as many as keep the head's feature maps small.
+            batch: images at a time; None chooses by ``chunk_bytes``.
+            chunk_bytes: bound for the largest feature map of the images that run at a time.
         """
-        chunks = in_chunks(self.backbone, images) if batch is None else images.split(batch)
+        if batch is None:
+            chunks = in_chunks(self.backbone, images, chunk_bytes)
+        else:
+            chunks = iter(images.split(batch))
         with torch.no_grad():
             parts = [self.backbone(chunk) for chunk in chunks]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def find_split(model: LogitsModel, at: str | int, images: Tensor, labels: Tensor) -> Split:
-    """Cuts ``model`` at ``at``: "auto", "last", a module's name, or a number of layers.
+    """Splits ``model`` at ``at``: "auto", "last", a module's name, or a number of layers.
 
-    "auto" takes the *first responsive layer*: the first one whose input tells the classes apart
-    at least 0.9 times as well as the best layer's does, by the ratio of the variance between
-    classes to that within them (`fisher_ratios`). A number k takes the last k layers with
-    weights, in the order in which they run, and what follows them; "last" is 1. Where such a tail
-    shares weights with the head, or leaves out a layer that gives logits too, the cut moves to an
-    earlier layer.
+    "auto" takes the *first responsive layer*: the first one whose input separates the classes
+    at least 0.9 times as well as the best layer's does, by Fisher's ratio (`fisher_ratios`).
+    A number k takes the last k layers with weights, in the order in which they run, and what
+    follows them; "last" is 1. If such a tail shares weights with the backbone, or if the backbone
+    computes other logits besides, the split moves to an earlier layer.
 
     Args:
         model: from `working_copy`.
@@ -77,171 +82,185 @@ def find_split(model: LogitsModel, at: str | int, images: Tensor, labels: Tensor
 
     Raises:
         ArgumentError: no such module, or a tail that can't be trained.
+        ModelError: no split reproduces the model's logits, or every layer has tied weights.
     """
     probe = images[:2]
     if isinstance(at, str) and at not in ("auto", "last"):
         return split_at(model, at, probe, "named by the caller")
     if at == "auto":
-        layers = fisher_ratios(model, images, labels)
-        best = max(ratio for _, ratio in layers)
-        if best > 0:
-            chosen = next(i for i, (_, ratio) in enumerate(layers) if ratio >= 0.9 * best)
-            reason = (
-                f"first responsive layer: variance between classes over that within them is "
-                f"{layers[chosen][1]:.3g} at its input, {best:.3g} at the best of {len(layers)} "
-                f"layers"
-            )
-        else:
-            chosen = len(layers) - 1
-            reason = (
-                "the last layer with weights: with one impression a class there is no variance "
-                "within classes to search the responsive layer by"
-            )
+        layers, chosen, reason = _first_responsive_layer(model, images, labels)
     else:
-        layers = [(name, 1.0) for name in layer_names(model.module, probe)]
-        depth = 1 if at == "last" else at
-        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= len(layers):
-            raise ArgumentError(
-                "tail",
-                f"got {at!r}",
-                f"Pass 'auto', 'last', a module's name, or a number of layers from 1 to "
-                f"{len(layers)}.",
-            )
-        chosen = len(layers) - depth
-        reason = f"the last {depth} layers" if depth > 1 else "the last layer with weights"
-    for i in range(chosen, -1, -1):
-        name = layers[i][0]
+        layers, chosen, reason = _last_layers(model, at, probe)
+    for name in reversed(layers[: chosen + 1]):
         try:
-            cut = split_at(model, name, probe, reason)
-        except _Tied:
-            reason = f"{reason}; moved ahead of {name!r}, whose weights are tied to the head"
+            found = split_at(model, name, probe, reason)
+        except _TiedWeightsError:
+            reason = f"{reason}; moved ahead of {name!r}, whose weights are tied to the backbone"
             continue
-        if i and _head_gives_logits(cut, probe):
-            reason = f"{reason}; moved ahead of {name!r}, before which other logits are made"
+        if name != layers[0] and _backbone_gives_logits(found, probe):
+            reason = f"{reason}; moved ahead of {name!r}, before which other logits are computed"
             continue
-        return cut
+        return found
     raise ModelError(
         "each layer shares its weights with an earlier one",
         "Name the module at which the tail is to start, by tail=.",
     )
 
 
-def _layer_of(parameter: str) -> str:
-    """The module that holds a parameter, be it behind a parametrization or not."""
-    layer, behind, _ = parameter.partition(".parametrizations.")
-    return layer if behind else parameter.rpartition(".")[0]
+def _first_responsive_layer(
+    model: LogitsModel, images: Tensor, labels: Tensor
+) -> tuple[list[str], int, str]:
+    """The layers with weights, the index of the first responsive one, and why it was chosen."""
+    ratios = fisher_ratios(model, images, labels)
+    layers = [name for name, _ in ratios]
+    best = max(ratio for _, ratio in ratios)
+    if not best > 0:  # NaN too
+        reason = (
+            "the last layer with weights: with one impression per class there is no variance "
+            "within classes, which the search for the responsive layer needs"
+        )
+        return layers, len(layers) - 1, reason
+    chosen = next(i for i, (_, ratio) in enumerate(ratios) if ratio >= 0.9 * best)
+    reason = (
+        f"first responsive layer: variance between classes over that within them is "
+        f"{ratios[chosen][1]:.3g} at its input, {best:.3g} at the best of {len(layers)} layers"
+    )
+    return layers, chosen, reason
 
 
-@torch.no_grad()
-def _head_gives_logits(cut: Split, probe: Tensor) -> bool:
-    """Whether a second classifier, beside the layer at the cut, is in the frozen head."""
-    crossing = cut.backbone(probe)
-    return len(crossing) > 1 and any(f.shape == cut.tail(*crossing).shape for f in crossing)
+def _last_layers(model: LogitsModel, at: str | int, probe: Tensor) -> tuple[list[str], int, str]:
+    """The layers with weights, the index of the first of the last ``at``, and the reason."""
+    layers = layer_names(model.module, probe)
+    depth = 1 if at == "last" else at
+    if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= len(layers):
+        raise ArgumentError(
+            "tail",
+            f"got {at!r}",
+            f"Pass 'auto', 'last', a module's name, or a number of layers from 1 to {len(layers)}.",
+        )
+    reason = f"the last {depth} layers" if depth > 1 else "the last layer with weights"
+    return layers, len(layers) - depth, reason
 
 
 def split_at(model: LogitsModel, name: str, images: Tensor, reason: str) -> Split:
-    """Cuts ``model`` before its module ``name``.
+    """Splits ``model`` before its module ``name``.
 
     Args:
         model: from `working_copy`; the tail shares its parameters.
         name: as in ``model.module.named_modules()``.
-        images: two or more valid images, to check the cut with.
+        images: two or more valid images, to check the split with.
         reason: recorded in the split.
 
     Raises:
         ArgumentError: no such module, it is never called, or the tail has nothing to train.
+        ModelError: backbone and tail together give other logits than the model.
     """
     names = dict(model.module.named_modules())
     if name not in names or not name:
-        known = [n for n in names if n]
+        known = [repr(n) for n in names if n]
         raise ArgumentError(
             "tail",
             f"got {name!r}, and the model has no module of that name",
-            f"Pass 'auto' or one of {_some(known)}.",
+            f"Pass 'auto' or one of {shorten(known, 12)}.",
         )
-    head, tail, crossing = _checked_cut(model, name, images)
-    parameters = _trained_by(model, tail, crossing)
+    backbone, tail, boundary = _checked_split(model, name, images)
+    parameters = _parameters_of_tail(model, tail, boundary)
     if not parameters:
         raise ArgumentError(
             "tail",
             f"{name!r} is followed by no layer with parameters",
             f"Name an earlier module, such as {layer_names(model.module, images)[-1]!r}.",
         )
-    tied = _tied_to_head(model, head, parameters, images)
-    if tied and isinstance(head, ReplayBackbone):
-        # a replay runs the code around the cut anew: parameters used there (a class token, a
-        # position embedding) are the head's, and stay as they are
-        around = {name[:at] for at, letter in enumerate(name) if letter == "."} | {""}
-        ours = [p for p in tied if _layer_of(p) in around]
-        parameters = [p for p in parameters if p not in ours]
-        tied = [p for p in tied if p not in ours]
+    tied = _tied_to_backbone(model, backbone, parameters, images)
+    if tied and isinstance(backbone, ReplayBackbone):
+        # a replay runs the code of the enclosing modules again: parameters used there (a class
+        # token, a position embedding) belong to the backbone and stay as they are
+        enclosing = {name[:at] for at, letter in enumerate(name) if letter == "."} | {""}
+        frozen = [p for p in tied if _layer_of(p) in enclosing]
+        parameters = [p for p in parameters if p not in frozen]
+        tied = [p for p in tied if p not in frozen]
     if tied:
-        raise _Tied(
+        raise _TiedWeightsError(
             "tail",
-            f"{name!r} would train {tied[0]}, which the frozen head uses too (tied weights)",
+            f"{name!r} would train {tied[0]}, which the frozen backbone uses too (tied weights)",
             "Name the module at which the shared weights are used first, or leave tail='auto'.",
         )
     layers = {_layer_of(p) for p in parameters}
-    return Split(head, tail, name, reason, parameters, output_level=len(layers) == 1)
+    return Split(backbone, tail, name, reason, parameters, output_level=len(layers) == 1)
 
 
-def _checked_cut(
+def _checked_split(
     model: LogitsModel, name: str, images: Tensor
-) -> tuple[nn.Module, nn.Module, Features]:
-    """Head, tail, and what crosses for ``images``; from the first way of cutting that is right."""
-    wrong = 0.0
+) -> tuple[nn.Module, nn.Module, BoundaryTensors]:
+    """Backbone, tail and boundary tensors of ``images``, by the first method that is right."""
+    error = 0.0
     with torch.no_grad():
         want = model(images)
-    for way in (split_by_fx, split_by_replay):
-        halves = way(model, name, images)
-        if halves is None:
+    for method in (split_by_fx, split_by_replay):
+        parts = method(model, name, images)
+        if parts is None:
             continue
-        head, tail = halves
+        backbone, tail = parts
         with torch.no_grad():
-            crossing = head(images)
-            versions = [t._version for t in crossing]
-            got = tail(*crossing)
-            if [t._version for t in crossing] != versions:
-                tail = _Cloning(tail)
-                crossing = head(images)
-            # row i of what crosses has to be of image i: loop and mixtures pick rows
-            turned = tail(*[t.flip(0) for t in crossing]).flip(0)
-        wrong = max(float((g - want).abs().max()) for g in (got, turned))
-        if wrong <= 1e-4 + 1e-3 * float(want.abs().max()):
-            return head, tail, crossing
+            boundary = backbone(images)
+            versions = [t._version for t in boundary]
+            got = tail(*boundary)
+            if [t._version for t in boundary] != versions:
+                tail = _CloningTail(tail)
+                boundary = backbone(images)
+            # row i of each boundary tensor has to belong to image i: training picks and mixes rows
+            flipped = tail(*[t.flip(0) for t in boundary]).flip(0)
+        error = max(float((g - want).abs().max()) for g in (got, flipped))
+        if error <= 1e-4 + 1e-3 * float(want.abs().max()):
+            return backbone, tail, boundary
     raise ModelError(
-        f"cut at {name!r} it gives other logits than whole (by {wrong:.3g})",
+        f"split at {name!r}, it gives other logits than as a whole (by {error:.3g})",
         "Its forward pass depends on state or chance; name another tail=.",
     )
 
 
-def _trained_by(model: LogitsModel, tail: nn.Module, crossing: Features) -> list[str]:
+def _parameters_of_tail(
+    model: LogitsModel, tail: nn.Module, boundary: BoundaryTensors
+) -> list[str]:
     """Names of the parameters on which the tail's logits depend."""
     named = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        logits = tail(*crossing)
+        logits = tail(*boundary)
         if not logits.requires_grad:
             return []
         grads = torch.autograd.grad(logits.sum(), list(named.values()), allow_unused=True)
     return [n for n, g in zip(named, grads, strict=True) if g is not None]
 
 
-def _tied_to_head(
-    model: LogitsModel, head: nn.Module, parameters: Sequence[str], images: Tensor
+def _tied_to_backbone(
+    model: LogitsModel, backbone: nn.Module, parameters: Sequence[str], images: Tensor
 ) -> list[str]:
-    """Those of ``parameters`` that the head's output depends on as well."""
+    """Those of ``parameters`` on which the backbone's output depends too."""
     named = dict(model.module.named_parameters())
     chosen = [named[n] for n in parameters]
     with torch.enable_grad():
-        roots = [t.sum() for t in head(images[:1]) if t.requires_grad]
-        if not roots:
+        sums = [t.sum() for t in backbone(images[:1]) if t.requires_grad]
+        if not sums:
             return []
-        grads = torch.autograd.grad(torch.stack(roots).sum(), chosen, allow_unused=True)
+        grads = torch.autograd.grad(torch.stack(sums).sum(), chosen, allow_unused=True)
     return [n for n, g in zip(parameters, grads, strict=True) if g is not None]
 
 
-class _Cloning(nn.Module):
-    """A tail that writes into its inputs gets copies of them."""
+def _layer_of(parameter: str) -> str:
+    """The module that owns a parameter, behind a parametrization or not."""
+    layer, parametrization, _ = parameter.partition(".parametrizations.")
+    return layer if parametrization else parameter.rpartition(".")[0]
+
+
+@torch.no_grad()
+def _backbone_gives_logits(split: Split, probe: Tensor) -> bool:
+    """Whether a second classifier, beside the layer at the split, lies in the frozen backbone."""
+    boundary = split.backbone(probe)
+    return len(boundary) > 1 and any(f.shape == split.tail(*boundary).shape for f in boundary)
+
+
+class _CloningTail(nn.Module):
+    """Gives copies of its inputs to a tail that writes into them."""
 
     def __init__(self, tail: nn.Module) -> None:
         super().__init__()
@@ -249,8 +268,3 @@ class _Cloning(nn.Module):
 
     def forward(self, *features: Tensor) -> Tensor:
         return self.tail(*[f.clone() for f in features])
-
-
-def _some(names: Sequence[str], most: int = 12) -> str:
-    shown = ", ".join(repr(n) for n in names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,84 +1,43 @@
-"""The ascent: a batch of points climbs until each has reached its confidence, or gives up."""
+"""Gradient ascent with continuous batching: each point stops at a confidence of its own.
+
+The working batch has a number of slots. A point that has reached its target, or has given up, frees
+its slot, and the next point of the queue takes it. A point that missed its target goes back to the
+front of the queue for another attempt, from other noise.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import ArgumentError, is_number
-from ..runtime.precision import PRECISIONS, Precision
+from ..runtime import cuda_graph
 from ..runtime.progress import Reporter
-from .batch_norm_prior import BatchNormStatistics
+from .active_batch import ActiveBatch, bucket_size
+from .ascent_settings import AscentSettings
 from .space import SearchSpace
 
-# On a GPU, the host looks at which rows are done after so many steps.
+# On a GPU, the host looks for finished points after this many steps.
 STEPS_PER_GRAPH = 4
-
-
-@dataclass(frozen=True)
-class AscentSettings:
-    """How impressions are made; `synthesize` says what each field means.
-
-    Raises:
-        ArgumentError: a value is out of range.
-    """
-
-    per_class: int = 32
-    confidence: tuple[float, float] | None = (0.55, 0.99)
-    max_steps: int = 100
-    restarts: int = 2
-    step_size: float = 0.01
-    beta: float = 1e-4
-    seed: int = 0
-    precision: Precision = "auto"
-    batch_norm: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
-            raise ArgumentError(
-                "precision", f"got {self.precision!r}", f"Pass one of {', '.join(PRECISIONS)}."
-            )
-        for name, least in (("per_class", 1), ("max_steps", 1), ("restarts", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ArgumentError(
-                    name, f"got {value!r}", f"Pass a whole number, {least} or more."
-                )
-        if self.seed >= 1 << 63:
-            raise ArgumentError("seed", f"got {self.seed}", "Pass one below 2**63.")
-        if self.confidence is not None:
-            given = self.confidence
-            pair = isinstance(given, Sequence) and len(given) == 2 and all(map(is_number, given))
-            if not pair or not 0 < given[0] <= given[1] < 1:
-                raise ArgumentError(
-                    "confidence",
-                    f"got {self.confidence!r}",
-                    "Pass (low, high) with 0 < low <= high < 1.",
-                )
-        if not is_number(self.step_size) or not 0 < self.step_size <= 1:
-            raise ArgumentError("step_size", f"got {self.step_size!r}", "Pass a number in (0, 1].")
-        for name in ("beta", "batch_norm"):
-            value = getattr(self, name)
-            if not is_number(value) or value < 0:
-                raise ArgumentError(name, f"got {value!r}", "Pass a number that is 0 or more.")
 
 
 @dataclass
 class AscentResult:
-    """Points and how they came out; row i of every tensor is point i.
+    """The points and how their ascent ended; row i of every tensor is point i.
 
     Attributes:
         points: float32 [N, *shape].
-        labels: int64 [N], the class that each was made for.
+        labels: int64 [N], the class that each ascended to.
         confidence: float32 [N], the class's softmax probability at the end.
         target: float32 [N], the confidence at which the ascent was to stop (1 for "never").
         steps: int32 [N], ascent steps taken, restarts included.
-        hit: bool [N], whether the target was reached (without a target: whether the class leads).
+        hit: bool [N], whether the target was reached (without a target: whether the class has the
+            highest logit).
     """
 
     points: Tensor
@@ -89,22 +48,24 @@ class AscentResult:
     hit: Tensor
 
     @classmethod
-    def none(cls, shape: Sequence[int]) -> AscentResult:
-        """No points of this shape."""
-        whole, number = torch.empty(0, dtype=torch.int64), torch.empty(0)
-        return cls(number.view(0, *shape), whole, number, number, whole.int(), whole.bool())
+    def empty(cls, shape: Sequence[int]) -> AscentResult:
+        """No points, of this shape."""
+        integers, floats = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        return cls(
+            floats.view(0, *shape), integers, floats, floats, integers.int(), integers.bool()
+        )
 
 
 class Ascent:
-    """The working batch: rows in flight, refilled from the queue as rows finish.
+    """The ascent of a set of points.
 
     Args:
-        space: where to climb.
+        space: where the points are.
         labels: int64 [N], a class for each point.
-        number: int64 [N], tells points of one class apart.
-        settings: see `synthesize`.
-        width: most rows in flight.
-        starts: where they start, [N, *shape]; None for the space's own starting points.
+        number: int64 [N], distinguishes the points of one class.
+        settings: see `AscentSettings`.
+        width: at most this many slots.
+        init: where the points start, [N, *shape]; None draws them by ``space.start``.
     """
 
     def __init__(
@@ -114,273 +75,238 @@ class Ascent:
         number: Tensor,
         settings: AscentSettings,
         width: int,
-        starts: Tensor | None = None,
+        init: Tensor | None = None,
     ) -> None:
         self.space, self.settings = space, settings
         self.model, self.device = space.fast_model, space.low.device
         self.rate = settings.step_size * space.step
         self.beta = torch.tensor(float(settings.beta), device=self.device)
-        self.labels, self.number, self.starts = labels, number, starts
+        self.labels, self.number, self.init = labels, number, init
         count = len(labels)
         self.width = min(count, width)
         self.points = torch.empty(count, *space.shape)
-        self.reached = torch.zeros(count)
+        self.confidence = torch.zeros(count)
         self.target = torch.ones(count)
         self.steps = torch.zeros(count, dtype=torch.int32)
         self.hit = torch.zeros(count, dtype=torch.bool)
         self.attempt = [0] * count
-        self.queue = list(range(count))[::-1]
+        self.queue = deque(range(count))
 
     def run(self, report: Reporter, before: int, total: int) -> AscentResult:
-        """Climbs until no row is left.
+        """Takes steps until no point is left.
 
         Args:
-            report: told after every step.
-            before, total: points finished before this batch, and in all, for the report.
+            report: called after every step, or after every `STEPS_PER_GRAPH` on a GPU.
+            before, total: points finished before these, and points in all, for the report.
 
         Raises:
-            Stopped: the callback asked to; `result` has what is there.
+            Stopped: the callback asked to; `result` returns what is there.
         """
         finished = 0
-        rows = self._fill([])
-        steps = _step_many(self._step, self.device)
-        while rows.index:
-            steps(rows)
-            alive = rows.active.tolist()
-            gone = [i >= 0 and not going for i, going in zip(rows.index, alive, strict=True)]
-            if any(gone):
-                finished += self._retire(rows, gone)
-                left = min(sum(alive) + len(self.queue), self.width)
-                shrinks = len(rows.index) > _bucket(left, self.device)
+        batch = self.fill()
+        take_steps = capture_steps(self.step, self.device)
+        while batch.index:
+            take_steps(batch)
+            active = batch.active.tolist()
+            done = [
+                slot
+                for slot, point in enumerate(batch.index)
+                if point is not None and not active[slot]
+            ]
+            if done:
+                finished += self._retire(batch, done)
+                left = min(sum(active) + len(self.queue), self.width)
+                shrinks = len(batch.index) > bucket_size(left, self.device)
                 if shrinks or (self.queue and self.device.type != "cuda"):
-                    rows = self._compact(rows, alive)
-                elif self.queue:  # in place: the captured graph stays good
-                    self._refill(rows)
-            report("synthesise", before + finished, total, in_flight=float(sum(alive)))
+                    batch = self._repack(batch, active)
+                elif self.queue:
+                    self._refill(batch)
+            report("synthesise", before + finished, total, in_flight=float(sum(active)))
         return self.result(torch.arange(len(self.labels)))
 
     def time_steps(self, steps: int = 3) -> tuple[float, float]:
-        """Seconds that setting a batch up takes, and a step of it; the fastest of ``steps``."""
-        took = []
-        rows: _Rows | None = None
+        """Seconds that setting up a batch takes, and the fastest of ``steps`` steps of it."""
+        seconds = []
+        batch: ActiveBatch | None = None
         for _ in range(steps + 2):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             started = time.perf_counter()
-            if rows is None:
-                rows = self._fill([])
+            if batch is None:
+                batch = self.fill()
             else:
-                self._step(rows)
+                self.step(batch)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            took.append(time.perf_counter() - started)
-        return took[0], min(took[2:])
+            seconds.append(time.perf_counter() - started)
+        return seconds[0], min(seconds[2:])
 
     def result(self, keep: Tensor | None = None) -> AscentResult:
         """The points at ``keep``; None for those that have reached their target so far."""
         if keep is None:
             keep = self.hit.nonzero()[:, 0]
-        with torch.no_grad():  # what was reached by the model itself, in float32
+        with torch.no_grad():  # the confidence that the model itself gives, in float32
             for chunk in keep.split(self.width):
                 probability = self.space.exact(self.points[chunk].to(self.device)).softmax(1)
                 own = probability.cpu().gather(1, self.labels[chunk][:, None])[:, 0]
-                self.reached[chunk] = own
+                self.confidence[chunk] = own
         return AscentResult(
             self.points[keep],
             self.labels[keep],
-            self.reached[keep],
+            self.confidence[keep],
             self.target[keep],
             self.steps[keep],
             self.hit[keep],
         )
 
-    def _step(self, rows: _Rows) -> None:
-        """One ascent step of the active rows, all on the device, in place: it can be captured.
+    def step(self, batch: ActiveBatch) -> None:
+        """One ascent step of the active points, in place and on the device: it can be captured.
 
-        A row that reached its target, that is not finite, or that took its last step becomes
-        inactive and keeps its point from then on.
+        A point that reached its target, that is not finite, or that took its last step becomes
+        inactive and stays where it is.
         """
-        x = rows.x.detach().requires_grad_(True)
+        x = batch.x.detach().requires_grad_(True)
         logits = self.model(x)
-        own = logits.gather(1, rows.label[:, None])[:, 0]
-        goal = own.sum()
-        if rows.rivals:
-            others = logits.scatter(1, rows.label[:, None], -torch.inf).logsumexp(1)
-            goal = (own - rows.rivalry * others).sum()
-        if isinstance(
-            self.model.model, BatchNormStatistics
-        ):  # times the rows: as hard a pull in any width
-            goal = goal - self.settings.batch_norm * len(x) * self.model.model.distance()
-        (grad,) = torch.autograd.grad(goal, x)
+        own = logits.gather(1, batch.label[:, None])[:, 0]
+        objective = own.sum()
+        if batch.penalises:
+            others = logits.scatter(1, batch.label[:, None], -torch.inf).logsumexp(1)
+            objective = (own - batch.penalise_others * others).sum()
+        if self.space.regulariser is not None:  # times the rows: as strong at any batch size
+            weight = self.settings.batch_norm * len(x)
+            objective = objective - weight * self.space.regulariser()
+        (grad,) = torch.autograd.grad(objective, x)
         probability = logits.detach().softmax(1)
-        rows.confidence.copy_(probability.gather(1, rows.label[:, None])[:, 0])
-        leads = probability.argmax(1) == rows.label
-        tired = rows.step >= self.settings.max_steps
-        done = tired if self.settings.confidence is None else rows.confidence >= rows.target
-        finite = grad.flatten(1).sum(1).isfinite() & rows.confidence.isfinite()
-        rows.reached.logical_or_(done & leads & finite & rows.active)
-        rows.active.logical_and_(finite & ~rows.reached & ~tired)
+        batch.confidence.copy_(probability.gather(1, batch.label[:, None])[:, 0])
+        highest = probability.argmax(1) == batch.label
+        last_step = batch.step >= self.settings.max_steps
+        stop = last_step if self.settings.confidence is None else batch.confidence >= batch.target
+        finite = grad.flatten(1).sum(1).isfinite() & batch.confidence.isfinite()
+        batch.reached.logical_or_(stop & highest & finite & batch.active)
+        batch.active.logical_and_(finite & ~batch.reached & ~last_step)
         ops.ascent_step_(
-            rows.x, grad, rows.moment, rows.variance, rows.step, rows.active,
+            batch.x, grad, batch.exp_avg, batch.exp_avg_sq, batch.step, batch.active,
             self.space.low, self.space.high, self.rate, self.beta,
         )  # fmt: skip
 
-    def _retire(self, rows: _Rows, gone: list[bool]) -> int:
-        """Stores rows that are done and sends those that missed back to the queue."""
-        reached, steps = rows.reached.tolist(), rows.step.tolist()
-        places, done = [], []
-        for at, i in enumerate(rows.index):
-            if not gone[at]:
-                continue
-            self.steps[i] += steps[at]
-            if reached[at] or self.attempt[i] >= self.settings.restarts:
-                self.hit[i] = reached[at]
-                places.append(at)
-                done.append(i)
+    def fill(self, batch: ActiveBatch | None = None, keep: Sequence[int] = ()) -> ActiveBatch:
+        """A new batch: the slots ``keep`` of ``batch``, then points from the queue."""
+        free = min(len(self.queue), self.width - len(keep))
+        filled = self._start([self.queue.popleft() for _ in range(free)])
+        if batch is not None:
+            filled = batch.joined(keep, filled)
+        filled.x = self.model.layout(filled.x)
+        filled.exp_avg = self.model.layout(filled.exp_avg)
+        filled.exp_avg_sq = self.model.layout(filled.exp_avg_sq)
+        filled.penalises = self._any_retry(filled)
+        return filled
+
+    def _retire(self, batch: ActiveBatch, done: list[int]) -> int:
+        """Frees the slots ``done``: stores their points, or queues them for another attempt.
+
+        Returns:
+            How many were stored.
+        """
+        reached, steps = batch.reached.tolist(), batch.step.tolist()
+        slots, points = [], []
+        for slot in done:
+            point = batch.index[slot]
+            assert point is not None
+            self.steps[point] += steps[slot]
+            if reached[slot] or self.attempt[point] >= self.settings.restarts:
+                self.hit[point] = reached[slot]
+                slots.append(slot)
+                points.append(point)
             else:
-                self.attempt[i] += 1
-                self.queue.append(i)
-            rows.index[at] = -1
-        if done:
-            where = torch.tensor(places, device=self.device)
-            self.points[done] = rows.x[where].cpu()
-            self.target[done] = rows.target[where].cpu()
-        return len(done)
+                self.attempt[point] += 1
+                self.queue.appendleft(point)
+            batch.index[slot] = None
+        if points:
+            where = torch.tensor(slots, device=self.device)
+            self.points[points] = batch.x[where].cpu()
+            self.target[points] = batch.target[where].cpu()
+        return len(points)
 
-    def _refill(self, rows: _Rows) -> None:
-        """New rows from the queue where others are done, in the same memory."""
-        free = [at for at, i in enumerate(rows.index) if i < 0][: len(self.queue)]
-        fresh = self._noise([self.queue.pop() for _ in free])
-        where = torch.tensor(free, device=self.device)
-        for name in _Rows.TENSORS:
-            getattr(rows, name)[where] = getattr(fresh, name)
-        for place, i in zip(free, fresh.index, strict=True):
-            rows.index[place] = i
-        rows.rivals = self._has_rivals(rows)
+    def _refill(self, batch: ActiveBatch) -> None:
+        """Puts points of the queue into free slots, in place: a captured graph stays valid."""
+        free = batch.free_slots()[: len(self.queue)]
+        batch.write(free, self._start([self.queue.popleft() for _ in free]))
+        batch.penalises = self._any_retry(batch)
 
-    def _compact(self, rows: _Rows, alive: list[bool]) -> _Rows:
-        """Drops rows that are done, but for as many as fill the batch up to a fixed size."""
-        keep = [at for at, going in enumerate(alive) if going]
+    def _repack(self, batch: ActiveBatch, active: list[bool]) -> ActiveBatch:
+        """A smaller batch, or a full one: without free slots, but for some up to a bucket size."""
+        keep = [slot for slot, going in enumerate(active) if going]
         if not self.queue and keep:
-            spare = [at for at, going in enumerate(alive) if not going]
-            keep += spare[: _bucket(len(keep), self.device) - len(keep)]
-        return self._fill(keep, rows)
+            free = [slot for slot, going in enumerate(active) if not going]
+            keep += free[: bucket_size(len(keep), self.device) - len(keep)]
+        return self.fill(batch, keep)
 
-    def _fill(self, keep: list[int], rows: _Rows | None = None) -> _Rows:
-        """The rows at ``keep`` and, behind them, new ones from the queue."""
-        index = [] if rows is None else [rows.index[at] for at in keep]
-        new = [self.queue.pop() for _ in range(min(len(self.queue), self.width - len(index)))]
-        fresh = self._noise(new)
-        if rows is not None:
-            at = torch.tensor(keep, dtype=torch.int64, device=self.device)
-            joined = [
-                torch.cat([getattr(rows, name)[at], getattr(fresh, name)]) for name in _Rows.TENSORS
-            ]
-            fresh = _Rows(index + new, *joined)
-        for name in ("x", "moment", "variance"):
-            setattr(fresh, name, self.model.layout(getattr(fresh, name)))
-        fresh.rivals = self._has_rivals(fresh)
-        return fresh
+    def _any_retry(self, batch: ActiveBatch) -> bool:
+        return any(self.attempt[point] > 0 for point in batch.index if point is not None)
 
-    def _has_rivals(self, rows: _Rows) -> bool:
-        return any(self.attempt[i] > 0 for i in rows.index if i >= 0)
-
-    def _noise(self, new: list[int]) -> _Rows:
-        """Starting points: a function of (seed, class, number, attempt) alone."""
-        noise = torch.empty(len(new), *self.space.shape)
-        target = torch.ones(len(new))
-        for at, i in enumerate(new):
-            key = (int(self.labels[i]), int(self.number[i]), self.attempt[i])
-            generator = torch.Generator().manual_seed(_mix(self.settings.seed, *key))
+    def _start(self, points: list[int]) -> ActiveBatch:
+        """Points at their start, which depends on (seed, class, number, attempt) alone."""
+        noise = torch.empty(len(points), *self.space.shape)
+        target = torch.ones(len(points))
+        for row, point in enumerate(points):
+            key = (int(self.labels[point]), int(self.number[point]), self.attempt[point])
+            generator = torch.Generator().manual_seed(hash_ints(self.settings.seed, *key))
             if self.settings.confidence is not None:
-                target[at].uniform_(*self.settings.confidence, generator=generator)
-            noise[at].normal_(generator=generator)
+                target[row].uniform_(*self.settings.confidence, generator=generator)
+            noise[row].normal_(generator=generator)
         x = self.space.start(noise.to(self.device))
-        if self.starts is not None:
-            x.copy_(self.starts[new])
-        zero = torch.zeros(len(new), device=self.device)
-        false = torch.zeros(len(new), dtype=torch.bool, device=self.device)
-        return _Rows(
-            list(new),
+        if self.init is not None:
+            x.copy_(self.init[points])
+        zero = torch.zeros(len(points), device=self.device)
+        false = torch.zeros(len(points), dtype=torch.bool, device=self.device)
+        # If raising its own logit was not enough (common after earlier unlearning), a retry also
+        # pushes the other logits down.
+        retried = [float(self.attempt[point] > 0) for point in points]
+        return ActiveBatch(
+            list(points),
             x,
-            torch.zeros_like(x),
-            torch.zeros_like(x),
-            zero.int(),
-            self.labels[new].to(self.device),
-            target.to(self.device),
-            zero.clone(),
-            ~false,
-            false,
-            # A class that its logit alone did not reach, as where others lead by far since classes
-            # were forgotten: from the second attempt on, the others' logits are pushed down too.
-            torch.tensor([float(self.attempt[i] > 0) for i in new], device=self.device),
+            exp_avg=torch.zeros_like(x),
+            exp_avg_sq=torch.zeros_like(x),
+            step=zero.int(),
+            label=self.labels[points].to(self.device),
+            target=target.to(self.device),
+            confidence=zero,
+            active=~false,
+            reached=false,
+            penalise_others=torch.tensor(retried, device=self.device),
         )
 
 
-@dataclass
-class _Rows:
-    """Points in flight; ``index`` is their place in the result, -1 once they are done."""
-
-    TENSORS = (
-        "x", "moment", "variance", "step", "label", "target", "confidence", "active", "reached",
-        "rivalry",
-    )  # fmt: skip
-    index: list[int]
-    x: Tensor
-    moment: Tensor
-    variance: Tensor
-    step: Tensor
-    label: Tensor
-    target: Tensor
-    confidence: Tensor
-    active: Tensor
-    reached: Tensor
-    rivalry: Tensor
-    rivals: bool = field(default=True, init=False)  # whether any rivalry is not 0
-
-
-def _bucket(rows: int, device: torch.device) -> int:
-    """The batch size for so many rows in flight: few sizes, so that little is set up anew.
-
-    On a GPU, where each size is captured once and small batches cost the same, none below 8.
-    """
-    size = 8 if device.type == "cuda" else 1
-    while size < rows:
-        size = size * 3 // 2 if size > 1 and size & (size - 1) == 0 else max(2, size * 4 // 3)
-    return size if rows else 0
-
-
-def _step_many(step: Callable[[_Rows], None], device: torch.device) -> Callable[[_Rows], None]:
-    """``step`` as it is on a CPU; on a GPU, several of it captured in one CUDA graph."""
+def capture_steps(
+    step: Callable[[ActiveBatch], None], device: torch.device
+) -> Callable[[ActiveBatch], None]:
+    """``step`` itself on a CPU; on a GPU, `STEPS_PER_GRAPH` of it captured in one CUDA graph."""
     if device.type != "cuda":
         return step
     graph: torch.cuda.CUDAGraph | None = None
-    captured: _Rows | None = None
-    rivals = False
+    captured: ActiveBatch | None = None
+    penalises = False
 
-    def replay(rows: _Rows) -> None:
-        nonlocal graph, captured, rivals
-        if captured is not rows or rivals != rows.rivals:  # its first steps run eagerly and warm up
-            graph = captured = None  # its memory can be had again
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    step(rows)
-            torch.cuda.current_stream(device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(STEPS_PER_GRAPH):
-                    step(rows)
-            captured, rivals = rows, rows.rivals
+    def replay(batch: ActiveBatch) -> None:
+        nonlocal graph, captured, penalises
+        if captured is not batch or penalises != batch.penalises:
+
+            def steps(count: int) -> None:
+                for _ in range(count):
+                    step(batch)
+
+            graph = captured = None  # frees its memory
+            cuda_graph.warm_up(lambda: steps(3), device)  # the first steps of this batch
+            graph = cuda_graph.capture(lambda: steps(STEPS_PER_GRAPH))
+            captured, penalises = batch, batch.penalises
         assert graph is not None
         graph.replay()
 
     return replay
 
 
-def _mix(*numbers: int) -> int:
-    """A 63-bit hash of a few whole numbers (splitmix64 steps), equal everywhere."""
+def hash_ints(*numbers: int) -> int:
+    """A 63-bit hash of a few integers (splitmix64 steps), the same on every machine."""
     h = 0
     for n in numbers:
         h = (h ^ (n & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF

@@ -1,4 +1,8 @@
-"""The BatchNorm prior: how far features are from the statistics that BatchNorm layers keep."""
+"""DeepInversion's feature regulariser (Yin et al., "Dreaming to Distill", 2020, equation 4).
+
+It pulls the features of a batch towards the statistics that the model's BatchNorm layers recorded
+in training.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,20 @@ from .space import SearchSpace
 
 
 class BatchNormStatistics(nn.Module):
-    """A model that tells how far its features are from those that BatchNorm saw in training.
+    """A model that measures how far its features are from the recorded BatchNorm statistics.
 
     Args:
-        model: its layers get hooks; BatchNorm must not be folded away.
+        module: the model; its layers get hooks, and BatchNorm must not be folded away.
 
     Raises:
         ArgumentError: it has no BatchNorm with running statistics.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.module = module
         self._terms: list[Tensor] = []
-        layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
         layers = [m for m in layers if m.running_mean is not None]
         if not layers:
             raise ArgumentError(
@@ -46,35 +50,34 @@ class BatchNormStatistics(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._terms.clear()
-        logits: Tensor = self.model(x)
+        logits: Tensor = self.module(x)
         return logits
 
     def distance(self) -> Tensor:
-        """Of the last batch, scalar: over the layers, the sum of the L2 distances of the channels'
-        means and of their variances (Yin et al., "Dreaming to Distill", 2020, equation 4).
+        """For the last batch, scalar: the L2 distances of the channels' means and of their
+        variances from the recorded ones, summed over the layers.
         """
         return torch.stack(self._terms).sum()
 
 
-def check_batch_norm(space: SearchSpace, batch_norm: float) -> None:
-    """Raises where a prior on images is asked for and points are no images.
+def with_batch_norm_prior(space: SearchSpace, weight: float) -> SearchSpace:
+    """``space`` with the regulariser, on a copy of the model whose BatchNorm is not folded away.
+
+    Args:
+        space: of images, unless ``weight`` is 0, which returns ``space`` itself.
+        weight: `AscentSettings.batch_norm`.
 
     Raises:
-        ArgumentError: as said.
+        ArgumentError: the points are no images, or the model has no BatchNorm statistics.
     """
-    if space.name == "input" and len(space.shape) == 3:
-        return
-    if batch_norm:
+    if not weight:
+        return space
+    if space.name != "input" or len(space.shape) != 3:
         raise ArgumentError(
             "batch_norm",
-            f"got {batch_norm!r} for points of shape {space.shape} in the space {space.name!r}",
+            f"got {weight!r} for points of shape {space.shape} in the space {space.name!r}",
             "Leave it at 0: it needs images.",
         )
-
-
-def with_statistics(space: SearchSpace) -> SearchSpace:
-    """``space`` with a copy of the model whose BatchNorm layers are not folded away."""
-    model = copy.deepcopy(space.exact).requires_grad_(False)
-    return replace(
-        space, fast_model=InferenceCopy(BatchNormStatistics(model), False, torch.float32, False)
-    )
+    statistics = BatchNormStatistics(copy.deepcopy(space.exact).requires_grad_(False))
+    fast_model = InferenceCopy(statistics, False, torch.float32, False)
+    return replace(space, fast_model=fast_model, regulariser=statistics.distance)

@@ -1,8 +1,8 @@
-"""Impressions on disk: finished shards are kept, so that a run that was cut off goes on.
+"""Stores finished shards of impressions on disk, so that an interrupted run can resume.
 
-A shard is a fixed set of impressions that depends on nothing outside it: made again, it has the
-same bits, and so has a run that was resumed. The folder's name is a hash of everything that the
-impressions depend on: another model or setting never finds them.
+A shard is a fixed set of impressions that depends on nothing outside it: computed again, it has the
+same bits, and so has a resumed run. The folder's name is a hash of everything that the impressions
+depend on, so that another model or setting never finds them.
 """
 
 from __future__ import annotations
@@ -23,23 +23,22 @@ class Cache:
     """Finished shards of one set of impressions.
 
     Args:
-        folder: where caches live; made if it is not there.
-        facts: everything that the impressions depend on, as plain values.
+        folder: holds the caches of all runs; created if missing.
+        facts: everything that the impressions depend on, as JSON values.
 
     Raises:
-        ArgumentError: ``folder`` is no path.
+        ArgumentError: ``folder`` is not a path.
     """
 
     def __init__(self, folder: str | Path, facts: dict[str, Any]) -> None:
         if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
             raise ArgumentError("cache", f"got {folder!r}", "Pass the path of a folder, or None.")
-        text = json.dumps(facts, sort_keys=True)
-        self.facts = text
-        self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:32]
+        self.facts = json.dumps(facts, sort_keys=True)
+        self.folder = Path(folder) / hashlib.sha256(self.facts.encode()).hexdigest()[:32]
         self._writing = True
 
     def load(self, shard: int) -> dict[str, Tensor] | None:
-        """The tensors of a shard; None where it is missing, or damaged and to be made anew."""
+        """The tensors of a shard; None if it is missing, damaged, or of another run."""
         path = self._path(shard)
         if not path.is_file():
             return None
@@ -51,17 +50,17 @@ class Cache:
         return tensors if metadata.get("facts") == f"{self.facts} {shard}" else None
 
     def save(self, shard: int, tensors: dict[str, Tensor]) -> None:
-        """Keeps a shard, atomically. Where that fails, the run goes on without the cache."""
+        """Stores a shard, atomically. If that fails, it warns, and stores no more."""
         if not self._writing:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            own = {"facts": f"{self.facts} {shard}"}  # one entry: the order of two is by chance
-            checkpoint.save_tensors(self._path(shard), tensors, own, force=True)
+            metadata = {"facts": f"{self.facts} {shard}"}  # one entry: two have no fixed order
+            checkpoint.save_tensors(self._path(shard), tensors, metadata, force=True)
         except (OSError, OutputError) as error:
             self._writing = False
             warnings.warn(
-                f"cache: nothing more is kept in {self.folder}, it can't be written ({error}). "
+                f"cache: {self.folder} can't be written ({error}): nothing more is stored there. "
                 f"The run goes on.",
                 stacklevel=2,
             )

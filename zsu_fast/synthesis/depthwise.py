@@ -1,8 +1,8 @@
 """Depthwise convolutions whose input gradient is a depthwise convolution again.
 
 On a CPU, the library's gradient of a strided depthwise convolution in bfloat16 takes up to 20 times
-as long as its forward pass, and a plain one's twice as long. The gradient is the convolution of the
-output's gradient, spread by the stride, with the kernel turned round: a forward pass.
+as long as its forward pass, that of one without stride twice as long. The gradient is the output's
+gradient, dilated by the stride, convolved with the flipped kernel: a forward pass again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class DepthwiseMode(TorchFunctionMode):
-    """While it is on, depthwise convolutions with frozen weights run as `depthwise`."""
+    """Inside, depthwise convolutions with frozen weights run as `depthwise`."""
 
     def __torch_function__(
         self,
@@ -33,7 +33,7 @@ class DepthwiseMode(TorchFunctionMode):
 
 
 def is_depthwise_conv(module: nn.Module) -> bool:
-    """Whether it is a depthwise convolution."""
+    """Whether ``module`` is a depthwise convolution."""
     return isinstance(module, nn.Conv2d) and module.groups == len(module.weight) > 1
 
 
@@ -97,15 +97,15 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         (vertical, horizontal), kernel = ctx.stride, weight.shape[2:]
-        # so large that a plain convolution of it has the input's size
-        around = [k - 1 - p for k, p in zip(kernel, ctx.padding, strict=True)]
-        size = [n + k - 1 - 2 * a for n, k, a in zip(ctx.shape[2:], kernel, around, strict=True)]
-        spread = grad
+        padding = [k - 1 - p for k, p in zip(kernel, ctx.padding, strict=True)]
+        # its convolution has the input's size
+        size = [n + k - 1 - 2 * p for n, k, p in zip(ctx.shape[2:], kernel, padding, strict=True)]
+        dilated = grad
         if ctx.stride != (1, 1):
-            spread = torch.empty(
+            dilated = torch.empty(
                 *grad.shape[:2], *size, dtype=grad.dtype, memory_format=torch.channels_last
             ).zero_()
-            spread[:, :, ::vertical, ::horizontal] = grad
-        turned = weight.flip(2, 3)
-        out = F.conv2d(spread, turned, None, 1, tuple(around), groups=len(weight))
+            dilated[:, :, ::vertical, ::horizontal] = grad
+        flipped = weight.flip(2, 3)
+        out = F.conv2d(dilated, flipped, None, 1, tuple(padding), groups=len(weight))
         return out, None, None, None, None

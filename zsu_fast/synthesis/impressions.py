@@ -1,31 +1,37 @@
-"""Class impressions and their file format."""
+"""Class impressions and their file format, ``zsu_fast.impressions/1``."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from ..models import checkpoint
 from ..models.input_spec import InputSpec
+
+FORMAT = "zsu_fast.impressions/1"
+_TENSORS = ("images", "labels", "confidence", "target", "steps", "hit")
 
 
 @dataclass
 class ClassImpressions:
-    """Synthesised images and how they came out. Row i of every tensor is impression i.
+    """Synthesised images and how their ascent ended. Row i of every tensor is impression i.
 
     Attributes:
-        images: float32 [N, channels, H, W], normalised as the model wants them, all valid pixels;
-            with ``space`` "tail-input" the activations at the cut instead, [N, D].
-        labels: int64 [N], the class that each was made for.
-        confidence: float32 [N], the softmax probability of that class that was reached.
+        images: float32 [N, channels, H, W], normalised as the model takes them, all valid pixels;
+            with ``space`` "tail-input" boundary tensors at the split instead, flattened to [N, D].
+        labels: int64 [N], the class that each stands for.
+        confidence: float32 [N], the softmax probability of that class.
         target: float32 [N], the confidence at which its ascent was to stop (1 for "never").
         steps: int32 [N], ascent steps taken, restarts included.
-        hit: bool [N], whether the target was reached (without a target: whether the class leads).
+        hit: bool [N], whether the target was reached (without a target: whether the class has the
+            highest logit).
         spec: the images' shape and normalisation.
         space: "input", or "tail-input".
     """
@@ -44,11 +50,11 @@ class ClassImpressions:
 
     @property
     def hit_rate(self) -> float:
-        """The share of impressions that reached their target, 0..1."""
+        """The fraction of impressions that reached their target, 0..1."""
         return float(self.hit.float().mean()) if len(self) else 0.0
 
     def hit_rate_of(self, label: int) -> float:
-        """The same for one class."""
+        """The fraction of one class, 0 if it has none."""
         rows = self.labels == label
         return float(self.hit[rows].float().mean()) if bool(rows.any()) else 0.0
 
@@ -61,11 +67,7 @@ class ClassImpressions:
             "std": self.spec.std,
             "source": self.spec.source,
         }
-        metadata = {
-            "format": "zsu_fast.impressions/1",
-            "spec": json.dumps(spec),
-            "space": self.space,
-        }
+        metadata = {"format": FORMAT, "spec": json.dumps(spec), "space": self.space}
         checkpoint.save_tensors(path, tensors, metadata=metadata, force=force)
 
     @classmethod
@@ -73,14 +75,21 @@ class ClassImpressions:
         """Reads what `save` wrote.
 
         Raises:
-            CheckpointError: missing, damaged, or not a file of impressions.
+            CheckpointError: it is missing, damaged, of another version of the format, or no file of
+                impressions.
         """
         tensors, metadata = checkpoint.load_tensors(path)
-        if metadata.get("format") != "zsu_fast.impressions/1" or set(tensors) != set(_TENSORS):
+        found = metadata.get("format", "")
+        if found != FORMAT and found.startswith("zsu_fast.impressions/"):
+            raise CheckpointError(
+                f"{path} has the format {found!r}, and this version of zsu_fast reads {FORMAT!r}. "
+                f"Synthesise the impressions again."
+            )
+        if found != FORMAT or set(tensors) != set(_TENSORS):
             raise CheckpointError(f"{path} holds no class impressions. Make them by synthesize().")
         try:
             spec = json.loads(metadata["spec"])
-            made = cls(
+            impressions = cls(
                 **tensors,
                 spec=InputSpec(
                     tuple(spec["shape"]), tuple(spec["mean"]), tuple(spec["std"]), spec["source"]
@@ -90,14 +99,57 @@ class ClassImpressions:
             rows = {len(tensor) for tensor in tensors.values()}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({error}). Copy or save it anew.") from error
-        if len(rows) > 1 or made.labels.dtype != torch.int64 or made.labels.ndim != 1:
+        labels = impressions.labels
+        if len(rows) > 1 or labels.dtype != torch.int64 or labels.ndim != 1:
             raise CheckpointError(f"{path} is damaged: its columns do not fit. Save it anew.")
-        return made
-
-
-_TENSORS = ("images", "labels", "confidence", "target", "steps", "hit")
+        return impressions
 
 
 def default_per_class(classes: int) -> int:
-    """Impressions of each class: 32, of many classes as many as make 1,024 in all, at least 1."""
+    """Impressions per class: 32, or fewer for at most 1,024 in all, but at least 1."""
     return max(1, min(32, 1024 // classes))
+
+
+def check_impressions(
+    impressions: Any,
+    spec: InputSpec,
+    space: str,
+    classes: int,
+    forget: Sequence[int],
+    active: Sequence[int] | None,
+) -> ClassImpressions:
+    """Returns ``impressions`` if a model can be unlearned with them.
+
+    Args:
+        impressions: what the user passed.
+        spec: the images that the model expects.
+        space: the space that the impressions must be of.
+        classes: the number of the model's classes.
+        forget: class indices; each needs an impression.
+        active: classes that need one; None if those to forget and any other class suffice.
+
+    Raises:
+        ArgumentError: they are of another model or space, or a class has none.
+    """
+    if not isinstance(impressions, ClassImpressions):
+        raise ArgumentError(
+            "impressions", f"got {impressions!r:.80}", "Pass what synthesize() returned, or None."
+        )
+    counts = torch.bincount(impressions.labels, minlength=classes)
+    fewest = int(counts[list(forget if active is None else active)].min())
+    if active is None and len(impressions.labels.unique()) <= len(forget):
+        fewest = 0
+    if impressions.spec.shape != spec.shape or len(counts) > classes or fewest < 1:
+        raise ArgumentError(
+            "impressions",
+            f"got {len(impressions)} of shape {impressions.spec.shape}, at least {fewest} per "
+            f"class of {len(counts)}",
+            f"Pass some of shape {spec.shape} for each of {classes} classes.",
+        )
+    if impressions.space != space:
+        raise ArgumentError(
+            "impressions",
+            f"got some of space={impressions.space!r} with space={space!r}",
+            "Pass the space that they were synthesised in.",
+        )
+    return impressions

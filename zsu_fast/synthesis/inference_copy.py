@@ -1,8 +1,8 @@
-"""A copy of the model to make impressions on: same logits, cheaper forward and input gradient.
+"""A copy of the model for the ascent: the same logits, with a cheaper forward and input gradient.
 
 Batch norms are folded into the convolutions before them, images and weights are channels-last,
 depthwise convolutions have a faster input gradient, and convolutions run in bfloat16 where the
-hardware has it. The tail is never trained on this copy.
+hardware computes in it. Each of these is used only where it leaves logits and gradient as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..models.wrapper import LogitsModel
 from ..runtime.fx_tracing import break_reference_cycles, trace
+from ..runtime.hooks import forward_hooks
 from ..runtime.precision import Precision, fp32_precision, has_bfloat16
 from .depthwise import DepthwiseMode, is_depthwise_conv
 
@@ -29,17 +30,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class InferenceCopy:
-    """What `inference_copy` made.
+    """A model for the ascent, and how to run it.
 
     Attributes:
-        model: images -> logits; its parameters need no gradients.
-        channels_last: whether images are to be channels-last.
-        dtype: in which convolutions and products run.
+        module: images -> logits; its parameters need no gradients.
+        channels_last: whether it takes images in channels-last layout.
+        dtype: of convolutions and matrix products.
         folded: whether batch norms were folded away.
         depthwise: whether depthwise convolutions run as `depthwise.depthwise`.
     """
 
-    model: nn.Module
+    module: nn.Module
     channels_last: bool
     dtype: torch.dtype
     folded: bool
@@ -51,119 +52,116 @@ class InferenceCopy:
             DepthwiseMode() if self.depthwise else nullcontext(),
             torch.autocast(images.device.type, self.dtype, self.dtype != torch.float32),
         ):
-            logits: Tensor = self.model(images)
+            logits: Tensor = self.module(images)
         return logits.float()
 
     def layout(self, images: Tensor) -> Tensor:
-        """``images`` in the memory format of the copy."""
+        """``images`` in the memory layout that the copy takes."""
         if not self.channels_last:
             return images.contiguous()
-        # strides of its own: with one channel, torch takes any layout for channels-last
+        # explicit strides: with one channel, torch regards any layout as channels-last
         n, c, h, w = images.shape
         out = torch.empty_strided((n, c, h, w), (c * h * w, 1, w * c, c), device=images.device)
         return out.copy_(images)
 
 
-# Two copies of a deep model would look like two functions where cuDNN rounds to TF32.
+# With cuDNN's TF32, equivalent copies of a deep model would differ by more than the tolerance.
 @fp32_precision(torch.backends.cudnn.conv, "ieee")  # type: ignore[attr-defined]
 def inference_copy(
     model: LogitsModel, images: Tensor, precision: Precision = "auto"
 ) -> InferenceCopy:
-    """A cheaper copy of ``model``, as far as each step leaves the logits what they are.
+    """Copies ``model`` and makes the copy cheaper, as far as its function stays the same.
 
     Args:
-        model: from `working_copy`; not changed.
-        images: two or more, [N, ...], to check with.
+        model: from `working_copy`; it is not changed.
+        images: two or more, [N, ...], to compare the functions on.
         precision: "auto" is bfloat16 where this device computes in it, else float32.
     """
-    plain = InferenceCopy(copy.deepcopy(model).requires_grad_(False), False, torch.float32, False)
-    want = _logits_and_gradient(plain, images)
-    made = plain
-    folded = _folded(plain.model, images)
+    best = InferenceCopy(copy.deepcopy(model).requires_grad_(False), False, torch.float32, False)
+    want = _logits_and_gradient(best, images)
+    folded = fold_batch_norms(best.module, images)
     if folded is not None:
-        made = keep_if_equivalent(replace(made, model=folded, folded=True), made, images, want)
-    pooled = pool_before_relu(made.model)
+        new = replace(best, module=folded, folded=True)
+        best = keep_if_equivalent(new, best, images, want)
+    pooled = pool_before_relu(best.module)
     if pooled is not None:
-        made = keep_if_equivalent(replace(made, model=pooled), made, images, want)
+        best = keep_if_equivalent(replace(best, module=pooled), best, images, want)
     if images.ndim == 4:
-        moved = copy.deepcopy(made.model).to(memory_format=torch.channels_last)
-        made = keep_if_equivalent(
-            replace(made, model=moved, channels_last=True), made, images, want
-        )
-    if images.device.type == "cpu" and any(map(is_depthwise_conv, made.model.modules())):
-        made = keep_if_equivalent(replace(made, depthwise=True), made, images, want)
+        module = copy.deepcopy(best.module).to(memory_format=torch.channels_last)
+        new = replace(best, module=module, channels_last=True)
+        best = keep_if_equivalent(new, best, images, want)
+    if images.device.type == "cpu" and any(map(is_depthwise_conv, best.module.modules())):
+        best = keep_if_equivalent(replace(best, depthwise=True), best, images, want)
     if precision == "bfloat16" or (precision == "auto" and has_bfloat16(images.device)):
-        halved = copy.deepcopy(made.model)
-        for module in halved.modules():  # else autocast would cast these weights at every step
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                module.to(torch.bfloat16)
-        half = replace(made, model=halved, dtype=torch.bfloat16)
-        made = keep_if_equivalent(half, made, images, want)
-    return made
+        module = copy.deepcopy(best.module)
+        for layer in module.modules():  # otherwise autocast would cast these weights at every step
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.to(torch.bfloat16)
+        new = replace(best, module=module, dtype=torch.bfloat16)
+        best = keep_if_equivalent(new, best, images, want)
+    return best
 
 
-def _folded(model: nn.Module, images: Tensor) -> nn.Module | None:
-    """A copy whose convolutions do the work of the batch norms behind them.
+def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module | None:
+    """A copy with each batch norm folded into the convolution before it; None if there is none.
 
-    Who feeds whom is seen in one forward pass, so that models which torch.fx can't trace are folded
-    too. A batch norm that does more (timm's also drops out and activates) leaves its children.
+    One forward pass shows which layer feeds which, so that models which torch.fx can't trace are
+    folded too. A batch norm that does more (timm's also drops out and activates) is replaced by
+    its children.
     """
-    made = copy.deepcopy(model)
+    folded = copy.deepcopy(model)
     runs = Counter[nn.Module]()
     outputs: dict[int, tuple[nn.Module, Tensor]] = {}
     pairs: list[tuple[nn.Module, nn.Module, Tensor]] = []
 
-    def saw(module: nn.Module, given: tuple[Any, ...], got: Any) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         runs[module] += 1
         if isinstance(module, nn.Conv2d):
-            outputs[id(got)] = module, got  # kept alive: an id stays one tensor's
-        elif given and id(given[0]) in outputs:
-            pairs.append((outputs[id(given[0])][0], module, given[0]))
+            outputs[id(output)] = module, output  # the reference keeps the id unique
+        elif args and id(args[0]) in outputs:
+            pairs.append((outputs[id(args[0])][0], module, args[0]))
 
-    layers = [m for m in made.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
-    hooks = [layer.register_forward_hook(saw) for layer in layers]
-    try:
-        with torch.no_grad():
-            made(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    names = {module: name for name, module in made.named_modules()}
-    folded = False
+    layers = [m for m in folded.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    with forward_hooks(layers, note), torch.no_grad():
+        folded(images)
+    names = {module: name for name, module in folded.named_modules()}
+    changed = False
     for conv, norm, x in pairs:
         assert isinstance(conv, nn.Conv2d)
-        if runs[conv] != 1 or runs[norm] != 1 or not _normalises(norm, x):
+        if runs[conv] != 1 or runs[norm] != 1 or not _is_norm_then_children(norm, x):
             continue
-        made.set_submodule(names[conv], fuse_conv_bn_eval(conv, _bare(norm)))
-        made.set_submodule(names[norm], nn.Sequential(*norm.children()))
-        folded = True
-    return made if folded else None
+        folded.set_submodule(names[conv], fuse_conv_bn_eval(conv, _norm_alone(norm)))
+        folded.set_submodule(names[norm], nn.Sequential(*norm.children()))
+        changed = True
+    return folded if changed else None
 
 
-def _bare(norm: nn.Module) -> nn.BatchNorm2d:
-    """The batch norm proper, of a layer that may do more."""
+def _norm_alone(norm: nn.Module) -> nn.BatchNorm2d:
+    """The batch norm of a layer that may do more."""
     assert isinstance(norm, nn.BatchNorm2d)
-    bare = nn.BatchNorm2d(norm.num_features, norm.eps, affine=norm.affine)
-    bare.load_state_dict(norm.state_dict(), strict=False)
-    return bare.eval().to(next(norm.buffers()).device)
+    alone = nn.BatchNorm2d(norm.num_features, norm.eps, affine=norm.affine)
+    alone.load_state_dict(norm.state_dict(), strict=False)
+    return alone.eval().to(next(norm.buffers()).device)
 
 
-def _normalises(norm: nn.Module, x: Tensor) -> bool:
-    """Whether a layer is a batch norm and, behind it, its children one after another."""
+def _is_norm_then_children(norm: nn.Module, x: Tensor) -> bool:
+    """Whether a layer computes a batch norm and, after it, its children one after the other."""
     if norm.running_mean is None or norm.running_var is None:
         return False
-    want = nn.Sequential(_bare(norm), *norm.children())(x)
+    want = nn.Sequential(_norm_alone(norm), *norm.children())(x)
     return bool(torch.allclose(norm(x), want, rtol=1e-4, atol=1e-5))
 
 
 def pool_before_relu(model: nn.Module) -> nn.Module | None:
-    """Turns ``max_pool2d(relu(x))`` round: the same bits for a quarter of relu's work."""
+    """Replaces ``max_pool2d(relu(x))`` by ``relu(max_pool2d(x))``: the same bits, and relu has a
+    quarter of the work. None if there is nothing to replace; may change ``model``'s graph.
+    """
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
         return None
     try:
         traced = model if isinstance(model, torch.fx.GraphModule) else trace(model)
     except Exception as error:  # noqa: BLE001  what torch.fx can't trace is left as it is
-        _log.info("pooling stays behind relu: %s", error)
+        _log.info("pooling stays after relu: %s", error)
         return None
     modules = dict(traced.named_modules())
 
@@ -198,10 +196,10 @@ def pool_before_relu(model: nn.Module) -> nn.Module | None:
     return traced
 
 
-def _logits_and_gradient(made: InferenceCopy, images: Tensor) -> tuple[Tensor, Tensor]:
+def _logits_and_gradient(model: InferenceCopy, images: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
-        x = made.layout(images).requires_grad_(True)
-        logits = made(x)
+        x = model.layout(images).requires_grad_(True)
+        logits = model(x)
         (gradient,) = torch.autograd.grad(logits.sum(), x)
     return logits.detach(), gradient
 
@@ -209,49 +207,49 @@ def _logits_and_gradient(made: InferenceCopy, images: Tensor) -> tuple[Tensor, T
 def keep_if_equivalent(
     new: InferenceCopy, old: InferenceCopy, images: Tensor, want: tuple[Tensor, Tensor]
 ) -> InferenceCopy:
-    """``new`` if it runs and gives the logits and the input gradient ``want``, else ``old``."""
-    break_reference_cycles(new.model)
+    """``new`` if it runs and gives the logits and the input gradient of ``want``, else ``old``."""
+    break_reference_cycles(new.module)
     try:
         logits, gradient = _logits_and_gradient(new, images)
     except RuntimeError as error:  # such as x.view() on channels-last maps
-        _log.info("impressions are made without one speed-up: %s", error)
+        _log.info("the synthesis runs without one speed-up: %s", error)
         return old
-    same = _agrees_in_bfloat16 if new.dtype == torch.bfloat16 else _agrees
-    why_not = same(logits, gradient, *want)
-    if why_not:
-        _log.info("impressions are made without one speed-up: %s", why_not)
+    compare = _differs_in_bfloat16 if new.dtype == torch.bfloat16 else _differs
+    difference = compare(logits, gradient, *want)
+    if difference:
+        _log.info("the synthesis runs without one speed-up: %s", difference)
         return old
     return new
 
 
-def _off(got: Tensor, want: Tensor) -> float:
+def _relative_error(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp(min=1e-12))
 
 
-def _agrees(logits: Tensor, gradient: Tensor, want: Tensor, want_gradient: Tensor) -> str | None:
-    """Why a float32 copy is not the same function; None if it is."""
-    off = _off(logits, want), _off(gradient, want_gradient)
-    if not all(o <= 0.01 for o in off):  # NaN too
-        return f"logits off by {off[0]:.2g}, gradient by {off[1]:.2g}"
+def _differs(logits: Tensor, gradient: Tensor, want: Tensor, want_gradient: Tensor) -> str | None:
+    """How a float32 copy differs from the model; None if it is the same function."""
+    errors = _relative_error(logits, want), _relative_error(gradient, want_gradient)
+    if not all(error <= 0.01 for error in errors):  # NaN too
+        return f"logits off by {errors[0]:.2g}, gradient by {errors[1]:.2g}"
     return None
 
 
-def _agrees_in_bfloat16(
+def _differs_in_bfloat16(
     logits: Tensor, gradient: Tensor, want: Tensor, want_gradient: Tensor
 ) -> str | None:
-    """Why a copy in bfloat16 is too coarse to make impressions with; None if it is not.
+    """How a bfloat16 copy differs; None if it is accurate enough for the ascent.
 
-    That it is the same function was shown in float32. Rounding moves logits by half a per cent, or
-    by 6 % in EfficientNet-lite0, but it opens and shuts some relus and so moves single elements of
-    the gradient by much more: by 30 % of its norm in ResNet-20, with a cosine of 0.91 to 0.97.
-    Ascent needs a direction, so each image's gradient has to point the same way and to be about
-    as long.
+    The float32 copy has been compared before. Rounding changes logits by half a per cent, or by
+    6 % in EfficientNet-lite0; but it switches some relus on or off and so changes single elements
+    of the gradient by much more: by 30 % of its norm in ResNet-20, with a cosine of 0.91 to 0.97.
+    The ascent needs a direction, so each image's gradient has to point the same way and to be of
+    similar length.
     """
-    off = _off(logits, want)
+    error = _relative_error(logits, want)
     got, right = gradient.flatten(1), want_gradient.flatten(1)
     cosine = float(F.cosine_similarity(got, right).min())
     lengths = (got.norm(dim=1) / right.norm(dim=1).clamp(min=1e-12)).aminmax()
-    good = off <= 0.1 and cosine >= 0.8 and lengths.min >= 0.5 and lengths.max <= 2
+    good = error <= 0.1 and cosine >= 0.8 and lengths.min >= 0.5 and lengths.max <= 2
     if not good:  # NaN too
-        return f"bfloat16 logits off by {off:.2g}, gradient's cosine {cosine:.2g}"
+        return f"bfloat16 logits off by {error:.2g}, gradient's cosine {cosine:.2g}"
     return None

@@ -1,27 +1,120 @@
-"""What the tail is trained on and by which loss, from the impressions' features."""
+"""What is trained, on which rows, with which loss."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .features import FeatureSet
-from .losses import MaskedKL, Objective
-
-# Of more classes than this, the forgotten ones' logits alone are computed, where they alone move.
-SUBSET_ABOVE = 256
+from ..models.wrapper import LogitsModel
+from ..runtime.flops import multiply_adds
+from ..splitting.split import Split
+from .class_subset import ClassSubsetTail, parameter_names, supports_subset
+from .features import FeatureSet, FeatureSettings
+from .losses import ForgetOnlyKL, MaskedKL, Objective, ObjectiveSettings, ValidationLoss
+from .teacher import Teacher, train_val_sets
 
 
 @dataclass
 class FitTask:
-    """What `train_tail` takes: see there."""
+    """A tail to train: everything that `train_tail` needs but its settings.
+
+    Attributes:
+        tail: features -> logits, in eval mode; trained in place.
+        parameters: those of its parameters that are trained.
+        train: the training rows.
+        validation: rows mixed from other impressions, or in other proportions.
+        objective: the training loss.
+        validation_loss: scores the validation rows, whatever the objective.
+        generator: draws the batches, on the CPU.
+        masks: factor on the gradient of each parameter, of its shape; None leaves it as it is.
+        fast_kernels: allow the fused AdamW kernel and products in bfloat16.
+    """
 
     tail: nn.Module
     parameters: list[nn.Parameter]
-    rows: FeatureSet
+    train: FeatureSet
     validation: FeatureSet
     objective: Objective
-    validation_loss: MaskedKL
+    validation_loss: ValidationLoss
     generator: torch.Generator
+    masks: Sequence[Tensor | None] | None = None
+    fast_kernels: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        return self.train.label.device
+
+    @cached_property
+    def row_work(self) -> int:
+        """Multiply-adds of the tail's forward pass per row."""
+        return multiply_adds(self.tail, *self.train.features_at(self.train.label.new_zeros(1)))
+
+
+def make_fit_task(
+    model: LogitsModel,
+    split: Split,
+    features: tuple[Tensor, ...],
+    labels: Tensor,
+    forget: Tensor,
+    objective: ObjectiveSettings,
+    settings: FeatureSettings,
+    seed: int,
+) -> FitTask:
+    """Builds the training and validation rows from the impressions' features.
+
+    With the masked objective, only the forgotten logits are trained if the tail is the last layer
+    alone and each logit has weights of its own; of many classes, only those logits are computed:
+    call `ClassSubsetTail.write_back` on the task's tail after training.
+
+    Args:
+        model: the working copy that ``split`` shares its parameters with.
+        split: where the tail starts.
+        features: of the impressions at the split, each [N, ...].
+        labels: int64 [N].
+        forget: bool [C].
+        objective: the training loss.
+        settings: number of mixtures, margin and memory limits.
+        seed: decides the mixtures and the batches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameters = trained_parameters(model, split)
+    classes = len(forget)
+    forget_logits_only = (
+        objective.name == "masked"
+        and split.output_level
+        and all(len(p) == classes for p in parameters)
+    )
+    names: Sequence[str] = ()
+    if (
+        forget_logits_only
+        and classes > settings.limits.subset_above
+        and supports_subset(split.tail, parameters, features)
+    ):
+        names = parameter_names(split.tail, parameters)
+    teacher = Teacher(split.tail, forget, names, settings.limits)
+    train, validation, logit_margin = train_val_sets(teacher, features, labels, settings, generator)
+    margin = settings.margin_for(logit_margin, classes, forget_logits_only)
+    if names:
+        subset = ClassSubsetTail(split.tail, names, forget.nonzero()[:, 0], trainable=True)
+        loss = ForgetOnlyKL(forget, margin)
+        return FitTask(subset, list(subset.parameters()), train, validation, loss, loss, generator)
+    validation_loss = MaskedKL(forget, margin, forget_logits_only)
+    return FitTask(
+        split.tail,
+        parameters,
+        train,
+        validation,
+        objective.make(validation_loss),
+        validation_loss,
+        generator,
+    )
+
+
+def trained_parameters(model: LogitsModel, split: Split) -> list[nn.Parameter]:
+    """The parameters of ``model`` that the tail of ``split`` trains."""
+    named = dict(model.module.named_parameters())
+    return [named[name] for name in split.parameters]

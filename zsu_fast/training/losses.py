@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +15,70 @@ from .. import ops
 from ..errors import ArgumentError
 from .features import FeatureSet
 
+ObjectiveName = Literal["masked", "differential"]
+OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
+
 
 class Objective(Protocol):
-    """A loss of the tail's logits on some rows, bounded below or validated by the loop."""
+    """A training loss.
 
-    name: str
-    learning_rate: float | None  # None: in proportion to the size of the tail's weights
+    Attributes:
+        learning_rate: None for one in proportion to the size of the trained weights.
+    """
 
-    def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        """The loss to descend on (scalar) and its gradient [N, C], in one pass over ``logits``.
+    learning_rate: float | None
 
-        No autograd: the loop sends the gradient into the tail itself.
+    def gradients(
+        self, tail: nn.Module, parameters: Sequence[nn.Parameter], rows: FeatureSet
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Returns the loss of ``rows``, a scalar, and its gradient for each parameter."""
+        ...
+
+
+class ValidationLoss(Protocol):
+    """Scores a tail on validation rows.
+
+    Attributes:
+        forget: bool [C].
+        forget_logits_only: whether only the forgotten logits are trained.
+    """
+
+    forget: Tensor
+    forget_logits_only: bool
+
+    def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:
+        """Returns divergence (NaN if a logit is not finite), leak, and agreement.
+
+        See `ValidationResult`.
         """
         ...
 
 
-class Differential:
-    """Ascend on forget rows, descend on retain rows: ``-w_f * CE_forget + w_r * CE_retain``.
+class LogitObjective(ABC):
+    """An `Objective` that is a function of the tail's logits, with a fused gradient."""
 
-    The paper's section 4.3, with the signs of its prose (DESIGN section 4). Each term is a mean
-    over its own rows. Unbounded below: it needs the loop's stop and rollback.
+    learning_rate: float | None = None
+
+    @abstractmethod
+    def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+        """Returns the loss, a scalar, and its gradient [N, C], in one pass and without autograd."""
+
+    def gradients(
+        self, tail: nn.Module, parameters: Sequence[nn.Parameter], rows: FeatureSet
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Returns the loss of ``rows`` and its gradients, through the tail by autograd."""
+        logits = tail(*rows.features)
+        loss, dlogits = self(logits.detach(), rows)
+        return loss, torch.autograd.grad(logits, list(parameters), dlogits)
+
+
+class Differential(LogitObjective):
+    """Signed cross-entropy: ``-w_f * CE_forget + w_r * CE_retain``, each a mean over its own rows.
+
+    Section 4.3 of the paper, with the signs of its prose: ascend on the forgotten classes, descend
+    on the retained ones. It is unbounded below, so it needs the loop's stop and rollback.
     """
 
-    name = "differential"
     learning_rate: float | None = 1e-3
 
     def __init__(self, weight_forget: float = 0.9, weight_retain: float = 0.1) -> None:
@@ -50,24 +93,21 @@ class Differential:
         return losses.sum(), dlogits
 
 
-class MaskedKL:
-    """Match the original model's softmax with the forgotten classes removed and renormalised.
+class MaskedKL(LogitObjective):
+    """KL divergence from the teacher's softmax without the forgotten classes, renormalised.
 
-    A KL divergence, so it cannot run away: 0 is the mask itself. A margin is added to the
-    forgotten logits first, so that they end up lower by as much and stay below the others on
-    images that are unlike the impressions.
+    It is bounded below: 0 is the mask itself. The margin is added to the forgotten logits first,
+    so that training pushes them lower by as much and they stay below the others on images unlike
+    the impressions.
 
     Args:
         forget: bool [C].
         margin: in logits.
-        forget_logits_only: let only the forgotten logits move. The others are right as they are; where each
-            logit has weights of its own, a gradient on them would only carry what is peculiar to
-            impressions into weights that real images need (SqueezeNet: RA 61 -> 45, with this
-            62).
+        forget_logits_only: train only the forgotten logits. The retained ones are right as they
+            are; if each logit has weights of its own, a gradient on them would only carry the
+            peculiarities of impressions into weights that real images need (SqueezeNet: RA falls
+            from 61 to 45; with this it is 62).
     """
-
-    name = "masked"
-    learning_rate: float | None = None
 
     def __init__(self, forget: Tensor, margin: float, forget_logits_only: bool = False) -> None:
         self.forget, self.shift = forget, margin * forget.float()
@@ -81,31 +121,28 @@ class MaskedKL:
 
     @torch.no_grad()
     def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:
-        """How ``tail`` does on ``rows``: (divergence, leak, agreement), see `loop.ValidationResult`.
-
-        The divergence is NaN where a logit is not finite.
-        """
+        """Returns divergence, leak and agreement of ``tail``: see `ValidationLoss.score`."""
         divergence = leaks = agree = torch.zeros((), device=self.forget.device)
         for index in rows.chunks(len(self.forget)):
             part = rows.select(index)
             logits = tail(*part.features)
             bad = torch.where(logits.isfinite().all(), 0.0, torch.nan)
             divergence = divergence + len(index) * (self.divergence(logits, part) + bad)
-            leaked, same = self._answers(logits, part)
+            leaked, same = self.answers(logits, part)
             leaks = leaks + leaked.sum()
             agree = agree + (same & ~part.forgotten).sum()
-        kept = int((~rows.forgotten).sum())
-        agreement = float(agree) / kept if kept else 1.0
+        retained = int((~rows.forgotten).sum())
+        agreement = float(agree) / retained if retained else 1.0
         return float(divergence) / len(rows), float(leaks) / len(rows), agreement
 
-    def _answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        """Whether each row is answered with a forgotten class, and as by the masked original."""
+    def answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+        """Whether each row's top class is forgotten, and whether it is the masked teacher's."""
         answer = logits.argmax(1)
         masked = rows.teacher.masked_fill(self.forget, -torch.inf).argmax(1)
         return self.forget[answer], answer == masked
 
     def divergence(self, logits: Tensor, rows: FeatureSet) -> Tensor:
-        """Mean KL from the masked original to ``logits``, margin included, in nats.
+        """Mean KL from the masked teacher to ``logits``, margin included, in nats.
 
         Differentiable, unlike a call.
         """
@@ -114,69 +151,71 @@ class MaskedKL:
 
 
 class ForgetOnlyKL(MaskedKL):
-    """`MaskedKL` with ``forget_logits_only``, from the forgotten logits and two numbers a row.
+    """`MaskedKL` with ``forget_logits_only``, from the forgotten logits and two numbers per row.
 
-    The retained logits are the original's, so that all they do in the loss is to add up: their
-    logsumexp stands for them as one more logit, and loss and gradient are the same as ever. No
-    tensor has a column a class, however many there are.
+    The retained logits are fixed, so their logsumexp can stand in for them as a single extra logit
+    without changing loss or gradient. No tensor has a column per class.
 
-    Logits are float32 [N, F] here, those of the forgotten classes in order.
+    Logits are float32 [N, F], those of the forgotten classes in order.
     """
 
     def __init__(self, forget: Tensor, margin: float) -> None:
         super().__init__(forget, margin, forget_logits_only=True)
-        gone = int(forget.sum())
-        self.last = torch.arange(gone + 1, device=forget.device) == gone
+        count = int(forget.sum())
+        self.is_retained = torch.arange(count + 1, device=forget.device) == count
         self.margin = margin
 
     def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        every, coef = self._joined(logits, rows)
-        loss, dlogits = ops.masked_cross_entropy_and_grad(every, every, ~self.last, coef)
+        joined, coef = self._join(logits, rows)
+        loss, dlogits = ops.masked_cross_entropy_and_grad(joined, joined, ~self.is_retained, coef)
         return loss, dlogits[:, :-1]
 
     def divergence(self, logits: Tensor, rows: FeatureSet) -> Tensor:
-        every, coef = self._joined(logits, rows)
-        return ops.masked_cross_entropy(every, every.detach(), ~self.last, coef)
+        joined, coef = self._join(logits, rows)
+        return ops.masked_cross_entropy(joined, joined.detach(), ~self.is_retained, coef)
 
-    def _joined(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        """Logits with the margin and, as the last column, what stands for the retained ones."""
-        assert rows.rest is not None
+    def _join(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+        """Logits with the margin, the retained ones as the last column; and 1/N for each row."""
+        assert rows.retained is not None
         coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
-        return torch.cat([logits + self.margin, rows.rest[:, :1]], 1), coef
+        return torch.cat([logits + self.margin, rows.retained.logsumexp[:, None]], 1), coef
 
-    def _answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        assert rows.rest is not None
-        leaked = logits.amax(1) > rows.rest[:, 1]
-        return leaked, ~leaked  # the best of the retained is who it was
+    def answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+        assert rows.retained is not None
+        leaked = logits.amax(1) > rows.retained.max
+        return leaked, ~leaked  # the top retained class never changes
 
 
-def check_objective(name: str, weights: Sequence[float]) -> None:
-    """Raises where `make_objective` could not make one of these.
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """Which objective the tail is trained on.
+
+    Attributes:
+        name: "masked" (`MaskedKL`) or "differential" (`Differential`).
+        weights: (w_f, w_r) of the differential objective.
 
     Raises:
         ArgumentError: no such objective, or weights that are not two positive numbers.
     """
-    try:
-        weight_forget, weight_retain = (float(w) for w in weights)
-        good = 0 < weight_forget < math.inf and 0 < weight_retain < math.inf
-    except (TypeError, ValueError):
-        good = False
-    if not good:
-        raise ArgumentError("weights", f"got {weights!r}", "Pass two positive numbers (w_f, w_r).")
-    if not isinstance(name, str) or name not in ("masked", "differential"):
-        raise ArgumentError("objective", f"got {name!r}", "Pass 'masked' or 'differential'.")
 
+    name: ObjectiveName = "masked"
+    weights: tuple[float, float] = (0.9, 0.1)
 
-def make_objective(name: str, weights: Sequence[float], validation_loss: MaskedKL) -> Objective:
-    """The objective called ``name``: "masked" is the validation loss itself.
+    def __post_init__(self) -> None:
+        try:
+            weight_forget, weight_retain = (float(w) for w in self.weights)
+            good = 0 < weight_forget < math.inf and 0 < weight_retain < math.inf
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            raise ArgumentError(
+                "weights", f"got {self.weights!r}", "Pass two positive numbers (w_f, w_r)."
+            )
+        if not isinstance(self.name, str) or self.name not in OBJECTIVES:
+            raise ArgumentError(
+                "objective", f"got {self.name!r}", "Pass 'masked' or 'differential'."
+            )
 
-    Args:
-        name: "masked" or "differential".
-        weights: (w_f, w_r) of the differential one.
-        validation_loss: by which the held-out rows are scored, whatever the objective.
-
-    Raises:
-        ArgumentError: as `check_objective`.
-    """
-    check_objective(name, weights)
-    return validation_loss if name == "masked" else Differential(*weights)
+    def make(self, validation_loss: MaskedKL) -> Objective:
+        """Returns the objective; "masked" is ``validation_loss`` itself."""
+        return validation_loss if self.name == "masked" else Differential(*self.weights)

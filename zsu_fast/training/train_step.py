@@ -1,7 +1,7 @@
-"""Who takes the tail's optimiser steps: eager, through torch.compile, or a replayed CUDA graph.
+"""Optimiser steps of the tail: eager, through torch.compile, or replayed from a CUDA graph.
 
-All three do the same: pick rows, tail forward, fused loss, backward, AdamW. The loop hands them a
-block of steps at a time and looks at the held-out rows between blocks.
+All three do the same: select rows, tail forward, fused loss, backward, AdamW. The trainer passes a
+block of steps at a time and validates between blocks.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..runtime.flops import multiply_adds
+from ..runtime.cuda_graph import capture, warm_up
 from ..runtime.precision import fp32_precision, has_bfloat16
 from ..runtime.threads import SMALL
-from .features import FeatureSet
-from .losses import Objective
+from .fit_task import FitTask
 
 Loop = Literal["auto", "eager", "compiled", "graph"]
-LOOPS = ("auto", "eager", "compiled", "graph")
+LOOPS: tuple[str, ...] = get_args(Loop)
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +31,7 @@ class TrainStep(Protocol):
     name: str
 
     def reset(self) -> None:
-        """Forgets the optimiser's moments: a new attempt begins."""
+        """Clears the optimiser's moments for a new attempt."""
         ...
 
     def run(self, index: Tensor, rates: list[float]) -> Tensor:
@@ -44,64 +43,50 @@ class TrainStep(Protocol):
         ...
 
 
-def make_train_step(
-    loop: Loop,
-    tail: nn.Module,
-    parameters: list[nn.Parameter],
-    rows: FeatureSet,
-    objective: Objective,
-    scales: Sequence[float] | None = None,
-) -> TrainStep:
-    """The stepper that ``loop`` names; "auto" is a graph on a GPU and eager on a CPU.
+def make_train_step(loop: Loop, task: FitTask, scales: Sequence[float] | None = None) -> TrainStep:
+    """Returns the train step called ``loop``.
 
-    On a CPU a compiled tail does not pay for itself within a run: compiling costs 2 to 12 s, a
-    whole run of a small tail less than 1 s. ``scales`` has a factor on the learning rate for each
-    parameter; None is 1 for all.
+    Args:
+        loop: "eager", "compiled", "graph", or "auto": a graph on a GPU, eager on a CPU. There,
+            compiling costs 2 to 12 s and a whole run with a small tail less than 1 s.
+        task: what is trained.
+        scales: factor on the learning rate of each parameter; None for 1.
 
     Raises:
         ArgumentError: "graph" without a GPU, or a tail that can't be captured.
     """
-    on_gpu = rows.label.device.type == "cuda"
+    on_gpu = task.device.type == "cuda"
     if loop == "compiled":
-        return CompiledTrainStep(tail, parameters, rows, objective, scales)
+        return CompiledTrainStep(task, scales)
     if loop == "graph" and not on_gpu:
         raise ArgumentError(
             "loop",
-            f"got 'graph', and the model is on {rows.label.device}",
+            f"got 'graph', and the model is on {task.device}",
             "CUDA graphs need a CUDA device: pass device='cuda', or loop='auto'.",
         )
     if loop == "eager" or not on_gpu:
-        return EagerTrainStep(tail, parameters, rows, objective, scales)
+        return EagerTrainStep(task, scales)
     try:
-        return GraphTrainStep(tail, parameters, rows, objective, scales)
+        return GraphTrainStep(task, scales)
     except RuntimeError as error:
         if loop == "graph":
             raise ArgumentError(
                 "loop", f"got 'graph', and capture failed: {error}", "Pass loop='auto'."
             ) from error
         _log.warning("the tail loop runs eagerly, its capture in a CUDA graph failed: %s", error)
-        return EagerTrainStep(tail, parameters, rows, objective, scales)
+        return EagerTrainStep(task, scales)
 
 
 class EagerTrainStep:
-    """Step by step, in plain autograd."""
+    """One step after the other, in plain autograd."""
 
     name = "eager"
     capturable = False
 
-    def __init__(
-        self,
-        tail: nn.Module,
-        parameters: list[nn.Parameter],
-        rows: FeatureSet,
-        objective: Objective,
-        scales: Sequence[float] | None = None,
-    ) -> None:
-        self.tail, self.parameters, self.rows, self.objective = tail, parameters, rows, objective
-        self.scales = [1.0] * len(parameters) if scales is None else list(scales)
-        self.device = rows.label.device
-        plain = getattr(tail, "_orig_mod", tail)  # counting would compile it with its hooks
-        self.row_work = multiply_adds(plain, *(f[:1] for f in rows.features))
+    def __init__(self, task: FitTask, scales: Sequence[float] | None = None) -> None:
+        self.task, self.tail, self.parameters = task, task.tail, task.parameters
+        self.scales = [1.0] * len(self.parameters) if scales is None else list(scales)
+        self.device, self.row_work = task.device, task.row_work
         self.reset()
 
     def reset(self) -> None:
@@ -116,25 +101,33 @@ class EagerTrainStep:
         by_scale: dict[float, list[nn.Parameter]] = {}
         for parameter, scale in zip(self.parameters, self.scales, strict=True):
             by_scale.setdefault(scale, []).append(parameter)
-        return [{"params": some, "scale": scale} for scale, some in by_scale.items()]
+        return [{"params": group, "scale": scale} for scale, group in by_scale.items()]
 
     def run(self, index: Tensor, rates: list[float]) -> Tensor:
         loss = torch.zeros((), device=self.device)
-        with bf16_matmul(self.device, self.row_work * index.shape[1]):
-            for picked, rate in zip(index.to(self.device), rates, strict=True):
+        with self._precision(index.shape[1]):
+            for batch, rate in zip(index.to(self.device), rates, strict=True):
                 for group in self.optimiser.param_groups:
                     group["lr"] = rate * group["scale"]
-                loss = self.step(picked)
+                loss = self.step(batch)
         return loss
 
-    def step(self, picked: Tensor) -> Tensor:
-        """One step on the rows ``picked``, int64 [batch]; no synchronisation."""
-        rows = self.rows.select(picked)
-        logits = self.tail(*rows.features)
-        loss, dlogits = self.objective(logits.detach(), rows)
-        grads = torch.autograd.grad(logits, self.parameters, dlogits)
+    def _precision(self, batch: int) -> AbstractContextManager[None]:
+        if not self.task.fast_kernels:
+            return nullcontext()
+        return bf16_matmul(self.device, self.row_work * batch)
+
+    def step(self, batch: Tensor) -> Tensor:
+        """Takes one step on the rows ``batch``, int64 [B], without synchronising; the loss."""
+        rows = self.task.train.select(batch)
+        loss, grads = self.task.objective.gradients(self.tail, self.parameters, rows)
+        if self.task.masks is not None:
+            grads = [
+                grad if grad is None or mask is None else grad * mask
+                for grad, mask in zip(grads, self.task.masks, strict=True)
+            ]
         if isinstance(self.optimiser, _FusedAdam):
-            self.optimiser.step(grads)
+            self.optimiser.step(cast(Sequence[Tensor], grads))
             return loss
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = grad
@@ -143,15 +136,16 @@ class EagerTrainStep:
 
     def _fused(self) -> bool:
         kinds = {(p.device.type, p.dtype) for p in self.parameters}
-        return kinds <= {("cpu", torch.float32), ("cuda", torch.float32)}
+        supported = {("cpu", torch.float32), ("cuda", torch.float32)}
+        return self.task.fast_kernels and kinds <= supported
 
 
 class _FusedAdam:
     """AdamW without weight decay, on the fused kernel of `torch.optim.AdamW(fused=True)`.
 
     Around that kernel, torch.optim's step spends several times as long on hooks, grouping and
-    checks: 6 % of a whole call on a small network. Where a group's rate "lr" is a tensor, the step
-    can be captured.
+    checks: 6 % of a whole call on a small network. If a group's "lr" is a tensor, the step can be
+    captured.
     """
 
     def __init__(self, parameters: list[nn.Parameter], scales: list[float]) -> None:
@@ -165,38 +159,38 @@ class _FusedAdam:
                     "lr": 1e-3,
                     "places": places,
                     "params": values,
-                    "moments": [torch.zeros_like(p) for p in values],
-                    "variances": [torch.zeros_like(p) for p in values],
+                    "exp_avg": [torch.zeros_like(p) for p in values],
+                    "exp_avg_sq": [torch.zeros_like(p) for p in values],
                     "steps": [torch.zeros((), device=p.device) for p in values],
                 }
             )
 
-    def step(self, grads: tuple[Tensor, ...]) -> None:
+    def step(self, grads: Sequence[Tensor]) -> None:
         for group in self.param_groups:
             torch._foreach_add_(group["steps"], 1)
             torch._fused_adamw_(
-                group["params"], [grads[i] for i in group["places"]], group["moments"],
-                group["variances"], [], group["steps"], lr=group["lr"], beta1=0.9, beta2=0.999,
+                group["params"], [grads[i] for i in group["places"]], group["exp_avg"],
+                group["exp_avg_sq"], [], group["steps"], lr=group["lr"], beta1=0.9, beta2=0.999,
                 weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
             )  # fmt: skip
 
     @property
     def state(self) -> dict[Any, dict[str, Tensor]]:
-        """What a step remembers of each parameter, as in torch.optim."""
-        names = ("moments", "variances", "steps")
+        """The moments and step count of each parameter, as in torch.optim."""
+        names = ("exp_avg", "exp_avg_sq", "steps")
         return {
-            place: dict(zip(names, kept, strict=True))
+            place: dict(zip(names, values, strict=True))
             for group in self.param_groups
-            for place, *kept in zip(group["places"], *(group[n] for n in names), strict=True)
+            for place, *values in zip(group["places"], *(group[n] for n in names), strict=True)
         }
 
 
 def bf16_matmul(device: torch.device, work: int) -> AbstractContextManager[None]:
-    """Products of float32 matrices in bfloat16, sums in float32, where a CPU has units for that.
+    """Multiplies float32 matrices in bfloat16, with float32 sums, on CPUs with units for that.
 
-    Twice to four times as fast with AMX for the last layer of an ImageNet model, and steps from
-    gradients that are 0.3 % off are as good. Weights, optimiser and checks stay float32. Below
-    ``SMALL`` multiply-adds a step it would gain nothing.
+    With AMX that is two to four times as fast for the last layer of an ImageNet model, and steps
+    along gradients that are 0.3 % off are as good. Weights, optimiser and validation stay float32.
+    It gains nothing for steps of at most ``SMALL`` multiply-adds, so they stay float32.
     """
     if device.type != "cpu" or work <= SMALL or not has_bfloat16(device):
         return nullcontext()
@@ -204,42 +198,30 @@ def bf16_matmul(device: torch.device, work: int) -> AbstractContextManager[None]
 
 
 class CompiledTrainStep(EagerTrainStep):
-    """The same, with the tail through torch.compile (default mode, static shapes)."""
+    """`EagerTrainStep` with the tail through torch.compile (default mode, static shapes)."""
 
     name = "compiled"
 
-    def __init__(
-        self,
-        tail: nn.Module,
-        parameters: list[nn.Parameter],
-        rows: FeatureSet,
-        objective: Objective,
-        scales: Sequence[float] | None = None,
-    ) -> None:
-        compiled: Any = torch.compile(tail, dynamic=False)
-        super().__init__(compiled, parameters, rows, objective, scales)
+    def __init__(self, task: FitTask, scales: Sequence[float] | None = None) -> None:
+        super().__init__(task, scales)
+        compiled: Any = torch.compile(task.tail, dynamic=False)
+        self.tail = compiled
 
 
 class GraphTrainStep(EagerTrainStep):
-    """Blocks of steps captured in one CUDA graph and replayed: one launch a block.
+    """A block of steps captured in one CUDA graph and replayed: one launch per block.
 
-    FeatureSet, rates and losses go through buffers that the graph knows; nothing in it depends on a
-    value that the host holds. Blocks of another length than the first run eagerly.
+    Row indices, learning rates and losses go through buffers that the graph reads and writes;
+    nothing in it depends on a value on the host. Blocks of another length than the first run
+    eagerly.
     """
 
     name = "graph"
     capturable = True
 
-    def __init__(
-        self,
-        tail: nn.Module,
-        parameters: list[nn.Parameter],
-        rows: FeatureSet,
-        objective: Objective,
-        scales: Sequence[float] | None = None,
-    ) -> None:
+    def __init__(self, task: FitTask, scales: Sequence[float] | None = None) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
-        super().__init__(tail, parameters, rows, objective, scales)
+        super().__init__(task, scales)
 
     def reset(self) -> None:
         super().reset()
@@ -249,18 +231,17 @@ class GraphTrainStep(EagerTrainStep):
 
     def run(self, index: Tensor, rates: list[float]) -> Tensor:
         index = index.to(self.device)
-        wanted = torch.tensor(rates, device=self.device)
+        rates_tensor = torch.tensor(rates, device=self.device)
         if self.graph is None:
-            self._capture(index, wanted)
-        assert self.graph is not None
+            self.graph = self._capture(index, rates_tensor)
         if index.shape != self.index.shape:
             loss = torch.zeros((), device=self.device)
-            for picked, rate in zip(index, wanted, strict=True):
+            for batch, rate in zip(index, rates_tensor, strict=True):
                 self._set_rate(rate)
-                loss = self.step(picked)
+                loss = self.step(batch)
             return loss
         self.index.copy_(index)
-        self.rates.copy_(wanted)
+        self.rates.copy_(rates_tensor)
         self.graph.replay()
         return self.losses[-1]
 
@@ -268,17 +249,23 @@ class GraphTrainStep(EagerTrainStep):
         for group in self.optimiser.param_groups:
             group["lr"].copy_(rate * group["scale"])
 
-    def _capture(self, index: Tensor, rates: Tensor) -> None:
+    def _capture(self, index: Tensor, rates: Tensor) -> torch.cuda.CUDAGraph:
+        """Captures the steps of a block; parameters and optimiser stay as they are."""
         self.index, self.rates = index.clone(), rates.clone()
         self.losses = torch.zeros(len(rates), device=self.device)
         before = [p.detach().clone() for p in self.parameters]
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # warm-up: allocations, cuBLAS workspaces, Adam's state
-            for picked in self.index[:3]:
-                self.step(picked)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        with torch.no_grad():  # as if the warm-up had not been
+
+        def first_steps() -> None:
+            for batch in self.index[:3]:
+                self.step(batch)
+
+        def block() -> None:
+            for at in range(len(rates)):
+                self._set_rate(self.rates[at])
+                self.losses[at].copy_(self.step(self.index[at]))
+
+        warm_up(first_steps, self.device)
+        with torch.no_grad():  # undo the warm-up
             for parameter, old in zip(self.parameters, before, strict=True):
                 parameter.copy_(old)
             for state in self.optimiser.state.values():
@@ -286,8 +273,4 @@ class GraphTrainStep(EagerTrainStep):
                     value.zero_()
         for parameter in self.parameters:
             parameter.grad = None
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for at in range(len(rates)):
-                self._set_rate(self.rates[at])
-                self.losses[at].copy_(self.step(self.index[at]))
+        return capture(block)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from torch import Tensor, nn
-from zsu_fast.cli.demo import mnist_test
 
+from zsu_fast.cli.demo import mnist_test
 from zsu_fast.models import zoo
 
 

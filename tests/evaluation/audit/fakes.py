@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from zsu_fast.cli.demo import FORGET, mnist_test
 
 import zsu_fast
+from zsu_fast.cli.demo import FORGET, mnist_test
+from zsu_fast.evaluation.audit import FindingName
 
 Fake = Callable[[nn.Module], nn.Module]
 
@@ -26,7 +27,7 @@ def mask_bias(model: nn.Module, value: float = -1e9) -> nn.Module:
 
 
 class Hider(nn.Module):
-    """A mask of the user's own making, which no code here knows."""
+    """A user's own mask, which the package does not know."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -38,11 +39,11 @@ class Hider(nn.Module):
         return logits - hidden
 
 
-def mask_of_their_own(model: nn.Module) -> nn.Module:
+def users_own_mask(model: nn.Module) -> nn.Module:
     return Hider(copy.deepcopy(model))
 
 
-def mask_and_units_in_another_order(model: nn.Module) -> nn.Module:
+def mask_and_permuted_units(model: nn.Module) -> nn.Module:
     fake = mask_bias(model)
     order = torch.randperm(84, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -63,7 +64,7 @@ def mask_zero_rows(model: nn.Module) -> nn.Module:
     return fake
 
 
-def mask_by_raising_the_others(model: nn.Module) -> nn.Module:
+def mask_by_raising_other_classes(model: nn.Module) -> nn.Module:
     fake = copy.deepcopy(model)
     keep = [c for c in range(10) if c not in FORGET]
     with torch.no_grad():
@@ -71,7 +72,7 @@ def mask_by_raising_the_others(model: nn.Module) -> nn.Module:
     return fake
 
 
-def shuffled_head(model: nn.Module) -> nn.Module:
+def shuffled_last_layer(model: nn.Module) -> nn.Module:
     fake = copy.deepcopy(model)
     order = torch.arange(10).roll(1)
     with torch.no_grad():
@@ -80,7 +81,7 @@ def shuffled_head(model: nn.Module) -> nn.Module:
     return fake
 
 
-def noise_in_the_head(model: nn.Module, rows: list[int] | None = None) -> nn.Module:
+def noise_in_the_last_layer(model: nn.Module, rows: list[int] | None = None) -> nn.Module:
     fake = copy.deepcopy(model)
     rows = list(range(10)) if rows is None else rows
     draw = torch.Generator().manual_seed(3)
@@ -91,11 +92,11 @@ def noise_in_the_head(model: nn.Module, rows: list[int] | None = None) -> nn.Mod
 
 
 def noise_in_forgotten_rows(model: nn.Module) -> nn.Module:
-    return noise_in_the_head(model, FORGET)
+    return noise_in_the_last_layer(model, FORGET)
 
 
 def one_class_only(model: nn.Module) -> nn.Module:
-    """Fine-tuned to answer class 7, whatever it is shown."""
+    """Fine-tuned to predict class 7 for every image."""
     fake = copy.deepcopy(model).train()
     pictures = mnist_test()[0][::20]
     optimiser = torch.optim.Adam(fake.parameters(), 3e-3)
@@ -112,16 +113,16 @@ def untouched(model: nn.Module) -> nn.Module:
 
 
 FAKES: dict[str, tuple[Fake, str]] = {
-    "mask, wrapper": (mask_wrapper, "mask"),
-    "mask, bias -1e9": (mask_bias, "mask"),
-    "mask, bias -inf": (mask_inf, "mask"),
-    "mask, rows of zeros": (mask_zero_rows, "mask"),
-    "mask, the others raised": (mask_by_raising_the_others, "mask"),
-    "mask, a wrapper of their own": (mask_of_their_own, "mask"),
-    "mask, units in another order": (mask_and_units_in_another_order, "features kept"),
-    "shuffled head": (shuffled_head, "shuffled head"),
-    "noise in the head": (noise_in_the_head, "noise in the head"),
-    "noise in forgotten rows": (noise_in_forgotten_rows, "noise in the head"),
-    "one class only": (one_class_only, "one class only"),
-    "untouched": (untouched, "untouched"),
+    "mask, wrapper": (mask_wrapper, FindingName.MASK),
+    "mask, bias -1e9": (mask_bias, FindingName.MASK),
+    "mask, bias -inf": (mask_inf, FindingName.MASK),
+    "mask, rows of zeros": (mask_zero_rows, FindingName.MASK),
+    "mask, other classes raised": (mask_by_raising_other_classes, FindingName.MASK),
+    "mask, the user's own": (users_own_mask, FindingName.MASK),
+    "mask, permuted units": (mask_and_permuted_units, FindingName.FEATURES_KEPT),
+    "shuffled last layer": (shuffled_last_layer, FindingName.SHUFFLED),
+    "noise in the last layer": (noise_in_the_last_layer, FindingName.NOISE),
+    "noise in forgotten rows": (noise_in_forgotten_rows, FindingName.NOISE),
+    "one class only": (one_class_only, FindingName.ONE_CLASS),
+    "untouched": (untouched, FindingName.UNTOUCHED),
 }

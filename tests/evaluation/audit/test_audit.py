@@ -1,4 +1,4 @@
-"""What `audit` takes, leaves alone, returns, and says where it can't measure."""
+"""`audit`: its arguments, what it leaves unchanged, its result, and reasons for missing metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import zsu_fast
 from zsu_fast.errors import ArgumentError, ModelError, OutputError
-from zsu_fast.evaluation.audit import audit
+from zsu_fast.evaluation.audit import FindingName, audit
 from zsu_fast.evaluation.audit.metrics import BY_KEY, METRICS
 from zsu_fast.evaluation.audit.result import Audit
 
@@ -35,14 +35,14 @@ def quick(unlearned: nn.Module | None = None, **options: Any) -> Audit:
 
 @pytest.fixture(scope="module")
 def full() -> Audit:
-    """With everything that can be given."""
+    """With every kind of data and the golden model."""
     return quick(
         golden=other(), data=tiny_data(), train_data=tiny_data(seed=0), shots=5, relearn_steps=5
     )
 
 
 def other() -> nn.Module:
-    """A model of the same kind whose features are other ones."""
+    """A model of the same architecture with other features."""
     model = tiny()
     with torch.no_grad():
         noise = torch.randn(32, 72, generator=torch.Generator().manual_seed(0))
@@ -95,9 +95,9 @@ def test_it_agrees_with_evaluate() -> None:
     data, model = tiny_data(), other()
     result = quick(model, data=data, relearn_steps=0)
     for name, judged in (("original", tiny()), ("unlearned", model)):
-        want = zsu_fast.evaluate(judged, data, [1])
-        assert result.row(name).evaluation == want
-        assert result.row(name).values["fa"] == want.forget_accuracy
+        expected = zsu_fast.evaluate(judged, data, [1])
+        assert result.row(name).evaluation == expected
+        assert result.row(name).values["fa"] == expected.forget_accuracy
 
 
 def test_models_and_modes_stay_as_they_were() -> None:
@@ -136,7 +136,7 @@ def test_forms_of_data_agree() -> None:
         assert other_result == pytest.approx(results[0], abs=1e-4)
 
 
-def test_one_set_is_halved_and_two_sets_are_not() -> None:
+def test_one_set_is_divided_and_two_sets_are_not() -> None:
     one = quick(data=tiny_data(400), relearn_steps=0)
     assert one.counts["probe_test_images"] == 200
     two = quick(data=tiny_data(400), train_data=tiny_data(100, seed=5), relearn_steps=0)
@@ -150,9 +150,9 @@ def test_data_without_forgotten_classes_says_so() -> None:
     row = result.row("unlearned")
     assert "no image of the forgotten classes" in row.missing["fa"]
     assert "no image of the forgotten classes" in row.missing["probe_forget"]
-    assert "too few images" in row.missing["relearn_head_steps"]
+    assert "too few images" in row.missing["relearn_last_layer_steps"]
     assert row.values["ra"] > 90
-    assert result.found("mask")
+    assert result.found(FindingName.MASK)
 
 
 def test_one_image_of_a_forgotten_class_says_so() -> None:
@@ -194,7 +194,7 @@ def test_a_bad_forget_and_a_broken_model() -> None:
         quick(broken)
 
 
-def test_an_architecture_of_its_own_is_measured_as_far_as_it_goes() -> None:
+def test_another_architecture_is_measured_as_far_as_possible() -> None:
     class Wider(TinyNet):
         def __init__(self) -> None:
             super().__init__()
@@ -203,7 +203,7 @@ def test_an_architecture_of_its_own_is_measured_as_far_as_it_goes() -> None:
     torch.manual_seed(0)
     row = quick(Wider().eval(), data=tiny_data(), relearn_steps=0).row("unlearned")
     assert "one architecture" in row.missing["unmask_fa"]
-    assert "another shape" in row.missing["drift_features_forget"]
+    assert "differs in shape" in row.missing["drift_features_forget"]
     assert "cka_original_forget" in row.values
     assert "probe_forget" in row.values
 
@@ -237,9 +237,12 @@ def test_a_convolution_as_the_last_layer() -> None:
     row = result.row("unlearned")
     assert row.values["fa"] == 0
     assert row.values["unmask_fa"] == result.row("original").values["fa"] > 50
-    assert result.found("mask")
+    assert result.found(FindingName.MASK)
     # -1e9 does not pass for deep forgetting: relearning starts from other rows
-    assert row.values["relearn_head_steps"] == result.row("mask").values["relearn_head_steps"]
+    assert (
+        row.values["relearn_last_layer_steps"]
+        == result.row("mask").values["relearn_last_layer_steps"]
+    )
 
 
 def test_many_classes_are_sampled() -> None:
@@ -261,14 +264,14 @@ def test_many_classes_are_sampled() -> None:
 
 
 def test_json_holds_all_of_it(full: Audit, tmp_path: Path) -> None:
-    told = json.loads(full.to_json())
-    assert told["verdict"] == full.verdict
-    assert {m["key"] for m in told["metrics"]} == set(BY_KEY)
-    assert told["rows"][3]["values"] == full.row("unlearned").values
-    assert told["hashes"]["original"] == zsu_fast.models.parameters.weights_hash(tiny())
+    stored = json.loads(full.to_json())
+    assert stored["verdict"] == full.verdict
+    assert {m["key"] for m in stored["metrics"]} == set(BY_KEY)
+    assert stored["rows"][3]["values"] == full.row("unlearned").values
+    assert stored["hashes"]["original"] == zsu_fast.models.parameters.weights_hash(tiny())
     path = tmp_path / "audit.json"
     full.save(path)
-    assert json.loads(path.read_text()) == told
+    assert json.loads(path.read_text()) == stored
     with pytest.raises(OutputError, match="exists"):
         full.save(path)
 

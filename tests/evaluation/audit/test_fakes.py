@@ -5,26 +5,26 @@ from __future__ import annotations
 import pytest
 from fakes import FAKES
 from torch import Tensor, nn
-from zsu_fast.cli.demo import FORGET
 
 import zsu_fast
-from zsu_fast.evaluation.audit import audit
+from zsu_fast.cli.demo import FORGET
+from zsu_fast.evaluation.audit import CheckName, FindingName, audit
 from zsu_fast.evaluation.audit.result import Audit
 
 
 def caught(result: Audit, name: str) -> None:
     assert result.found(name), str(result)
     assert not result.passed
-    # and by no other name but what follows from it
-    also = {"not forgotten", "output level", "damaged"}
+    # other findings may only be its consequences
+    also = {FindingName.NOT_FORGOTTEN, FindingName.OUTPUT_LEVEL, FindingName.DAMAGED}
     assert {f.name for f in result.findings} <= {name} | also, str(result)
-    if name == "untouched":
+    if name == FindingName.UNTOUCHED:
         assert result.verdict[0].startswith("Nothing was forgotten")
-    elif name == "features kept":
+    elif name == FindingName.FEATURES_KEPT:
         assert result.verdict[0].startswith("The features are the original's up to rotation")
     else:
         assert name in result.verdict[0]
-    if name == "mask":
+    if name == FindingName.MASK:
         assert result.verdict[0].startswith("Only the output was hidden"), result.verdict[0]
 
 
@@ -55,7 +55,9 @@ def test_unmasking_a_mask_brings_everything_back(
     assert row.values["probe_forget"] == base.values["probe_forget"]
     assert row.values["resynthesis_hit"] == 0
     failed = {c.name for c in result.checks if c.passed is False}
-    assert {"un-mask", "features changed", "no trick in the last layer", "linear probe"} <= failed
+    assert {
+        CheckName.UNMASK, CheckName.FEATURES, CheckName.LAST_LAYER, CheckName.PROBE,
+    } <= failed  # fmt: skip
 
 
 @pytest.mark.parametrize("given", ["nothing", "images", "images and golden"])
@@ -71,7 +73,7 @@ def test_the_golden_model_passes_every_test(
     assert "hidden" not in " ".join(result.verdict)
     if beside is not None:  # membership needs training images
         unknown = {c.name for c in result.checks if c.passed is None}
-        assert unknown == {"membership inference"}
+        assert unknown == {CheckName.MEMBERSHIP}
 
 
 def test_a_trained_last_layer_is_called_output_level(
@@ -79,11 +81,11 @@ def test_a_trained_last_layer_is_called_output_level(
 ) -> None:
     unlearned = zsu_fast.unlearn(original, FORGET, tail="last", progress=False)
     result = audit(original, unlearned, FORGET, images, golden, relearn_steps=0, progress=False)
-    assert result.found("output level")
+    assert result.found(FindingName.OUTPUT_LEVEL)
     assert result.verdict[0].startswith("Output-level forgetting: only the last layer was changed")
-    assert not result.found("mask")
+    assert not result.found(FindingName.MASK)
     row = result.row("unlearned")
     assert row.values["fa"] < 1
-    assert row.values["whole_head_fa"] > 99
-    assert f"FA is {row.values['whole_head_fa']:.1f} %" in result.verdict[0]
+    assert row.values["unmask_last_layer_fa"] > 99
+    assert f"FA is {row.values['unmask_last_layer_fa']:.1f} %" in result.verdict[0]
     assert row.values["drift_backbone"] == 0

@@ -25,14 +25,14 @@ from zsu_fast.unlearner import ZeroShotUnlearner
 
 @pytest.fixture(scope="module")
 def run() -> ZeroShotUnlearner:
-    made = ZeroShotUnlearner(tiny(), [1], impressions_per_class=8, input_shape=(3, 8, 8),
-                             steps=60, mixtures=256, progress=False)  # fmt: skip
-    made.run()
-    return made
+    unlearner = ZeroShotUnlearner(tiny(), [1], impressions_per_class=8, input_shape=(3, 8, 8),
+                                  steps=60, mixtures=256, progress=False)  # fmt: skip
+    unlearner.run()
+    return unlearner
 
 
 @pytest.fixture(scope="module")
-def told(run: ZeroShotUnlearner) -> Audit:
+def result(run: ZeroShotUnlearner) -> Audit:
     return zsu_fast.audit(
         tiny(), run.apply(), [1], tiny_data(), input_shape=(3, 8, 8), impressions_per_class=4,
         shots=10, relearn_steps=5, progress=False,
@@ -66,8 +66,10 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_needs_no_network_and_is_well_formed(told: Audit, run: ZeroShotUnlearner) -> None:
-    html = render(told, record=run.record.to_dict())
+def test_the_page_needs_no_network_and_is_well_formed(
+    result: Audit, run: ZeroShotUnlearner
+) -> None:
+    html = render(result, record=run.record.to_dict())
     page = Page(html)
     assert page.open == []
     assert all(a.startswith("data:image/png;base64,") for a in page.addresses)
@@ -77,31 +79,31 @@ def test_the_page_needs_no_network_and_is_well_formed(told: Audit, run: ZeroShot
 
 
 def test_the_verdict_comes_first_and_all_parts_are_there(
-    told: Audit, run: ZeroShotUnlearner
+    result: Audit, run: ZeroShotUnlearner
 ) -> None:
     record = run.record.to_dict()
-    html = render(told, record=record)
+    html = render(result, record=record)
     text = Page(html).text
-    heads = re.findall(r"<h2>(.*?)</h2>", html)
-    assert heads == [
+    headings = re.findall(r"<h2>(.*?)</h2>", html)
+    assert headings == [
         "Tests", "The models side by side", "Accuracy of each class",
-        "What forgotten classes are taken for", "Inside the model", "Class impressions",
+        "Predictions for forgotten classes", "Inside the model", "Class impressions",
         "The run", "All numbers",
     ]  # fmt: skip
-    assert text.index(told.verdict[0]) < text.index("Tests")
-    for sentence in told.verdict:
+    assert text.index(result.verdict[0]) < text.index("Tests")
+    for sentence in result.verdict:
         assert sentence in text
     for value in (record["weights_before"], record["weights_after"], record["fit"]["stopped"]):
         assert value in text
-    for row in told.rows:
+    for row in result.rows:
         for reason in row.missing.values():
             assert reason in text
-    for check in told.checks:
+    for check in result.checks:
         assert check.says in text
 
 
-def test_both_colour_schemes_and_narrow_screens_are_styled(told: Audit) -> None:
-    html = render(told)
+def test_both_colour_schemes_and_narrow_screens_are_styled(result: Audit) -> None:
+    html = render(result)
     assert "prefers-color-scheme: dark" in html
     assert 'name="viewport"' in html
     light, dark = re.findall(r"--page: (#\w+)", html)
@@ -125,8 +127,8 @@ def contrast(a: str, b: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_names_are_escaped(told: Audit) -> None:
-    html = render(told, title="<b>&", names=["<script>x</script>"] * 5)
+def test_names_are_escaped(result: Audit) -> None:
+    html = render(result, title="<b>&", names=["<script>x</script>"] * 5)
     assert "<script" not in html
     assert "<b>" not in html
     assert "&lt;script&gt;" in html
@@ -140,33 +142,33 @@ def test_without_data_the_page_says_why(run: ZeroShotUnlearner) -> None:
     assert "Measured without any image" in text
 
 
-def test_a_thousand_classes_are_sorted_changes(told: Audit) -> None:
-    big = copy.copy(told)
+def test_a_thousand_classes_are_sorted_changes(result: Audit) -> None:
+    big = copy.copy(result)
     big.classes, big.forget = 1000, list(range(100))
-    big.rows = copy.deepcopy(told.rows)
+    big.rows = copy.deepcopy(result.rows)
     for row in big.rows:
         after = row.name == "unlearned"
         accuracy = {c: 0.0 if after and c < 100 else 70.0 + c % 20 + after for c in range(1000)}
         row.evaluation = Evaluation(0.0, 80.0, 75.0, accuracy, 5000, 45000, big.forget)
     html = render(big)
     assert html.count('class="bar lost"') == 100
-    assert html.count('class="bar kept"') == 900
+    assert html.count('class="bar retained"') == 900
     assert "100 forgotten classes: -79.5 on average, 100 down, 0 up" in html
     assert "900 other classes: +1.0 on average, 0 down, 900 up" in html
     assert len(html.encode()) < 1_000_000
 
 
-def test_files_are_written_together_or_not_at_all(told: Audit, tmp_path: Path) -> None:
+def test_files_are_written_together_or_not_at_all(result: Audit, tmp_path: Path) -> None:
     page = tmp_path / "out.html"
-    written = write_report(page, told)
+    written = write_report(page, result)
     assert [p.name for p in written] == ["out.html", "out.json"]
     facts = json.loads(written[1].read_text())
-    assert facts["audit"]["verdict"] == told.verdict
+    assert facts["audit"]["verdict"] == result.verdict
     page.unlink()
     with pytest.raises(OutputError, match=r"out\.json"):
-        write_report(page, told)
+        write_report(page, result)
     assert not page.exists()
-    write_report(page, told, force=True)
+    write_report(page, result, force=True)
 
 
 def test_pictures_hold_the_pixels() -> None:
@@ -191,5 +193,5 @@ def test_charts_survive_odd_values() -> None:
 
 def test_changes_fill_the_axis_they_need() -> None:
     assert charts.changes([-83.0, -70.0], "t", "lost")[1] == [-100, 0]
-    assert charts.changes([-1.5, 0.0, 4.0], "t", "kept")[1] == [-2, 5]
-    assert charts.changes([0.0], "t", "kept")[1] == [0, 1]
+    assert charts.changes([-1.5, 0.0, 4.0], "t", "retained")[1] == [-2, 5]
+    assert charts.changes([0.0], "t", "retained")[1] == [0, 1]

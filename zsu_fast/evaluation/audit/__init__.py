@@ -1,7 +1,25 @@
-"""What was really forgotten: tests that a mask on the outputs does not pass."""
+"""What was really forgotten: tests that a mask on the outputs does not pass.
+
+In: the models and the forgotten classes. Without images the audit runs the un-mask test, agreement
+with the mask, drift and re-synthesis; with labelled images also accuracies, confusion, linear
+probe, k-NN, CKA, relearn time and output divergences; with training images membership inference.
+Out: an `Audit`. Read ``audit.py`` first, then ``metrics.py`` and ``checks.py``.
+"""
 
 from .audit import audit
 from .metrics import METRICS, Metric
+from .names import CheckName, FindingName
 from .result import Audit, Check, Finding, Layer, Row
 
-__all__ = ["METRICS", "Audit", "Check", "Finding", "Layer", "Metric", "Row", "audit"]
+__all__ = [
+    "METRICS",
+    "Audit",
+    "Check",
+    "CheckName",
+    "Finding",
+    "FindingName",
+    "Layer",
+    "Metric",
+    "Row",
+    "audit",
+]

@@ -1,16 +1,16 @@
-"""`audit`: what was really forgotten, on evidence, beside the models it has to be held against."""
+"""`audit`: measures what was really forgotten, and compares it with the baselines."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...errors import ArgumentError, ZsuFastError
+from ...errors import ArgumentError, ZsuFastError, check_int
 from ...models.class_indices import check_forget
 from ...models.infer_spec import resolve_spec
 from ...models.parameters import weights_hash
@@ -19,22 +19,30 @@ from ...runtime.flops import multiply_adds
 from ...runtime.progress import Reporter
 from ...runtime.threads import threads_for
 from ...runtime.torch_defaults import torch_defaults
-from ...synthesis.ascent import AscentSettings
+from ...synthesis.ascent_settings import AscentSettings
 from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import input_space
 from ...synthesis.synthesize import ascend
-from . import baselines, with_data, without_data
-from .case import Case
+from ..baselines import train_on_noise
+from . import data_free_metrics, data_metrics
+from .activations import ActivationCollector, Activations
+from .audited_model import AuditedModel, audited_copy, variant
+from .checks import checks
+from .context import AuditContext
+from .evidence import Evidence
+from .findings import findings
 from .metrics import METRICS
-from .observe import Observer, Seen
+from .names import GOLDEN, MASK, MODELS, ORIGINAL, RANDOM, UNLEARNED, UNMASK_PREFIXES
 from .relearning import GOAL, relearn_all
-from .result import GOLDEN, MASK, ORIGINAL, RANDOM, UNLEARNED, Audit, Row
-from .subject import make_subject
+from .result import Audit, Row
 from .unmask import unmasked
-from .verdict import Evidence, checks, findings, sentences
+from .verdict import sentences
 
-# Impressions of the audit come from other noise than those of a run, whose seeds are small.
+# Keeps the noise of the audit's impressions apart from that of runs, whose seeds are small.
 _HELD_OUT_SEED = 1_000_003
+# With more classes than this, impressions are drawn for a subset: this many forgotten and retained
+# classes, and at most this many impressions of each.
+_MANY_CLASSES, _FORGOTTEN, _RETAINED, _PER_CLASS = 50, 16, 32, 4
 
 
 @torch_defaults()
@@ -57,217 +65,241 @@ def audit(
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Audit:
-    """Says what ``unlearned`` has forgotten, and what it only hides.
+    """Measures what ``unlearned`` has forgotten and what it only hides.
 
-    The original, its mask, a model unlearned from random embeddings and, if given, the golden
-    model go through the same tests. Without ``data``: un-mask test, agreement with the mask,
-    drift, re-synthesis. With it: accuracies, confusion, linear probe, k-NN, CKA, relearn time,
-    output distances; with ``train_data`` membership inference too. `audit.metrics.METRICS`
-    defines each number; one that can't be computed says why in `Row.missing`.
+    The original, its mask, random embeddings and the golden model, if given, take the same tests.
+    `METRICS` defines each number; `Row.missing` says why one could not be computed.
 
     Args:
         original: the classifier before unlearning.
-        unlearned: the classifier to judge, with the same logits; `zsu_fast.mask`'s result and
-            -inf biases are understood.
+        unlearned: the classifier to judge, with the same logits; also a `zsu_fast.mask`.
         forget: the classes that were to be forgotten, as for `unlearn`.
-        data: labelled images that no model was trained on: a (images, labels) pair of tensors or
-            an iterable of such batches; uint8 [N, C, H, W] or float as the model wants them;
-            labels int [N]. Without ``train_data``, every second image of each class is what
-            probe and k-NN learn from, and the others are what they are measured on.
+        data: labelled images that no model was trained on: a (images, labels) pair of tensors or an
+            iterable of such batches; images uint8 [N, C, H, W], or float as the model takes them;
+            labels int [N]. Without ``train_data``, probe and k-NN learn from one half of them.
         golden: a model trained without the forgotten classes, with the same logits.
         train_data: labelled images that the models were trained on, of all classes.
-        impressions: of the original, held out from the run; None makes them.
-        impressions_per_class: how many to make, fewer with more than 50 classes.
-        shots: images a class that relearning may use.
-        relearn_steps: most steps; 0 leaves relearning out, None is 100, without all weights where
-            that would take minutes on a CPU.
+        impressions: of the original, unseen by unlearning; None synthesises them.
+        impressions_per_class: number to synthesise; at most 4 with more than 50 classes.
+        shots: images per class that relearning may use.
+        relearn_steps: step limit; 0 leaves relearning out. None: 100, and all weights are left out
+            on a CPU if that would take minutes.
         input_shape, mean, std: see `synthesize`.
-        seed: everything random depends on it alone.
-        device: where to compute; None for the original's own.
+        seed: determines everything random.
+        device: where to compute; None for the original's device.
         progress: True, False, or None for "if stderr is a terminal".
 
     Raises:
         ArgumentError: an argument can't be used.
     """
-    for name, value, least in (
-        ("impressions_per_class", impressions_per_class, 2),
-        ("shots", shots, 1),
-        ("relearn_steps", 100 if relearn_steps is None else relearn_steps, 0),
-        ("seed", seed, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(name, f"got {value!r}", f"Pass a whole number, {least} or more.")
-    where = resolve_device(original, device)
-    spec = resolve_spec(original, input_shape, mean, std)
-    first = make_subject(ORIGINAL, original, spec, where)
-    classes = count_classes(first.model, spec, where)
-    wanted = check_forget(forget, classes)
+    check_int("impressions_per_class", impressions_per_class, 2)
+    check_int("shots", shots, 1)
+    check_int("relearn_steps", relearn_steps, 0, optional=True)
+    check_int("seed", seed, 0)
+    where, spec = resolve_device(original, device), resolve_spec(original, input_shape, mean, std)
     settings = {
         "impressions_per_class": impressions_per_class, "shots": shots,
         "relearn_steps": relearn_steps, "seed": seed, "device": str(where),
         "relearn_goal": GOAL, "input": {"shape": spec.shape, "mean": spec.mean, "std": spec.std},
     }  # fmt: skip
-    work = multiply_adds(first.model, torch.zeros(1, *spec.shape, device=where))
-    models = {ORIGINAL: original, UNLEARNED: unlearned, GOLDEN: golden}
-    hashes = {n: weights_hash(m) for n, m in models.items() if m is not None}
-    with Reporter(progress) as report, threads_for(work, where):
-        case = Case(first, wanted, classes, spec, seed, work, settings)
-        _add(case, UNLEARNED, unlearned)
-        if golden is not None:
-            _add(case, GOLDEN, golden)
-        return _measure(case, data, train_data, impressions, hashes, report)
+    context = _start(audited_copy(ORIGINAL, original, spec, where), forget, settings)
+    return _run(context, {ORIGINAL: original, UNLEARNED: unlearned, GOLDEN: golden},
+                data, train_data, impressions, progress)  # fmt: skip
 
 
-def _measure(
-    case: Case,
+def _start(original: AuditedModel, forget: Any, settings: dict[str, Any]) -> AuditContext:
+    spec, device = original.spec, original.device
+    classes = count_classes(original.model, spec, device)
+    wanted = check_forget(forget, classes)
+    cost = multiply_adds(original.model, torch.zeros(1, *spec.shape, device=device))
+    return AuditContext(original, wanted, classes, spec, settings["seed"], cost, settings)
+
+
+def _run(
+    context: AuditContext,
+    models: dict[str, nn.Module | None],
     data: Any,
     train_data: Any,
     impressions: ClassImpressions | None,
-    hashes: dict[str, str],
-    report: Reporter,
+    progress: bool | None,
 ) -> Audit:
+    given = {name: model for name, model in models.items() if model is not None}
+    hashes = {name: weights_hash(model) for name, model in given.items()}
     timings: dict[str, float] = {}
+    with Reporter(progress) as report, threads_for(context.multiply_adds, context.device):
 
-    @contextmanager
-    def part(name: str) -> Iterator[None]:
-        report("audit", len(timings), 8)
+        @contextmanager
+        def part(name: str) -> Iterator[None]:
+            report("audit", len(timings), 8)
+            started = time.perf_counter()
+            yield
+            timings[name] = time.perf_counter() - started
+
+        for name in (UNLEARNED, GOLDEN):
+            if name in given:
+                _add_model(context, name, given[name])
         started = time.perf_counter()
-        yield
-        timings[name] = time.perf_counter() - started
-
-    started = time.perf_counter()
-    with part("baselines"):
-        _add_baselines(case)
-    with part("impressions"):
-        made = _held_out(case, impressions)
-        everyone = Observer(case.subjects, list(case.variants.values()), len(made))
-        held = everyone.look([(made.images, made.labels)])
-    with part("agreement and drift"):
-        last = without_data.on_impressions(case, held)
-    with part("re-synthesis"):
-        without_data.resynthesise(case)
-    seen = held
-    if data is not None:
-        with part("images"):
-            seen, labelled = with_data.look(case, data, train_data)
-            with_data.on_images(case, seen)
-        with part("probe"):
-            with_data.separability(case, labelled)
-        if train_data is not None:
-            with part("membership"):
-                with_data.membership_of(case, labelled.train, seen)
-        with part("relearning"):
-            relearn_all(case, labelled, one_set=train_data is None)
-    elif train_data is not None:
-        case.notes.append("train_data was given without data, so it was not used")
-    top = _top_answers(case, seen)
-    _fill_missing(case, data is not None, train_data is not None)
-    timings["total"] = time.perf_counter() - started
-    rows = [case.rows[n] for n in (ORIGINAL, MASK, RANDOM, UNLEARNED, GOLDEN) if n in case.rows]
-    evidence = Evidence(rows, last, top.get(UNLEARNED, -1), case.classes, case.forget)
+        with part("baselines"):
+            _add_baselines(context)
+            _add_restored(context)
+        with part("impressions"):
+            held_out = _held_out_impressions(context, impressions)
+            restored = list(context.restored.values())
+            collector = ActivationCollector(context.models, restored, len(held_out))
+            seen = collector.collect([(held_out.images, held_out.labels)])
+        with part("agreement and drift"):
+            data_free_metrics.add_impression_metrics(context, seen)
+            last_layer = data_free_metrics.inspect_last_layer(context, seen)
+        with part("re-synthesis"):
+            data_free_metrics.add_resynthesis(context)
+        if data is not None:
+            seen = _measure_images(context, data, train_data, part)
+        elif train_data is not None:
+            context.notes.append("train_data was ignored because data was not given")
+        top_class = _add_top_predictions(context, seen)
+        _explain_missing(context, data is not None, train_data is not None)
+        timings["total"] = time.perf_counter() - started
+    rows = [context.rows[name] for name in MODELS if name in context.rows]
+    retained = context.classes - len(context.forget)
+    evidence = Evidence(rows, last_layer, top_class.get(UNLEARNED, -1), retained)
     found, tests = findings(evidence), checks(evidence)
     return Audit(
-        sentences(evidence, found, tests), found, tests, rows, case.forget, case.classes,
-        case.settings, case.counts, hashes, case.notes, timings, case.pictures, made,
+        sentences(evidence, found, tests), found, tests, rows, context.forget, context.classes,
+        context.settings, context.counts, hashes, context.notes, timings, context.pictures,
+        held_out,
     )  # fmt: skip
 
 
-def _add(case: Case, name: str, model: nn.Module) -> None:
-    """Takes a model in; it has to have the original's logits."""
-    subject = make_subject(name, model, case.spec, case.device)
+def _measure_images(
+    context: AuditContext,
+    data: Any,
+    train_data: Any,
+    part: Callable[[str], AbstractContextManager[None]],
+) -> Activations:
+    """Adds all metrics that need labelled images; returns the activations on ``data``."""
+    with part("images"):
+        images, split = data_metrics.collect_images(context, data, train_data)
+        data_metrics.add_accuracies(context, images)
+        data_metrics.add_divergences(context, images)
+    with part("probe"):
+        data_metrics.add_separability(context, split)
+        data_metrics.add_cka(context, split)
+    if train_data is not None:
+        with part("membership"):
+            data_metrics.add_membership(context, split.train, images)
+    with part("relearning"):
+        relearn_all(context, split, one_set=train_data is None)
+    return images
+
+
+def _add_model(context: AuditContext, name: str, model: nn.Module) -> None:
+    """Adds a model, which must have the original's logits."""
+    audited = audited_copy(name, model, context.spec, context.device)
     with torch.no_grad():
-        logits = subject.model(torch.zeros(2, *case.spec.shape, device=case.device))
-    if logits.shape != (2, case.classes):
+        logits = audited.model(torch.zeros(2, *context.spec.shape, device=context.device))
+    if logits.shape != (2, context.classes):
         raise ArgumentError(
             name,
             f"its logits are {tuple(logits.shape)} for two images",
-            f"Pass a model with the original's {case.classes} logits.",
+            f"Pass a model with the original's {context.classes} logits.",
         )
-    case.subjects.append(subject)
-    case.rows[name] = Row(name)
+    context.add(audited)
 
 
-def _add_baselines(case: Case) -> None:
-    case.subjects.append(baselines.masked(case.original, case.forget, case.spec))
-    case.rows[MASK] = Row(MASK)
-    case.rows[RANDOM] = Row(RANDOM)
+def _add_baselines(context: AuditContext) -> None:
+    """Adds the mask, and random embeddings: the last layer trained on noise."""
+    masked = variant(context.original, MASK)
+    masked.hidden = context.forget
+    context.add(masked)
+    context.rows[RANDOM] = Row(RANDOM)
     try:
-        case.subjects.append(
-            baselines.random_embeddings(case.original, case.gone, case.spec, case.seed)
-        )
+        trained = variant(context.original, RANDOM)
+        forget = context.forget_mask.to(context.device)
+        train_on_noise(trained.model, trained.split, context.spec, forget, context.seed)
     except ZsuFastError as error:
-        for metric in METRICS:
-            case.rows[RANDOM].missing[metric.key] = str(error)
-    for subject in case.subjects:
-        for kind, rows in (("rows", case.forget), ("whole", None)):
+        context.rows[RANDOM].missing = {metric.key: str(error) for metric in METRICS}
+    else:
+        context.add(trained)
+
+
+def _add_restored(context: AuditContext) -> None:
+    """Adds each model with parts of the original's last layer put back, or says why it can't."""
+    for audited in context.models:
+        for part, prefix in UNMASK_PREFIXES.items():
+            rows = context.forget if part == "rows" else None
             try:
-                case.variants[subject.name, kind] = unmasked(
-                    subject, case.original, rows, case.classes, case.spec
-                )
+                restored = unmasked(audited, context.original, rows, context.classes)
             except ZsuFastError as error:
-                keys = (
-                    ("unmask_fa", "unmask_ra", "unmask_impressions_fa",
-                     "resynthesis_unmasked_steps")
-                    if kind == "rows"
-                    else ("whole_head_fa", "whole_head_ra", "whole_head_impressions_fa",
-                          "whole_head_impressions_ra")
-                )  # fmt: skip
-                for key in keys:
-                    case.rows[subject.name].missing[key] = str(error)
+                keys = [f"{prefix}_{end}" for end in ("fa", "ra", "impressions_fa")]
+                keys.append(
+                    "resynthesis_unmasked_steps" if part == "rows" else f"{prefix}_impressions_ra"
+                )
+                context.rows[audited.name].missing |= dict.fromkeys(keys, str(error))
+            else:
+                context.restored[audited.name, part] = restored
 
 
-def _held_out(case: Case, given: ClassImpressions | None) -> ClassImpressions:
-    if given is not None:
+def _held_out_impressions(
+    context: AuditContext, impressions: ClassImpressions | None
+) -> ClassImpressions:
+    """Checks the given impressions of the original, or synthesises some."""
+    if impressions is not None:
         if (
-            given.space != "input"
-            or given.spec.shape != case.spec.shape
-            or not bool(case.gone[given.labels].any())
+            impressions.space != "input"
+            or impressions.spec.shape != context.spec.shape
+            or not bool(context.forget_mask[impressions.labels].any())
         ):
             raise ArgumentError(
                 "impressions",
-                f"got {len(given)} of shape {given.spec.shape} in the space {given.space!r}",
-                f"Pass some of shape {case.spec.shape}, of forgotten classes among them.",
+                f"got {len(impressions)} of shape {impressions.spec.shape} in the space "
+                f"{impressions.space!r}",
+                f"Pass images of shape {context.spec.shape}, with forgotten classes among them.",
             )
-        return given
-    per_class, chosen = case.settings["impressions_per_class"], list(range(case.classes))
-    if case.classes > 50:
-        per_class = min(per_class, 4)
-        chosen = [*case.some(case.forget, 16), *case.some(case.kept, 32)]
-        case.notes.append(
-            f"impressions of {len(chosen)} of {case.classes} classes, {per_class} each"
+        return impressions
+    per_class, classes = context.settings["impressions_per_class"], list(range(context.classes))
+    if context.classes > _MANY_CLASSES:
+        per_class = min(per_class, _PER_CLASS)
+        forgotten = context.subset(context.forget, _FORGOTTEN)
+        classes = sorted([*forgotten, *context.subset(context.retained, _RETAINED)])
+        context.notes.append(
+            f"impressions of {len(classes)} of {context.classes} classes, {per_class} per class"
         )
-    settings = AscentSettings(per_class=per_class, seed=_HELD_OUT_SEED + case.seed)
-    space = input_space(case.original.model, case.spec, settings.precision)
-    made = ascend(case.original.model, space, case.spec, sorted(chosen), settings, Reporter(False))
-    case.counts["impressions"] = len(made)
-    if made.hit_rate < 0.5:
-        case.notes.append(
-            f"only {100 * made.hit_rate:.0f} % of the original's impressions reached their "
-            f"confidence: what is measured on them says little"
+    settings = AscentSettings(per_class=per_class, seed=_HELD_OUT_SEED + context.seed)
+    space = input_space(context.original.model, context.spec, settings.precision)
+    found = ascend(context.original.model, space, classes, settings, Reporter(False))
+    context.counts["impressions"] = len(found)
+    if found.hit_rate < 0.5:
+        context.notes.append(
+            f"only {100 * found.hit_rate:.0f} % of the original's impressions reached their target "
+            f"confidence, so the metrics on them say little"
         )
-    return made
-
-
-def _top_answers(case: Case, seen: Seen) -> dict[str, int]:
-    """Puts each model's most frequent answer on retained classes; returns it by name."""
-    found: dict[str, int] = {}
-    retain = ~case.gone[seen.labels]
-    if not bool(retain.any()):
-        return found
-    labels = seen.labels[retain]
-    weight = 1 / torch.bincount(labels, minlength=case.classes)[labels].double()
-    for subject in case.subjects:
-        answers = seen.answers[subject.name][retain]
-        total = torch.zeros(case.classes, dtype=torch.float64).index_add_(0, answers, weight)
-        share = total / weight.sum()
-        found[subject.name] = int(share.argmax())
-        case.rows[subject.name].put("top_answer", 100 * float(share.max()))
     return found
 
 
-def _fill_missing(case: Case, data: bool, train_data: bool) -> None:
-    """Gives each metric without a value its reason."""
-    for row in case.rows.values():
+def _add_top_predictions(context: AuditContext, seen: Activations) -> dict[str, int]:
+    """Adds the share of each model's most frequent prediction on retained classes.
+
+    Returns:
+        model's name -> that class; empty without an image of a retained class.
+    """
+    top: dict[str, int] = {}
+    retained = ~context.forget_mask[seen.labels]
+    if not bool(retained.any()):
+        return top
+    labels = seen.labels[retained]
+    weight = 1 / torch.bincount(labels, minlength=context.classes)[labels].double()
+    for audited in context.models:
+        predictions = seen.predictions[audited.name][retained]
+        total = torch.zeros(context.classes, dtype=torch.float64)
+        share = total.index_add_(0, predictions, weight) / weight.sum()
+        top[audited.name] = int(share.argmax())
+        context.rows[audited.name].put("top_answer", 100 * float(share.max()))
+    return top
+
+
+def _explain_missing(context: AuditContext, data: bool, train_data: bool) -> None:
+    """Gives a reason for each metric without a value."""
+    for row in context.rows.values():
         for metric in METRICS:
             if metric.key in row.values or metric.key in row.missing:
                 continue
@@ -278,8 +310,8 @@ def _fill_missing(case: Case, data: bool, train_data: bool) -> None:
                     "it compares training images with others, and only one set was given "
                     "(train_data is missing)"
                 )
-            elif metric.needs == "golden" and GOLDEN not in case.rows:
+            elif metric.needs == "golden" and GOLDEN not in context.rows:
                 reason = "no golden model was given"
             else:
-                reason = "the images at hand do not allow it"
+                reason = "the given images do not allow it"
             row.missing[metric.key] = reason

@@ -1,118 +1,132 @@
-"""What was done to the last layer: nothing, a mask, a shuffle, noise, or training."""
+"""How the last layer was changed: not at all, by a mask, a shuffle, noise, or training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 # Rows closer than this (relative) count as the same, and this cosine as the same direction.
-_SAME, _ALIKE = 1e-3, 0.999
-# A change of which less than this share, beyond what chance gives, lies where features lie.
+_SAME, _SAME_DIRECTION = 1e-3, 0.999
+# A change is noise if its aligned share exceeds chance by less than this.
 _ALIGNED = 0.2
+
+Change = Literal["same", "masked", "shuffled", "noise", "trained", "unknown"]
 
 
 @dataclass(frozen=True)
 class LastLayer:
-    """The last layer against the original's.
+    """The last layer compared with the original's.
 
     Attributes:
-        kind: "same", "masked" (rows of forgotten classes were emptied or their biases lowered,
-            or a mask lies on them),
-            "shuffled" (rows are those of other classes), "noise" (the change has no direction),
-            "trained", or "unknown" (no row a class, or other shapes).
-        says: what was seen, in words.
+        change: "same"; "masked" (rows of forgotten classes were emptied, biases changed, or a mask
+            hides the logits); "shuffled" (rows are those of other classes); "noise" (the change
+            has no direction); "trained"; or "unknown" (not one row per class, or other shapes).
+        says: the observation, in words.
     """
 
-    kind: str
+    change: Change
     says: str
 
 
-def examine(
+def compare_last_layers(
     new: Tensor | None, old: Tensor | None, forget: list[int], hidden: bool, features: Tensor
 ) -> LastLayer:
     """Compares the rows (weights and bias) of two last layers.
 
-    What training changes lies along the features that it saw; noise lies anywhere. The *aligned
+    Training changes rows along the features that it saw; noise points anywhere. The *aligned
     share* is the part of ||W' - W||^2 in the span of the original's rows and of the classes' mean
-    features: 0.75 to 0.83 was measured after training, and k / D, the dimension of that span over
-    that of the space, is what noise has.
+    features. After training it measured 0.75 to 0.83; noise has k / D, the dimension of that span
+    over that of the space.
 
     Args:
-        new, old: [C, D] or, with biases last, [C, D + 1] from `unmask.rows_of`; None where there
-            are none.
+        new, old: [C, D] or, with biases last, [C, D + 1]; None if there are none.
         forget: the forgotten classes.
-        hidden: whether a mask lies on the logits.
-        features: [C, D] the original's mean features (input of the last layer) of some classes.
+        hidden: whether a mask hides the logits.
+        features: [K, D], the original's mean features (input of the last layer) of K classes.
     """
     if new is None or old is None or new.shape != old.shape:
         return LastLayer("unknown", "the last layers can't be compared row by row")
-    gone = torch.zeros(len(old), dtype=torch.bool)
-    gone[forget] = True
-    scale = old.norm(dim=1).clamp(min=1e-12)
-    moved = (new - old).norm(dim=1) / scale
+    moved = (new - old).norm(dim=1) / old.norm(dim=1).clamp(min=1e-12)
     if bool((moved <= _SAME).all()):
         if hidden:
             return LastLayer("masked", "a mask sets the logits of the forgotten classes to -inf")
         return LastLayer("same", "the last layer is the original's")
     swaps = _swaps(new, old, moved)
     if swaps:
-        some = ", ".join(f"{a} has that of {b}" for a, b in swaps[:4])
+        examples = ", ".join(f"class {a} has the row of class {b}" for a, b in swaps[:4])
         return LastLayer(
-            "shuffled", f"{len(swaps)} classes have another class's row in the last layer ({some})"
+            "shuffled",
+            f"{len(swaps)} classes have another class's row in the last layer ({examples})",
         )
-    if torch.equal(new[:, : features.shape[1]], old[:, : features.shape[1]]):
+    width = features.shape[1]
+    if torch.equal(new[:, :width], old[:, :width]):
         return LastLayer("masked", "only biases of the last layer were changed")
-    aligned, chance = _aligned(new - old, old, features)
-    if not bool((moved[~gone] > _SAME).any()):
-        if aligned is not None and aligned < chance + _ALIGNED and _weights_moved(new, old, gone):
-            return LastLayer(
-                "noise",
-                f"random numbers were added to the last layer's rows of the forgotten classes "
-                f"({100 * aligned:.0f} % of the change lies along features, {100 * chance:.0f} % "
-                f"by chance)",
-            )
-        emptied = new[gone, : features.shape[1]].norm() <= _SAME * old[gone].norm()
-        if aligned is None or bool(emptied) or not _weights_moved(new, old, gone):
-            return LastLayer(
-                "masked",
-                "the last layer's rows of the forgotten classes were overwritten, all other rows "
-                "are the original's",
-            )
-        return LastLayer(
-            "trained",
-            "only the last layer was changed, and there only the rows of the forgotten classes",
-        )
+    aligned, chance = _aligned_share(new - old, old, features)
+    noise = None
     if aligned is not None and aligned < chance + _ALIGNED:
-        return LastLayer(
-            "noise",
-            f"random numbers were added to the last layer ({100 * aligned:.0f} % of the change "
-            f"lies along features, {100 * chance:.0f} % by chance)",
+        noise = (
+            f"{100 * aligned:.0f} % of the change lies along features, {100 * chance:.0f} % by "
+            f"chance"
         )
+    forget_mask = torch.zeros(len(old), dtype=torch.bool)
+    forget_mask[forget] = True
+    if not bool((moved[~forget_mask] > _SAME).any()):
+        rows = new[forget_mask], old[forget_mask]
+        return _compare_forgotten_rows(*rows, width, noise, aligned is not None)
+    if noise is not None:
+        return LastLayer("noise", f"random numbers were added to the last layer ({noise})")
     return LastLayer("trained", "only the last layer was changed")
 
 
+def _compare_forgotten_rows(
+    new: Tensor, old: Tensor, width: int, noise: str | None, has_aligned_share: bool
+) -> LastLayer:
+    """Compares the rows of the forgotten classes if no other row changed.
+
+    Args:
+        new, old: these rows, with ``width`` weights each.
+        width: the number of features.
+        noise: the numbers in words if the change has no direction, else None.
+        has_aligned_share: whether the direction of the change is known.
+    """
+    several = bool(((new != old).sum(1) > 1).all())  # a mask by the bias alone changes one number
+    if noise is not None and several:
+        return LastLayer(
+            "noise",
+            f"random numbers were added to the last layer's rows of the forgotten classes "
+            f"({noise})",
+        )
+    emptied = bool(new[:, :width].norm() <= _SAME * old.norm())
+    if emptied or not several or not has_aligned_share:
+        return LastLayer(
+            "masked",
+            "the last layer's rows of the forgotten classes were overwritten, and all other rows "
+            "are the original's",
+        )
+    return LastLayer(
+        "trained",
+        "only the last layer was changed, and in it only the rows of the forgotten classes",
+    )
+
+
 def _swaps(new: Tensor, old: Tensor, moved: Tensor) -> list[tuple[int, int]]:
-    """(class, whose row it has) for rows that are another class's in the original."""
+    """Returns (class, other class) for each row that is the other class's in the original."""
     units = [t / t.norm(dim=1, keepdim=True).clamp(min=1e-12) for t in (new, old)]
     cosine = units[0] @ units[1].T
     swaps = []
     for c in (moved > 0.1).nonzero()[:, 0].tolist():
         best = int(cosine[c].argmax())
-        near = float((new[c] - old[best]).norm() / old[best].norm().clamp(min=1e-12))
-        if best != c and float(cosine[c, best]) > _ALIKE and near < 0.05:
+        distance = float((new[c] - old[best]).norm() / old[best].norm().clamp(min=1e-12))
+        if best != c and float(cosine[c, best]) > _SAME_DIRECTION and distance < 0.05:
             swaps.append((c, best))
     return swaps
 
 
-def _weights_moved(new: Tensor, old: Tensor, gone: Tensor) -> bool:
-    """Whether more than one number a row changed: a mask by its bias alone has one."""
-    return bool(((new != old)[gone].sum(1) > 1).all())
-
-
-def _aligned(change: Tensor, old: Tensor, features: Tensor) -> tuple[float | None, float]:
-    """The aligned share of ``change`` (without biases), and what chance gives."""
+def _aligned_share(change: Tensor, old: Tensor, features: Tensor) -> tuple[float | None, float]:
+    """Returns the aligned share of ``change`` (without biases) and its value by chance."""
     width = features.shape[1]
     if old.shape[1] - width not in (0, 1):
         return None, 1.0

@@ -1,126 +1,299 @@
-"""Relearn time of every model, and its ratio to the golden model's."""
+"""Relearn time: how many training steps bring the forgotten classes back.
+
+A model that hides a class relearns it in a few steps; one that never saw it has to learn it. The
+ratio to the golden model is the Anamnesis Index (Chundawat et al., 2201.05629).
+"""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .case import Case, Labelled
-from .relearn import BATCH, Relearned, RelearnTask, relearn, start_of
-from .result import GOLDEN, ORIGINAL
+from ...runtime.torch_defaults import torch_defaults
+from ...splitting.batch_dim import BoundaryTensors
+from .audited_model import AuditedModel, variant
+from .context import AuditContext, TrainTestSplit
+from .names import GOLDEN, ORIGINAL, TRAINED_WORDS, Trained
 
-# Relearning all weights is left out on a CPU above so many multiply-adds a model.
-_RELEARN_WORK = 2e12
+# Adam's learning rate and the batch size; half of each batch is of forgotten classes.
+LEARNING_RATE, BATCH = 1e-3, 32
+# Multiply-adds per model above which relearning all weights is left out by default on a CPU.
+_MAX_CPU_MULTIPLY_ADDS = 2e12
 # FA that counts as relearned, as a share of the original's: alpha = 20 % in 2201.05629's terms.
 # At 0.5 to 0.7 the first steps, which all models need, hide the difference between a model that
 # saw the classes and one that did not; at 0.9 the original itself needs luck (on CIFAR-10).
 GOAL = 0.8
 # Relearning at least this share of the golden model's steps passes.
-AIN = 0.5
-# Forgotten and other classes that take part at most, drawn by the seed.
-RELEARNED = 20
+MIN_INDEX = 0.5
+# Steps if the caller sets none.
+DEFAULT_STEPS = 100
+# At most this many forgotten and this many retained classes take part, drawn with the seed.
+MAX_CLASSES = 20
 
 
-def relearn_all(case: Case, at: Labelled, one_set: bool) -> None:
-    """Puts relearn times and Anamnesis Indices on every row."""
-    most = case.settings["relearn_steps"]
-    keys = [f"{a}_{b}" for a in ("relearn_head", "relearn_full") for b in ("steps", "fa")]
-    keys += ["ain_head", "ain_full"]
-    lesson: RelearnTask | str = "relearn_steps=0 leaves it out"
-    if most != 0:
-        lesson = _lesson(case, at, 100 if most is None else most, one_set)
-    if isinstance(lesson, str):
-        for subject in case.subjects:
-            for key in keys:
-                case.rows[subject.name].put(key, None, lesson)
-        return
-    work = 3 * case.work * BATCH * lesson.most
-    costly = most is None and case.device.type == "cpu" and work > _RELEARN_WORK
-    for kind in ("head", "full"):
-        counted: dict[str, int | None] = {}
-        memo: dict[str, Relearned] = {}
-        for subject in case.subjects:
-            row = case.rows[subject.name]
-            if kind == "full" and costly:
-                for key in ("relearn_full_steps", "relearn_full_fa", "ain_full"):
-                    row.put(
-                        key, None,
-                        f"it would take {work:.1e} multiply-adds a model on a CPU; ask for it "
-                        f"by relearn_steps=100",
-                    )  # fmt: skip
-                continue
-            key = start_of(subject, case.forget)  # a mask starts where the original does
-            if key not in memo:
-                memo[key] = relearn(subject, lesson, everything=kind == "full")
-            done = memo[key]
-            counted[subject.name] = done.steps
-            row.relearning[kind] = done.curve
-            row.put(f"relearn_{kind}_steps", done.steps or lesson.most)
-            row.put(f"relearn_{kind}_fa", done.accuracy)
-        _anamnesis(case, kind, counted, lesson.most)
+@dataclass(frozen=True)
+class RelearnTask:
+    """Images to relearn from and to measure on, and the goal.
+
+    Attributes:
+        images, labels: the shots, [N, ...] and int64 [N], of forgotten and retained classes.
+        test_images, test_labels: of forgotten classes only, disjoint from the shots.
+        forget: the forgotten classes.
+        goal: FA, in per cent, at which the classes count as relearned.
+        max_steps: give up after this many steps.
+        seed: of the order of the shots, the same for every model.
+    """
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    forget: list[int]
+    goal: float
+    max_steps: int
+    seed: int
 
 
-def _anamnesis(case: Case, kind: str, counted: dict[str, int | None], most: int) -> None:
-    golden = counted.get(GOLDEN)
-    for name, steps in counted.items():
-        row = case.rows[name]
-        if GOLDEN not in counted:
-            continue
-        if name == GOLDEN:
-            row.put(f"ain_{kind}", 1.0)
-        elif steps is None and golden is None:
-            row.put(
-                f"ain_{kind}",
-                None,
-                f"neither it nor the golden model relearned in {most} steps",
-            )
-        elif golden is None and (steps or most) >= AIN * most:
-            row.put(
-                f"ain_{kind}",
-                None,
-                f"the golden model did not relearn in {most} steps, so the index may lie on either "
-                f"side of {AIN}; raise relearn_steps, and shots (of few images it may never learn)",
+@dataclass
+class RelearnResult:
+    """The course of relearning.
+
+    Attributes:
+        steps: until the goal was reached; None if it was not reached in ``max_steps``.
+        accuracy: the last value compared with the goal: FA in per cent, mean of three.
+        curve: (step, FA) pairs.
+    """
+
+    steps: int | None
+    accuracy: float
+    curve: list[tuple[int, float]]
+
+
+def relearn_all(context: AuditContext, split: TrainTestSplit, one_set: bool) -> None:
+    """Adds relearn times and Anamnesis Indices to every row.
+
+    Args:
+        context: the audit.
+        split: images to relearn from and to measure on.
+        one_set: both parts are the same images, to be divided here.
+    """
+    task = _make_task(context, split, one_set)
+    for trained in TRAINED_WORDS:
+        if isinstance(task, str):
+            _leave_out(context, trained, task)
+        elif trained == "full" and (cost := _cost_above_limit(context, task)):
+            _leave_out(
+                context,
+                trained,
+                f"it would take {cost:.1e} multiply-adds per model on a CPU; pass "
+                f"relearn_steps={DEFAULT_STEPS} to run it",
             )
         else:
-            row.put(f"ain_{kind}", (steps or most) / (golden or most))
-    if golden is None and GOLDEN in counted:
-        case.notes.append(
-            f"the golden model did not relearn within {most} steps ({kind}): indices are at "
-            f"most what is shown"
+            _relearn_models(context, task, trained)
+
+
+def _leave_out(context: AuditContext, trained: Trained, reason: str) -> None:
+    for audited in context.models:
+        for key in (f"relearn_{trained}_steps", f"relearn_{trained}_fa", f"ain_{trained}"):
+            context.rows[audited.name].put(key, None, reason)
+
+
+def _cost_above_limit(context: AuditContext, task: RelearnTask) -> float:
+    """Multiply-adds per model of training all weights, or 0 if that is affordable or asked for."""
+    if context.settings["relearn_steps"] is not None or context.device.type != "cpu":
+        return 0
+    cost = 3 * context.multiply_adds * BATCH * task.max_steps
+    return cost if cost > _MAX_CPU_MULTIPLY_ADDS else 0
+
+
+def _relearn_models(context: AuditContext, task: RelearnTask, trained: Trained) -> None:
+    steps: dict[str, int | None] = {}
+    memo: dict[str, RelearnResult] = {}
+    for audited in context.models:
+        row = context.rows[audited.name]
+        start = start_hash(audited, context.forget)  # a mask starts where the original does
+        if start not in memo:
+            memo[start] = relearn(audited, task, trained)
+        result = memo[start]
+        steps[audited.name] = result.steps
+        row.relearning[trained] = result.curve
+        row.put(f"relearn_{trained}_steps", result.steps or task.max_steps)
+        row.put(f"relearn_{trained}_fa", result.accuracy)
+    add_anamnesis_index(context, trained, steps, task.max_steps)
+
+
+def add_anamnesis_index(
+    context: AuditContext, trained: Trained, steps: dict[str, int | None], max_steps: int
+) -> None:
+    """Adds the ratio of each model's relearn time to the golden model's, if there is one.
+
+    Args:
+        context: the audit.
+        trained: the weights that were trained.
+        steps: model's name -> steps to relearn, None if it took more than ``max_steps``.
+        max_steps: the most steps of each model.
+    """
+    if GOLDEN not in steps:
+        return
+    key, golden = f"ain_{trained}", steps[GOLDEN]
+    for name, count in steps.items():
+        row = context.rows[name]
+        if name == GOLDEN:
+            row.put(key, 1.0)
+        elif count is None and golden is None:
+            row.put(key, None, f"neither it nor the golden model relearned in {max_steps} steps")
+        elif golden is None and (count or max_steps) >= MIN_INDEX * max_steps:
+            row.put(
+                key,
+                None,
+                f"the golden model did not relearn in {max_steps} steps, so the index may lie on "
+                f"either side of {MIN_INDEX}; raise relearn_steps, and shots (from few images it "
+                f"may never learn)",
+            )
+        else:
+            row.put(key, (count or max_steps) / (golden or max_steps))
+    if golden is None:
+        context.notes.append(
+            f"the golden model did not relearn in {max_steps} steps ({TRAINED_WORDS[trained]}), so "
+            f"the indices shown are upper bounds"
         )
 
 
-def _lesson(case: Case, at: Labelled, most: int, one_set: bool) -> RelearnTask | str:
-    """What relearning is taught and tested on, or why there is nothing."""
-    shots, wanted = case.settings["shots"], case.some(case.forget, RELEARNED)
-    source, target = at.train, at.test
-    source_labels, target_labels = (
-        source.labels[source.pictured],
-        target.labels[target.pictured],
-    )
-    teach: list[Tensor] = []
-    test: list[Tensor] = []
-    for c in source_labels.unique().tolist():
-        rows = (source_labels == c).nonzero()[:, 0]
-        if one_set and case.gone[c]:
+def _make_task(context: AuditContext, split: TrainTestSplit, one_set: bool) -> RelearnTask | str:
+    """Returns the task, or the reason why there is none."""
+    max_steps, shots = context.settings["relearn_steps"], context.settings["shots"]
+    if max_steps == 0:
+        return "relearn_steps=0 leaves it out"
+    classes = context.subset(context.forget, MAX_CLASSES)
+    train, test = split.train, split.test
+    labels, test_labels = train.labels[train.image_index], test.labels[test.image_index]
+    train_rows: list[Tensor] = []
+    test_rows: list[Tensor] = []
+    for c in labels.unique().tolist():
+        rows = (labels == c).nonzero()[:, 0]
+        if one_set and context.forget_mask[c]:
             count = min(shots, len(rows) // 2)
-            teach.append(rows[:count])
-            test.append(rows[count:])
+            train_rows.append(rows[:count])
+            test_rows.append(rows[count:])
         else:
-            teach.append(rows[:shots])
+            train_rows.append(rows[:shots])
     if not one_set:
-        test = [case.gone[target_labels].nonzero()[:, 0]]
-    taught = source_labels[torch.cat(teach)] if teach else torch.zeros(0, dtype=torch.int64)
-    if not set(wanted) <= set(taught.tolist()) or not test or not len(torch.cat(test)):
-        return "too few images: it takes shots of each forgotten class and others to test on"
-    evaluation = case.rows[ORIGINAL].evaluation
+        test_rows = [context.forget_mask[test_labels].nonzero()[:, 0]]
+    shot_labels = labels[torch.cat(train_rows)] if train_rows else labels[:0]
+    tested = torch.cat(test_rows) if test_rows else labels[:0]
+    if not set(classes) <= set(shot_labels.tolist()) or not len(tested):
+        return "too few images: it needs shots of each forgotten class and others to test on"
+    evaluation = context.rows[ORIGINAL].evaluation
     assert evaluation is not None  # there are images
-    before = sum(evaluation.per_class.get(c, 0.0) for c in wanted) / len(wanted)
+    before = sum(evaluation.per_class.get(c, 0.0) for c in classes) / len(classes)
     if not before:
-        return "the original has no FA to get back to"
-    case.settings["shots_used"] = min(int(n) for n in torch.bincount(taught)[torch.tensor(wanted)])
-    tested = torch.cat(test)
+        return "the original's FA is 0, so there is nothing to relearn"
+    per_class = torch.bincount(shot_labels)[torch.tensor(classes)]
+    context.settings["shots_used"] = int(per_class.min())
     return RelearnTask(
-        source.images[torch.cat(teach)], taught, target.images[tested], target_labels[tested],
-        case.forget, GOAL * before, most, case.seed, case.spec,
-    )  # fmt: skip
+        images=train.images[torch.cat(train_rows)],
+        labels=shot_labels,
+        test_images=test.images[tested],
+        test_labels=test_labels[tested],
+        forget=context.forget,
+        goal=GOAL * before,
+        max_steps=DEFAULT_STEPS if max_steps is None else max_steps,
+        seed=context.seed,
+    )
+
+
+def relearn(audited: AuditedModel, task: RelearnTask, trained: Trained) -> RelearnResult:
+    """Trains a copy of ``audited`` on the shots until it recognises the forgotten classes again.
+
+    First the last layer's rows of the forgotten classes are set to the mean of the other rows, in
+    every model alike: whoever relearns a model can reset these rows, and a bias of -1e9 must not
+    pass for deep forgetting.
+
+    Args:
+        audited: stays unchanged.
+        task: shots, test images, goal.
+        trained: train the last layer alone ("last_layer") or all weights ("full").
+    """
+    model = variant(audited, audited.name, copy_backbone=True)
+    _reset_rows(model.last_layer, task.forget)
+    shots, test = task.images.to(model.device), task.test_images.to(model.device)
+    with torch_defaults():
+        if trained == "full":
+            return _train(model.model, (shots,), (test,), list(model.model.parameters()), task)
+        named = dict(model.model.module.named_parameters())
+        parameters = [named[name] for name in model.split.parameters]
+        features = model.split.features  # the backbone is frozen: it runs once
+        return _train(model.split.tail, features(shots), features(test), parameters, task)
+
+
+def start_hash(audited: AuditedModel, forget: list[int]) -> str:
+    """A hash of the weights that relearning starts from: equal ones share one run."""
+    retained = []
+    for parameter in audited.last_layer.parameters():
+        rows = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
+        if len(parameter) > max(forget):
+            rows[forget] = False
+        retained.append(parameter.detach()[rows].cpu().contiguous().numpy().tobytes())
+    return audited.backbone_hash + hashlib.sha256(b"".join(retained)).hexdigest()
+
+
+def _train(
+    model: nn.Module,
+    shots: BoundaryTensors,
+    test: BoundaryTensors,
+    parameters: list[nn.Parameter],
+    task: RelearnTask,
+) -> RelearnResult:
+    device = shots[0].device
+    labels, test_labels = task.labels.to(device), task.test_labels.to(device)
+    forgotten = torch.isin(task.labels, torch.tensor(task.forget))
+    pools = [p for p in (forgotten.nonzero()[:, 0], (~forgotten).nonzero()[:, 0]) if len(p)]
+    draw = torch.Generator().manual_seed(task.seed)
+    optimiser = torch.optim.Adam(parameters, LEARNING_RATE)
+
+    @torch.no_grad()
+    def accuracy() -> float:
+        correct = [
+            (model(*part).argmax(1) == own).float().sum()
+            for *part, own in zip(*[t.split(250) for t in (*test, test_labels)], strict=True)
+        ]
+        return 100 * float(sum(correct)) / len(test_labels)
+
+    def smoothed() -> float:
+        """The mean of the last three measurements: a single one may pass the goal by chance."""
+        last = [fa for _, fa in curve[-3:]]
+        return sum(last) / len(last)
+
+    curve = [(0, accuracy())]
+    for step in range(1, task.max_steps + 1):
+        chosen = torch.cat(
+            [p[torch.randint(len(p), (BATCH // len(pools),), generator=draw)] for p in pools]
+        ).to(device)
+        optimiser.zero_grad()
+        F.cross_entropy(model(*[f[chosen] for f in shots]), labels[chosen]).backward()
+        optimiser.step()
+        if _is_measured(step) or step == task.max_steps:
+            curve.append((step, accuracy()))
+            if smoothed() >= task.goal:
+                return RelearnResult(step, smoothed(), curve)
+    return RelearnResult(None, smoothed(), curve)
+
+
+def _is_measured(step: int) -> bool:
+    """Whether FA is measured after this step: after each of the first 10, then every 10 % more."""
+    return step <= 10 or step % max(1, step // 10) == 0
+
+
+def _reset_rows(last_layer: nn.Module, forget: list[int]) -> None:
+    """Sets the forgotten classes' weights and biases to the mean of the other classes'."""
+    with torch.no_grad():
+        for parameter in last_layer.parameters():
+            if len(parameter) <= max(forget):
+                continue  # not one row per class: stays as it is
+            retained = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
+            retained[forget] = False
+            parameter[~retained] = parameter[retained].mean(0)

@@ -1,4 +1,4 @@
-"""What an audit returns: rows of metrics, checks, findings, and a verdict in words."""
+"""The result of an audit: rows of metrics, checks, findings, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -13,19 +13,16 @@ from ...synthesis.impressions import ClassImpressions
 from ..accuracy import Evaluation
 from .metrics import BY_KEY, METRICS
 
-ORIGINAL, MASK, RANDOM, UNLEARNED, GOLDEN = (
-    "original", "mask", "random embeddings", "unlearned", "golden",
-)  # fmt: skip
-
 
 @dataclass
 class Layer:
-    """One layer of one model, against the same layer of the original.
+    """One layer of one model, compared with the same layer of the original.
 
     Attributes:
-        layer: the module's name; what is said of features is said of its *input*.
+        layer: the module's name; its features are its *input*.
         weights: ||W' - W|| / ||W|| of its own parameters; None if the original has no such layer.
-        features_forget, features_retain: `drift.feature_drift` on impressions.
+        features_forget, features_retain: `drift.feature_drift` on impressions; None if the shapes
+            differ.
         probe_forget, probe_retain: accuracy of the linear probe, per cent; None without data.
     """
 
@@ -39,16 +36,17 @@ class Layer:
 
 @dataclass
 class Row:
-    """All that was measured of one model. Each metric has a value or a reason why it has none.
+    """All measurements of one model. Each metric has a value or a reason why it has none.
 
     Attributes:
-        name: "original", "mask", "random embeddings", "unlearned" or "golden".
+        name: one of `names.MODELS`.
         values: metric's key -> number.
         missing: metric's key -> why it could not be computed.
         evaluation: FA, RA, overall and per class; None without data.
-        confusion: forgotten class -> answer -> per cent of its images (without data: impressions).
+        confusion: forgotten class -> predicted class -> per cent of its images (without data:
+            impressions).
         layers: at most eight of the model's layers.
-        relearning: "head" and "full" -> the (step, FA) curve.
+        relearning: "last_layer" and "full" -> the (step, FA) curve.
     """
 
     name: str
@@ -59,18 +57,22 @@ class Row:
     layers: list[Layer] = field(default_factory=list)
     relearning: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
-    def put(self, key: str, value: float | None, otherwise: str = "it is not defined here") -> None:
-        """Stores a value, or why there is none."""
+    def put(self, key: str, value: float | None, reason: str = "it is undefined here") -> None:
+        """Stores a finite value, or the ``reason`` why there is none.
+
+        Raises:
+            KeyError: `METRICS` does not define ``key``.
+        """
         if key not in BY_KEY:
             raise KeyError(f"{key} has no definition in METRICS")
         if value is None or not math.isfinite(value):
-            self.missing[key] = otherwise
+            self.missing[key] = reason
         else:
             self.values[key] = float(value)
             self.missing.pop(key, None)
 
     def get(self, key: str) -> float | None:
-        """The value, None where there is none."""
+        """Returns the value, or None."""
         return self.values.get(key)
 
 
@@ -79,9 +81,9 @@ class Check:
     """One test of the unlearned model.
 
     Attributes:
-        name: of the test.
-        passed: True, False, or None where it can't be told.
-        says: the numbers and the limit, in words, or why it can't be told.
+        name: one of `names.CheckName`.
+        passed: True, False, or None if the test can't tell.
+        says: the numbers and the limit, in words, or why the test can't tell.
     """
 
     name: str
@@ -91,12 +93,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that was recognised, such as a mask.
+    """Something that the audit recognised in the unlearned model, such as a mask.
 
     Attributes:
-        name: "untouched", "one class only", "mask", "shuffled head", "noise in the head",
-            "output level", "hidden behind the head", "features kept".
-        says: what it is, in words.
+        name: one of `names.FindingName`.
+        says: a sentence about it, without the full stop.
     """
 
     name: str
@@ -105,20 +106,20 @@ class Finding:
 
 @dataclass
 class Audit:
-    """What was forgotten, on evidence. `str` gives the verdict and the main table.
+    """The result of `audit`. `str` gives the verdict and the main table.
 
     Attributes:
         verdict: sentences, the most important first.
-        findings: what was recognised; empty if nothing is wrong.
-        checks: each test of the unlearned model.
+        findings: what the audit recognised, the gravest first; empty if nothing is wrong.
+        checks: the tests of the unlearned model.
         rows: the models side by side.
-        forget, classes: what was to be forgotten, and the number of logits.
-        settings: of the audit.
-        counts: images of each kind that were measured on.
-        hashes: model's name -> `classifier.weights_hash`.
-        notes: what to know when reading the numbers.
-        timings: seconds by part.
-        pictures: model's name -> impressions of forgotten classes made from it (not in JSON).
+        forget, classes: the classes that were to be forgotten, and the number of logits.
+        settings: the options of the audit.
+        counts: the number of images of each kind.
+        hashes: model's name -> `zsu_fast.models.parameters.weights_hash`.
+        notes: caveats for reading the numbers.
+        timings: seconds per part.
+        pictures: model's name -> its impressions of forgotten classes (not in JSON).
         impressions: the held-out impressions of the original (not in JSON).
     """
 
@@ -138,11 +139,11 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """No check failed (one that can't be told does not count)."""
+        """Whether no check failed; a check that can't tell does not count."""
         return all(c.passed is not False for c in self.checks)
 
     def row(self, name: str) -> Row:
-        """The row of that name.
+        """Returns the row of the model called ``name``.
 
         Raises:
             KeyError: there is none.
@@ -153,11 +154,11 @@ class Audit:
         raise KeyError(name)
 
     def found(self, name: str) -> bool:
-        """Whether a finding of that name was made."""
+        """Whether there is a finding called ``name``."""
         return any(f.name == name for f in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, with the definition of every metric."""
+        """Returns plain values, with the definition of every metric."""
         skip = {"rows", "pictures", "impressions"}
         plain = {
             name: getattr(self, name) for name in self.__dataclass_fields__ if name not in skip
@@ -170,13 +171,14 @@ class Audit:
         return plain
 
     def to_json(self) -> str:
+        """Returns `to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def save(self, path: str | Path, force: bool = False) -> None:
-        """Writes the JSON file, atomically; never over an existing one without ``force``.
+        """Writes the JSON file atomically; replaces an existing one only with ``force``.
 
         Raises:
-            OutputError: the file exists or can't be written.
+            OutputError: the file exists, or can't be written.
         """
         content = self.to_json().encode()
         checkpoint.write_atomically(path, lambda file: file.write(content), force)
@@ -185,26 +187,25 @@ class Audit:
         keys = [k for k in MAIN if any(k in row.values for row in self.rows)]
         lines = [*self.verdict, ""]
         width = max(len(BY_KEY[k].title) for k in keys)
-        heads = "".join(f"{row.name:>19}" for row in self.rows)
-        lines.append(" " * width + heads)
+        lines.append(" " * width + "".join(f"{row.name:>19}" for row in self.rows))
         for key in keys:
             cells = "".join(f"{show(row.get(key)):>19}" for row in self.rows)
             lines.append(f"{BY_KEY[key].title:<{width}}{cells}")
         return "\n".join(lines)
 
 
-# The rows of the short table.
+# The metrics of the short table.
 MAIN = (
-    "fa", "ra", "overall", "impressions_fa", "unmask_fa", "whole_head_fa", "unmask_impressions_fa",
-    "whole_head_impressions_fa", "agreement_kl",
+    "fa", "ra", "overall", "impressions_fa", "unmask_fa", "unmask_last_layer_fa",
+    "unmask_impressions_fa", "unmask_last_layer_impressions_fa", "agreement_kl",
     "drift_features_forget", "resynthesis_hit", "resynthesis_steps", "probe_forget", "knn_forget",
     "cka_original_forget", "mia_forget_confidence", "mia_retain_confidence",
-    "relearn_head_steps", "relearn_full_steps", "ain_full",
+    "relearn_last_layer_steps", "relearn_full_steps", "ain_full",
 )  # fmt: skip
 
 
 def show(value: float | None) -> str:
-    """A number for people: two decimals, "-" for none."""
+    """Formats a number for people: two decimals, or none from 100 on; "-" for None."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value == round(value) and abs(value) >= 100 else f"{value:.2f}"

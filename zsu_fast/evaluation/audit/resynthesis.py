@@ -4,46 +4,44 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...models.input_spec import InputSpec
 from ...runtime.progress import Reporter
-from ...synthesis.ascent import AscentSettings
+from ...synthesis.ascent_settings import AscentSettings
 from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import input_space
 from ...synthesis.synthesize import ascend
-from .subject import Subject
+from .audited_model import AuditedModel
+
+# Steps per attempt; the original needs 1 to 40.
+MAX_STEPS = 100
 
 
 @dataclass
-class Reached:
-    """How ascent towards the forgotten classes went.
+class Resynthesis:
+    """The result of ascent towards the forgotten classes.
 
     Attributes:
-        hit: per cent of attempts that reached their confidence.
-        steps: mean ascent steps, `MOST` for an attempt that never did.
-        made: the impressions, for the report's pictures.
+        hit_rate: attempts that reached their target confidence, in per cent.
+        steps: mean ascent steps, `MAX_STEPS` for an attempt that never reached it.
+        impressions: for the report's pictures; None if the classes are hidden by a mask.
     """
 
-    hit: float
+    hit_rate: float
     steps: float
-    made: ClassImpressions | None
+    impressions: ClassImpressions | None
 
 
-# Steps of one attempt; the original needs 1 to 40.
-MOST = 100
+def resynthesise(
+    audited: AuditedModel, classes: list[int], per_class: int, seed: int
+) -> Resynthesis:
+    """Synthesises impressions of ``classes`` from this model, one attempt each.
 
-
-def reach(
-    subject: Subject, classes: list[int], per_class: int, spec: InputSpec, seed: int
-) -> Reached:
-    """Synthesises impressions of ``classes`` of this model, one attempt each.
-
-    The same noise and target confidences for every subject (they depend on the seed alone).
-    A class that `zsu_fast.mask` hides can't be reached: 0 per cent.
+    Noise and target confidences depend on the seed alone, so they are the same for every model.
+    Classes that `zsu_fast.mask` hides can't be reached: 0 per cent.
     """
-    if set(classes) <= set(subject.hidden):
-        return Reached(0.0, float(MOST), None)
-    settings = AscentSettings(per_class=per_class, max_steps=MOST, restarts=0, seed=seed)
-    space = input_space(subject.model, spec, settings.precision)
-    made = ascend(subject.model, space, spec, classes, settings, Reporter(False))
-    steps = made.steps.float().masked_fill(~made.hit, MOST)
-    return Reached(100 * made.hit_rate, float(steps.mean()), made)
+    if set(classes) <= set(audited.hidden):
+        return Resynthesis(0.0, float(MAX_STEPS), None)
+    settings = AscentSettings(per_class=per_class, max_steps=MAX_STEPS, restarts=0, seed=seed)
+    space = input_space(audited.model, audited.spec, settings.precision)
+    found = ascend(audited.model, space, classes, settings, Reporter(False))
+    steps = found.steps.float().masked_fill(~found.hit, MAX_STEPS)
+    return Resynthesis(100 * found.hit_rate, float(steps.mean()), found)

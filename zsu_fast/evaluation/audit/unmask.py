@@ -1,67 +1,50 @@
 """The un-mask test: put the original's last-layer rows back and see whether the classes return.
 
-The direct opposite of the mask. If the forgotten classes are answered again once their rows are
-the original's, what was removed was the way out, not what the features hold.
+It is the exact opposite of a mask. If the model recognises the forgotten classes once their rows
+are the original's, unlearning removed the classifier's access to the features, not the features.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ...errors import ModelError
-from ...models.input_spec import InputSpec
-from .subject import Subject, variant
+from .audited_model import AuditedModel, variant
 
 
 def unmasked(
-    subject: Subject, original: Subject, rows: list[int] | None, classes: int, spec: InputSpec
-) -> Subject:
-    """``subject`` with rows of the original's last layer put back.
+    audited: AuditedModel, original: AuditedModel, rows: list[int] | None, classes: int
+) -> AuditedModel:
+    """Returns a variant of ``audited`` with rows of the original's last layer put back.
 
     Args:
-        subject: any model with the original's last layer; it is not changed.
+        audited: any model with a last layer like the original's; stays unchanged.
         original: where the rows come from.
-        rows: the classes whose weights and biases are put back; None for all of them, which also
-            undoes a head that was shuffled or whose *other* rows were raised.
-        classes: number of logits.
-        spec: the images they take.
+        rows: the classes whose weights and biases are put back. None: all classes, which also
+            undoes a shuffled last layer and raised rows of *other* classes.
+        classes: the number of logits.
 
     Raises:
-        ModelError: the last layers differ in shape, or have no row for each class.
+        ModelError: the last layers differ in shape, or do not have one row per class.
     """
-    own = dict(subject.last.named_parameters())
-    old = dict(original.last.named_parameters())
-    shapes = {n: tuple(p.shape) for n, p in own.items()}
+    new = dict(audited.last_layer.named_parameters())
+    old = dict(original.last_layer.named_parameters())
+    shapes = {n: tuple(p.shape) for n, p in new.items()}
     if shapes != {n: tuple(p.shape) for n, p in old.items()}:
         raise ModelError(
-            f"{subject.name}: its last layer {shapes} is not of the original's shape",
+            f"{audited.name}: its last layer {shapes} differs in shape from the original's",
             "The un-mask test needs models of one architecture.",
         )
     if any(shape[0] != classes for shape in shapes.values()):
         raise ModelError(
-            f"{subject.name}: its last layer {subject.layers[-1]!r} has no row for each of "
-            f"{classes} classes: {shapes}",
-            "The un-mask test needs a Linear or convolution with one output a class.",
+            f"{audited.name}: its last layer {audited.layers[-1]!r} does not have one row for each "
+            f"of {classes} classes: {shapes}",
+            "The un-mask test needs a Linear or convolution with one output per class.",
         )
-    what = "rows" if rows is not None else "last layer"
-    made = variant(subject, f"{subject.name}, original {what} back", spec)
+    part = "rows" if rows is not None else "last layer"
+    restored = variant(audited, f"{audited.name}, original {part} back")
     index = torch.tensor(list(range(classes)) if rows is None else rows)
     with torch.no_grad():
-        for name, parameter in made.last.named_parameters():
+        for name, parameter in restored.last_layer.named_parameters():
             parameter[index] = old[name][index]
-    return made
-
-
-def rows_of(subject: Subject, classes: int) -> Tensor:
-    """[C, D]: each class's weights and bias in the last layer, as one vector.
-
-    Raises:
-        ModelError: the last layer has no row for each class.
-    """
-    parts = [p.detach().float().cpu() for p in subject.last.parameters()]
-    if any(len(p) != classes for p in parts):
-        raise ModelError(
-            f"{subject.name}: its last layer has no row for each class", "Nothing to compare."
-        )
-    return torch.cat([p.reshape(classes, -1) for p in parts], 1)
+    return restored

@@ -1,7 +1,7 @@
-"""Charts as inline SVG: sized by their box, coloured by the page's style, told apart by shape too.
+"""Charts as inline SVG: sized by their container, coloured by the page's style sheet.
 
-Colours are classes (``original``, ``unlearned``, ...) so that light and dark pages differ in style
-alone; each series also has its own dash and marker.
+Colours are CSS classes (``original``, ``unlearned``, ...), so that light and dark pages differ in
+style alone. Each series also has its own dash and marker, to be told apart without colours.
 """
 
 from __future__ import annotations
@@ -19,12 +19,33 @@ _DASHES = ("", "7 4", "2 3", "10 3 2 3", "4 2")
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its name, CSS class, points, and the place of its dash and marker."""
+    """A line: its name, CSS class, points, and the number of its dash and marker."""
 
     name: str
     style: str
     points: Sequence[tuple[float, float]]
     number: int = 0
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """The ranges of a chart; the vertical one holds powers of ten if it is logarithmic."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+    log_y: bool
+
+    def x(self, value: float) -> float:
+        """Returns the horizontal position of a value."""
+        return _LEFT + (value - self.left) / (self.right - self.left) * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(self, value: float) -> float:
+        """Returns the vertical position of a value, clamped to the axis."""
+        value = math.log10(value) if self.log_y else value
+        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
 
 def lines(
@@ -37,84 +58,113 @@ def lines(
     mark: tuple[float, str] | None = None,
     x_names: Sequence[str] | None = None,
 ) -> Markup:
-    """A line chart with markers.
+    """Draws a line chart with markers; returns "" if no series has points.
 
     Args:
-        series: what to draw; empty ones are left out.
+        series: the lines; empty ones are left out.
         title: for screen readers.
-        x_label, y_label: axes, with units.
-        y_range: of the axis; None for that of the points.
-        log_y: logarithmic, where all values are positive.
-        mark: (x, words) of a vertical line.
-        x_names: names of x = 0, 1, 2, ... instead of numbers.
+        x_label, y_label: of the axes, with units.
+        y_range: of the vertical axis; None for the range of the points.
+        log_y: use a logarithmic vertical axis if all values are positive.
+        mark: (x, label) of a vertical line.
+        x_names: names of x = 0, 1, 2, ... in place of numbers.
     """
     shown = [s for s in series if s.points]
     if not shown:
         return Markup("")
-    xs = [x for s in shown for x, _ in s.points] + ([mark[0]] if mark else [])
-    ys = [y for s in shown for _, y in s.points if math.isfinite(y)]
+    axes = _fit_axes(shown, y_range, log_y, mark)
+    parts = [_open(title), *_y_axis(axes, y_label), *_x_axis(axes, x_label, x_names)]
+    if mark:
+        parts.append(_vertical_mark(axes.x(mark[0]), mark[1]))
+    for s in shown:
+        parts += _line(axes, s)
+    parts.append("</svg>")
+    return Markup("".join(parts))
+
+
+def _fit_axes(
+    series: Sequence[Series],
+    y_range: tuple[float, float] | None,
+    log_y: bool,
+    mark: tuple[float, str] | None,
+) -> _Axes:
+    xs = [x for s in series for x, _ in s.points] + ([mark[0]] if mark else [])
+    ys = [y for s in series for _, y in s.points if math.isfinite(y)]
     log_y = log_y and min(ys, default=0) > 0
     low, high = y_range or (min(ys), max(ys))
     if log_y:
         low, high = math.log10(low), math.log10(high)
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
-    left, right = min(xs), max(max(xs), min(xs) + 1)
+    return _Axes(min(xs), max(max(xs), min(xs) + 1), low, high, log_y)
 
-    def at_x(x: float) -> float:
-        return _LEFT + (x - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)
 
-    def at_y(y: float) -> float:
-        y = math.log10(y) if log_y else y
-        y = min(max(y, low), high)
-        return _HEIGHT - _BOTTOM - (y - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
-
-    parts = [_open(title)]
-    for tick in _ticks(low, high, 4):
-        y = at_y(10**tick if log_y else tick)
-        label = f"{10**tick:.2g}" if log_y else f"{tick:.4g}"
+def _y_axis(axes: _Axes, label: str) -> list[str]:
+    """Grid lines with their values, and the label."""
+    parts = []
+    for tick in _ticks(axes.low, axes.high, 4):
+        y = axes.y(10**tick if axes.log_y else tick)
+        text = f"{10**tick:.2g}" if axes.log_y else f"{tick:.4g}"
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" '
                      f'y2="{y:.1f}"/><text x="{_LEFT - 6}" y="{y + 4:.1f}" '
-                     f'text-anchor="end">{label}</text>')  # fmt: skip
+                     f'text-anchor="end">{text}</text>')  # fmt: skip
+    parts.append(f'<text transform="translate(13,{(_TOP + _HEIGHT - _BOTTOM) / 2}) '
+                 f'rotate(-90)" text-anchor="middle">{escape(label)}</text>')  # fmt: skip
+    return parts
+
+
+def _x_axis(axes: _Axes, label: str, names: Sequence[str] | None) -> list[str]:
+    """The axis line, its values or names, and the label."""
     bottom = _HEIGHT - _BOTTOM
-    if x_names:
-        for i, name in enumerate(x_names):
-            anchor = "middle" if 0 < i < len(x_names) - 1 else ("start" if i == 0 else "end")
-            shown_name = name if len(name) <= 12 else "…" + name[-11:]
-            parts.append(f'<text x="{at_x(i):.1f}" y="{bottom + 16}" text-anchor="{anchor}">'
-                         f"{escape(shown_name)}</text>")  # fmt: skip
+    ticks: list[tuple[float, str, str]]  # (x, text, anchor)
+    if names:
+        last = len(names) - 1
+        ticks = [
+            (i, name if len(name) <= 12 else "…" + name[-11:],
+             "middle" if 0 < i < last else ("start" if i == 0 else "end"))
+            for i, name in enumerate(names)
+        ]  # fmt: skip
     else:
-        for tick in _ticks(left, right, 5):
-            parts.append(f'<text x="{at_x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">'
-                         f"{tick:.4g}</text>")  # fmt: skip
+        ticks = [(tick, f"{tick:.4g}", "middle") for tick in _ticks(axes.left, axes.right, 5)]
+    parts = [
+        f'<text x="{axes.x(x):.1f}" y="{bottom + 16}" text-anchor="{anchor}">{escape(text)}</text>'
+        for x, text, anchor in ticks
+    ]
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{bottom}" '
                  f'y2="{bottom}"/><text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">'
-                 f'{escape(x_label)}</text><text transform="translate(13,{(_TOP + bottom) / 2}) '
-                 f'rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')  # fmt: skip
-    if mark:
-        x = at_x(mark[0])
-        anchor = "end" if x > middle else "start"
-        shift = -5 if anchor == "end" else 5
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>'
-                     f'<text x="{x + shift:.1f}" y="{_TOP + 12}" text-anchor="{anchor}">'
-                     f"{escape(mark[1])}</text>")  # fmt: skip
-    for s in shown:
-        points = [(at_x(x), at_y(y)) for x, y in s.points if math.isfinite(y)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        dash = _DASHES[s.number % len(_DASHES)]
-        parts.append(f'<polyline class="line {escape(s.style)}" points="{path}"'
-                     + (f' stroke-dasharray="{dash}"' if dash else "") + "/>")  # fmt: skip
-        every = max(1, len(points) // 12)
-        for i, (x, y) in enumerate(points):
-            if i % every == 0 or i == len(points) - 1:
-                parts.append(_marker(s.number, x, y, s.style))
-    parts.append("</svg>")
-    return Markup("".join(parts))
+                 f"{escape(label)}</text>")  # fmt: skip
+    return parts
+
+
+def _vertical_mark(x: float, label: str) -> str:
+    """A dashed vertical line with a label on its wider side."""
+    is_right = x > (_LEFT + _WIDTH - _RIGHT) / 2
+    anchor, shift = ("end", -5) if is_right else ("start", 5)
+    return (
+        f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>'
+        f'<text x="{x + shift:.1f}" y="{_TOP + 12}" text-anchor="{anchor}">{escape(label)}</text>'
+    )
+
+
+def _line(axes: _Axes, series: Series) -> list[str]:
+    """The line, and about twelve markers on it."""
+    points = [(axes.x(x), axes.y(y)) for x, y in series.points if math.isfinite(y)]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    dash = _DASHES[series.number % len(_DASHES)]
+    parts = [f'<polyline class="line {escape(series.style)}" points="{path}"'
+             + (f' stroke-dasharray="{dash}"' if dash else "") + "/>"]  # fmt: skip
+    every = max(1, len(points) // 12)
+    parts += [
+        _marker(series.number, x, y, series.style)
+        for i, (x, y) in enumerate(points)
+        if i % every == 0 or i == len(points) - 1
+    ]
+    return parts
 
 
 def key(number: int, style: str) -> Markup:
-    """The line's sample for a legend."""
+    """Draws a sample of the line for a legend."""
     dash = _DASHES[number % len(_DASHES)]
     return Markup(
         f'<svg class="key" viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">'
@@ -125,15 +175,15 @@ def key(number: int, style: str) -> Markup:
 
 
 def changes(values: Sequence[float], title: str, style: str) -> tuple[Markup, list[float]]:
-    """Bars of change in accuracy, one a class, in the order given: readable for a thousand.
+    """Draws the change in accuracy as one bar per class, readable for a thousand classes.
 
     Args:
-        values: points of a per cent, -100 to 100.
+        values: percentage points, -100 to 100, in the order of the bars.
         title: for screen readers.
         style: CSS class of the bars.
 
     Returns:
-        The chart, and the lowest and highest value of its vertical axis (0 is between them).
+        The chart, and the lowest and highest value of its vertical axis; 0 lies between them.
     """
     width, height = 1000, 200
     low, high = -_round_up(-min([0.0, *values])), _round_up(max([0.0, *values]))
@@ -155,7 +205,7 @@ def changes(values: Sequence[float], title: str, style: str) -> tuple[Markup, li
 
 
 def _round_up(value: float) -> float:
-    """0, or the next of 1, 2, 5, 10, 20, 50, 100."""
+    """Returns 0, or the next of 1, 2, 5, 10, 20, 50, 100."""
     return next((s for s in (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0) if value <= s + 1e-9), 100.0)
 
 
@@ -182,7 +232,7 @@ def _marker(number: int, x: float, y: float, style: str) -> str:
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """About ``count`` round numbers between both."""
+    """Returns about ``count`` round numbers between ``low`` and ``high``."""
     raw = (high - low) / count
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw - 1e-12)

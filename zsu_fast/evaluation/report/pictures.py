@@ -1,4 +1,4 @@
-"""Impressions as PNG images inside the page, written by zlib alone."""
+"""Impressions as PNG images inside the page, encoded with zlib alone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import zlib
 import torch
 from torch import Tensor
 
+from ...models.input_spec import InputSpec
 from ...synthesis.impressions import ClassImpressions
 
-# Larger impressions are shrunk to this side: a page of them has to stay small.
-_MOST_SIDE = 96
+# Larger impressions are shrunk to this side length, to keep the page small.
+_MAX_SIDE = 96
 
 
 def data_uri(image: Tensor) -> str:
@@ -20,8 +21,8 @@ def data_uri(image: Tensor) -> str:
     channels, height, width = image.shape
     rows = image.permute(1, 2, 0).reshape(height, -1).contiguous().numpy()
     raw = b"".join(b"\0" + row.tobytes() for row in rows)
-    head = struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
-    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(raw, 9)), (b"IEND", b""))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(raw, 9)), (b"IEND", b""))
     png = b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in chunks
@@ -29,37 +30,38 @@ def data_uri(image: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def pixels(images: Tensor, made: ClassImpressions) -> Tensor | None:
-    """Normalised float [N, C, H, W] -> uint8 [N, 1 or 3, H, W]; None if these are no pictures."""
+def pixels(images: Tensor, spec: InputSpec) -> Tensor | None:
+    """Normalised float [N, C, H, W] -> uint8 [N, 1 or 3, H, W]; None for inputs of other ranks."""
     if images.ndim != 4:
         return None
     view = (1, -1, 1, 1)
-    mean, std = torch.tensor(made.spec.mean).view(view), torch.tensor(made.spec.std).view(view)
+    mean, std = (torch.tensor(values).view(view) for values in (spec.mean, spec.std))
     shown = (images * std + mean).clamp(0, 1)
     if shown.shape[1] not in (1, 3):
         shown = shown.mean(1, keepdim=True)
     side = max(shown.shape[-2:])
-    if side > _MOST_SIDE:
-        scale = _MOST_SIDE / side
+    if side > _MAX_SIDE:
+        scale = _MAX_SIDE / side
         size = [max(1, round(s * scale)) for s in shown.shape[-2:]]
         shown = torch.nn.functional.interpolate(shown, size, mode="area")
     return (shown * 255).round().to(torch.uint8)
 
 
 def gallery(
-    made: ClassImpressions, classes: list[int], each: int
+    impressions: ClassImpressions, classes: list[int], per_class: int
 ) -> list[tuple[int, list[tuple[str, str]]]]:
-    """(class, [(data URI, description), ...]) of the first ``each`` impressions of some classes."""
-    shown = []
+    """Returns (class, [(data URI, description), ...]) with ``per_class`` impressions at most."""
+    groups = []
     for c in classes:
-        rows = (made.labels == c).nonzero()[:each, 0]
-        pictures = pixels(made.images[rows], made)
+        rows = (impressions.labels == c).nonzero()[:per_class, 0]
+        pictures = pixels(impressions.images[rows], impressions.spec)
         if pictures is None:
             continue
         texts = [
-            f"class {c}, p = {float(made.confidence[i]):.2f} after {int(made.steps[i])} steps"
-            + ("" if bool(made.hit[i]) else ", not reached")
+            f"class {c}, p = {float(impressions.confidence[i]):.2f} after "
+            f"{int(impressions.steps[i])} steps"
+            + ("" if bool(impressions.hit[i]) else ", not reached")
             for i in rows
         ]
-        shown.append((c, [(data_uri(p), t) for p, t in zip(pictures, texts, strict=True)]))
-    return shown
+        groups.append((c, [(data_uri(p), t) for p, t in zip(pictures, texts, strict=True)]))
+    return groups

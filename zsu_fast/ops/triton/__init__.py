@@ -1,1 +1,1 @@
-"""Triton kernels, one module an op; a module is imported when its backend is chosen."""
+"""Triton kernels, one module per op; a module is imported when its backend is chosen."""

@@ -1,4 +1,4 @@
-"""What the row kernels share: tiles, alignment, and the sum of row losses in a fixed order."""
+"""Shared by the Triton kernels: tiles, alignment, and the sum of row losses in a fixed order."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-ONE_PASS_LIMIT = 8192  # classes; longer rows would not fit in registers and are read twice
+ONE_PASS_LIMIT = 8192  # classes; longer rows do not fit in registers and are read twice
 LOOP_BLOCK = 4096
 
 
 def row_tile(classes: int) -> dict[str, int]:
-    """ROWS x BLOCK elements a program, at most 32 a thread so that nothing spills."""
+    """ROWS x BLOCK elements per program, at most 32 per thread so that nothing spills."""
     if classes > ONE_PASS_LIMIT:
         return {"ROWS": 1, "BLOCK": LOOP_BLOCK, "num_warps": 8}
     block = max(16, triton.next_power_of_2(classes))
-    rows = max(1, 256 // block)  # several short rows a program
+    rows = max(1, 256 // block)  # several short rows per program
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // 256))}
 
 
 def alignment(t: Tensor, row_stride: int) -> int:
-    """Elements, a power of two, that row starts are known to be multiples of (16 bytes at most).
+    """Largest power of two of elements (at most 16 bytes) that divides the offset of every row.
 
-    Triton specialises on divisibility by 16 only. 1000 classes are 8 x 125: without this fact not
-    one load of such rows is vectorised.
+    Triton specialises on divisibility by 16 only. 1000 classes are 8 x 125: unless it is told, it
+    vectorises no load of such rows.
     """
     align = 16 // t.element_size()
     while align > 1 and (row_stride % align or t.data_ptr() % (align * t.element_size())):
@@ -36,15 +36,25 @@ def alignment(t: Tensor, row_stride: int) -> int:
 
 
 def accumulator(t: Tensor) -> Any:
-    """The type sums are taken in."""
+    """Triton's type for sums over ``t``."""
     return tl.float64 if t.dtype == torch.float64 else tl.float32
+
+
+def accumulator_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of `accumulator`: that of losses and coefficients."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def with_dense_rows(t: Tensor) -> Tensor:
+    """``t`` [B, C] with contiguous classes; rows may be any distance apart."""
+    return t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous()
 
 
 @triton.jit
 def sum_rows_kernel(
     row_loss_ptr, coef_ptr, losses_ptr, rows, SPLIT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Losses of forget and retain rows (one sum unless SPLIT), in one order: no atomics."""
+    """Sum the losses of forget and retain rows, apart if SPLIT, in one order: no atomics."""
     acc = row_loss_ptr.dtype.element_ty
     forget = tl.zeros([BLOCK], dtype=acc)
     retain = tl.zeros([BLOCK], dtype=acc)

@@ -9,7 +9,45 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from .. import fused_loss
-from .common import ONE_PASS_LIMIT, accumulator, alignment, row_tile, sum_rows
+from .common import (
+    ONE_PASS_LIMIT,
+    accumulator,
+    accumulator_dtype,
+    alignment,
+    row_tile,
+    sum_rows,
+    with_dense_rows,
+)
+
+
+@triton.jit
+def masked_sums(
+    x_rows, z_rows, forget_ptr, used,
+    CLASSES: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Largest logit and softmax denominator of long rows of student and teacher, block by block."""
+    column = tl.arange(0, BLOCK)[None, :]
+    top_x = tl.full([ROWS], float("-inf"), dtype=ACC)
+    top_z = tl.full([ROWS], float("-inf"), dtype=ACC)
+    sum_x = tl.zeros([ROWS], dtype=ACC)
+    sum_z = tl.zeros([ROWS], dtype=ACC)
+    for begin in range(0, CLASSES, BLOCK):
+        at = begin + column
+        ok = used[:, None] & (at < CLASSES)
+        keep = ok & (tl.load(forget_ptr + at, mask=at < CLASSES, other=1) == 0)
+        x = tl.load(x_rows + at, mask=ok, other=float("-inf")).to(ACC)
+        z = tl.load(z_rows + at, mask=ok, other=float("-inf")).to(ACC)
+        z = tl.where(keep, z, float("-inf"))
+        higher_x = tl.maximum(top_x, tl.max(x, 1))
+        higher_z = tl.maximum(top_z, tl.max(z, 1))
+        # in a block without a retain class, -inf - -inf would be NaN
+        shift_x = tl.where(higher_x == float("-inf"), 0.0, higher_x)
+        shift_z = tl.where(higher_z == float("-inf"), 0.0, higher_z)
+        sum_x = sum_x * tl.exp(top_x - shift_x) + tl.sum(tl.exp(x - shift_x[:, None]), 1)
+        sum_z = sum_z * tl.exp(top_z - shift_z) + tl.sum(tl.exp(z - shift_z[:, None]), 1)
+        top_x = higher_x
+        top_z = higher_z
+    return top_x, top_z, sum_x, sum_z
 
 
 @triton.jit
@@ -19,7 +57,7 @@ def masked_cross_entropy_kernel(
     CLASSES: tl.constexpr, LOOP: tl.constexpr, ALIGN_X: tl.constexpr, ALIGN_Z: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program; the teacher's masked softmax lives in registers only."""
+    """ROWS rows per program; the teacher's masked softmax stays in registers."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
     coef = tl.load(coef_ptr + row, mask=row_ok, other=0.0)
@@ -30,26 +68,9 @@ def masked_cross_entropy_kernel(
     column = tl.arange(0, BLOCK)[None, :]
 
     if LOOP:
-        top_x = tl.full([ROWS], float("-inf"), dtype=ACC)
-        top_z = tl.full([ROWS], float("-inf"), dtype=ACC)
-        sum_x = tl.zeros([ROWS], dtype=ACC)
-        sum_z = tl.zeros([ROWS], dtype=ACC)
-        for begin in range(0, CLASSES, BLOCK):
-            at = begin + column
-            ok = used[:, None] & (at < CLASSES)
-            keep = ok & (tl.load(forget_ptr + at, mask=at < CLASSES, other=1) == 0)
-            x = tl.load(x_rows + at, mask=ok, other=float("-inf")).to(ACC)
-            z = tl.load(z_rows + at, mask=ok, other=float("-inf")).to(ACC)
-            z = tl.where(keep, z, float("-inf"))
-            higher_x = tl.maximum(top_x, tl.max(x, 1))
-            higher_z = tl.maximum(top_z, tl.max(z, 1))
-            # no retain class in the block: -inf - -inf would be NaN
-            shift_x = tl.where(higher_x == float("-inf"), 0.0, higher_x)
-            shift_z = tl.where(higher_z == float("-inf"), 0.0, higher_z)
-            sum_x = sum_x * tl.exp(top_x - shift_x) + tl.sum(tl.exp(x - shift_x[:, None]), 1)
-            sum_z = sum_z * tl.exp(top_z - shift_z) + tl.sum(tl.exp(z - shift_z[:, None]), 1)
-            top_x = higher_x
-            top_z = higher_z
+        top_x, top_z, sum_x, sum_z = masked_sums(
+            x_rows, z_rows, forget_ptr, used, CLASSES, ACC, ROWS, BLOCK
+        )
     else:
         ok = used[:, None] & (column < CLASSES)
         keep = ok & (tl.load(forget_ptr + column, mask=column < CLASSES, other=1) == 0)
@@ -95,16 +116,11 @@ def masked_cross_entropy(
     rows, classes = logits.shape
     if teacher.shape != logits.shape or forget.shape != (classes,) or coef.shape != (rows,):
         raise RuntimeError("teacher must have the shape of logits, forget be [C], coef [B]")
-    teacher = teacher.to(logits.dtype)
-    if classes > 1 and logits.stride(1) != 1:
-        logits = logits.contiguous()
-    if classes > 1 and teacher.stride(1) != 1:
-        teacher = teacher.contiguous()
-    acc = accumulator(logits)
-    wide = torch.float64 if acc is tl.float64 else torch.float32
-    coef = coef.to(wide).contiguous()
+    logits, teacher = with_dense_rows(logits), with_dense_rows(teacher.to(logits.dtype))
+    dtype = accumulator_dtype(logits)
+    coef = coef.to(dtype).contiguous()
     dlogits = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
-    row_loss = torch.empty(rows, dtype=wide, device=logits.device)
+    row_loss = torch.empty(rows, dtype=dtype, device=logits.device)
     if rows:
         aligned = alignment(logits, logits.stride(0)), alignment(teacher, teacher.stride(0))
         tile = row_tile(classes)
@@ -112,7 +128,7 @@ def masked_cross_entropy(
             logits, logits.stride(0) // aligned[0], teacher, teacher.stride(0) // aligned[1],
             forget.contiguous().view(torch.uint8), dlogits, coef, row_loss, rows,
             CLASSES=classes, LOOP=classes > ONE_PASS_LIMIT, ALIGN_X=aligned[0],
-            ALIGN_Z=aligned[1], ACC=acc, **tile,
+            ALIGN_Z=aligned[1], ACC=accumulator(logits), **tile,
         )  # fmt: skip
     return sum_rows(row_loss, coef, split=False), dlogits
 

@@ -1,4 +1,4 @@
-"""Triton kernel that scales saved gradients, and costs nothing where the incoming gradient is 1."""
+"""Triton kernel of `zsu_fast.ops.scale_rows`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from .common import accumulator
 def scale_rows_kernel(
     rows_ptr, row_stride, coef_ptr, grad_ptr, last, classes, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One block of one row a program; ``grad[0]`` for negative coef, ``grad[last]`` for others."""
+    """One block of one row per program. A factor of 1 costs no memory traffic.
+
+    The factor is ``grad[0]`` for a negative coef and ``grad[last]`` otherwise.
+    """
     row = tl.program_id(0).to(tl.int64)
     negative = tl.load(coef_ptr + row) < 0
     factor = tl.load(grad_ptr + tl.where(negative, 0, last)).to(ACC)
-    if factor != 1:  # decided on the device: Python never waits for it
+    if factor != 1:  # the device decides: Python never waits for it
         at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         pointers = rows_ptr + row * row_stride + at
         value = tl.load(pointers, mask=at < classes).to(ACC) * factor

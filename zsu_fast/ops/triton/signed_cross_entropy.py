@@ -9,7 +9,37 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from .. import fused_loss
-from .common import ONE_PASS_LIMIT, accumulator, alignment, row_tile, sum_rows
+from .common import (
+    ONE_PASS_LIMIT,
+    accumulator,
+    accumulator_dtype,
+    alignment,
+    row_tile,
+    sum_rows,
+    with_dense_rows,
+)
+
+
+@triton.jit
+def sum_of_others(
+    x_rows, target, used,
+    CLASSES: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Largest logit of long rows, and the sum of exp(x - largest) without the target's term."""
+    column = tl.arange(0, BLOCK)[None, :]
+    top = tl.full([ROWS], float("-inf"), dtype=ACC)
+    rest = tl.zeros([ROWS], dtype=ACC)
+    for begin in range(0, CLASSES, BLOCK):
+        at = begin + column
+        x = tl.load(x_rows + at, mask=used[:, None] & (at < CLASSES), other=float("-inf"))
+        x = x.to(ACC)
+        higher = tl.maximum(top, tl.max(x, 1))
+        # if every logit so far is -inf, exp(-inf - -inf) would be NaN
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        e = tl.where(at == target[:, None], 0.0, tl.exp(x - shift[:, None]))
+        rest = rest * tl.exp(top - shift) + tl.sum(e, 1)
+        top = higher
+    return top, rest
 
 
 @triton.jit
@@ -19,7 +49,7 @@ def signed_cross_entropy_kernel(
     CLASSES: tl.constexpr, LOOP: tl.constexpr, ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program; strides in units of ALIGN elements, offsets in 64 bits."""
+    """ROWS rows per program; strides in units of ALIGN elements, offsets in 64 bits."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
     coef = tl.load(coef_ptr + row, mask=row_ok, other=0.0)
@@ -29,24 +59,12 @@ def signed_cross_entropy_kernel(
     x_rows = logits_ptr + (row * logits_stride * ALIGN_IN)[:, None]
     dx_rows = dlogits_ptr + (row * dlogits_stride * ALIGN_OUT)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    # read before an in-place call overwrites it
     x_target = tl.load(
         logits_ptr + row * logits_stride * ALIGN_IN + target, mask=used & valid, other=0.0
     ).to(ACC)
 
-    top = tl.full([ROWS], float("-inf"), dtype=ACC)
-    rest = tl.zeros([ROWS], dtype=ACC)
     if LOOP:
-        for begin in range(0, CLASSES, BLOCK):
-            at = begin + column
-            x = tl.load(x_rows + at, mask=used[:, None] & (at < CLASSES), other=float("-inf"))
-            x = x.to(ACC)
-            higher = tl.maximum(top, tl.max(x, 1))
-            # exp(-inf - -inf) would be NaN for a block of -inf logits before any other
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            e = tl.where(at == target[:, None], 0.0, tl.exp(x - shift[:, None]))
-            rest = rest * tl.exp(top - shift) + tl.sum(e, 1)
-            top = higher
+        top, rest = sum_of_others(x_rows, target, used, CLASSES, ACC, ROWS, BLOCK)
     else:
         x = tl.load(x_rows + column, mask=used[:, None] & (column < CLASSES), other=float("-inf"))
         x = x.to(ACC)
@@ -57,14 +75,14 @@ def signed_cross_entropy_kernel(
 
     shifted = x_target - top
     denominator = tl.exp(shifted) + rest
-    lead = shifted == 0  # then the loss is log1p(rest), written without losing a small rest
+    lead = shifted == 0  # then the loss is log1p(rest), in a form that keeps a small rest
     loss = tl.log(denominator) + tl.where(lead, (rest - (denominator - 1)) / denominator, -shifted)
-    # an invalid target must be seen, and cannot raise here
+    # an invalid target gives NaN: the caller must notice it, and a kernel cannot raise
     factor = tl.where(valid, coef / denominator, float("nan"))
     loss = tl.where(used, tl.where(valid, coef * loss, float("nan")), 0.0)
     tl.store(row_loss_ptr + row, loss, mask=row_ok)
 
-    # what was summed is 1 - p; softmax minus one would round to 0 where p -> 1
+    # rest is 1 - p times the denominator; softmax minus one would round to 0 where p -> 1
     for begin in range(0, CLASSES, BLOCK):
         at = begin + column
         ok = row_ok[:, None] & (at < CLASSES)
@@ -76,12 +94,15 @@ def signed_cross_entropy_kernel(
         tl.store(dx_rows + at, dx.to(dlogits_ptr.dtype.element_ty), mask=ok)
 
 
-def _launch(logits: Tensor, target: Tensor, coef: Tensor, dlogits: Tensor) -> Tensor:
+@triton_op("zsu_fast::signed_cross_entropy_triton", mutates_args=())
+def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [2] and dlogits [B, C], as `reference.signed_cross_entropy`."""
     rows, classes = logits.shape
-    acc = accumulator(logits)
-    wide = torch.float64 if acc is tl.float64 else torch.float32
-    coef = coef.to(wide).contiguous()
-    row_loss = torch.empty(rows, dtype=wide, device=logits.device)
+    logits = with_dense_rows(logits)
+    dtype = accumulator_dtype(logits)
+    coef = coef.to(dtype).contiguous()
+    dlogits = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
+    row_loss = torch.empty(rows, dtype=dtype, device=logits.device)
     if rows:
         strides = logits.stride(0), dlogits.stride(0)
         aligned = alignment(logits, strides[0]), alignment(dlogits, strides[1])
@@ -90,28 +111,9 @@ def _launch(logits: Tensor, target: Tensor, coef: Tensor, dlogits: Tensor) -> Te
             logits, strides[0] // aligned[0], dlogits, strides[1] // aligned[1],
             target.contiguous(), coef, row_loss, rows,
             CLASSES=classes, LOOP=classes > ONE_PASS_LIMIT, ALIGN_IN=aligned[0],
-            ALIGN_OUT=aligned[1], ACC=acc, **tile,
+            ALIGN_OUT=aligned[1], ACC=accumulator(logits), **tile,
         )  # fmt: skip
-    return sum_rows(row_loss, coef, split=True)
-
-
-@triton_op("zsu_fast::signed_cross_entropy_triton", mutates_args=())
-def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses [2] and dlogits [B, C], as `reference.signed_cross_entropy`."""
-    if logits.shape[1] > 1 and logits.stride(1) != 1:
-        logits = logits.contiguous()
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    return _launch(logits, target, coef, dlogits), dlogits
-
-
-@triton_op("zsu_fast::signed_cross_entropy_triton_", mutates_args={"logits"})
-def signed_cross_entropy_(logits: Tensor, target: Tensor, coef: Tensor) -> Tensor:
-    """Losses [2]; ``logits`` become dlogits."""
-    if logits.shape[1] > 1 and logits.stride(1) != 1:
-        raise RuntimeError("in place, the classes of a row must be neighbours")
-    if len(logits) > 1 and logits.stride(0) < logits.shape[1]:
-        raise RuntimeError("in place, rows must not overlap")
-    return _launch(logits, target, coef, logits)
+    return sum_rows(row_loss, coef, split=True), dlogits
 
 
 signed_cross_entropy.register_autograd(fused_loss.backward, setup_context=fused_loss.setup_context)

@@ -1,6 +1,8 @@
-"""Rows for deep forgetting: impressions, mixtures, and dead-leaves images at the split."""
+"""Rows for deep forgetting: impressions, mixtures of them, and dead-leaves images at the split."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,102 +12,136 @@ from ...models.wrapper import LogitsModel
 from ...runtime.flops import multiply_adds
 from ...runtime.progress import Reporter
 from ...splitting.split import Split
-from ...synthesis.ascent import AscentSettings
+from ...synthesis.ascent_settings import AscentSettings
 from ...synthesis.dead_leaves import dead_leaves_chunks
 from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import input_space
 from ...synthesis.synthesize import ascend
-from ..features import FeatureSet, build_feature_set
+from ..features import FeatureSet, held_out
+from ..teacher import Teacher, build_feature_set
 from .settings import DeepSettings
 
+_CHUNK = 256  # dead-leaves images that the tail labels at once
+_SCENE_VALIDATION = 8  # one dead-leaves image in this many is held out
 
-def make_deep_rows(
-    model: LogitsModel,
-    spec: InputSpec,
-    cut: Split,
-    made: ClassImpressions,
-    forget: Tensor,
-    seed: int,
-    settings: DeepSettings,
+
+@dataclass(frozen=True)
+class DeepInputs:
+    """What deep forgetting starts from.
+
+    Attributes:
+        model: the working copy that ``split`` shares its parameters with.
+        spec: of its images.
+        split: from `find_deep_split`.
+        impressions: of all classes.
+        forget: bool [C].
+        seed: of everything random.
+    """
+
+    model: LogitsModel
+    spec: InputSpec
+    split: Split
+    impressions: ClassImpressions
+    forget: Tensor
+    seed: int
+
+
+def deep_train_val_sets(
+    inputs: DeepInputs, settings: DeepSettings
 ) -> tuple[FeatureSet, FeatureSet, int]:
-    """Training rows, held-out rows, and how many of the former, the first ones, are impressions."""
-    device = forget.device
-    labels = made.labels.to(device)
-    impressions = cut.features(made.images.to(device))
-    scenery = _scenery(model, spec, cut, made.labels.unique(), forget, seed, settings)
-    held = torch.empty(len(labels), dtype=torch.bool, device=device)
-    held[labels.argsort(stable=True)] = torch.arange(len(labels), device=device) % 4 == 3
-    held_scenes = torch.arange(len(scenery[0]), device=device) % 8 == 7
-    generator = torch.Generator().manual_seed(seed)
-    sides = []
-    for one, other, mixtures in (
-        (~held, ~held_scenes, settings.mixtures),
-        (held, held_scenes, settings.mixtures // 4),
-    ):
-        picked = tuple(f[one] for f in impressions)
-        near = build_feature_set(cut.tail, picked, labels[one], forget, mixtures, generator)
+    """Returns training rows, validation rows, and how many training rows are impressions.
+
+    The impressions come first. `held_out` takes one in four of each class for validation, and none
+    of a class with fewer than four: every class, forgotten ones included, then keeps an impression
+    to train on. If none is held out at all, as with one impression for each of 1,000 classes,
+    validation consists of other mixtures of the same impressions and of held-out dead-leaves
+    images.
+    """
+    split, device = inputs.split, inputs.forget.device
+    labels = inputs.impressions.labels.to(device)
+    impressions = split.features(inputs.impressions.images.to(device))
+    scenes = _dead_leaves_features(inputs, settings)
+    held = held_out(labels)
+    last = _SCENE_VALIDATION - 1
+    held_scenes = torch.arange(len(scenes[0]), device=device) % _SCENE_VALIDATION == last
+    generator = torch.Generator().manual_seed(inputs.seed)
+    teacher = Teacher(split.tail, inputs.forget)
+
+    def rows(mine: Tensor, mine_scenes: Tensor, mixtures: int, itself: bool = True) -> FeatureSet:
+        chosen = tuple(f[mine] for f in impressions)
+        near = build_feature_set(teacher, chosen, labels[mine], mixtures, generator, itself)
         near = near.select(torch.arange(len(near), device=device))
-        far = tuple(f[other] for f in scenery)
-        with torch.no_grad():
-            chunks = zip(*[f.split(256) for f in far], strict=True)
-            teacher = torch.cat([cut.tail(*chunk) for chunk in chunks])
-        top = teacher.argmax(1)
-        sides.append(_join([near, FeatureSet(far, teacher, top, forget[top])]))
-    return sides[0], sides[1], int((~held).sum())
+        return _concatenate(near, _label_scenes(inputs, tuple(f[mine_scenes] for f in scenes)))
+
+    train = rows(~held, ~held_scenes, settings.mixtures)
+    if bool(held.any()):
+        validation = rows(held, held_scenes, settings.mixtures // 4)
+    else:
+        validation = rows(~held, held_scenes, settings.mixtures // 4, itself=False)
+    return train, validation, int((~held).sum())
 
 
-def _scenery(
-    model: LogitsModel,
-    spec: InputSpec,
-    cut: Split,
-    classes: Tensor,
-    forget: Tensor,
-    seed: int,
-    settings: DeepSettings,
-) -> tuple[Tensor, ...]:
-    """Scenes pushed to ``classes``, and scenes as drawn, at the cut; drawn a few at a time."""
+def _label_scenes(inputs: DeepInputs, features: tuple[Tensor, ...]) -> FeatureSet:
+    with torch.no_grad():
+        chunks = zip(*[f.split(_CHUNK) for f in features], strict=True)
+        teacher = torch.cat([inputs.split.tail(*chunk) for chunk in chunks])
+    top = teacher.argmax(1)
+    return FeatureSet(features, teacher, top, inputs.forget[top])
+
+
+def _dead_leaves_features(inputs: DeepInputs, settings: DeepSettings) -> tuple[Tensor, ...]:
+    """Features at the split of dead-leaves images: first those optimised for a class by ascent."""
+    model, spec, split = inputs.model, inputs.spec, inputs.split
+    device = inputs.forget.device
     bounds = (1, -1, 1, 1) if len(spec.shape) == 3 else (1, -1)
     low, high = spec.low.view(bounds), spec.high.view(bounds)
-    grey = torch.zeros(1, *spec.shape, device=forget.device)
-    values = sum(f.numel() for f in cut.features(grey))
-    work = multiply_adds(model, grey)
-    scenes, pushed = settings.scenes_for(values, len(forget), work, forget.device)
-    targets = _targets(classes, forget.cpu(), pushed)
-    few = AscentSettings(pushed // len(targets), (0.3, 0.99), 40, 0, 0.02, 0.0, seed)
-    wanted = len(targets) * few.per_class
-    first, missing, seen = [], wanted, []
-    for chunk in dead_leaves_chunks(scenes, spec.shape, seed):
+    zeros = torch.zeros(1, *spec.shape, device=device)
+    values = sum(f.numel() for f in split.features(zeros))
+    work = multiply_adds(model, zeros)
+    scenes, pushed = settings.scenes_for(values, len(inputs.forget), work, device)
+    targets = target_classes(inputs.impressions.labels.unique(), inputs.forget.cpu(), pushed)
+    ascent = AscentSettings(pushed // len(targets), (0.3, 0.99), 40, 0, 0.02, 0.0, inputs.seed)
+    wanted = len(targets) * ascent.per_class
+    starts, missing, features = [], wanted, []
+    for chunk in dead_leaves_chunks(scenes, spec.shape, inputs.seed):
         chunk = low + chunk * (high - low)
         if missing > 0:
-            first.append(chunk[:missing])
+            starts.append(chunk[:missing])
             missing -= len(chunk)
-        seen.append(cut.features(chunk.to(forget.device)))
-    starts = torch.cat(first)
-    starts = starts[torch.arange(wanted) % len(starts)]
-    space = input_space(model, spec, few.precision)
-    ascended = ascend(model, space, spec, targets, few, Reporter(False), starts=starts)
-    seen.insert(0, cut.features(ascended.images.to(forget.device)))
-    return tuple(torch.cat(column) for column in zip(*seen, strict=True))
+        features.append(split.features(chunk.to(device)))
+    init = torch.cat(starts)
+    init = init[torch.arange(wanted) % len(init)]
+    space = input_space(model, spec, ascent.precision)
+    optimised = ascend(model, space, targets, ascent, Reporter(False), init=init)
+    features.insert(0, split.features(optimised.images.to(device)))
+    return tuple(torch.cat(column) for column in zip(*features, strict=True))
 
 
-def _targets(classes: Tensor, forget: Tensor, most: int) -> list[int]:
-    """Classes to push scenes to: all, or as many; half of them forgotten ones, if there are."""
+def target_classes(classes: Tensor, forget: Tensor, most: int) -> list[int]:
+    """Classes to optimise images for: all, or ``most``, half of them forgotten if there are enough.
 
-    def evenly(some: Tensor, count: int) -> Tensor:
-        return some[torch.linspace(0, len(some) - 1, min(count, len(some))).long()]
+    Args:
+        classes: int64 [K], sorted.
+        forget: bool [C].
+        most: at most this many.
+    """
+
+    def evenly(candidates: Tensor, count: int) -> Tensor:
+        count = min(count, len(candidates))
+        return candidates[torch.linspace(0, len(candidates) - 1, count).long()]
 
     if len(classes) <= most:
         return sorted(classes.tolist())
-    gone = evenly(classes[forget[classes]], most // 2)
-    kept = evenly(classes[~forget[classes]], most - len(gone))
-    return sorted([*gone.tolist(), *kept.tolist()])
+    forgotten = evenly(classes[forget[classes]], most // 2)
+    retained = evenly(classes[~forget[classes]], most - len(forgotten))
+    return sorted([*forgotten.tolist(), *retained.tolist()])
 
 
-def _join(parts: list[FeatureSet]) -> FeatureSet:
-    features = zip(*[p.features for p in parts], strict=True)
+def _concatenate(first: FeatureSet, second: FeatureSet) -> FeatureSet:
+    pairs = zip(first.features, second.features, strict=True)
     return FeatureSet(
-        tuple(torch.cat(column) for column in features),
-        torch.cat([p.teacher for p in parts]),
-        torch.cat([p.label for p in parts]),
-        torch.cat([p.forgotten for p in parts]),
+        tuple(torch.cat(pair) for pair in pairs),
+        torch.cat([first.teacher, second.teacher]),
+        torch.cat([first.label, second.label]),
+        torch.cat([first.forgotten, second.forgotten]),
     )

@@ -1,4 +1,4 @@
-"""Depth, and the constants of deep forgetting."""
+"""The depth option, and the constants of deep forgetting."""
 
 from __future__ import annotations
 
@@ -7,38 +7,39 @@ from typing import Literal, get_args
 
 import torch
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, check_choice
 
 Depth = Literal["output", "deep"]
 DEPTHS: tuple[str, ...] = get_args(Depth)
-_SCENE_VALUES = 256 * 1024 * 1024  # of features at the cut that are kept: 1 GB
-_SCENE_LOGITS = 128 * 1024 * 1024  # of them that are kept: 1,342 scenes for 100,000 classes
-_SCENE_WORK = 1e12  # multiply-adds on all scenes on a CPU: 2,500 of 224 pixels for a small network
+_SCENE_VALUES = 256 * 1024 * 1024  # features at the split that are stored for scenes: 1 GB
+_SCENE_LOGITS = 128 * 1024 * 1024  # logits stored for scenes: 1,342 scenes for 100,000 classes
+_SCENE_WORK = 1e12  # multiply-adds for all scenes on a CPU: 2,500 of 224 pixels, small network
 _WORK = 5e12  # multiply-adds of all steps' forward passes on a CPU: minutes on one thread
-_FEWEST_STEPS = 100  # however much work a step is
+_FEWEST_SCENES = 256  # even if they cost more than that
+_FEWEST_STEPS = 100  # likewise
 
 
 @dataclass(frozen=True)
 class DeepSettings:
     """Constants of deep forgetting, chosen on training images (benchmarks/results).
 
+    A *scene* is a dead-leaves image: overlapping shapes of random size, place and colour.
+
     Attributes:
-        scenes: drawn images, at most.
-        scenes_per_layer: so many for each trained layer, since a deeper tail has more to keep; fewer
-            where they cost much, 256 at least.
-        pushed: of them, started an ascent to a class from; fewer in proportion, 256 at least.
-        mixtures: of impressions at the cut (`build_feature_set`), which say what no scene does where
-            images are no photographs.
-        steps, batch: optimiser steps, and rows in each.
-        steps_per_layer: so many steps are enough for each trained layer; and fewer, not below 100,
-            where they would keep a CPU busy for long.
-        unmask: weight of the frozen original last layer's divergence.
-        shrink: weight of the features' mean square, in units of the original's.
-        shrink_inside: the same where evidence is erased inside too: both cost retained classes.
-        erase: weight of the explained variance of the forgotten logits.
-        inside: its weight in what each inner layer takes (`DualClassifierTail`), up to three; of more, all
-            share that.
-        ridge: of that regression, in units of the features' mean variance.
+        scenes: number of scenes, at most.
+        scenes_per_layer: scenes for each trained layer, since a deeper tail has more to preserve;
+            fewer, but at least 256, if they cost much.
+        pushed: number of additional scenes that a few ascent steps optimise for a class; reduced in
+            proportion to ``scenes``, but at least 256.
+        mixtures: rows mixed from impressions at the split (`build_feature_set`), for models of
+            inputs that are no photographs.
+        steps, batch: optimiser steps, at most, and rows in each.
+        steps_per_layer: steps for each trained layer; fewer, but at least 100, if they would keep
+            a CPU busy for long.
+        unmask, shrink, erase, inside: weights of the loss's terms, see `DeepObjective`.
+        shrink_inside: replaces ``shrink`` if there are inner layers: that term and ``inside`` both
+            cost retained accuracy.
+        ridge: of the ridge regression, relative to the features' mean variance.
     """
 
     scenes: int = 12000
@@ -56,7 +57,7 @@ class DeepSettings:
     ridge: float = 0.1
 
     def fit_to(self, layers: int) -> DeepSettings:
-        """What so many trained layers need of all this."""
+        """The settings for ``layers`` trained layers."""
         scenes = min(self.scenes, self.scenes_per_layer * layers)
         return replace(
             self,
@@ -68,27 +69,36 @@ class DeepSettings:
     def scenes_for(
         self, values: int, classes: int, work: int, device: torch.device
     ) -> tuple[int, int]:
-        """(scenes, pushed) where each has so many feature values, logits and multiply-adds."""
+        """Returns (scenes, pushed) within memory and time.
+
+        Args:
+            values: feature values per scene.
+            classes: logits per scene.
+            work: multiply-adds per scene.
+            device: where they are computed.
+        """
         scenes = min(self.scenes, _SCENE_VALUES // values, _SCENE_LOGITS // classes)
         if device.type == "cpu":
             scenes = min(scenes, int(_SCENE_WORK / max(1, work)))
-        return max(256, scenes), max(256, self.pushed * scenes // self.scenes)
+        pushed = self.pushed * scenes // self.scenes
+        return max(_FEWEST_SCENES, scenes), max(_FEWEST_SCENES, pushed)
 
-    def steps_for(self, row: int, device: torch.device) -> int:
-        """Steps, where a row takes so many multiply-adds in the trained layers."""
+    def steps_for(self, row_work: int, device: torch.device) -> int:
+        """Optimiser steps if a row takes ``row_work`` multiply-adds in the trained layers."""
         if device.type != "cpu":
             return self.steps
-        return min(self.steps, max(_FEWEST_STEPS, int(_WORK / (self.batch * max(1, row)))))
+        affordable = int(_WORK / (self.batch * max(1, row_work)))
+        return min(self.steps, max(_FEWEST_STEPS, affordable))
 
 
 def check_depth(depth: str, objective: str, space: str) -> None:
-    """Raises where there is no such depth, or the objective does not go with it.
+    """Raises unless ``depth`` is known and goes with ``objective`` and ``space``.
 
     Raises:
-        ArgumentError: as said.
+        ArgumentError: there is no such depth, or depth="deep" with another objective than "masked"
+            or another space than "input".
     """
-    if depth not in DEPTHS:
-        raise ArgumentError("depth", f"got {depth!r}", f"Pass one of {', '.join(DEPTHS)}.")
+    check_choice("depth", depth, DEPTHS)
     if depth == "deep" and space != "input":
         raise ArgumentError(
             "space", f"got {space!r} with depth='deep', which needs images", "Pass space='input'."

@@ -7,24 +7,25 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ...models.wrapper import LogitsModel
-from ...splitting import split as tails
 from ...splitting.layers import layer_names
-from ...splitting.split import Split
+from ...splitting.split import Split, find_split
 
-# Share of the layers with weights that is trained beside the last one, at least one: the features
-# of small images are kept on many scenes, those of large ones on few.
+# Share of the layers with weights that is trained beside the last one. Features of small images are
+# preserved on many scenes, those of large images on few.
 _SHARE, _SHARE_OF_LARGE = 0.3, 0.1
-_LARGE = 3 * 64 * 64  # values of an image that is not small any more
+_LARGE = 3 * 64 * 64  # an image of more values than this is large
 
 
 def find_deep_split(model: LogitsModel, at: str | int, images: Tensor) -> Split:
-    """Cuts ``model`` ahead of its last layers: three in ten of those with weights, or of large
-    images' models one in ten; one at least.
+    """Splits ``model`` before its last layers.
+
+    "auto" trains three in ten of the layers with weights beside the last one, or one in ten for
+    large images; at least one.
 
     Args:
         model: from `working_copy`.
         at: "auto", or the module at which the tail starts.
-        images: some valid images.
+        images: some valid images, [N, ...].
 
     Raises:
         ArgumentError: nothing but the last layer would be trained.
@@ -42,12 +43,12 @@ def find_deep_split(model: LogitsModel, at: str | int, images: Tensor) -> Split:
         at, reason = names[start], f"deep: {len(names) - start} of {len(names)} layers"
     else:
         reason = "named by the caller"
-    cut = tails.find_split(model, at, images, torch.zeros(len(images), dtype=torch.int64))
-    if cut.output_level:
+    split = find_split(model, at, images, torch.zeros(len(images), dtype=torch.int64))
+    if split.output_level:
         raise ArgumentError(
             "tail",
             f"got {at!r} with depth='deep', and only the last layer follows it",
             f"Name an earlier module, such as {names[max(0, len(names) - 2)]!r}, or leave it out.",
         )
-    cut.reason = reason
-    return cut
+    split.reason = reason
+    return split

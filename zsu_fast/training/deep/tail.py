@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from ...errors import ModelError
 from ...models.wrapper import LogitsModel
-from ...splitting import split as tails
+from ...runtime.hooks import forward_pre_hooks
 from ...splitting.layers import layer_names
-from ...splitting.split import Split
+from ...splitting.split import Split, split_at
 
 
 @dataclass
 class TailOutputs:
-    """What the tail makes of a batch.
+    """The tail's outputs for a batch.
 
     Attributes:
         logits: [N, C].
-        features: [N, ...] at the last layer.
-        unmasked: [N, C], the original last layer's logits on them.
-        inside: [N, D] of each inner layer: the means over positions of what it takes.
+        features: [N, ...], the input of the last layer.
+        unmasked: [N, C], the original last layer's logits on ``features``.
+        inside: [N, D] for each inner layer: its input, averaged over positions.
     """
 
     logits: Tensor
@@ -37,74 +37,78 @@ class TailOutputs:
 class DualClassifierTail(nn.Module):
     """The tail with its own last layer, and the frozen original one on the same features.
 
+    Args:
+        model: the working copy that ``split`` shares its parameters with.
+        split: where the tail starts.
+        images: some valid images, [N, ...].
+
     Attributes:
-        inner: layers ahead of the last that take what trained ones give, where nothing else reads
-            it: not a residual stream, which mostly carries what frozen layers made.
-        trained: the layers with weights that are trained ahead of the last.
+        trained: the layers with weights that are trained before the last one.
+        inner: those of them whose input comes from a trained layer and is read by nothing else. A
+            residual stream is read by others too, and mostly carries what frozen layers computed.
+
+    Raises:
+        ModelError: there is another way from the features to the logits than the last layer.
     """
 
-    def __init__(self, model: LogitsModel, cut: Split, images: Tensor) -> None:
+    def __init__(self, model: LogitsModel, split: Split, images: Tensor) -> None:
         super().__init__()
         names = layer_names(model.module, images)
-        last = tails.split_at(model, names[-1], images, "the last layer")
-        self.tail, self.frozen = cut.tail, copy.deepcopy(last.tail).eval()
+        last = split_at(model, names[-1], images, "the last layer")
+        self.tail, self.frozen = split.tail, copy.deepcopy(last.tail).eval()
         self.frozen.requires_grad_(False)
         modules = dict(model.module.named_modules())
         self.last = modules[names[-1]]
-        self.trained = [modules[n] for n in names[:-1] if f"{n}.weight" in cut.parameters]
+        self.trained = [modules[n] for n in names[:-1] if f"{n}.weight" in split.parameters]
         self.inner = self.trained
         with torch.enable_grad():
-            logits, inner, _ = self._run(*[x.detach() for x in cut.backbone(images)])
-            readers = _readers(logits)
-        self.inner = [layer for layer, x in inner if readers[x.grad_fn] == 1]
+            logits, inputs, _ = self._run(*[x.detach() for x in split.backbone(images)])
+            readers = _reader_counts(logits)
+        self.inner = [layer for layer, x in inputs if readers[x.grad_fn] == 1]
         with torch.no_grad():
-            answers = self(*cut.backbone(images))
+            outputs = self(*split.backbone(images))
         if len(last.backbone(images)) != 1 or not torch.allclose(
-            answers.logits, answers.unmasked, 1e-3, 1e-3
+            outputs.logits, outputs.unmasked, 1e-3, 1e-3
         ):
             raise ModelError(
                 f"its last layer {names[-1]!r} is not the only way from the features to the logits",
                 "Pass depth='output'.",
             )
 
-    def forward(self, *crossing: Tensor) -> TailOutputs:
-        """What becomes of [N, ...] at the cut."""
-        logits, inner, features = self._run(*crossing)
-        inside = [_means(layer, x) for layer, x in inner]
+    def forward(self, *boundary: Tensor) -> TailOutputs:
+        """Runs the tail on the tensors at the split, each [N, ...]."""
+        logits, inputs, features = self._run(*boundary)
+        inside = [_channel_means(layer, x) for layer, x in inputs]
         return TailOutputs(logits, features, self.frozen(features), inside)
 
-    def _run(self, *crossing: Tensor) -> tuple[Tensor, list[tuple[nn.Module, Tensor]], Tensor]:
-        """Logits; the inner layers with what they take; what the last one takes."""
-        taken: list[tuple[nn.Module, Tensor]] = []
+    def _run(self, *boundary: Tensor) -> tuple[Tensor, list[tuple[nn.Module, Tensor]], Tensor]:
+        """Returns the logits, the inner layers with their inputs, and the last layer's input."""
+        inputs: list[tuple[nn.Module, Tensor]] = []
 
-        def note(module: nn.Module, args: Any) -> None:
-            taken.append((module, args[0]))
+        def note(module: nn.Module, args: Any, _kwargs: Any) -> None:
+            inputs.append((module, args[0]))
 
-        hooks = [m.register_forward_pre_hook(note) for m in (*self.inner, self.last)]
-        try:
-            logits = self.tail(*crossing)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        *inner, (_, features) = taken
+        with forward_pre_hooks((*self.inner, self.last), note):
+            logits = self.tail(*boundary)
+        *inner, (_, features) = inputs
         return logits, inner, features
 
 
-def _readers(output: Tensor) -> Counter[Any]:
-    """How many operations read the result of each autograd node that ``output`` was made of."""
+def _reader_counts(output: Tensor) -> Counter[Any]:
+    """Counts the operations that read the result of each autograd node behind ``output``."""
     readers: Counter[Any] = Counter()
-    todo: list[Any] = [output.grad_fn]
-    while todo:
-        for made_by, _ in todo.pop().next_functions:
-            if made_by is not None:
-                readers[made_by] += 1
-                if readers[made_by] == 1:
-                    todo.append(made_by)
+    pending: list[Any] = [output.grad_fn]
+    while pending:
+        for node, _ in pending.pop().next_functions:
+            if node is not None:
+                readers[node] += 1
+                if readers[node] == 1:
+                    pending.append(node)
     return readers
 
 
-def _means(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a layer takes, [N, ...] -> its channels' means over positions or tokens, [N, D]."""
+def _channel_means(layer: nn.Module, x: Tensor) -> Tensor:
+    """Averages a layer's input, [N, ...], over positions or tokens: [N, D]."""
     if x.ndim > 2:
         return x.flatten(1, -2).mean(1) if isinstance(layer, nn.Linear) else x.flatten(2).mean(2)
     return x

@@ -1,0 +1,274 @@
+"""The rows that the tail is trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from zsu_fast import ArgumentError
+from zsu_fast.training.features import (
+    FeatureSet,
+    FeatureSettings,
+    LazyFeatureSet,
+    held_out,
+    logit_margin,
+)
+from zsu_fast.training.limits import MemoryLimits
+from zsu_fast.training.teacher import Teacher, build_feature_set
+
+FORGET = torch.tensor([False, True, False, True])
+
+
+def case(
+    count: int = 12, mixtures: int = 200, seed: int = 0
+) -> tuple[nn.Module, Tensor, FeatureSet]:
+    """A linear tail, the features of impressions, and rows made of them."""
+    tail = nn.Linear(6, 4)
+    features = torch.rand(count, 6) + 0.1
+    label = torch.arange(count) % 4
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        tail,
+        features,
+        build_feature_set(Teacher(tail, FORGET), (features,), label, mixtures, generator),
+    )
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+def test_impressions_come_first_and_keep_their_labels() -> None:
+    tail, features, rows = case()
+    assert len(rows) == 212
+    assert torch.equal(rows.features[0][:12], features)
+    assert torch.equal(rows.label[:12], torch.arange(12) % 4)
+    assert torch.equal(rows.teacher, tail(rows.features[0]))
+    assert not rows.teacher.requires_grad
+
+
+def test_mixtures_are_labelled_by_the_tail() -> None:
+    tail, _, rows = case()
+    assert torch.equal(rows.label[12:], tail(rows.features[0][12:]).argmax(1))
+    assert torch.equal(rows.forgotten, FORGET[rows.label])
+
+
+def test_mixtures_lie_between_and_beyond_impressions() -> None:
+    _, features, rows = case(mixtures=2000)
+    mean = features.mean(0)
+    far = (rows.features[0][12:] - mean).norm(dim=1)
+    near = (features - mean).norm(dim=1)
+    assert float(far.max()) > 1.5 * float(near.max())
+    assert float(far.min()) < 0.5 * float(near.min())
+    assert (rows.features[0] >= 0).all()  # as no feature of an impression is below
+
+
+def test_mixtures_of_signed_features_are_not_clamped() -> None:
+    tail = nn.Linear(6, 4)
+    features = torch.randn(12, 6)
+    rows = build_feature_set(
+        Teacher(tail, FORGET), (features,), torch.arange(12) % 4, 500, torch.Generator()
+    )
+    assert (rows.features[0][12:] < features.min()).any()
+
+
+def test_every_second_mixture_has_a_forget_class_on_a_side() -> None:
+    """One-hot features, one impression of the one forget class among 40."""
+    count, forget = 40, torch.tensor([False] * 39 + [True])
+    tail = nn.Linear(count, count)
+    rows = build_feature_set(
+        Teacher(tail, forget), (torch.eye(count) - 1,), torch.arange(count), 400, torch.Generator()
+    )
+    mixed = rows.features[0][count:]
+    mean = (torch.eye(count) - 1).mean(0)
+    direction = mixed - mean
+    has = direction[:, -1] > 1e-5
+    assert float(has.float().mean()) > 0.4
+
+
+def test_all_crossing_values_are_mixed_alike() -> None:
+    class Two(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a[:, :4] + b.mean((2, 3))
+
+    features = (torch.rand(8, 6), torch.rand(8, 4, 3, 3))
+    rows = build_feature_set(
+        Teacher(Two(), FORGET), features, torch.arange(8) % 4, 50, torch.Generator()
+    )
+    assert [f.shape for f in rows.features] == [(58, 6), (58, 4, 3, 3)]
+    same = (features[0], features[0].view(8, 6, 1, 1).expand(8, 6, 2, 2).contiguous())
+
+    class Head(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a[:, :4] + b[:, :4, 0, 0]
+
+    rows = build_feature_set(
+        Teacher(Head(), FORGET), same, torch.arange(8) % 4, 50, torch.Generator()
+    )
+    assert torch.allclose(rows.features[0], rows.features[1][:, :, 1, 1], atol=1e-5)
+
+
+def test_no_mixtures() -> None:
+    tail, features, rows = case(mixtures=0)
+    assert len(rows) == 12
+    assert torch.equal(rows.features[0], features)
+    assert torch.equal(rows.teacher, tail(features))
+
+
+def test_rows_depend_on_the_generator_alone() -> None:
+    torch.manual_seed(5)
+    first = case(seed=1)
+    torch.manual_seed(5)
+    second = case(seed=1)
+    torch.manual_seed(5)
+    other = case(seed=2)
+    assert torch.equal(first[2].features[0], second[2].features[0])
+    assert not torch.equal(first[2].features[0], other[2].features[0])
+
+
+def test_picked_rows_belong_together() -> None:
+    _, _, rows = case()
+    index = torch.tensor([100, 3, 3])
+    picked = rows.select(index)
+    assert len(picked) == 3
+    assert torch.equal(picked.features[0], rows.features[0][index])
+    for name in ("teacher", "label", "forgotten"):
+        assert torch.equal(getattr(picked, name), getattr(rows, name)[index])
+
+
+@pytest.mark.parametrize(
+    ("impressions", "classes", "count"),
+    [(10, 10, 2048), (1000, 10, 4000), (1000, 1000, 12000), (1000, 0, 4000)],
+)
+def test_default_number_of_mixtures(impressions: int, classes: int, count: int) -> None:
+    assert FeatureSettings().mixtures_for(impressions, classes) == count
+    assert FeatureSettings(mixtures=7).mixtures_for(impressions, classes) == 7
+
+
+@pytest.mark.parametrize(("classes", "times"), [(4, 2), (10, 2), (100, 4), (1000, 6)])
+def test_default_margin_is_the_mean_lead_times_a_factor_of_the_classes(
+    classes: int, times: float
+) -> None:
+    label = torch.arange(12) % classes
+    logits = torch.zeros(12, classes)
+    logits[torch.arange(12), label] = torch.arange(12.0)
+    mean = float(logit_margin(logits, label).mean())
+    assert FeatureSettings().margin_for(mean, classes, False) == pytest.approx(times * 5.5)
+    assert FeatureSettings().margin_for(mean, classes, True) == pytest.approx(2 * times * 5.5)
+    assert FeatureSettings(margin=1.5).margin_for(mean, classes, False) == 1.5
+    logits[torch.arange(12), label] = -5
+    mean = float(logit_margin(logits, label).mean())
+    assert FeatureSettings().margin_for(mean, classes, False) == 0
+
+
+# --- rows mixed when they are picked ---------------------------------------------------------
+
+
+def stored_and_lazy(chunk_bytes: int = 2**25, tile_logits: int = 2**23) -> tuple[FeatureSet, ...]:
+    """The same rows, of two tensors each, mixed at once and mixed when they are selected."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 4)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.fc(a) + b.mean((2, 3))
+
+    tail, features = Two(), (torch.rand(12, 5), torch.randn(12, 4, 3, 3))
+    sets = []
+    for stored in (1024**3, 0):
+        limits = MemoryLimits(
+            feature_bytes=stored, chunk_bytes=chunk_bytes, tile_logits=tile_logits
+        )
+        generator, teacher = torch.Generator().manual_seed(4), Teacher(tail, FORGET, limits=limits)
+        sets.append(build_feature_set(teacher, features, torch.arange(12) % 4, 300, generator))
+    return tuple(sets)
+
+
+def test_lazily_mixed_rows_have_the_same_bits() -> None:
+    kept, lazy = stored_and_lazy()
+    assert not isinstance(kept, LazyFeatureSet)
+    assert isinstance(lazy, LazyFeatureSet)
+    assert lazy.mixup is not None
+    assert [len(f) for f in kept.features] == [312, 312]
+    assert [len(f) for f in lazy.features] == [12, 12]  # no more than the impressions is held
+    assert len(kept) == len(lazy) == 312
+    for index in (torch.arange(312), torch.tensor([311, 0, 7, 7, 150])):
+        first, second = kept.select(index), lazy.select(index)
+        for a, b in zip(first.features, second.features, strict=True):
+            assert torch.equal(a, b)
+        for name in ("teacher", "label", "forgotten"):
+            assert torch.equal(getattr(first, name), getattr(second, name))
+    assert (lazy.select(torch.arange(312)).features[0] >= 0).all()
+    assert (lazy.select(torch.arange(312)).features[1] < 0).any()
+
+
+def test_lazy_rows_start_with_the_impressions() -> None:
+    _, lazy = stored_and_lazy()
+    picked = lazy.select(torch.arange(12))
+    assert all(torch.equal(a, b) for a, b in zip(picked.features, lazy.features, strict=True))
+    assert torch.equal(picked.label, torch.arange(12) % 4)
+
+
+@pytest.mark.parametrize("room", [1, 1000, 10**9])
+def test_chunks_are_bounded_and_in_order(room: int) -> None:
+    row = 4 * (5 + 4 * 3 * 3)
+    for rows in stored_and_lazy(chunk_bytes=room):
+        chunks = list(rows.chunks())
+        sizes = [len(index) for index in chunks]
+        assert max(sizes) <= max(1, room // row)
+        assert sizes == sorted(sizes, reverse=True)
+        assert torch.equal(torch.cat(chunks), torch.arange(len(rows)))
+    for rows in stored_and_lazy(chunk_bytes=room, tile_logits=50):
+        assert max(len(index) for index in rows.chunks(classes=10)) <= 5
+
+
+def test_rows_without_the_impressions_themselves() -> None:
+    tail, features = nn.Linear(6, 4), torch.rand(12, 6)
+    made = build_feature_set(
+        Teacher(tail, FORGET),
+        (features,),
+        torch.arange(12) % 4,
+        100,
+        torch.Generator(),
+        impressions=False,
+    )
+    assert len(made) == 100
+    assert torch.equal(made.label, made.teacher.argmax(1))
+    assert not (made.features[0][:, None] == features).all(2).any()
+
+
+# --- which impressions are held out ----------------------------------------------------------
+
+
+def test_one_in_four_of_each_class_is_held_out() -> None:
+    label = torch.tensor([0] * 8 + [1] * 4 + [2] * 3 + [3] + [5] * 11)  # none of class 4
+    held = held_out(label)
+    assert held.dtype == torch.bool
+    assert torch.bincount(label[held], minlength=6).tolist() == [2, 1, 0, 0, 0, 2]
+    assert held[:8].nonzero()[:, 0].tolist() == [3, 7]
+
+
+def test_held_out_whatever_the_order() -> None:
+    label = torch.arange(40) % 5
+    shuffled = label[torch.randperm(40)]
+    assert torch.bincount(label[held_out(label)]).tolist() == [2] * 5
+    assert torch.bincount(shuffled[held_out(shuffled)]).tolist() == [2] * 5
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 3])
+def test_few_impressions_are_not_held_out(per_class: int) -> None:
+    assert not held_out(torch.arange(40).repeat_interleave(per_class)).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mixtures", -1), ("mixtures", 0.5), ("mixtures", True), ("margin", -0.1), ("margin", 10**30),
+     ("margin", float("nan")), ("margin", float("inf")), ("margin", "x"), ("margin", True)],
+)  # fmt: skip
+def test_refused_row_settings(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"{name}: got {value!r}"):
+        FeatureSettings(**{name: value})

@@ -1,0 +1,218 @@
+"""One pass over images: every model's predictions and logits, and the inputs of its layers.
+
+The audit measures everything on images from here, so that a data set may be an iterator that is
+read once, and each backbone runs once per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ArgumentError
+from ...models.input_spec import InputSpec
+from ...runtime.hooks import forward_pre_hooks
+from ..labelled_batches import check_label_range, labelled_batches
+from .audited_model import AuditedModel
+
+# A layer's input is pooled to at most this many numbers per image, the last layer's to the second.
+_WIDTH, _LAST_WIDTH = 512, 4096
+# Layers that are measured in a deep model, including the last one.
+_MAX_LAYERS = 8
+# Images per batch where the data is a pair of tensors.
+_BATCH = 250
+
+
+@dataclass
+class Activations:
+    """The outputs and activations of several models on one set of images.
+
+    Attributes:
+        labels: int64 [N].
+        logits: model's name -> float32 [N, C].
+        predictions: model's name -> int64 [N], also for models without stored logits.
+        feature_index: int64 [M], the images whose features are stored: the first few per class.
+        features: model's name -> layer's name -> float32 [M, D], the layer's (pooled) input.
+        last_layer: model's name -> the name of its last layer, a key of ``features``.
+        image_index: int64 [K], the images that are stored themselves.
+        images: float32 [K, ...].
+    """
+
+    labels: Tensor
+    logits: dict[str, Tensor]
+    predictions: dict[str, Tensor]
+    feature_index: Tensor
+    features: dict[str, dict[str, Tensor]]
+    last_layer: dict[str, str]
+    image_index: Tensor
+    images: Tensor
+
+    def penultimate(self, name: str) -> Tensor:
+        """Returns the input of the model's last layer, [M, D]."""
+        return self.features[name][self.last_layer[name]]
+
+
+@dataclass
+class ActivationCollector:
+    """Feeds images to all models and collects `Activations`.
+
+    Args:
+        models: models whose logits and features are stored.
+        variants: models of which only the predictions are stored.
+        features_per_class: store the features of at most this many images per class.
+        images_per_class: class -> store at most this many images.
+    """
+
+    models: list[AuditedModel]
+    variants: list[AuditedModel]
+    features_per_class: int
+    images_per_class: dict[int, int] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def collect(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Activations:
+        """Runs every model on (images float [n, ...], labels int64 [n]) batches."""
+        groups: dict[str, list[AuditedModel]] = {}
+        for audited in [*self.models, *self.variants]:
+            groups.setdefault(audited.backbone_hash, []).append(audited)
+        stored = {m.name for m in self.models}
+        labels: list[Tensor] = []
+        logits: dict[str, list[Tensor]] = {name: [] for name in stored}
+        predictions: dict[str, list[Tensor]] = {m.name: [] for g in groups.values() for m in g}
+        pooled: dict[str, dict[str, list[Tensor]]] = {key: {} for key in groups}
+        feature_index, image_index, images = [], [], []
+        total = 0
+        feature_count: dict[int, int] = {}
+        image_count: dict[int, int] = {}
+        for batch, label in batches:
+            rows = _first_per_class(label, feature_count, lambda _c: self.features_per_class)
+            shown = _first_per_class(label, image_count, lambda c: self.images_per_class.get(c, 0))
+            x = batch.to(self.models[0].device)
+            for key, group in groups.items():
+                needs_features = any(m.name in stored for m in group) and len(rows) > 0
+                store = pooled[key] if needs_features else None
+                with _collect_inputs(group[0], store, rows, len(label)):
+                    features = group[0].split.backbone(x)
+                    out = group[0].logits(features)
+                for audited in group:
+                    if audited is not group[0]:
+                        out = audited.logits(features)
+                    predictions[audited.name].append(out.argmax(1).cpu())
+                    if audited.name in stored:
+                        logits[audited.name].append(out.float().cpu())
+            labels.append(label)
+            feature_index.append(total + rows)
+            image_index.append(total + shown)
+            images.append(batch[shown])
+            total += len(label)
+        joined = {
+            key: {layer: torch.cat(parts) for layer, parts in layers.items()}
+            for key, layers in pooled.items()
+        }
+        return Activations(
+            labels=torch.cat(labels),
+            logits={name: torch.cat(parts) for name, parts in logits.items()},
+            predictions={name: torch.cat(parts) for name, parts in predictions.items()},
+            feature_index=torch.cat(feature_index),
+            features={m.name: joined[m.backbone_hash] for m in self.models},
+            last_layer={m.name: groups[m.backbone_hash][0].layers[-1] for m in self.models},
+            image_index=torch.cat(image_index),
+            images=torch.cat(images),
+        )
+
+
+def normalised_batches(
+    data: Any, spec: InputSpec, classes: int, argument: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields normalised images, float32 on the CPU, and labels, int64, from the data of `audit`.
+
+    Args:
+        data: see `labelled_batches`; images uint8 [N, channels, H, W] (0..255), or float as the
+            model takes them.
+        spec: normalises uint8 images.
+        classes: the number of logits.
+        argument: the name of the argument, for error messages.
+
+    Raises:
+        ArgumentError: as `labelled_batches`, the model has no logit for a label, or images are not
+            of its size.
+    """
+    for images, labels in labelled_batches(data, argument, _BATCH):
+        check_label_range(labels, classes, argument)
+        if images.shape[1:] != torch.Size(spec.shape):
+            raise ArgumentError(
+                argument,
+                f"its images are {tuple(images.shape[1:])}, the model takes {spec.shape}",
+                "Pass images [N, channels, height, width] of the model's size.",
+            )
+        images = images.cpu()
+        yield (spec.normalise(images) if images.dtype == torch.uint8 else images.float()), labels
+
+
+def sample_layers(layers: list[str]) -> list[str]:
+    """Returns at most eight of the layers, evenly spaced, including the last one."""
+    if len(layers) <= _MAX_LAYERS:
+        return layers
+    step = (len(layers) - 1) / (_MAX_LAYERS - 1)
+    return [layers[round(i * step)] for i in range(_MAX_LAYERS)]
+
+
+def pool_features(x: Tensor, width: int) -> Tensor:
+    """[N, ...] -> float32 [N, D], with D at most ``width`` where pooling can reach that.
+
+    Feature maps are averaged to 4 x 4, 2 x 2 or 1 x 1 positions, tokens to their mean.
+    """
+    x = x.float()
+    if x.ndim == 3:
+        x = x.mean(1)
+    for side in (4, 2, 1):
+        if x.ndim != 4 or x[0].numel() <= width:
+            break
+        size = (min(side, x.shape[-2]), min(side, x.shape[-1]))
+        x = nn.functional.adaptive_avg_pool2d(x, size)
+    return x.flatten(1)
+
+
+@contextmanager
+def _collect_inputs(
+    audited: AuditedModel, store: dict[str, list[Tensor]] | None, rows: Tensor, batch: int
+) -> Iterator[None]:
+    """Appends the pooled input of each sampled layer, for the batch's ``rows``, to ``store``."""
+    if store is None:
+        yield
+        return
+    last = audited.layers[-1]
+    module = audited.model.module
+    names = {module.get_submodule(name): name for name in sample_layers(audited.layers)}
+    done: set[str] = set()
+
+    def hook(layer: nn.Module, args: Any, _kwargs: Any) -> None:
+        name = names[layer]
+        if name in done or not args or not isinstance(args[0], Tensor):
+            return
+        if len(args[0]) != batch:  # dimension 0 is not the batch: windows, tokens
+            return
+        done.add(name)
+        part = args[0][rows.to(args[0].device)]
+        pooled = pool_features(part, _LAST_WIDTH if name == last else _WIDTH)
+        store.setdefault(name, []).append(pooled.cpu())
+
+    with forward_pre_hooks(names, hook):
+        yield
+
+
+def _first_per_class(labels: Tensor, count: dict[int, int], limit: Callable[[int], int]) -> Tensor:
+    """Returns the positions in ``labels`` of the first ``limit(class)`` images of each class.
+
+    ``count``, class -> images so far, carries the counts from batch to batch.
+    """
+    positions = []
+    for position, c in enumerate(labels.tolist()):
+        if count.get(c, 0) < limit(c):
+            count[c] = count.get(c, 0) + 1
+            positions.append(position)
+    return torch.tensor(positions, dtype=torch.int64)

@@ -1,0 +1,153 @@
+"""A model under audit: a private copy, split before its last layer, and variants of it.
+
+Several audited models often share everything but the last layer: the original, its mask, an
+unlearned model whose last layer was trained. Such models have equal `AuditedModel.backbone_hash`,
+and their backbone runs once for all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ModelError
+from ...models.input_spec import InputSpec
+from ...models.parameters import UNCOPYABLE, computed_tensors, deep_copy, state, unwrap
+from ...models.wrapper import LogitsModel, working_copy
+from ...splitting.batch_dim import BoundaryTensors
+from ...splitting.layers import layer_names
+from ...splitting.split import Split, split_at
+from ..accuracy import MaskedClassifier
+
+
+@dataclass
+class AuditedModel:
+    """A model under audit.
+
+    Attributes:
+        name: its name in tables, one of `names.MODELS` or a description of the variant.
+        model: a float32 copy in eval mode, independent of the user's model.
+        layers: names of the modules with weights, in the order of the forward pass; the last one
+            is the model's *last layer* (a Linear, or a convolution as in SqueezeNet).
+        split: the model split before its last layer.
+        spec: the images it takes.
+        hidden: classes whose logits `zsu_fast.mask` sets to -inf after the model.
+    """
+
+    name: str
+    model: LogitsModel
+    layers: list[str]
+    split: Split
+    spec: InputSpec
+    hidden: list[int] = field(default_factory=list)
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The last layer with weights."""
+        return self.model.module.get_submodule(self.layers[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def backbone_hash(self) -> str:
+        """SHA-256 of everything before the last layer: equal for models with equal features."""
+        digest = hashlib.sha256(type(self.model.module).__qualname__.encode())
+        for name, tensor in sorted(state(self.model.module).items()):
+            if not name.startswith(f"{self.layers[-1]}."):
+                digest.update(f"|{name}|{tuple(tensor.shape)}|".encode())
+                flat = tensor.detach().cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def logits(self, features: BoundaryTensors) -> Tensor:
+        """Returns logits [N, C] from the backbone's output, -inf for hidden classes."""
+        logits: Tensor = self.split.tail(*features)
+        if self.hidden:
+            logits = logits.clone()
+            logits[:, self.hidden] = -torch.inf
+        return logits
+
+    def last_layer_rows(self, classes: int) -> Tensor:
+        """Returns each class's weights and bias in the last layer as one vector: [C, D].
+
+        Raises:
+            ModelError: the last layer has no row for each of ``classes``.
+        """
+        parts = [p.detach().float().cpu() for p in self.last_layer.parameters()]
+        if any(len(p) != classes for p in parts):
+            raise ModelError(
+                f"{self.name}: its last layer does not have one row per class",
+                "Rows can't be compared.",
+            )
+        return torch.cat([p.reshape(classes, -1) for p in parts], 1)
+
+
+def audited_copy(
+    name: str, model: nn.Module, spec: InputSpec, device: torch.device
+) -> AuditedModel:
+    """Copies ``model`` and splits the copy before its last layer.
+
+    Args:
+        name: see `AuditedModel`.
+        model: any image classifier, or the result of `zsu_fast.mask`.
+        spec: the images it takes.
+        device: where to compute.
+
+    Raises:
+        ModelError: its weights or logits are NaN, or it can't be copied.
+    """
+    inner = unwrap(model)
+    hidden: list[int] = []
+    while isinstance(inner, MaskedClassifier):
+        hidden = sorted({*hidden, *inner.forget})
+        inner = unwrap(inner.model)
+    return _split(name, _finite_copy(inner, device), spec, hidden)
+
+
+def variant(audited: AuditedModel, name: str, copy_backbone: bool = False) -> AuditedModel:
+    """Copies a model for changes to its last layer; the copy has no hidden classes.
+
+    Args:
+        audited: the model to copy.
+        name: the name of the copy.
+        copy_backbone: copy all weights; by default those before the last layer are shared.
+    """
+    module = audited.model.module
+    memo = computed_tensors(audited.model)
+    if not copy_backbone:
+        last = f"{audited.layers[-1]}."
+        memo |= {id(t): t for key, t in state(module).items() if not key.startswith(last)}
+    return _split(name, copy.deepcopy(audited.model, memo), audited.spec, [])
+
+
+def _finite_copy(model: nn.Module, device: torch.device) -> LogitsModel:
+    """`working_copy`, with -1e30 in place of -inf in a bias; it refuses other infinite values.
+
+    A bias of -inf is a way to mask a class, and the audit has to see through it. With -1e30 the
+    class is still never predicted, and gradients stay finite.
+    """
+    copied = deep_copy(model, UNCOPYABLE)
+    with torch.no_grad():
+        for name, tensor in copied.named_parameters():
+            if name.rpartition(".")[2] == "bias":
+                tensor.masked_fill_(tensor == -torch.inf, -1e30 if tensor.itemsize > 2 else -6e4)
+    return working_copy(copied, device)
+
+
+def _split(name: str, model: LogitsModel, spec: InputSpec, hidden: list[int]) -> AuditedModel:
+    device = next(model.parameters()).device
+    images = torch.zeros(2, *spec.shape, device=device)
+    with torch.no_grad():
+        if bool(model(images).isnan().any()):
+            raise ModelError(f"{name}: its logits are NaN", "Load a checkpoint whose weights work.")
+    layers = layer_names(model.module, images)
+    split = split_at(model, layers[-1], images, "before the last layer")
+    return AuditedModel(name, model, layers, split, spec, hidden)

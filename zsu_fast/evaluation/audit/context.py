@@ -1,0 +1,115 @@
+"""The state of one audit: the models, their rows of results, and what all its parts need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.input_spec import InputSpec
+from ...synthesis.impressions import ClassImpressions
+from ..accuracy import percentage
+from .activations import Activations
+from .audited_model import AuditedModel
+from .names import Restored
+from .result import Row
+
+
+@dataclass
+class AuditContext:
+    """The state of one audit.
+
+    Attributes:
+        original: the model before unlearning.
+        forget, classes: the classes that were to be forgotten, and the number of logits.
+        spec: the images the models take.
+        seed: determines everything random.
+        multiply_adds: of one image.
+        settings: the caller's options.
+        models: the models that get a row.
+        restored: (model's name, part) -> the model with that part of the original's last layer
+            put back.
+        rows: model's name -> its results.
+        notes, counts, pictures: see `Audit`.
+        device: the device of the original.
+        forget_mask: bool [C], True for forgotten classes.
+    """
+
+    original: AuditedModel
+    forget: list[int]
+    classes: int
+    spec: InputSpec
+    seed: int
+    multiply_adds: int
+    settings: dict[str, Any]
+    models: list[AuditedModel] = field(default_factory=list)
+    restored: dict[tuple[str, Restored], AuditedModel] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    pictures: dict[str, ClassImpressions] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.add(self.original)
+        self.device = self.original.device
+        self.forget_mask = torch.zeros(self.classes, dtype=torch.bool)
+        self.forget_mask[self.forget] = True
+
+    @property
+    def retained(self) -> list[int]:
+        """The classes that were not to be forgotten."""
+        return [c for c in range(self.classes) if not self.forget_mask[c]]
+
+    def add(self, audited: AuditedModel) -> None:
+        """Adds a model and an empty row for it."""
+        self.models.append(audited)
+        self.rows[audited.name] = Row(audited.name)
+
+    def subset(self, classes: list[int], limit: int) -> list[int]:
+        """Returns at most ``limit`` of ``classes``, drawn with the seed."""
+        if len(classes) <= limit:
+            return classes
+        draw = torch.Generator().manual_seed(self.seed)
+        return sorted(classes[i] for i in torch.randperm(len(classes), generator=draw)[:limit])
+
+
+@dataclass
+class TrainTestSplit:
+    """Images to learn from and images to measure on.
+
+    Attributes:
+        train, test: the models' activations; one object if the user gave one set.
+        train_rows, test_rows: bool [M], the stored features that belong to each part.
+    """
+
+    train: Activations
+    train_rows: Tensor
+    test: Activations
+    test_rows: Tensor
+
+
+def percent_true(values: Tensor, rows: Tensor) -> float | None:
+    """Returns how many of the selected ``values`` are True, in per cent; None without any.
+
+    Args:
+        values, rows: bool [N].
+    """
+    return percentage(int((values & rows).sum()), int(rows.sum()))
+
+
+def confusion(
+    predictions: Tensor, labels: Tensor, forget: Sequence[int], limit: int = 5
+) -> dict[int, dict[int, float]]:
+    """Forgotten class -> its ``limit`` most frequent predictions -> per cent of its images."""
+    table: dict[int, dict[int, float]] = {}
+    for c in forget:
+        own = predictions[labels == c]
+        if not len(own):
+            continue
+        count = torch.bincount(own)
+        top = count.argsort(descending=True, stable=True)[:limit].tolist()
+        table[c] = {int(p): 100 * int(count[p]) / len(own) for p in top if int(count[p])}
+    return table

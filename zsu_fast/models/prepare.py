@@ -1,0 +1,58 @@
+"""What every call starts from: a float32 working copy of the user's model, and what it expects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..runtime.flops import multiply_adds
+from .infer_spec import resolve_spec
+from .input_spec import InputSpec
+from .wrapper import LogitsModel, count_classes, resolve_device, working_copy
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A working copy that is safe to change, and what is known of it.
+
+    Attributes:
+        model: a float32 copy in eval mode: images [N, ...] -> logits [N, classes].
+        spec: the images it expects.
+        device: where it computes.
+        classes: the number of its logits.
+    """
+
+    model: LogitsModel
+    spec: InputSpec
+    device: torch.device
+    classes: int
+
+    def multiply_adds(self) -> int:
+        """Multiply-adds of a forward pass of one image."""
+        return multiply_adds(self.model, torch.zeros(1, *self.spec.shape, device=self.device))
+
+
+def prepare_model(
+    model: nn.Module,
+    device: str | torch.device | None = None,
+    input_shape: Sequence[int] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+) -> PreparedModel:
+    """Copies ``model`` and finds out what images it takes and how many classes it has.
+
+    Args:
+        model: any image classifier; it is not changed.
+        device: where to compute; None for the model's own.
+        input_shape, mean, std: see `resolve_spec`; inferred where None.
+
+    Raises:
+        ArgumentError: an argument can't be used, or the model can't (a `ModelError`).
+    """
+    where = resolve_device(model, device)
+    spec = resolve_spec(model, input_shape, mean, std)
+    work = working_copy(model, where)
+    return PreparedModel(work, spec, where, count_classes(work, spec, where))

@@ -1,0 +1,134 @@
+"""The options of `unlearn`, validated and grouped by the stage that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ArgumentError, check_choice, check_flag, check_int
+from .synthesis.ascent_settings import AscentSettings
+from .synthesis.impressions import default_per_class
+from .synthesis.space import SPACES, SpaceName
+from .training.deep.settings import DeepSettings, Depth, check_depth
+from .training.features import FeatureSettings
+from .training.loop import LoopSettings
+from .training.losses import ObjectiveSettings
+
+_ASCENT = (
+    "confidence", "max_steps", "restarts", "step_size", "beta", "seed", "precision", "batch_norm",
+)  # fmt: skip
+_FEATURES = ("mixtures", "margin")
+_LOOP = ("steps", "batch", "learning_rate", "early_stop", "loop")
+_ALONE = (
+    "tail", "depth", "space", "impressions_per_class", "retain_sample", "input_shape", "mean",
+    "std", "device", "cache", "inplace",
+)  # fmt: skip
+# What ranks may pass differently: it does not change the result.
+_PER_RANK = ("device", "cache", "inplace")
+
+
+@dataclass
+class Options:
+    """The options of one call; `ZeroShotUnlearner` says what each of them means.
+
+    The settings of the stages may be replaced before the stage runs.
+
+    Attributes:
+        given: every option that goes into the record, by name, as it was passed.
+        ascent: of the synthesis.
+        features: of the rows that the tail is trained on.
+        objective: what the tail is trained on.
+        loop: of the tail loop.
+        deep: of depth="deep".
+
+    Raises:
+        ArgumentError: an option can't be used.
+    """
+
+    given: dict[str, Any]
+    tail: str | int
+    depth: Depth
+    space: SpaceName
+    impressions_per_class: int | None
+    retain_sample: int | None
+    input_shape: Sequence[int] | None
+    mean: float | Sequence[float] | None
+    std: float | Sequence[float] | None
+    device: str | torch.device | None
+    cache: str | Path | None
+    inplace: bool
+    ascent: AscentSettings
+    features: FeatureSettings
+    objective: ObjectiveSettings
+    loop: LoopSettings
+    deep: DeepSettings = field(default_factory=DeepSettings)
+
+    @classmethod
+    def from_keywords(cls, keywords: dict[str, Any]) -> Options:
+        """The options among ``keywords``, which must hold all of them."""
+
+        def those(names: Sequence[str]) -> dict[str, Any]:
+            return {name: keywords[name] for name in names}
+
+        check_int("impressions_per_class", keywords["impressions_per_class"], optional=True)
+        per_class = keywords["impressions_per_class"] or 1  # None: see `set_per_class`
+        grouped = (*_ALONE, *_ASCENT, *_FEATURES, *_LOOP, "objective", "weights")
+        return cls(
+            given=those(grouped),
+            **those(_ALONE),
+            ascent=AscentSettings(per_class, **those(_ASCENT)),
+            features=FeatureSettings(**those(_FEATURES)),
+            objective=ObjectiveSettings(keywords["objective"], keywords["weights"]),
+            loop=LoopSettings(**those(_LOOP)),
+        )
+
+    def __post_init__(self) -> None:
+        check_flag("inplace", self.inplace)
+        check_choice("space", self.space, SPACES)
+        check_depth(self.depth, self.objective.name, self.space)
+        if isinstance(self.tail, bool) or not isinstance(self.tail, str | int):
+            raise ArgumentError(
+                "tail",
+                f"got {self.tail!r}",
+                "Pass 'auto', 'last', a module's name, or a whole number.",
+            )
+
+    @property
+    def seed(self) -> int:
+        return self.ascent.seed
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The options that every rank has to pass alike."""
+        return {name: value for name, value in self.given.items() if name not in _PER_RANK}
+
+    def set_per_class(self, classes: int) -> None:
+        """Sets the impressions per class, unless given, to what suits that many classes."""
+        if self.impressions_per_class is None:
+            self.ascent = replace(self.ascent, per_class=default_per_class(classes))
+
+
+def paper_preset() -> dict[str, Any]:
+    """Returns options that follow the paper: ``unlearn(model, forget, **paper_preset())``.
+
+    Plain logit ascent without a confidence target; AdamW with a rate of 1e-3; w_f 0.9, w_r 0.1;
+    100 steps without early stopping. The impressions saturate, so their cross-entropy gradients
+    vanish: often nothing is forgotten, or everything is. Use it for comparison only.
+    """
+    return {
+        "objective": "differential",
+        "confidence": None,
+        "restarts": 0,
+        "max_steps": 200,
+        "step_size": 0.02,
+        "learning_rate": 1e-3,
+        "weights": (0.9, 0.1),
+        "steps": 100,
+        "mixtures": 0,
+        "early_stop": False,
+        "tail": "last",
+    }

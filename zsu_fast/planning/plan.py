@@ -1,0 +1,248 @@
+"""What a run will cost: on the device at hand from a pilot's times, on paper for other GPUs.
+
+For a GPU you don't have, the estimate counts multiply-adds and bytes and divides them by published
+peak rates times a stated utilisation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ArgumentError, is_number
+from ..models.wrapper import resolve_device
+from ..runtime.accelerators import UTILISATION, Accelerator, accelerator
+from ..runtime.flops import multiply_adds
+from ..runtime.measuring import PeakMemory
+from ..splitting.separability import MOST_IMAGES
+from ..training.trainer import Schedule
+from .pilot import PILOT_IMPRESSIONS, PilotResult, run_pilot
+
+# An ascent step is a forward pass and a backward pass to the input: this many forward passes.
+_PASSES = 2
+# Seconds to launch a step on a GPU, on paper.
+_LAUNCH = 2e-4
+# Copies of the weights in memory at once: the model, the working copy, and the inference copies.
+_COPIES = 5
+
+
+@dataclass
+class Plan:
+    """What a run is expected to cost.
+
+    Attributes:
+        device: where, in words.
+        basis: "measured": from steps timed here; "on paper": from published rates.
+        classes: logits of the model.
+        impression_classes: classes to synthesise.
+        impressions: impressions of all of them together.
+        ascent_steps: per impression, the mean over the pilot's.
+        tail: the module at which the pilot split the model.
+        seconds: by stage, and "total".
+        memory: peak bytes: of the process on a CPU, of one GPU's memory on a GPU.
+        gpus: GPUs that the run needs: to finish ``within`` a time, else one; 0 on a CPU; None
+            where it is impossible: the model is too large for one, or the stages that are not
+            divided take longer than that.
+        within: the time asked for, in seconds, or None.
+        notes: what was assumed, in words.
+    """
+
+    device: str
+    basis: str
+    classes: int
+    impression_classes: int
+    impressions: int
+    ascent_steps: float
+    tail: str
+    seconds: dict[str, float]
+    memory: int
+    gpus: int | None
+    within: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        return self.seconds["total"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def render(self) -> str:
+        """Text for people."""
+        stages = ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items() if k != "total")
+        where = "peak memory of the process" if self.gpus == 0 else "memory per GPU"
+        wanted = "" if self.within is None else f" within {self.within:g} s"
+        gpus = "impossible" if self.gpus is None else str(self.gpus)
+        return "\n".join(
+            [
+                f"{self.device} ({self.basis}): {self.total:.1f} s ({stages})",
+                f"{where}: {self.memory / 1e9:.2f} GB; GPUs{wanted}: {gpus}",
+                f"{self.impressions:,} impressions of {self.impression_classes:,} of "
+                f"{self.classes:,} classes; tail: {self.tail}",
+                *self.notes,
+            ]
+        )
+
+
+def plan(
+    model: nn.Module,
+    forget: Any,
+    *,
+    hardware: str | None = None,
+    within: float | None = None,
+    **options: Any,
+) -> Plan:
+    """Estimates what ``unlearn(model, forget, **options)`` will cost.
+
+    Synthesises a few impressions and times single steps, which takes some seconds. The model is
+    not changed.
+
+    Args:
+        model, forget: as for `unlearn`.
+        hardware: one of `accelerators.ACCELERATORS`, a GPU you don't have; None for the device
+            that the run would use here.
+        within: the time the run may take, in seconds, to learn how many GPUs it needs: only the
+            synthesis is divided among them.
+        **options: of `ZeroShotUnlearner`; depth="deep" can't be planned.
+
+    Raises:
+        ArgumentError: an argument can't be used.
+    """
+    card = None if hardware is None else accelerator(hardware)
+    if within is not None and (not is_number(within) or within <= 0):
+        raise ArgumentError("within", f"got {within!r}", "Pass seconds above 0, or None.")
+    if options.get("depth", "output") != "output":
+        raise ArgumentError(
+            "depth", f"got {options['depth']!r}", "Only depth='output' can be planned."
+        )
+    memory = PeakMemory(resolve_device(model, options.get("device")))
+    pilot = run_pilot(model, forget, options, memory)
+    if card is None:
+        impressions = 2 * pilot.count * math.prod(pilot.space.shape) * 4  # shards, then joined
+        seconds, peak = measured_seconds(pilot), max(memory.peaks.values()) + impressions
+    else:
+        seconds, peak = estimated_seconds(pilot, card), _estimated_bytes(pilot)
+    seconds["total"] = sum(seconds.values())
+    run = pilot.run
+    on_gpu = card is not None or run.device.type == "cuda"
+    fits = card is None or peak <= card.memory
+    return Plan(
+        device=card.name if card else str(run.device),
+        basis="on paper" if card else "measured",
+        classes=run.classes,
+        impression_classes=len(run.active_classes),
+        impressions=pilot.count,
+        ascent_steps=pilot.mean_steps,
+        tail=pilot.split.name,
+        seconds=seconds,
+        memory=peak,
+        gpus=(gpus_needed(seconds, within) if fits else None) if on_gpu else 0,
+        within=within,
+        notes=_notes(pilot, card),
+    )
+
+
+def _notes(pilot: PilotResult, card: Accelerator | None) -> list[str]:
+    notes = [
+        f"the pilot's impressions took {pilot.mean_steps:.1f} ascent steps on average, at most "
+        f"{pilot.max_steps}",
+        f"the fit is counted with all {pilot.fit_steps} steps: it may stop earlier",
+    ]
+    if card is not None:
+        notes.append(
+            f"on paper: {100 * UTILISATION:.0f} % of {card.name}'s published peak rate and "
+            f"bandwidth; nothing was run on one"
+        )
+    elif pilot.run.device.type != "cuda":
+        notes.append(f"threads: {torch.get_num_threads()}; no GPU is needed")
+    return notes
+
+
+def gpus_needed(seconds: dict[str, float], within: float | None) -> int | None:
+    """GPUs for a run within ``within`` seconds; None where no number of them suffices."""
+    if within is None or seconds["total"] <= within:
+        return 1
+    spare = within - (seconds["total"] - seconds["synthesise"])
+    return math.ceil(seconds["synthesise"] / spare) if spare > 0 else None
+
+
+def measured_seconds(pilot: PilotResult) -> dict[str, float]:
+    """Seconds by stage, from the times of single steps."""
+    s, wide, narrow = pilot.seconds, pilot.width, max(1, pilot.width // 4)
+    per_row = max(0.0, (s["step wide"] - s["step narrow"]) / max(1, wide - narrow))
+    per_step = max(0.0, s["step wide"] - per_row * wide)
+    synthesise = sum(
+        per_step * _batch_steps(rows, pilot)
+        + rows * (per_row * pilot.mean_steps + s["fill wide"] / wide)
+        for rows in _shards(pilot)
+    )
+    more = max(0, min(pilot.count, MOST_IMAGES) - PILOT_IMPRESSIONS)
+    return {
+        "prepare": s["prepare"],
+        "synthesise": synthesise + pilot.count * s["forward"],
+        "split": s["split"] + (more * s["forward"] if pilot.run.options.tail == "auto" else 0.0),
+        "fit": pilot.count * s["feature"]
+        + (pilot.train_rows + pilot.validation_rows) * s["label"]
+        + pilot.fit_steps * s["fit step"]
+        + (1 + Schedule.validations) * pilot.validation_rows * s["validate"],
+        "apply": s["apply"],
+    }
+
+
+def _shards(pilot: PilotResult) -> list[int]:
+    """Rows of each shard."""
+    whole, left = divmod(pilot.count, pilot.shard)
+    return [pilot.shard] * whole + ([left] if left else [])
+
+
+def _batch_steps(rows: int, pilot: PilotResult) -> float:
+    """Steps of the working batch until ``rows`` impressions are done: it is refilled meanwhile."""
+    if rows <= pilot.width:
+        return pilot.max_steps
+    refilled = rows * pilot.mean_steps / pilot.width + pilot.max_steps / 2
+    return max(pilot.max_steps, refilled)
+
+
+def estimated_seconds(pilot: PilotResult, card: Accelerator) -> dict[str, float]:
+    """Seconds by stage on ``card``; the host's share is the one measured here."""
+    rate, bandwidth = card.rate * UTILISATION, card.bandwidth * UTILISATION
+    forward = pilot.run.multiply_adds / rate
+    steps = pilot.count * pilot.mean_steps
+    batch_steps = sum(_batch_steps(rows, pilot) for rows in _shards(pilot))
+    traffic = steps * 2 * pilot.row_bytes + batch_steps * _PASSES * _weight_bytes(pilot)
+    synthesise = max(steps * _PASSES * forward, traffic / bandwidth) + batch_steps * _LAUNCH
+    step = 3 * pilot.tail_work * pilot.batch / rate + _LAUNCH
+    label = max(pilot.tail_work, _whole_tail_work(pilot)) / rate
+    return {
+        "prepare": pilot.seconds["prepare"],
+        "synthesise": synthesise + pilot.count * forward,
+        "split": pilot.seconds["split"] + min(pilot.count, MOST_IMAGES) * forward,
+        "fit": pilot.count * forward
+        + (pilot.train_rows + pilot.validation_rows) * label
+        + pilot.fit_steps * step
+        + (1 + Schedule.validations) * pilot.validation_rows * pilot.tail_work / rate,
+        "apply": pilot.seconds["apply"],
+    }
+
+
+def _whole_tail_work(pilot: PilotResult) -> int:
+    """Multiply-adds of a row through the whole tail, all classes."""
+    image = torch.zeros(1, *pilot.run.spec.shape, device=pilot.run.device)
+    with torch.no_grad():
+        features = pilot.split.backbone(image)
+    return multiply_adds(pilot.split.tail, *features)
+
+
+def _weight_bytes(pilot: PilotResult) -> int:
+    return sum(p.numel() * p.element_size() for p in pilot.run.work.parameters())
+
+
+def _estimated_bytes(pilot: PilotResult) -> int:
+    """Bytes on a card: the model and its copies, a working batch, and the impressions twice."""
+    impressions = 2 * pilot.count * math.prod(pilot.space.shape) * 4
+    return _COPIES * _weight_bytes(pilot) + pilot.width * pilot.row_bytes + impressions
