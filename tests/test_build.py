@@ -1,4 +1,4 @@
-"""The native build: there where it must be, honest where it cannot, harmless to the process."""
+"""The native build: present where required, explained where absent, harmless to the process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGE = Path(zsu_fast.__file__).parent
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter that imports this package."""
+    """Runs code in a fresh interpreter that imports this package."""
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=os.sep,
@@ -33,8 +33,8 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-# ---- what was built ------------------------------------------------------------------------------
-def test_the_cpu_library_is_there_in_ci() -> None:
+# ---- the libraries -------------------------------------------------------------------------------
+def test_the_cpu_library_is_built_in_ci() -> None:
     if os.environ.get("CI") != "true" and not library.CPU.loaded:
         pytest.skip(f"not in CI, and {library.CPU.reason}")
     assert library.CPU.loaded, library.CPU.reason
@@ -45,7 +45,7 @@ def test_the_cpu_library_is_there_in_ci() -> None:
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schemas_agree(name: str) -> None:
-    """The table that serves installations without the library equals csrc/ops.cpp."""
+    """The schemas used without the library equal those in csrc/ops.cpp."""
     loaded = getattr(torch.ops.zsu_fast, name).default._schema
     assert str(loaded) == str(torch._C.parse_schema(f"zsu_fast::{name}{SCHEMAS[name]}"))
     if (ROOT / "csrc").exists():
@@ -56,7 +56,7 @@ def test_schemas_agree(name: str) -> None:
 
 @pytest.mark.parametrize("lib", [library.CPU, library.CUDA], ids=lambda lib: lib.name)
 def test_only_the_stable_abi_is_used(lib: library.NativeLibrary) -> None:
-    """No C++ symbol of libtorch: those change with every release and end in `undefined symbol`."""
+    """No C++ symbols of libtorch are used: they change with every release and fail to resolve."""
     if not lib.path or not shutil.which("nm"):
         pytest.skip(lib.reason or "no nm")
     run = subprocess.run(
@@ -69,7 +69,7 @@ def test_only_the_stable_abi_is_used(lib: library.NativeLibrary) -> None:
 
 
 def test_denormals_survive_the_import() -> None:
-    """-ffast-math at the link would flush them to zero in the whole process."""
+    """Linking with -ffast-math would flush them to zero in the whole process."""
     run = python(
         "import zsu_fast.ops, torch\n"
         "assert 5e-324 * 1.0 != 0.0\n"
@@ -121,7 +121,7 @@ def test_every_instruction_set(isa: str) -> None:
 # ---- without the library -------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def pure_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package without native libraries."""
+    """Copies the package without native libraries."""
     folder = tmp_path_factory.mktemp("pure")
     shutil.copytree(
         PACKAGE, folder / "zsu_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__")
@@ -129,7 +129,7 @@ def pure_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_without_the_library_the_ops_run_and_say_so_once(pure_python: Path) -> None:
+def test_without_the_library_the_ops_run_and_warn_once(pure_python: Path) -> None:
     run = python(
         "import torch\n"
         "from zsu_fast import ops\n"
@@ -149,7 +149,7 @@ def test_without_the_library_the_ops_run_and_say_so_once(pure_python: Path) -> N
     assert run.stderr.count("falling back to eager (cpp: _C_cpu was not built") == 1
 
 
-def test_a_library_that_does_not_load_is_a_reason_not_a_crash(pure_python: Path) -> None:
+def test_a_library_that_does_not_load_gives_a_reason(pure_python: Path) -> None:
     broken = pure_python / "zsu_fast" / "_C_cpu.abi3.so"
     broken.write_bytes(b"not a library")
     try:
@@ -192,7 +192,7 @@ def test_the_environment_variable() -> None:
     assert "unknown backend 'fast'" in wrong.stderr
 
 
-def test_doctor_tells_the_state() -> None:
+def test_doctor_reports_the_state() -> None:
     report = doctor()
     assert report["torch"] == torch.__version__
     assert report["libraries"]["_C_cpu"]["loaded"] == library.CPU.loaded
@@ -207,7 +207,7 @@ def test_doctor_tells_the_state() -> None:
 
 # ---- installing ----------------------------------------------------------------------------------
 def wheel(tmp_path: Path, **env: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """Build a wheel from a copy of the sources; the names of the files in it."""
+    """Builds a wheel from a copy of the sources; returns the names of its files."""
     if not (ROOT / "setup.py").exists():
         pytest.skip("no sources next to the tests")
     source = tmp_path / "source"
@@ -229,7 +229,7 @@ def wheel(tmp_path: Path, **env: str) -> tuple[subprocess.CompletedProcess[str],
 
 @pytest.fixture(scope="module")
 def build_script() -> ModuleType:
-    """setup.py as a module: its decisions without a build."""
+    """Loads setup.py as a module, to test its decisions without a build."""
     if not (ROOT / "setup.py").exists():
         pytest.skip("no sources next to the tests")
     spec = importlib.util.spec_from_file_location("zsu_fast_setup", ROOT / "setup.py")
@@ -251,8 +251,8 @@ def fake_toolkit(root: Path, release: str, runtime: bool = True) -> Path:
     return root
 
 
-def test_the_toolkit_must_fit_torch(build_script: ModuleType, tmp_path: Path) -> None:
-    """No nvcc, a torch without CUDA, another CUDA major: no CUDA library, and a reason."""
+def test_the_toolkit_must_match_torch(build_script: ModuleType, tmp_path: Path) -> None:
+    """Without nvcc, without CUDA in torch, or with another CUDA major version: a reason."""
     assert "without CUDA" in build_script.why_no_cuda(None, None)
     assert "no CUDA toolkit" in build_script.why_no_cuda("13.0", None)
     home = fake_toolkit(tmp_path / "cuda", "12.4")
@@ -260,10 +260,10 @@ def test_the_toolkit_must_fit_torch(build_script: ModuleType, tmp_path: Path) ->
     assert build_script.why_no_cuda("12.8", home) is None
 
 
-def test_a_wrapper_on_the_path_is_not_a_toolkit(
+def test_a_wrapper_on_the_path_is_no_toolkit(
     build_script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """nvcc may be a script on PATH: its folder has no libcudart and would fail to link."""
+    """nvcc on PATH may be a script whose folder has no libcudart, so linking would fail."""
     real = fake_toolkit(tmp_path / "real", "13.0")
     wrapper = fake_toolkit(tmp_path / "wrapper", "13.0", runtime=False)
     monkeypatch.setenv("CUDA_HOME", str(wrapper))

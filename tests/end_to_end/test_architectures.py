@@ -1,6 +1,6 @@
 """One call for any classifier: torchvision, timm and transformers, random weights, full size.
 
-Mechanics alone: random weights have nothing to forget, so accuracy is no matter here.
+These tests cover mechanics only: random weights have nothing to forget, so accuracy is irrelevant.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zsu_fast.models.wrapper import pick_logits
 
 CLASSES = 2
 FORGET = [1]
-# As little as exercises every stage: 8 impressions of 1 ascent step, 4 steps of the tail.
+# The least that exercises every stage: 8 impressions of 1 ascent step, 4 steps of the tail.
 QUICK: dict[str, Any] = {
     "impressions_per_class": 4,
     "max_steps": 1,
@@ -62,7 +62,7 @@ def transformers(name: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, where to cut it, and whether noise stands in for its impressions, to save time."""
+    """A model, where to split it, and whether noise replaces its impressions to save time."""
 
     build: Callable[[str], nn.Module]
     name: str
@@ -99,7 +99,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_call_unlearns(case: Case) -> None:
-    model = case.build(case.name).train()  # its dropout and stochastic depth must not count
+    model = case.build(case.name).train()  # dropout and stochastic depth must have no effect
     before = copy.deepcopy(model)
     options = QUICK | {"impressions": noise() if case.noise else None}
     runner = ZeroShotUnlearner(model, FORGET, tail=case.tail, **options)
@@ -108,14 +108,16 @@ def test_one_call_unlearns(case: Case) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = runner.run()
-    told = {str(w.message) for w in caught}
-    assert set(runner.record.warnings) <= told
+    messages = {str(w.message) for w in caught}
+    assert set(runner.record.warnings) <= messages
     assert runner.split_point is not None
-    assert any("only the last layer" in note for note in told) == runner.split_point.output_level
+    assert (
+        any("only the last layer" in note for note in messages) == runner.split_point.output_level
+    )
     if runner.record.impressions["worst_class_hit_rate"] == 0:
-        assert any("no impression reached its confidence" in note for note in told)
+        assert any("no impression reached its confidence" in note for note in messages)
     if runner.record.fit["best"]["leak"] > 0.01:
-        assert any("are still answered with a forgotten class" in note for note in told)
+        assert any("are still answered with a forgotten class" in note for note in messages)
 
     assert differing(model, before) == set()
     changed = differing(result, before)
@@ -135,7 +137,7 @@ def test_one_call_unlearns(case: Case) -> None:
 
 
 def noise() -> ClassImpressions:
-    """Images of noise in the place of impressions: 4 of each class."""
+    """Noise images in place of impressions: 4 per class."""
     count = 4 * CLASSES
     spec = InputSpec((3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
     return ClassImpressions(
@@ -150,7 +152,7 @@ def noise() -> ClassImpressions:
 
 
 def differing(one: nn.Module, other: nn.Module) -> set[str]:
-    """Names in the state dict whose values differ; the names themselves have to be the same."""
+    """Names in the state dict whose values differ; both models must have the same names."""
     a, b = one.state_dict(), other.state_dict()
     assert list(a) == list(b)
     return {name for name in a if not torch.equal(a[name], b[name])}

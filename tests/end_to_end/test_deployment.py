@@ -1,4 +1,4 @@
-"""What is unlearned can be deployed: loaded, exported, compiled, quantised, and still forgets."""
+"""Unlearned models can be deployed: loaded, exported, compiled, quantised; they still forget."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def test_loads_into_the_users_own_class(tmp_path: Path, model: nn.Module, ending
 
         state = load_file(path)
     fresh = TinyNet()
-    told = fresh.load_state_dict(state, strict=True)
-    assert not told.missing_keys
-    assert not told.unexpected_keys
+    keys = fresh.load_state_dict(state, strict=True)
+    assert not keys.missing_keys
+    assert not keys.unexpected_keys
     assert same_bits(fresh, model)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == {
         n: p.requires_grad for n, p in fresh.named_parameters()
@@ -79,7 +79,7 @@ def test_onnx_in_onnxruntime(tmp_path: Path, model: nn.Module, images: Tensor) -
     runtime = pytest.importorskip("onnxruntime")
     path = tmp_path / "m.onnx"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own
+        warnings.simplefilter("ignore")  # from the exporter
         program = torch.onnx.export(
             model, (images[:4],), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
@@ -101,15 +101,15 @@ def test_compile(model: nn.Module, images: Tensor) -> None:
 def _check_lenet(deployed: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """FA and RA of the 2,000 embedded MNIST images, against the float32 model's."""
     images, labels = mnist_test()
-    want = zsu_fast.evaluate(_lenet(), (images, labels), FORGET)
+    expected = zsu_fast.evaluate(_lenet(), (images, labels), FORGET)
     got = zsu_fast.evaluate(deployed, (images.to(dtype), labels), FORGET)
-    assert want.forget_accuracy is not None
-    assert want.retain_accuracy is not None
+    assert expected.forget_accuracy is not None
+    assert expected.retain_accuracy is not None
     assert got.forget_accuracy is not None
     assert got.retain_accuracy is not None
-    assert want.forget_accuracy <= 0.2
+    assert expected.forget_accuracy <= 0.2
     assert got.forget_accuracy <= 0.5, str(got)
-    assert got.retain_accuracy >= want.retain_accuracy - 0.3, str(got)
+    assert got.retain_accuracy >= expected.retain_accuracy - 0.3, str(got)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -122,7 +122,7 @@ def _quantise(model: nn.Module, static: bool) -> nn.Module:
     from torch.ao import quantization as q
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.ao moves to torchao in time
+        warnings.simplefilter("ignore")  # torch.ao is deprecated in favour of torchao
         if not static:
             return q.quantize_dynamic(model, {nn.Linear}, torch.qint8)
         from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
@@ -171,7 +171,7 @@ def test_save_pretrained(tmp_path: Path) -> None:
 
 
 def test_unlearned_is_a_plain_model(model: nn.Module) -> None:
-    """No hooks, wrappers or attributes of ours are left on the result."""
+    """The result has none of the package's hooks, wrappers or attributes."""
     assert type(model) is TinyNet
     assert vars(model).keys() == vars(TinyNet()).keys()
     for module in model.modules():

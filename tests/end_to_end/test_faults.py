@@ -1,4 +1,4 @@
-"""What happens in production: threads, full disks, read-only homes, kills, calls without end."""
+"""Faults in production: threads, full disks, read-only homes, kills, many calls."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAST: dict[str, Any] = QUICK | {"steps": 40, "mean": SPEC.mean, "std": SPEC.std}
 
 
 def in_threads(*actions: Callable[[], Any]) -> list[Any]:
-    """The results of all, run at the same time; an error in one is raised here."""
+    """Runs all actions at the same time; returns their results, or raises the error of one."""
     results: list[Any] = [None] * len(actions)
     start = threading.Barrier(len(actions))
 
@@ -57,16 +57,16 @@ def in_threads(*actions: Callable[[], Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_two_calls_in_two_threads_are_as_alone(dtype: torch.dtype) -> None:
-    """The default dtype, the number of threads and the tracer belong to the process."""
+def test_two_calls_in_two_threads_give_the_same_bits(dtype: torch.dtype) -> None:
+    """The default dtype, the number of threads and the tracer are global to the process."""
     calls = [lambda c=c: zsu_fast.unlearn(tiny(), c, tail="fc1", **FAST) for c in (1, 3)]
-    alone = [call() for call in calls]
+    expected = [call() for call in calls]
     threads = torch.get_num_threads()
     torch.set_default_dtype(dtype)
     try:
         for _ in range(3):
             together = in_threads(*calls)
-            assert all(same_bits(a, b) for a, b in zip(together, alone, strict=True))
+            assert all(same_bits(a, b) for a, b in zip(together, expected, strict=True))
             assert torch.get_default_dtype() == dtype
             assert torch.get_num_threads() == threads
     finally:
@@ -75,17 +75,17 @@ def test_two_calls_in_two_threads_are_as_alone(dtype: torch.dtype) -> None:
 
 
 def test_a_model_is_served_in_another_thread() -> None:
-    """Its calls neither fail nor end up in the trace of the working copy."""
+    """Its forward passes neither fail nor appear in the trace of the working copy."""
     model, images = tiny(), tiny_data(8)[0]
     with torch.no_grad():
-        want = model(images)
+        expected = model(images)
     done = threading.Event()
 
     def serve() -> int:
         served = 0
         while not done.is_set():
             with torch.no_grad():
-                assert bits(model(images)) == bits(want)
+                assert bits(model(images)) == bits(expected)
             served += 1
         return served
 
@@ -135,7 +135,7 @@ def test_a_trace_is_the_model() -> None:
     assert bits(trace(tiny())(images)) == bits(tiny()(images))
 
 
-def test_a_fork_while_another_thread_is_at_work() -> None:
+def test_a_fork_while_another_thread_runs() -> None:
     started, done = threading.Event(), threading.Event()
 
     def hold(_: Any) -> bool:
@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_no_file(
 
 
 class _Full:
-    """A file on a disk with room for 100 bytes."""
+    """A file on a disk with 100 free bytes."""
 
     def __init__(self, handle: Any) -> None:
         self.handle, self.room = handle, 100
@@ -232,7 +232,7 @@ class _Full:
 
 
 def test_a_read_only_home(tmp_path: Path) -> None:
-    """Nothing is kept outside the folders that are named."""
+    """Nothing is written outside the folders that are passed."""
     home = tmp_path / "home"
     home.mkdir()
     out = tmp_path / "out.safetensors"
@@ -249,7 +249,7 @@ def test_a_read_only_home(tmp_path: Path) -> None:
         result = zsu_fast.unlearn(tiny(), 1, cache=home / "cache", **FAST)
         checkpoint.save_weights(out, result)
 
-    tiny()  # trained here, where it may take its time
+    tiny()  # train it here, not in the child
     temporary = Path(tempfile.gettempdir())
     for folder in tmp_path.parents:
         if folder != temporary and folder.is_relative_to(temporary) and folder.owner() == "root":
@@ -260,11 +260,11 @@ def test_a_read_only_home(tmp_path: Path) -> None:
 
 
 def test_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
-    want = zsu_fast.unlearn(tiny(), 1, **FAST)
+    expected = zsu_fast.unlearn(tiny(), 1, **FAST)
     draw = random.Random(0)
     monkeypatch.setattr(time, "time", lambda: draw.uniform(-1e9, 4e9))
     run = zsu_fast.ZeroShotUnlearner(tiny(), 1, **FAST | {"progress": True})
-    assert same_bits(run.run(), want)
+    assert same_bits(run.run(), expected)
     assert run.record.timings["total"] > 0
 
 
@@ -272,7 +272,7 @@ def test_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """Three kills here, 50 by the script itself."""
+    """Three kills here; the script makes 50 by default."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.stress.kill_and_resume", "--kills", "3", "--folder",
          str(tmp_path)],
@@ -286,7 +286,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 
 def test_memory_stays_flat() -> None:
-    """A few calls here, 200 by ``benchmarks/stress/memory_flat.py``."""
+    """32 calls here; ``benchmarks/stress/memory_flat.py`` makes 200."""
     model = tiny()
     options = FAST | {"tail": "last", "steps": 5, "max_steps": 5, "restarts": 0}
     process = psutil.Process()

@@ -1,4 +1,4 @@
-"""The whole package on a GPU: every stage, every loop, on the weights and digits that ship."""
+"""The whole package on a GPU: every stage and loop, with the weights and digits that ship."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def test_it_forgets(digits: tuple[Tensor, Tensor], loop: Any) -> None:
     model = lenet5()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     run = ZeroShotUnlearner(model, FORGET, loop=loop, progress=False)
-    made = run.run()
-    assert {p.device.type for p in made.parameters()} == {"cuda"}
-    assert_forgets(made, digits)
+    result = run.run()
+    assert {p.device.type for p in result.parameters()} == {"cuda"}
+    assert_forgets(result, digits)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert torch.cuda.get_device_name() in run.record.versions["device"]
@@ -64,20 +64,20 @@ def test_it_forgets(digits: tuple[Tensor, Tensor], loop: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"space": "tail-input"}, {"tail": "fc1"}, {"objective": "differential"}, {"tail": 3},
-     {"batch_norm": 0.01}, {"precision": "float32"}],
+     {"precision": "float32"}],
     ids=str,
 )  # fmt: skip
 def test_options(digits: tuple[Tensor, Tensor], options: dict[str, Any]) -> None:
-    made = zsu_fast.unlearn(lenet5(), FORGET, progress=False, **options)
-    got = zsu_fast.evaluate(made, digits, FORGET)
+    result = zsu_fast.unlearn(lenet5(), FORGET, progress=False, **options)
+    got = zsu_fast.evaluate(result, digits, FORGET)
     assert got.forget_accuracy <= 2
     assert got.retain_accuracy >= 97
 
 
-def test_a_model_on_the_cpu_comes_back_there(digits: tuple[Tensor, Tensor]) -> None:
-    made = zsu_fast.unlearn(zoo.load("lenet5"), FORGET, device="cuda", progress=False)
-    assert {p.device.type for p in made.parameters()} == {"cpu"}
-    assert_forgets(made.cuda(), digits)
+def test_a_model_on_the_cpu_returns_there(digits: tuple[Tensor, Tensor]) -> None:
+    result = zsu_fast.unlearn(zoo.load("lenet5"), FORGET, device="cuda", progress=False)
+    assert {p.device.type for p in result.parameters()} == {"cpu"}
+    assert_forgets(result.cuda(), digits)
 
 
 def test_two_runs_give_the_same_bits() -> None:
@@ -86,7 +86,8 @@ def test_two_runs_give_the_same_bits() -> None:
         assert torch.equal(a, b)
 
 
-def made(width: int | None = None, eager: bool = False, **options: Any) -> Any:
+def synthesised(width: int | None = None, eager: bool = False, **options: Any) -> Any:
+    """160 impressions of LeNet5, at most ``width`` at a time."""
     model = working_copy(lenet5(), torch.device("cuda"))
     spec = zoo.ZOO["lenet5"].spec
     space = input_space(model, spec, "auto")
@@ -101,10 +102,11 @@ def made(width: int | None = None, eager: bool = False, **options: Any) -> Any:
 
 
 def test_captured_ascent_is_the_eager_ascent() -> None:
-    """A row stops in the step in which it reached its target, also in the middle of a graph. As
-    batches shrink at other moments, sums in bfloat16 differ, and now and then a row's last step.
+    """A row stops in the step in which it reaches its target, even in the middle of a graph.
+
+    Batches shrink at different moments, so bfloat16 sums, and sometimes a row's last step, differ.
     """
-    eager, graph = made(eager=True, restarts=0), made(restarts=0)
+    eager, graph = synthesised(eager=True, restarts=0), synthesised(restarts=0)
     assert eager.hit_rate > 0.9
     same = eager.steps == graph.steps
     assert same.float().mean() >= 0.9
@@ -113,8 +115,8 @@ def test_captured_ascent_is_the_eager_ascent() -> None:
     assert gap.median() <= 0.05 * eager.images.flatten(1).norm(dim=1).median()
 
 
-def test_captures_are_few_where_rows_wait_in_a_queue() -> None:
-    """160 impressions, 24 at a time: rows that are done make room in the captured batch."""
+def test_few_captures_when_rows_wait_in_a_queue() -> None:
+    """160 impressions, 24 at a time: finished rows free their slots in the captured batch."""
     captures = 0
     real = torch.cuda.CUDAGraph
 
@@ -123,16 +125,16 @@ def test_captures_are_few_where_rows_wait_in_a_queue() -> None:
         captures += 1
         return real(*args)
 
-    whole = made()
+    whole = synthesised()
     with mock.patch.object(torch.cuda, "CUDAGraph", counted):
-        queued = made(width=24)
+        queued = synthesised(width=24)
     assert bool(queued.hit.all())
     assert (queued.confidence >= queued.target - 0.05).all()
     assert 1 <= captures <= 12
     assert torch.equal(queued.labels, whole.labels)
 
 
-def test_memory_that_runs_out_halves_the_batch() -> None:
+def test_out_of_memory_halves_the_batch() -> None:
     real, failed = ascent.Ascent.step, []
 
     def step(self: Any, batch: Any) -> None:
@@ -142,7 +144,7 @@ def test_memory_that_runs_out_halves_the_batch() -> None:
         real(self, batch)
 
     with mock.patch.object(ascent.Ascent, "step", step):
-        got = made()
+        got = synthesised()
     assert failed
     assert bool(got.hit.all())
 
@@ -156,13 +158,13 @@ def test_deep(digits: tuple[Tensor, Tensor]) -> None:
 
 
 def test_karpathynet_and_a_transformer() -> None:
-    made = zsu_fast.unlearn(zoo.load("karpathynet").cuda(), [3, 4, 8], progress=False)
-    assert {p.device.type for p in made.parameters()} == {"cuda"}
+    result = zsu_fast.unlearn(zoo.load("karpathynet").cuda(), [3, 4, 8], progress=False)
+    assert {p.device.type for p in result.parameters()} == {"cuda"}
     quick: Any = {"impressions_per_class": 4, "max_steps": 20, "restarts": 0, "progress": False}
     model = zoo.build("vit_cifar").cuda()
-    made = zsu_fast.unlearn(model, [3], tail=2, **quick)
+    result = zsu_fast.unlearn(model, [3], tail=2, **quick)
     images = torch.rand(16, 3, 32, 32, device="cuda")
-    assert not bool((made(images).argmax(1) == 3).any())
+    assert not bool((result(images).argmax(1) == 3).any())
 
 
 def test_audit(digits: tuple[Tensor, Tensor]) -> None:

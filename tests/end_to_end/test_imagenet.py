@@ -1,5 +1,5 @@
-"""ImageNet on a user's disk: the folder is read as the model asks, and the published rows come out
-of one command, here for a stand-in of 8 classes with one real image each.
+"""ImageNet on a user's disk: a folder is read as the model requires, and one command gives the
+published rows, here for a stand-in of 8 classes with one real image each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zsu_fast import ArgumentError, InputSpec
 from zsu_fast.cli.inputs import image_folder
 from zsu_fast.models import checkpoint
 
-CLASSES = [1, 130, 292, 340, 404, 671, 817, 985]  # unlike each other
+CLASSES = [1, 130, 292, 340, 404, 671, 817, 985]  # dissimilar classes
 
 
 @pytest.fixture
@@ -81,8 +81,8 @@ def test_a_folder_is_resized_and_cropped_as_the_spec_says(tmp_path: Path) -> Non
         with image.open(tmp_path / "a" / "1.png") as opened:
             method = {"bicubic": image.BICUBIC, "bilinear": image.BILINEAR}[kind]
             small = opened.resize(size, method)
-        want = functional.center_crop(functional.to_tensor(small), [32, 32])
-        assert torch.allclose(got, (want - 0.5) / 0.25, atol=1e-5), (resize, kind)
+        expected = functional.center_crop(functional.to_tensor(small), [32, 32])
+        assert torch.allclose(got, (expected - 0.5) / 0.25, atol=1e-5), (resize, kind)
 
 
 def test_grey_images_for_a_grey_model(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def empty(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (flat, r"0 folders and 1 files.*one sub-folder a class, 3 of them.*side by side"),
+        (flat, r"0 folders and 1 files.*one sub-folder per class, 3 of them.*side by side"),
         (two, r"2 folders and 0 files.*3 of them"),
         (empty, r"no image"),
     ],

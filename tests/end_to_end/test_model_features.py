@@ -1,4 +1,4 @@
-"""Models with something unusual in them still forget, and keep it."""
+"""Models with unusual features forget, and keep those features."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_weight_norm(tail: str | int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_weight_norm_of_old() -> None:
+def test_deprecated_weight_norm() -> None:
     model = tiny()
     nn.utils.weight_norm(model.fc2)
-    assert not model.fc2.weight.is_leaf  # copy.deepcopy does not take that
+    assert not model.fc2.weight.is_leaf  # copy.deepcopy refuses that
     runner, result = run(model, tail="last")
     assert {"fc2.weight_g", "fc2.weight_v"} <= set(runner.split_point.parameters)
     assert_forgets(result, FORGET)
@@ -55,7 +55,7 @@ def test_spectral_norm() -> None:
     assert_forgets(result, FORGET)
 
 
-def test_channels_last_stays() -> None:
+def test_channels_last_is_kept() -> None:
     model = tiny().to(memory_format=torch.channels_last)
     _, result = run(model, tail="conv")
     assert "conv.weight" in changed_tensors(model, result)
@@ -63,8 +63,8 @@ def test_channels_last_stays() -> None:
     assert not result.conv.weight.is_contiguous()
 
 
-class TwoHeads(TinyNet):
-    """In train mode, an auxiliary classifier beside the real one."""
+class AuxiliaryClassifier(TinyNet):
+    """In train mode, an auxiliary classifier besides the real one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class TwoHeads(TinyNet):
 
 
 def test_auxiliary_outputs_of_train_mode() -> None:
-    model = TwoHeads()
+    model = AuxiliaryClassifier()
     model.load_state_dict(tiny().state_dict(), strict=False)
     runner, result = run(model.train(), tail="last")
     assert runner.split_point.parameters == ["fc2.weight", "fc2.bias"]
@@ -86,7 +86,7 @@ def test_auxiliary_outputs_of_train_mode() -> None:
 
 
 class Averaging(TinyNet):
-    """Two classifiers of equal standing, as in a distilled DeiT."""
+    """The mean of two classifiers, as in a distilled DeiT."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Averaging(TinyNet):
         return (self.fc2(x) + self.other(x)) / 2
 
 
-def test_the_last_layer_takes_its_twin_along() -> None:
+def test_the_last_layer_includes_a_parallel_classifier() -> None:
     torch.manual_seed(0)
     runner, result = run(train(Averaging()), tail="last")
     assert runner.split_point.name == "fc2"

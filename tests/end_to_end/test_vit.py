@@ -1,4 +1,4 @@
-"""A Vision Transformer, trained: attention, cuts in it, its impressions, and what it forgets."""
+"""A trained Vision Transformer: attention, splits, impressions, and what it forgets."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def impressions() -> ClassImpressions:
 # --- the model ---------------------------------------------------------------------------------
 
 
-def test_attention_is_torchs() -> None:
+def test_attention_equals_torchs() -> None:
     attention, tokens = zoo.Attention(24, 3).eval(), torch.randn(2, 7, 24, requires_grad=True)
     theirs = nn.MultiheadAttention(24, 3, batch_first=True).eval()
     with torch.no_grad():
         theirs.in_proj_weight.copy_(attention.qkv.weight)
         theirs.in_proj_bias.copy_(attention.qkv.bias)
         theirs.out_proj.load_state_dict(attention.proj.state_dict())
-    mine, other = attention(tokens), theirs(tokens, tokens, tokens, need_weights=False)[0]
-    assert torch.allclose(mine, other, atol=1e-6)
-    weight = torch.randn_like(mine)
-    gradients = [torch.autograd.grad((y * weight).sum(), tokens)[0] for y in (mine, other)]
+    ours, other = attention(tokens), theirs(tokens, tokens, tokens, need_weights=False)[0]
+    assert torch.allclose(ours, other, atol=1e-6)
+    weight = torch.randn_like(ours)
+    gradients = [torch.autograd.grad((y * weight).sum(), tokens)[0] for y in (ours, other)]
     assert torch.allclose(*gradients, atol=1e-6)
 
 
-def test_a_block_is_torchs_pre_norm_encoder_layer() -> None:
+def test_a_block_equals_torchs_pre_norm_encoder_layer() -> None:
     block = zoo.TransformerBlock(24, 3, 48).eval()
     theirs = nn.TransformerEncoderLayer(
         24, 3, 48, activation=F.gelu, batch_first=True, norm_first=True
@@ -72,73 +72,73 @@ def test_a_block_is_torchs_pre_norm_encoder_layer() -> None:
         assert torch.allclose(block(tokens), theirs(tokens), atol=1e-5)
 
 
-def test_patches_positions_and_the_class_token_all_count() -> None:
+def test_patches_positions_and_class_token_matter() -> None:
     model, image = vit(), torch.randn(1, 3, 32, 32, requires_grad=True)
     patches = model.patch_embed(image)
     assert patches.shape == (1, 64, 96)
     far = patches[0, 63].sum()  # the last patch: bottom right
     (gradient,) = torch.autograd.grad(far, image)
     assert gradient[0, :, 24:, 24:].any()
-    assert not gradient[0, :, :16, :16].any()  # a patch sees its neighbourhood only ...
+    assert not gradient[0, :, :16, :16].any()  # a patch depends on its neighbourhood only ...
     (gradient,) = torch.autograd.grad(model(image)[0, 0], image)
-    assert gradient.abs().amax((0, 1)).gt(0).all()  # ... the answer every pixel
+    assert gradient.abs().amax((0, 1)).gt(0).all()  # ... the logits on every pixel
     with torch.no_grad():
         moved = model(image.roll(16, 3))
         assert not torch.allclose(model(image), moved, atol=1e-2)
         assert not torch.equal(model.cls_token, torch.zeros_like(model.cls_token))
 
 
-# --- cuts --------------------------------------------------------------------------------------
+# --- splits ------------------------------------------------------------------------------------
 
 
-def test_cuts_anywhere_are_exact_graphs() -> None:
+def test_splits_anywhere_are_exact_graphs() -> None:
     model, images = vit(), torch.randn(3, 3, 32, 32)
     layers = layer_names(model, images)
     assert len(layers) == 2 + 4 * 4 + 1
     names = [*layers, "blocks", "norm"]
     names += [f"blocks.{i}{part}" for i in (0, 3) for part in ("", ".norm1", ".attn", ".mlp")]
     with untouched(model), torch.no_grad():
-        want = model(images)
+        expected = model(images)
         for name in names:
-            halves = split_at(working_copy(model, torch.device("cpu")), name, images, "a test")
-            assert not isinstance(halves.tail, ReplayTail), name
-            assert torch.equal(halves.tail(*halves.backbone(images)), want), name
+            split = split_at(working_copy(model, torch.device("cpu")), name, images, "a test")
+            assert not isinstance(split.tail, ReplayTail), name
+            assert torch.equal(split.tail(*split.backbone(images)), expected), name
 
 
-def test_what_crosses_a_cut() -> None:
+def test_boundary_tensors() -> None:
     images = torch.randn(3, 3, 32, 32)
     copied = working_copy(vit(), torch.device("cpu"))
     for name, shapes in (
         ("blocks.3", [(3, 65, 96)]),  # the tokens
-        ("blocks.3.attn.qkv", [(3, 65, 96)] * 2),  # and beside them the shortcut
+        ("blocks.3.attn.qkv", [(3, 65, 96)] * 2),  # and the shortcut
         ("head", [(3, 96)]),  # the class token alone
     ):
         with torch.no_grad():
-            crossing = split_at(copied, name, images, "a test").backbone(images)
-        assert [tuple(t.shape) for t in crossing] == shapes, name
+            boundary = split_at(copied, name, images, "a test").backbone(images)
+        assert [tuple(t.shape) for t in boundary] == shapes, name
 
 
 def test_the_last_block_trains_its_norms_and_the_final_one() -> None:
     copied = working_copy(vit(), torch.device("cpu"))
-    cut = split_at(copied, "blocks.3", torch.randn(2, 3, 32, 32), "a test")
-    assert set(cut.parameters) == {n for n in vit().state_dict() if n.startswith(LAST_BLOCK)}
-    assert not cut.output_level
+    split = split_at(copied, "blocks.3", torch.randn(2, 3, 32, 32), "a test")
+    assert set(split.parameters) == {n for n in vit().state_dict() if n.startswith(LAST_BLOCK)}
+    assert not split.output_level
 
 
 # --- impressions -------------------------------------------------------------------------------
 
 
 def test_impressions_reach_their_confidence_through_the_patch_embedding() -> None:
-    made = impressions()
-    assert made.hit_rate == 1
+    result = impressions()
+    assert result.hit_rate == 1
     with torch.no_grad():
-        exact = vit()(made.images).softmax(1)
-    own = exact.gather(1, made.labels[:, None])[:, 0]
-    assert torch.allclose(own, made.confidence, atol=1e-5)  # it is what the model itself says
-    assert (exact.argmax(1) == made.labels).all()
-    assert (own - made.target).min() > -0.1  # they were made in bfloat16 where that is fast
-    low, high = made.spec.low.view(-1, 1, 1), made.spec.high.view(-1, 1, 1)
-    assert ((made.images >= low - 1e-5) & (made.images <= high + 1e-5)).all()
+        exact = vit()(result.images).softmax(1)
+    own = exact.gather(1, result.labels[:, None])[:, 0]
+    assert torch.allclose(own, result.confidence, atol=1e-5)  # the exact model's confidence
+    assert (exact.argmax(1) == result.labels).all()
+    assert (own - result.target).min() > -0.1  # the ascent may run in bfloat16
+    low, high = result.spec.low.view(-1, 1, 1), result.spec.high.view(-1, 1, 1)
+    assert ((result.images >= low - 1e-5) & (result.images <= high + 1e-5)).all()
 
 
 # --- unlearning --------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_a_named_tail_is_all_that_changes(tail: str) -> None:
     changed = changed_tensors(model, result)
     starts = LAST_BLOCK if tail == "blocks.3" else ("head.",)
     assert changed == {n for n in model.state_dict() if n.startswith(starts)}
-    assert_never_answers(result, impressions())
+    assert_never_predicted(result, impressions())
 
 
 def test_the_tail_is_found() -> None:
@@ -161,16 +161,16 @@ def test_the_tail_is_found() -> None:
     assert unlearner.split_point.name in layer_names(vit(), torch.zeros(1, 3, 32, 32))
     assert "first responsive layer" in unlearner.split_point.reason
     assert changed_tensors(vit(), result) == set(unlearner.split_point.parameters)
-    assert_never_answers(result, impressions())
+    assert_never_predicted(result, impressions())
 
 
-def assert_never_answers(model: nn.Module, made: ClassImpressions) -> None:
-    """No impression of a forgotten class is still taken for it; the others mostly are."""
+def assert_never_predicted(model: nn.Module, data: ClassImpressions) -> None:
+    """No impression of a forgotten class is assigned one; most others keep their class."""
     with torch.no_grad():
-        answers = model(made.images).argmax(1)
-    forgotten = torch.isin(made.labels, torch.tensor(FORGET))
-    assert not torch.isin(answers[forgotten], torch.tensor(FORGET)).any()
-    assert (answers == made.labels)[~forgotten].float().mean() > 0.9
+        predicted = model(data.images).argmax(1)
+    forgotten = torch.isin(data.labels, torch.tensor(FORGET))
+    assert not torch.isin(predicted[forgotten], torch.tensor(FORGET)).any()
+    assert (predicted == data.labels)[~forgotten].float().mean() > 0.9
 
 
 @pytest.mark.shared
