@@ -246,7 +246,7 @@ def test_given_impressions_that_do_not_fit(change: str) -> None:
     else:
         made = synthesize(model, per_class=4, progress=False)
         made.labels[-1] = 5
-    with untouched(model), pytest.raises(ArgumentError, match=r"impressions: got .* Give some of"):
+    with untouched(model), pytest.raises(ArgumentError, match=r"impressions: got .* Pass some of"):
         unlearn(model, FORGET, impressions=made, **QUICK)
 
 

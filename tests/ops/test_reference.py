@@ -240,8 +240,8 @@ def ascent_case(count: int = 6, dtype: torch.dtype = torch.float32) -> dict[str,
     return {
         "x": x,
         "grad": torch.randn_like(x),
-        "moment": torch.zeros_like(x),
-        "variance": torch.zeros_like(x),
+        "exp_avg": torch.zeros_like(x),
+        "exp_avg_sq": torch.zeros_like(x),
         "step": torch.zeros(count, dtype=torch.int32),
         "active": torch.ones(count, dtype=torch.bool),
         "low": torch.tensor(-10.0, dtype=dtype),
@@ -281,14 +281,14 @@ def test_ascent_first_steps_in_float32_are_accurate() -> None:
 
 def test_ascent_leaves_inactive_rows_bit_identical() -> None:
     case = ascent_case()
-    case["moment"].normal_()
-    case["variance"].uniform_()
+    case["exp_avg"].normal_()
+    case["exp_avg_sq"].uniform_()
     case["x"][1, 0, 0, 0], case["x"][3, 0, 0, 0] = -0.0, 99.0  # a sign, and beyond the bound
-    case["moment"][1, 0, 0, 1] = float("nan")
+    case["exp_avg"][1, 0, 0, 1] = float("nan")
     case["grad"][3] = float("nan")
     case["step"] += torch.arange(6, dtype=torch.int32)
     case["active"] = torch.tensor([True, False, True, False, False, True])
-    names = ("x", "moment", "variance", "step")
+    names = ("x", "exp_avg", "exp_avg_sq", "step")
     before = {n: [bits(row) for row in case[n]] for n in names}
     reference.ascent_step_(**case)
     for name in names:
