@@ -117,7 +117,7 @@ def test_one_call_unlearns(case: Case) -> None:
     if runner.record.impressions["worst_class_hit_rate"] == 0:
         assert any("no impression reached its confidence" in note for note in messages)
     if runner.record.fit["best"]["leak"] > 0.01:
-        assert any("are still answered with a forgotten class" in note for note in messages)
+        assert any("are still classified as a forgotten class" in note for note in messages)
 
     assert differing(model, before) == set()
     changed = differing(result, before)
