@@ -139,7 +139,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("subset", [True, False])
-def test_no_tensor_has_rows_times_classes(monkeypatch: pytest.MonkeyPatch, subset: bool) -> None:
+def test_no_tensor_has_rows_times_classes(subset: bool) -> None:
     classes = 3000
     model = Many(classes).eval()
     run = ZeroShotUnlearner(
