@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from zsu_fast import ZeroShotUnlearner
 from zsu_fast.training.class_subset import ClassSubsetTail, supports_subset
-from zsu_fast.training.features import FeatureSet
-from zsu_fast.training.limits import MemoryLimits
+from zsu_fast.training.features import FeatureSet, MemoryLimits
 from zsu_fast.training.losses import ForgetOnlyKL, MaskedKL
 from zsu_fast.training.teacher import Teacher, build_feature_set
 

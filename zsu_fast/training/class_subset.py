@@ -7,7 +7,7 @@ step costs what the forgotten classes cost, however many classes there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,16 +83,3 @@ def supports_subset(
     full = full[:, chosen]
     atol = 1e-4 * float(full.std())
     return subset.shape == full.shape and torch.allclose(subset, full, 1e-4, atol)
-
-
-def tiles(
-    tail: nn.Module,
-    names: Sequence[str],
-    classes: int,
-    features: tuple[Tensor, ...],
-    tile_classes: int,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yields the logits of all classes in tiles: (which classes, float32 [N, tile_classes])."""
-    for start in range(0, classes, tile_classes):
-        part = slice(start, min(start + tile_classes, classes))
-        yield part, ClassSubsetTail(tail, names, part, trainable=False)(*features)

@@ -14,7 +14,7 @@ from ..runtime.flops import multiply_adds
 from ..splitting.split import Split
 from .class_subset import ClassSubsetTail, parameter_names, supports_subset
 from .features import FeatureSet, FeatureSettings
-from .losses import ForgetOnlyKL, MaskedKL, Objective, ObjectiveSettings, ValidationLoss
+from .losses import ForgetOnlyKL, MaskedKL, Objective, ObjectiveSettings
 from .teacher import Teacher, train_val_sets
 
 
@@ -39,7 +39,7 @@ class FitTask:
     train: FeatureSet
     validation: FeatureSet
     objective: Objective
-    validation_loss: ValidationLoss
+    validation_loss: MaskedKL
     generator: torch.Generator
     masks: Sequence[Tensor | None] | None = None
     fast_kernels: bool = True
