@@ -53,26 +53,17 @@ class ClassSubsetTail(nn.Module):
             full[name][self.classes] = value
 
 
-def parameter_names(tail: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
-    """The names of ``parameters`` in ``tail``."""
-    wanted = {id(p) for p in parameters}
-    return [n for n, p in tail.named_parameters() if id(p) in wanted]
-
-
 @torch.no_grad()
-def supports_subset(
-    tail: nn.Module, parameters: Sequence[nn.Parameter], features: tuple[Tensor, ...]
-) -> bool:
+def supports_subset(tail: nn.Module, names: Sequence[str], features: tuple[Tensor, ...]) -> bool:
     """Whether some classes' logits come out the same without the other classes' weights.
 
     They don't if the logits are normalised or reshaped after the last layer.
 
     Args:
         tail: features -> logits [N, C].
-        parameters: each [C, ...].
+        names: of those of its parameters that are trained, each [C, ...].
         features: each [N, ...]; the first rows are tried.
     """
-    names = parameter_names(tail, parameters)
     probe = tuple(f[:2] for f in features)
     full = tail(*probe)
     chosen = torch.arange(0, full.shape[1], max(1, full.shape[1] // 7), device=full.device)

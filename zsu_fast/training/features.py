@@ -71,14 +71,10 @@ class FeatureMixup:
 
 
 class RetainedLogits(NamedTuple):
-    """The teacher's retained logits of N rows, reduced to the two numbers `ForgetOnlyKL` needs.
+    """The teacher's retained logits of N rows, reduced to what `ForgetOnlyKL` needs."""
 
-    Attributes:
-        logsumexp, max: float32 [N].
-    """
-
-    logsumexp: Tensor
-    max: Tensor
+    logsumexp: Tensor  # float32 [N]
+    max: Tensor  # float32 [N]
 
 
 @dataclass
@@ -96,8 +92,7 @@ class FeatureSet:
         retained: the teacher's retained logits in short, if only the forgotten ones are trained.
         logit_std: standard deviation of the teacher's logits; None to compute it from ``teacher``.
         mixup: mixes the selected rows; None if they are stored.
-        original: copy of the original tail, which computes the teacher's logits; None if they are
-            stored.
+        original: copy of the original tail, for the teacher's logits; None if they are stored.
         limits: bounds the size of `chunks`.
     """
 
@@ -134,11 +129,7 @@ class FeatureSet:
         return tuple(f.index_select(0, index) for f in self.features)
 
     def chunks(self, classes: int = 1) -> tuple[Tensor, ...]:
-        """Splits the indices of all rows into chunks whose features and logits fit in ``limits``.
-
-        Args:
-            classes: logits per row that are held at once.
-        """
+        """Splits the indices of all rows so that features and ``classes`` logits fit the limits."""
         row_bytes = sum(f[0].nbytes for f in self.features)
         limits = self.limits
         most = min(1024, limits.chunk_bytes // row_bytes, limits.tile_logits // classes)
@@ -159,10 +150,8 @@ class FeatureSettings:
         margin: by how many logits forgotten classes are pushed below what the mask asks for. None
             for the mean logit margin of the impressions times ``2 log10(max(10, classes))``: twice
             it for 10 classes, six times for 1,000, where images differ more from impressions. That
-            is doubled if only the forgotten logits are trained, which costs the retained ones
-            nothing: with the masked objective, if the tail is the last layer alone and each logit
-            has weights of its own. So it does not apply to deeper tails or to the differential
-            objective.
+            is doubled if only the forgotten logits are trained (see `make_fit_task`), which costs
+            the retained ones nothing.
         limits: what is stored and what is computed again.
 
     Raises:
@@ -184,13 +173,7 @@ class FeatureSettings:
         return max(2048, 4 * impressions, 12 * classes) if self.mixtures is None else self.mixtures
 
     def margin_for(self, logit_margin: float, classes: int, forget_logits_only: bool) -> float:
-        """The margin for a model of ``classes``.
-
-        Args:
-            logit_margin: the mean `logit_margin` of the impressions.
-            classes: of the model.
-            forget_logits_only: whether only the forgotten logits are trained.
-        """
+        """The margin for a model of ``classes``; ``logit_margin`` is the impressions' mean."""
         if self.margin is not None:
             return self.margin
         factor = 4 if forget_logits_only else 2
@@ -206,11 +189,7 @@ def logit_margin(logits: Tensor, label: Tensor) -> Tensor:
 def held_out(label: Tensor) -> Tensor:
     """Selects impressions for validation: one in four of each class, none of fewer than four.
 
-    Args:
-        label: int64 [N].
-
-    Returns:
-        bool [N].
+    int64 [N], the labels -> bool [N].
     """
     held = torch.zeros(len(label), dtype=torch.bool, device=label.device)
     by_class = label.argsort(stable=True)

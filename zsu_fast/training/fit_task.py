@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..models.wrapper import LogitsModel
 from ..runtime.flops import multiply_adds
 from ..splitting.split import Split
-from .class_subset import ClassSubsetTail, parameter_names, supports_subset
+from .class_subset import ClassSubsetTail, supports_subset
 from .features import FeatureSet, FeatureSettings
 from .losses import ForgetOnlyKL, MaskedKL, Objective, ObjectiveSettings
 from .teacher import Teacher, train_val_sets
@@ -64,7 +64,7 @@ def make_fit_task(
     settings: FeatureSettings,
     seed: int,
 ) -> FitTask:
-    """Builds the training and validation rows from the impressions' features.
+    """Builds the rows from the impressions' features, and the loss.
 
     With the masked objective, only the forgotten logits are trained if the tail is the last layer
     alone and each logit has weights of its own; of many classes, only those logits are computed:
@@ -81,37 +81,26 @@ def make_fit_task(
         seed: decides the mixtures and the batches.
     """
     generator = torch.Generator().manual_seed(seed)
-    parameters = trained_parameters(model, split)
-    classes = len(forget)
+    tail, parameters, classes = split.tail, trained_parameters(model, split), len(forget)
     forget_logits_only = (
         objective.name == "masked"
         and split.output_level
         and all(len(p) == classes for p in parameters)
     )
-    names: Sequence[str] = ()
-    if (
-        forget_logits_only
-        and classes > settings.limits.subset_above
-        and supports_subset(split.tail, parameters, features)
-    ):
-        names = parameter_names(split.tail, parameters)
-    teacher = Teacher(split.tail, forget, names, settings.limits)
+    names = []
+    if forget_logits_only and classes > settings.limits.subset_above:
+        trained = {id(p) for p in parameters}
+        names = [name for name, p in tail.named_parameters() if id(p) in trained]
+        if not supports_subset(tail, names, features):
+            names = []
+    teacher = Teacher(tail, forget, names, settings.limits)
     train, validation, logit_margin = train_val_sets(teacher, features, labels, settings, generator)
     margin = settings.margin_for(logit_margin, classes, forget_logits_only)
+    loss = MaskedKL(forget, margin, forget_logits_only)
     if names:
-        subset = ClassSubsetTail(split.tail, names, forget.nonzero()[:, 0], trainable=True)
-        loss = ForgetOnlyKL(forget, margin)
-        return FitTask(subset, list(subset.parameters()), train, validation, loss, loss, generator)
-    validation_loss = MaskedKL(forget, margin, forget_logits_only)
-    return FitTask(
-        split.tail,
-        parameters,
-        train,
-        validation,
-        objective.make(validation_loss),
-        validation_loss,
-        generator,
-    )
+        tail = ClassSubsetTail(tail, names, forget.nonzero()[:, 0], trainable=True)
+        parameters, loss = list(tail.parameters()), ForgetOnlyKL(forget, margin)
+    return FitTask(tail, parameters, train, validation, objective.make(loss), loss, generator)
 
 
 def trained_parameters(model: LogitsModel, split: Split) -> list[nn.Parameter]:

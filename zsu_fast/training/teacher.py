@@ -58,13 +58,10 @@ class Teacher:
             known: int64 [K], labels of the first K rows. Other rows get their top class.
         """
         count, device = len(features[0] if mixup is None else mixup), self.forget.device
+        label = torch.zeros(count, dtype=torch.int64, device=device)
+        nothing = torch.empty(count, 0, device=device)
         rows = FeatureSet(
-            features,
-            teacher=torch.empty(count, 0, device=device),
-            label=torch.zeros(count, dtype=torch.int64, device=device),
-            forgotten=torch.zeros(count, dtype=torch.bool, device=device),
-            mixup=mixup,
-            limits=self.limits,
+            features, nothing, label, self.forget[label], mixup=mixup, limits=self.limits
         )
         logit_bytes = 4 * count * len(self.forget)
         if not self.subset_parameters and logit_bytes <= self.limits.teacher_bytes:
@@ -137,11 +134,7 @@ def train_val_sets(
 
     Validation rows are the held-out impressions and mixtures of them. If no class has enough
     impressions to hold any out (`held_out`), they are other mixtures of the training impressions.
-
-    Args:
-        teacher: labels the rows.
-        features, label, generator: as for `build_feature_set`, of all impressions.
-        settings: the number of mixtures.
+    For ``teacher``, ``features``, ``label`` and ``generator``, see `build_feature_set`.
     """
     held = held_out(label)
     count = int((~held).sum())
@@ -214,11 +207,7 @@ def _draw_mixup(
         itself, one = torch.arange(count), torch.ones(count)
         first, second = torch.cat([itself, first]), torch.cat([itself, second])
         weight, scale = torch.cat([one, weight]), torch.cat([one, scale])
-    return FeatureMixup(
-        first.to(device),
-        second.to(device),
-        weight.to(device),
-        scale.to(device),
-        tuple(f.mean(0) for f in features),
-        tuple(not bool((f < 0).any()) for f in features),
-    )
+    first, second, weight, scale = (t.to(device) for t in (first, second, weight, scale))
+    means = tuple(f.mean(0) for f in features)
+    non_negative = tuple(not bool((f < 0).any()) for f in features)
+    return FeatureMixup(first, second, weight, scale, means, non_negative)

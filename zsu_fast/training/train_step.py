@@ -74,10 +74,11 @@ class EagerTrainStep:
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameters by the factor on their learning rate, for torch.optim."""
-        by_scale: dict[float, list[nn.Parameter]] = {}
-        for parameter, scale in zip(self.parameters, self.scales, strict=True):
-            by_scale.setdefault(scale, []).append(parameter)
-        return [{"params": group, "scale": scale} for scale, group in by_scale.items()]
+        pairs = list(zip(self.parameters, self.scales, strict=True))
+        return [
+            {"params": [p for p, s in pairs if s == scale], "scale": scale}
+            for scale in dict.fromkeys(self.scales)
+        ]
 
     def run(self, index: Tensor, rates: list[float]) -> Tensor:
         """Takes ``len(rates)`` steps on the rows ``index``, int64 [steps, batch].
@@ -86,17 +87,13 @@ class EagerTrainStep:
             The last step's loss, a scalar on the device.
         """
         loss = torch.zeros((), device=self.device)
-        with self._precision(index.shape[1]):
+        work = self.row_work * index.shape[1]
+        with bf16_matmul(self.device, work) if self.task.fast_kernels else nullcontext():
             for batch, rate in zip(index.to(self.device), rates, strict=True):
                 for group in self.optimiser.param_groups:
                     group["lr"] = rate * group["scale"]
                 loss = self.step(batch)
         return loss
-
-    def _precision(self, batch: int) -> AbstractContextManager[None]:
-        if not self.task.fast_kernels:
-            return nullcontext()
-        return bf16_matmul(self.device, self.row_work * batch)
 
     def step(self, batch: Tensor) -> Tensor:
         """Takes one step on the rows ``batch``, int64 [B], without synchronising; the loss."""
@@ -134,17 +131,10 @@ class _FusedAdam:
         for scale in dict.fromkeys(scales):
             places = [i for i, s in enumerate(scales) if s == scale]
             values = [parameters[i].detach() for i in places]
-            self.param_groups.append(
-                {
-                    "scale": scale,
-                    "lr": 1e-3,
-                    "places": places,
-                    "params": values,
-                    "exp_avg": [torch.zeros_like(p) for p in values],
-                    "exp_avg_sq": [torch.zeros_like(p) for p in values],
-                    "steps": [torch.zeros((), device=p.device) for p in values],
-                }
-            )
+            group: dict[str, Any] = {"scale": scale, "lr": 1e-3, "places": places, "params": values}
+            group |= {n: [torch.zeros_like(p) for p in values] for n in ("exp_avg", "exp_avg_sq")}
+            group["steps"] = [torch.zeros((), device=p.device) for p in values]
+            self.param_groups.append(group)
 
     def step(self, grads: Sequence[Tensor]) -> None:
         for group in self.param_groups:

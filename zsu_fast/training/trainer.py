@@ -1,7 +1,7 @@
-"""The training loop: optimiser steps on stored rows, validated on others, never left worse off.
+"""The training loop: optimiser steps on some rows, every few of them validated on others.
 
-Every few steps the tail is validated on rows that it is not trained on. When nothing improves any
-more, or values stop being finite, the attempt ends; the tail is left in the state to keep.
+When nothing improves any more, or values stop being finite, the attempt ends; the tail is left in
+the state to keep, which is never worse than the original.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .train_step import LOOPS, Loop, make_train_step
 Keep = Literal["best", "last", "complete"]
 Ending = Literal["finished", "diverged", "stopped"]
 
+_LEAK_GOAL = 0.01  # no further attempt is made once the kept state leaks no more than this
 _GAIN = 0.01  # patience ends when the divergence falls by less than this share
 _STEP_WORK = 4_000_000_000  # multiply-adds of a step's forward pass by default
 # Bias step per optimiser step, as a fraction of the logits' standard deviation. At the weights'
@@ -90,8 +91,7 @@ class Schedule:
         patience: validations without a gain after which an attempt ends; None to take all steps.
         keep: "best": the state of least divergence over all attempts; "last": the last finite
             state, but only if it is better than the original when training is stopped from
-            outside; "complete": the last state of an attempt that does not diverge.
-        leak_goal: no further attempt is made once the kept state's leak is at most this.
+            outside; "complete": the last state of the first attempt that does not diverge.
         slower: factors on the learning rate of further attempts if the first one diverges.
         other: the same if the first one misses the goal otherwise.
     """
@@ -106,7 +106,6 @@ class Schedule:
     validations: int = 40
     patience: int | None = 8
     keep: Keep = "best"
-    leak_goal: float = 0.01
     slower: tuple[float, ...] = ()
     other: tuple[float, ...] = ()
 
@@ -118,9 +117,7 @@ class Schedule:
         """Whether the state of ``new`` replaces that of ``old`` after an attempt."""
         if self.keep == "complete":
             return ending != "diverged"
-        if self.keep == "last" and ending != "stopped":
-            return True
-        return _is_better(new, old)
+        return new.divergence < old.divergence or (self.keep == "last" and ending != "stopped")
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,6 @@ class LoopSettings:
         return max(64, min(512, _STEP_WORK // max(1, row_work)))
 
     def schedule(self, task: FitTask) -> Schedule:
-        """The schedule for ``task``."""
         rate, scales = self._learning_rates(task)
         retry = self.early_stop and self.learning_rate is None
         return Schedule(
@@ -185,7 +181,7 @@ class LoopSettings:
         )
 
     def _learning_rates(self, task: FitTask) -> tuple[float, list[float] | None]:
-        """The learning rate, and a factor for each parameter."""
+        """The learning rate, and a factor on it for each parameter."""
         rate = self.learning_rate or task.objective.learning_rate
         if rate is not None:
             return rate, None
@@ -197,15 +193,9 @@ class LoopSettings:
 
 
 def train_tail(task: FitTask, settings: LoopSettings, report: Reporter) -> Fit:
-    """Trains the task's parameters by AdamW on its objective, without leaving the tail worse off.
+    """Trains the task's parameters in place by AdamW, without leaving the tail worse off.
 
-    Args:
-        task: what is trained, in place.
-        settings: steps, batch, learning rate, early stop.
-        report: called after every validation.
-
-    Returns:
-        The history and why training ended.
+    ``report`` is called after every validation; see `Trainer`.
     """
     fit = Trainer(task, settings.schedule(task), report).run()
     if fit.best is fit.history[0]:
@@ -223,10 +213,7 @@ def relative_learning_rate(parameters: Sequence[nn.Parameter]) -> float:
 class Trainer:
     """Trains a task's parameters in one or more attempts and leaves them in the state to keep.
 
-    Args:
-        task: what is trained; changed in place.
-        schedule: how.
-        report: called after every validation; a stop that it asks for ends training.
+    ``report`` is called after every validation; a stop that it asks for ends training.
     """
 
     def __init__(self, task: FitTask, schedule: Schedule, report: Reporter) -> None:
@@ -250,11 +237,9 @@ class Trainer:
                 rate = rates.popleft()
                 self._load(start)
                 ending = self._attempt(number, rate)
-                self._keep_candidate(rate, ending)
-                reached = self.fit.best is not first and (
-                    self.fit.best.leak <= self.schedule.leak_goal
-                )
-                if reached or ending == "stopped":
+                best = self.fit.best
+                goal = 1.0 if self.schedule.keep == "complete" else _LEAK_GOAL
+                if ending == "stopped" or (best is not first and best.leak <= goal):
                     break
                 if number == 0:  # too high a rate if it diverged, else more likely too low a one
                     diverged = ending == "diverged"
@@ -266,7 +251,6 @@ class Trainer:
         return self.fit
 
     def _attempt(self, number: int, rate: float) -> Ending:
-        """Trains at one learning rate."""
         self._candidate = None
         self._train_step.reset()
         if self.schedule.replacement:
@@ -276,6 +260,11 @@ class Trainer:
                 self.fit.stopped, ending = self._steps(number, rate)
             except Stopped as stop:
                 self.fit.stopped, ending = str(stop), "stopped"
+        assert self.fit.best is not None
+        if self._candidate is not None:
+            result, state = self._candidate
+            if self.schedule.keeps(result, self.fit.best, ending):
+                self.fit.best, self._best_state, self.fit.learning_rate = result, state, rate
         return ending
 
     def _steps(self, number: int, rate: float) -> tuple[str, Ending]:
@@ -292,42 +281,22 @@ class Trainer:
             self.fit.history.append(result)
             if not math.isfinite(result.divergence):
                 return f"non-finite values at step {block.stop}, rolled back", "diverged"
-            self._note(result)
-            self.report(
-                "fit", block.stop, steps, divergence=result.divergence, leak=result.leak,
-                agreement=result.agreement,
-            )  # fmt: skip
+            old = self._candidate
+            if old is None or schedule.keep != "best" or result.divergence < old[0].divergence:
+                self._candidate = result, self._state()
+            names = ("divergence", "leak", "agreement")
+            self.report("fit", block.stop, steps, **{n: getattr(result, n) for n in names})
             if result.divergence < lowest * (1 - _GAIN):
                 lowest, idle = result.divergence, 0
             else:
                 idle += 1
             if schedule.patience is not None and idle >= schedule.patience:
-                reason = (
-                    f"no gain on held-out impressions for {idle} checks, back to the best state"
-                )
-                return reason, "finished"
+                reason = f"no gain on held-out impressions for {idle} checks"
+                return f"{reason}, back to the best state", "finished"
         return f"all {steps} steps taken", "finished"
 
-    def _note(self, result: ValidationResult) -> None:
-        """Makes the current state the attempt's candidate, unless an earlier one is better."""
-        if (
-            self._candidate is None
-            or self.schedule.keep != "best"
-            or _is_better(result, self._candidate[0])
-        ):
-            self._candidate = result, self._state()
-
-    def _keep_candidate(self, rate: float, ending: Ending) -> None:
-        assert self.fit.best is not None
-        if self._candidate is None:
-            return
-        result, state = self._candidate
-        if self.schedule.keeps(result, self.fit.best, ending):
-            self.fit.best, self._best_state, self.fit.learning_rate = result, state, rate
-
     def _validate(self, step: int, attempt: int, rate: float, loss: float) -> ValidationResult:
-        task = self.task
-        score = task.validation_loss.score(task.tail, task.validation)
+        score = self.task.validation_loss.score(self.task.tail, self.task.validation)
         return ValidationResult(step, attempt, rate, loss, *score)
 
     def _state(self) -> list[Tensor]:
@@ -337,10 +306,6 @@ class Trainer:
         with torch.no_grad():
             for parameter, saved in zip(self.task.parameters, state, strict=True):
                 parameter.copy_(saved)
-
-
-def _is_better(new: ValidationResult, old: ValidationResult) -> bool:
-    return math.isfinite(new.divergence) and new.divergence < old.divergence
 
 
 def _epochs(rows: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -71,7 +71,17 @@ def deep_train_val_sets(
         chosen = tuple(f[mine] for f in impressions)
         near = build_feature_set(teacher, chosen, labels[mine], mixtures, generator, itself)
         near = near.select(torch.arange(len(near), device=device))
-        return _concatenate(near, _label_scenes(inputs, tuple(f[mine_scenes] for f in scenes)))
+        far = tuple(f[mine_scenes] for f in scenes)
+        with torch.no_grad():
+            chunks = zip(*[f.split(_CHUNK) for f in far], strict=True)
+            logits = torch.cat([split.tail(*chunk) for chunk in chunks])
+        top = logits.argmax(1)
+        return FeatureSet(
+            tuple(torch.cat(pair) for pair in zip(near.features, far, strict=True)),
+            torch.cat([near.teacher, logits]),
+            torch.cat([near.label, top]),
+            torch.cat([near.forgotten, inputs.forget[top]]),
+        )
 
     train = rows(~held, ~held_scenes, settings.mixtures)
     if bool(held.any()):
@@ -79,14 +89,6 @@ def deep_train_val_sets(
     else:
         validation = rows(~held, held_scenes, settings.mixtures // 4, itself=False)
     return train, validation, int((~held).sum())
-
-
-def _label_scenes(inputs: DeepInputs, features: tuple[Tensor, ...]) -> FeatureSet:
-    with torch.no_grad():
-        chunks = zip(*[f.split(_CHUNK) for f in features], strict=True)
-        teacher = torch.cat([inputs.split.tail(*chunk) for chunk in chunks])
-    top = teacher.argmax(1)
-    return FeatureSet(features, teacher, top, inputs.forget[top])
 
 
 def _dead_leaves_features(inputs: DeepInputs, settings: DeepSettings) -> tuple[Tensor, ...]:
@@ -135,13 +137,3 @@ def target_classes(classes: Tensor, forget: Tensor, most: int) -> list[int]:
     forgotten = evenly(classes[forget[classes]], most // 2)
     retained = evenly(classes[~forget[classes]], most - len(forgotten))
     return sorted([*forgotten.tolist(), *retained.tolist()])
-
-
-def _concatenate(first: FeatureSet, second: FeatureSet) -> FeatureSet:
-    pairs = zip(first.features, second.features, strict=True)
-    return FeatureSet(
-        tuple(torch.cat(pair) for pair in pairs),
-        torch.cat([first.teacher, second.teacher]),
-        torch.cat([first.label, second.label]),
-        torch.cat([first.forgotten, second.forgotten]),
-    )

@@ -163,7 +163,6 @@ def _schedule(
         validations=10,
         patience=None,
         keep="complete",
-        leak_goal=1.0,
         slower=(0.3, 0.3**2, 0.3**3),
     )
 
