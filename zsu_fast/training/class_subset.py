@@ -57,12 +57,8 @@ class ClassSubsetTail(nn.Module):
 def supports_subset(tail: nn.Module, names: Sequence[str], features: tuple[Tensor, ...]) -> bool:
     """Whether some classes' logits come out the same without the other classes' weights.
 
-    They don't if the logits are normalised or reshaped after the last layer.
-
-    Args:
-        tail: features -> logits [N, C].
-        names: of those of its parameters that are trained, each [C, ...].
-        features: each [N, ...]; the first rows are tried.
+    They don't if the logits are normalised or reshaped after the last layer. The first rows of
+    ``features``, each [N, ...], are tried; ``names`` are parameters of ``tail``, each [C, ...].
     """
     probe = tuple(f[:2] for f in features)
     full = tail(*probe)

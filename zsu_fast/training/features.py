@@ -40,19 +40,15 @@ class MemoryLimits:
 class FeatureMixup:
     """Manifold mixup of stored rows: ``(1 - s) * mean + s * (w * a + (1 - w) * b)``.
 
-    Attributes:
-        first, second: int64 [N], indices of the rows a and b.
-        weight, scale: float32 [N], w and s; w = s = 1 gives row a itself.
-        means: mean of each feature tensor over the stored rows.
-        non_negative: for each feature tensor, whether mixed values are clamped at 0.
+    With w = s = 1, that is row a itself.
     """
 
-    first: Tensor
-    second: Tensor
-    weight: Tensor
-    scale: Tensor
-    means: tuple[Tensor, ...]
-    non_negative: tuple[bool, ...]
+    first: Tensor  # int64 [N], indices of the rows a
+    second: Tensor  # int64 [N], of the rows b
+    weight: Tensor  # float32 [N], w
+    scale: Tensor  # float32 [N], s
+    means: tuple[Tensor, ...]  # of each feature tensor, over the stored rows
+    non_negative: tuple[bool, ...]  # for each feature tensor, whether to clamp mixed values at 0
 
     def __len__(self) -> int:
         return len(self.first)

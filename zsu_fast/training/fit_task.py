@@ -20,29 +20,17 @@ from .teacher import Teacher, train_val_sets
 
 @dataclass
 class FitTask:
-    """A tail to train: everything that `train_tail` needs but its settings.
+    """A tail to train: everything that `train_tail` needs but its settings."""
 
-    Attributes:
-        tail: features -> logits, in eval mode; trained in place.
-        parameters: those of its parameters that are trained.
-        train: the training rows.
-        validation: rows mixed from other impressions, or in other proportions.
-        objective: the training loss.
-        validation_loss: scores the validation rows, whatever the objective.
-        generator: draws the batches, on the CPU.
-        masks: factor on the gradient of each parameter, of its shape; None leaves it as it is.
-        fast_kernels: allow the fused AdamW kernel and products in bfloat16.
-    """
-
-    tail: nn.Module
-    parameters: list[nn.Parameter]
+    tail: nn.Module  # features -> logits, in eval mode; trained in place
+    parameters: list[nn.Parameter]  # those of its parameters that are trained
     train: FeatureSet
-    validation: FeatureSet
+    validation: FeatureSet  # rows mixed from other impressions, or in other proportions
     objective: Objective
-    validation_loss: MaskedKL
-    generator: torch.Generator
-    masks: Sequence[Tensor | None] | None = None
-    fast_kernels: bool = True
+    validation_loss: MaskedKL  # scores the validation rows, whatever the objective
+    generator: torch.Generator  # draws the batches, on the CPU
+    masks: Sequence[Tensor | None] | None = None  # factor on the gradient of each parameter
+    fast_kernels: bool = True  # allow the fused AdamW kernel and products in bfloat16
 
     @property
     def device(self) -> torch.device:
@@ -73,11 +61,9 @@ def make_fit_task(
     Args:
         model: the working copy that ``split`` shares its parameters with.
         split: where the tail starts.
-        features: of the impressions at the split, each [N, ...].
-        labels: int64 [N].
+        features, labels: of the impressions at the split, each [N, ...]; int64 [N].
         forget: bool [C].
-        objective: the training loss.
-        settings: number of mixtures, margin and memory limits.
+        objective, settings: the training loss; number of mixtures, margin and memory limits.
         seed: decides the mixtures and the batches.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -88,10 +88,7 @@ class MaskedKL(Objective):
 
     @torch.no_grad()
     def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:
-        """Returns divergence (NaN if a logit is not finite), leak, and agreement.
-
-        See `ValidationResult`.
-        """
+        """Divergence (NaN if a logit is not finite), leak, agreement: see `ValidationResult`."""
         divergence = leaks = agree = torch.zeros((), device=self.forget.device)
         for index in rows.chunks(len(self.forget)):
             part = rows.select(index)

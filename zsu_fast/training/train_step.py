@@ -80,7 +80,7 @@ class EagerTrainStep:
             for scale in dict.fromkeys(self.scales)
         ]
 
-    def run(self, index: Tensor, rates: list[float]) -> Tensor:
+    def run(self, index: Tensor, rates: Sequence[float] | Tensor) -> Tensor:
         """Takes ``len(rates)`` steps on the rows ``index``, int64 [steps, batch].
 
         Returns:
@@ -90,10 +90,13 @@ class EagerTrainStep:
         work = self.row_work * index.shape[1]
         with bf16_matmul(self.device, work) if self.task.fast_kernels else nullcontext():
             for batch, rate in zip(index.to(self.device), rates, strict=True):
-                for group in self.optimiser.param_groups:
-                    group["lr"] = rate * group["scale"]
+                self._set_rate(rate)
                 loss = self.step(batch)
         return loss
+
+    def _set_rate(self, rate: Any) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["scale"]
 
     def step(self, batch: Tensor) -> Tensor:
         """Takes one step on the rows ``batch``, int64 [B], without synchronising; the loss."""
@@ -173,8 +176,7 @@ class CompiledTrainStep(EagerTrainStep):
 
     def __init__(self, task: FitTask, scales: Sequence[float] | None = None) -> None:
         super().__init__(task, scales)
-        compiled: Any = torch.compile(task.tail, dynamic=False)
-        self.tail = compiled
+        self.tail = cast(nn.Module, torch.compile(task.tail, dynamic=False))
 
 
 class GraphTrainStep(EagerTrainStep):
@@ -182,11 +184,7 @@ class GraphTrainStep(EagerTrainStep):
 
     Row indices, learning rates and losses go through buffers that the graph reads and writes;
     nothing in it depends on a value on the host. Blocks of another length than the first run
-    eagerly. If capture fails, all do.
-
-    Args:
-        task, scales: see `make_train_step`.
-        required: raise if capture fails.
+    eagerly. If capture fails, all do, unless the graph is ``required``.
     """
 
     capturable = True
@@ -203,23 +201,18 @@ class GraphTrainStep(EagerTrainStep):
             group["lr"] = torch.zeros((), device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def run(self, index: Tensor, rates: list[float]) -> Tensor:
-        index = index.to(self.device)
-        rates_tensor = torch.tensor(rates, device=self.device)
+    def run(self, index: Tensor, rates: Sequence[float] | Tensor) -> Tensor:
+        index, rates = index.to(self.device), torch.as_tensor(rates, device=self.device)
         if self.graph is None and not self.capture_failed:
-            self._try_capture(index, rates_tensor)
+            self._try_capture(index, rates)
         if self.graph is None or index.shape != self.index.shape:
-            loss = torch.zeros((), device=self.device)
-            for batch, rate in zip(index, rates_tensor, strict=True):
-                self._set_rate(rate)
-                loss = self.step(batch)
-            return loss
+            return super().run(index, rates)
         self.index.copy_(index)
-        self.rates.copy_(rates_tensor)
+        self.rates.copy_(rates)
         self.graph.replay()
         return self.losses[-1]
 
-    def _set_rate(self, rate: Tensor) -> None:
+    def _set_rate(self, rate: Any) -> None:
         for group in self.optimiser.param_groups:
             group["lr"].copy_(rate * group["scale"])
 

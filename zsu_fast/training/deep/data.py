@@ -27,23 +27,14 @@ _SCENE_VALIDATION = 8  # one dead-leaves image in this many is held out
 
 @dataclass(frozen=True)
 class DeepInputs:
-    """What deep forgetting starts from.
+    """What deep forgetting starts from."""
 
-    Attributes:
-        model: the working copy that ``split`` shares its parameters with.
-        spec: of its images.
-        split: from `find_deep_split`.
-        impressions: of all classes.
-        forget: bool [C].
-        seed: of everything random.
-    """
-
-    model: LogitsModel
+    model: LogitsModel  # the working copy that `split` shares its parameters with
     spec: InputSpec
-    split: Split
-    impressions: ClassImpressions
-    forget: Tensor
-    seed: int
+    split: Split  # from `find_deep_split`
+    impressions: ClassImpressions  # of all classes
+    forget: Tensor  # bool [C]
+    seed: int  # of everything random
 
 
 def deep_train_val_sets(
@@ -61,9 +52,8 @@ def deep_train_val_sets(
     labels = inputs.impressions.labels.to(device)
     impressions = split.features(inputs.impressions.images.to(device))
     scenes = _dead_leaves_features(inputs, settings)
-    held = held_out(labels)
-    last = _SCENE_VALIDATION - 1
-    held_scenes = torch.arange(len(scenes[0]), device=device) % _SCENE_VALIDATION == last
+    held, place = held_out(labels), torch.arange(len(scenes[0]), device=device)
+    held_scenes = place % _SCENE_VALIDATION == _SCENE_VALIDATION - 1
     generator = torch.Generator().manual_seed(inputs.seed)
     teacher = Teacher(split.tail, inputs.forget)
 
@@ -84,10 +74,8 @@ def deep_train_val_sets(
         )
 
     train = rows(~held, ~held_scenes, settings.mixtures)
-    if bool(held.any()):
-        validation = rows(held, held_scenes, settings.mixtures // 4)
-    else:
-        validation = rows(~held, held_scenes, settings.mixtures // 4, itself=False)
+    some = bool(held.any())
+    validation = rows(held if some else ~held, held_scenes, settings.mixtures // 4, itself=some)
     return train, validation, int((~held).sum())
 
 
@@ -122,10 +110,7 @@ def _dead_leaves_features(inputs: DeepInputs, settings: DeepSettings) -> tuple[T
 def target_classes(classes: Tensor, forget: Tensor, most: int) -> list[int]:
     """Classes to optimise images for: all, or ``most``, half of them forgotten if there are enough.
 
-    Args:
-        classes: int64 [K], sorted.
-        forget: bool [C].
-        most: at most this many.
+    ``classes`` are sorted, int64 [K]; ``forget`` is bool [C].
     """
 
     def evenly(candidates: Tensor, count: int) -> Tensor:

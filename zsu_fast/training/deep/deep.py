@@ -49,7 +49,7 @@ def find_deep_split(model: LogitsModel, at: str | int, images: Tensor) -> Split:
     Raises:
         ArgumentError: nothing but the last layer would be trained.
     """
-    names = layer_names(model.module, images[:4])
+    names, reason = layer_names(model.module, images[:4]), "named by the caller"
     if at == "auto":
         share = _SHARE if images[0].numel() <= _LARGE else _SHARE_OF_LARGE
         start = len(names) - 1 - max(1, round(share * len(names)))
@@ -60,8 +60,6 @@ def find_deep_split(model: LogitsModel, at: str | int, images: Tensor) -> Split:
                 "Pass depth='output'.",
             )
         at, reason = names[start], f"deep: {len(names) - start} of {len(names)} layers"
-    else:
-        reason = "named by the caller"
     split = find_split(model, at, images, torch.zeros(len(images), dtype=torch.int64))
     if split.output_level:
         raise ArgumentError(
@@ -86,7 +84,7 @@ def forget_deeply(
     farther from the impressions.
 
     Args:
-        inputs: the model, where it is split, its impressions, and the classes.
+        inputs: what it starts from.
         features: for the margin.
         loop: for its learning rate, if given, and its ``steps``, if fewer.
         settings: the constants of deep forgetting.
@@ -125,9 +123,8 @@ def _deep_task(
 ) -> tuple[FitTask, float, DeepObjective]:
     """Builds the task; returns it with the margin that ``features`` gives, and its objective."""
     forget = inputs.forget
-    tail = DualClassifierTail(
-        inputs.model, inputs.split, inputs.impressions.images[:4].to(forget.device)
-    )
+    images = inputs.impressions.images[:4].to(forget.device)
+    tail = DualClassifierTail(inputs.model, inputs.split, images)
     settings = settings.fit_to(len(tail.trained) + 1)
     train, validation, impressions = deep_train_val_sets(inputs, settings)
     margins = logit_margin(train.teacher[:impressions], train.label[:impressions])
@@ -135,17 +132,10 @@ def _deep_task(
     reachable = min(margin, USABLE_ROOM * room_above_floor(tail, train, forget))
     objective = DeepObjective(tail, train, forget, reachable, settings)
     parameters = trained_parameters(inputs.model, inputs.split)
-    task = FitTask(
-        tail,
-        parameters,
-        train,
-        validation,
-        objective,
-        objective,
-        torch.Generator().manual_seed(inputs.seed),
-        masks=[_unpruned(p) for p in parameters],
-        fast_kernels=False,  # they round differently; published results were measured without
-    )
+    masks = [_unpruned(p) for p in parameters]
+    generator = torch.Generator().manual_seed(inputs.seed)
+    task = FitTask(tail, parameters, train, validation, objective, objective, generator, masks)
+    task.fast_kernels = False  # they round differently; published results were measured without
     return task, margin, objective
 
 

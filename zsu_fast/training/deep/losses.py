@@ -90,10 +90,8 @@ class DeepObjective(MaskedKL):
         super().__init__(forget, margin)
         self.tail, self.settings = tail, settings
         with torch.no_grad():
-            energy = torch.cat(
-                [part.features.square().flatten(1).mean(1) for part in self._outputs(rows)]
-            )
-        self.energy = energy.mean().clamp(min=1e-12)
+            parts = [part.features.square().flatten(1).mean(1) for part in self._outputs(rows)]
+        self.energy = torch.cat(parts).mean().clamp(min=1e-12)
 
     def gradients(
         self, tail: nn.Module, parameters: Sequence[nn.Parameter], rows: FeatureSet
@@ -106,26 +104,20 @@ class DeepObjective(MaskedKL):
         """The loss of a batch, differentiable."""
         s = self.settings
         inner = [self.explained_variance(x, rows.teacher) for x in outputs.inside]
+        relative_energy = outputs.features.square().mean() / self.energy
         return (
             self.divergence(outputs.logits, rows)
             + s.unmask * self.divergence(outputs.unmasked, rows)
-            + (s.shrink_inside if inner else s.shrink) * self.relative_energy(outputs.features)
+            + (s.shrink_inside if inner else s.shrink) * relative_energy
             + s.erase * self.explained_variance(outputs.features, rows.teacher)
             + s.inside * min(1, _FULL_WEIGHT / max(1, len(inner))) * sum(inner)
         )
 
-    def relative_energy(self, features: Tensor) -> Tensor:
-        """Mean square of ``features``, relative to that of the original features."""
-        return features.square().mean() / self.energy
-
     def explained_variance(self, features: Tensor, teacher: Tensor) -> Tensor:
         """Share of the forgotten logits' variance that ridge regression on ``features`` explains.
 
-        In the dual form, whose linear system is as large as the batch however wide the features.
-
-        Args:
-            features: [N, ...].
-            teacher: the original logits, [N, C].
+        In the dual form, whose linear system is as large as the batch however wide the features,
+        [N, ...], are; ``teacher`` holds the original logits, [N, C].
         """
         relative = teacher[:, self.forget] - teacher.mean(1, keepdim=True)
         target = relative - relative.mean(0)
@@ -157,11 +149,9 @@ class DeepObjective(MaskedKL):
             float(self.explained_variance(torch.cat(column), rows.teacher))
             for column in zip(*parts, strict=True)
         ]
-        facts = {
-            "unmask_leak": float(self.forget[unmasked.argmax(1)].float().mean()),
-            "evidence": shares[0],
-        }
-        return facts | ({"evidence_inside": max(shares[1:])} if shares[1:] else {})
+        leak = float(self.forget[unmasked.argmax(1)].float().mean())
+        inside = {"evidence_inside": max(shares[1:])} if shares[1:] else {}
+        return {"unmask_leak": leak, "evidence": shares[0], **inside}
 
     @torch.no_grad()
     def score(self, _tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:
