@@ -39,14 +39,12 @@ from .synthesis.space import SearchSpace, SpaceName, input_space, tail_input_spa
 from .synthesis.synthesize import ascend, synthesize
 from .training.class_subset import ClassSubsetTail
 from .training.deep.data import DeepInputs
-from .training.deep.deep import forget_deeply
+from .training.deep.deep import find_deep_split, forget_deeply
 from .training.deep.settings import Depth
-from .training.deep.split_rule import find_deep_split
 from .training.fit_task import FitTask, make_fit_task, trained_parameters
-from .training.loop import train_tail
 from .training.losses import ObjectiveName
 from .training.train_step import Loop
-from .training.trainer import Fit
+from .training.trainer import Fit, train_tail
 
 
 def unlearn(model: nn.Module, forget: Any, **options: Any) -> nn.Module:

@@ -17,7 +17,7 @@ from zsu_fast.errors import ArgumentError
 from zsu_fast.synthesis import class_sampling as sampling
 from zsu_fast.synthesis.ascent_settings import BatchLimits
 from zsu_fast.synthesis.synthesize import batch_rows
-from zsu_fast.training.limits import MemoryLimits
+from zsu_fast.training.features import MemoryLimits
 
 
 class Many(nn.Module):
@@ -92,7 +92,7 @@ def test_a_run_makes_impressions_of_the_sample_alone_and_says_so() -> None:
     assert_forgets(result, [1])
     whole = ZeroShotUnlearner(tiny(), [1], input_shape=(3, 8, 8), **QUICK)
     assert whole.active_classes == [0, 1, 2, 3, 4]
-    assert whole.sampled == sampling.ALL
+    assert whole.class_rule == sampling.ALL
 
 
 def test_without_weights_per_class_the_sample_is_random_and_says_so() -> None:
@@ -106,7 +106,7 @@ def test_without_weights_per_class_the_sample_is_random_and_says_so() -> None:
 
     run = ZeroShotUnlearner(Summed(), [5], retain_sample=2, input_shape=(3, 8, 8), progress=False)
     assert len(run.active_classes) == 3
-    assert run.sampled == sampling.RANDOM
+    assert run.class_rule == sampling.RANDOM
 
 
 def test_impressions_given_with_a_sample_need_the_forgotten_and_one_more() -> None:

@@ -23,9 +23,9 @@ from ..runtime.torch_defaults import torch_defaults
 from ..splitting.split import Split, find_split
 from ..training.features import FeatureSet, FeatureSettings
 from ..training.fit_task import FitTask, trained_parameters
-from ..training.loop import LoopSettings, train_tail
 from ..training.losses import MaskedKL
 from ..training.teacher import Teacher
+from ..training.trainer import LoopSettings, train_tail
 
 # Training rows, besides those for mixtures, and held-out rows: as many as `unlearn` uses by default
 # for ten classes.
