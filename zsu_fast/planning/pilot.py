@@ -75,23 +75,16 @@ class PilotResult:
         return self.run.split_point
 
 
-def run_pilot(
-    model: nn.Module, forget: Any, options: dict[str, Any], memory: PeakMemory
-) -> PilotResult:
-    """Runs all stages on a few impressions; the model is not changed.
+class Pilot:
+    """Runs the procedure on a few impressions, stage by stage, and times its parts.
 
     Args:
-        model, forget, options: as for `unlearn`.
+        model, forget, options: as for `unlearn`; the model is not changed.
         memory: measures each stage's peak.
 
     Raises:
         ArgumentError: an argument can't be used.
     """
-    return _Pilot(model, forget, options, memory).run_stages()
-
-
-class _Pilot:
-    """Runs the procedure on a few impressions, stage by stage, and times its parts."""
 
     def __init__(
         self, model: nn.Module, forget: Any, options: dict[str, Any], memory: PeakMemory
@@ -111,7 +104,6 @@ class _Pilot:
         self.start = self.space.start(torch.zeros(1, *self.space.shape, device=run.device))
 
     def run_stages(self) -> PilotResult:
-        """Runs all stages."""
         impressions = self._synthesise()
         self.run.impressions = impressions
         split = self.run.split()
@@ -123,18 +115,14 @@ class _Pilot:
         self.seconds["apply"] = self.watch.lap()
         self.memory.end_stage("apply")
         return PilotResult(
-            run=self.run,
-            space=self.space,
-            count=self.count,
-            width=self.width,
-            shard=self.shard,
+            run=self.run, space=self.space, count=self.count, width=self.width, shard=self.shard,
             mean_steps=float(impressions.steps.float().mean()),
             max_steps=int(impressions.steps.max()),
             row_bytes=bytes_per_row(self.space.fast_model, self.start),
             fit_steps=self.run.options.loop.steps_for(self.run.classes),
             seconds=self.seconds,
             **fit,
-        )
+        )  # fmt: skip
 
     def _synthesise(self) -> ClassImpressions:
         """A few impressions, and the times of single ascent steps at two widths of the batch."""
@@ -150,8 +138,14 @@ class _Pilot:
                 ascent = Ascent(
                     self.space, labels[:rows], torch.arange(rows), run.options.ascent, rows
                 )
-                fill, step = ascent.time_steps()
-                self.seconds |= {f"fill {name}": fill, f"step {name}": step}
+                self.watch.lap()
+                batch = ascent.fill()
+                self.seconds[f"fill {name}"] = self.watch.lap()
+                seconds = []
+                for _ in range(4):
+                    ascent.step(batch)
+                    seconds.append(self.watch.lap())
+                self.seconds[f"step {name}"] = min(seconds[1:])  # the first one warms up
             images = impressions.images.to(run.device)
             self.watch.lap()
             with torch.no_grad():

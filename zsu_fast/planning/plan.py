@@ -18,9 +18,9 @@ from ..models.wrapper import resolve_device
 from ..runtime.accelerators import UTILISATION, Accelerator, accelerator
 from ..runtime.flops import multiply_adds
 from ..runtime.measuring import PeakMemory
-from ..splitting.separability import MOST_IMAGES
+from ..splitting.layers import MOST_IMAGES
 from ..training.trainer import Schedule
-from .pilot import PILOT_IMPRESSIONS, PilotResult, run_pilot
+from .pilot import PILOT_IMPRESSIONS, Pilot, PilotResult
 
 # An ascent step is a forward pass and a backward pass to the input: this many forward passes.
 _PASSES = 2
@@ -121,7 +121,7 @@ def plan(
             "depth", f"got {options['depth']!r}", "Only depth='output' can be planned."
         )
     memory = PeakMemory(resolve_device(model, options.get("device")))
-    pilot = run_pilot(model, forget, options, memory)
+    pilot = Pilot(model, forget, options, memory).run_stages()
     if card is None:
         impressions = 2 * pilot.count * math.prod(pilot.space.shape) * 4  # shards, then joined
         seconds, peak = measured_seconds(pilot), max(memory.peaks.values()) + impressions

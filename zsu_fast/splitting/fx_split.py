@@ -28,12 +28,7 @@ from .batch_dim import (
 def split_by_fx(
     model: LogitsModel, name: str, images: Tensor
 ) -> tuple[nn.Module, nn.Module] | None:
-    """Splits ``model`` before its module ``name``.
-
-    Args:
-        model: from `working_copy`; backbone and tail share its parameters.
-        name: as in ``model.module.named_modules()``.
-        images: valid images, [N, ...].
+    """Splits ``model`` before its module ``name``; arguments as for `split.split_at`.
 
     Returns:
         The backbone and the tail, or None if torch.fx can't trace the model, or if a value that
@@ -100,20 +95,16 @@ def _find_boundary(traced: GraphModule, crossing: list[Node], images: Tensor) ->
     runs = [_Recorder(traced, set(crossing)).values_for(batch) for batch in two_batches(images)]
     boundary = _Boundary()
     for node in crossing:
-        two, three = runs[0][node], runs[1][node]
-        if isinstance(two, Tensor) and isinstance(three, Tensor):
-            batch_dim = infer_batch_dim(two, three)
-            if batch_dim is not None:
-                boundary.batch_dims[node] = batch_dim
-            elif two.shape == three.shape and torch.equal(two, three):
-                boundary.others[node] = two.detach()
-            else:
-                return None
-        else:
-            try:
-                boundary.others[node] = infer_value(two, three)
-            except NotBatchLinear:
-                return None
+        two, three = (run[node] for run in runs)
+        tensors = isinstance(two, Tensor) and isinstance(three, Tensor)
+        batch_dim = infer_batch_dim(two, three) if tensors else None
+        if batch_dim is not None:
+            boundary.batch_dims[node] = batch_dim
+            continue
+        try:
+            boundary.others[node] = infer_value(two, three)
+        except NotBatchLinear:
+            return None
     return boundary if boundary.batch_dims else None
 
 
@@ -130,9 +121,9 @@ def _backbone_graph(nodes: list[Node], boundary: _Boundary) -> Graph:
 def _tail_graph(traced: GraphModule, nodes: list[Node], boundary: _Boundary) -> Graph:
     """``nodes``, fed with the boundary tensors; constants become buffers of ``traced``."""
     graph = Graph()
-    copies: dict[Node, Any] = {}
-    for i, node in enumerate(boundary.batch_dims):
-        copies[node] = graph.placeholder(f"feature_{i}")
+    copies: dict[Node, Any] = {
+        node: graph.placeholder(f"feature_{i}") for i, node in enumerate(boundary.batch_dims)
+    }
     first, batch_dim = next(iter(boundary.batch_dims.items()))
     batch: Node | None = None
     for i, (node, value) in enumerate(boundary.others.items()):

@@ -61,12 +61,7 @@ class ClassImpressions:
     def save(self, path: str | Path, force: bool = False) -> None:
         """Writes a safetensors file, atomically; never over an existing one without ``force``."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        spec = {
-            "shape": self.spec.shape,
-            "mean": self.spec.mean,
-            "std": self.spec.std,
-            "source": self.spec.source,
-        }
+        spec = {name: getattr(self.spec, name) for name in ("shape", "mean", "std", "source")}
         metadata = {"format": FORMAT, "spec": json.dumps(spec), "space": self.space}
         checkpoint.save_tensors(path, tensors, metadata=metadata, force=force)
 
@@ -117,20 +112,20 @@ def check_impressions(
     classes: int,
     forget: Sequence[int],
     active: Sequence[int] | None,
-) -> ClassImpressions:
-    """Returns ``impressions`` if a model can be unlearned with them.
+) -> ClassImpressions | None:
+    """Returns ``impressions``, as the user passed them, if a model can be unlearned with them.
 
     Args:
-        impressions: what the user passed.
-        spec: the images that the model expects.
-        space: the space that the impressions must be of.
-        classes: the number of the model's classes.
+        impressions: None if there are none.
+        spec, space, classes: the model's images, the space, and the number of the model's classes.
         forget: class indices; each needs an impression.
         active: classes that need one; None if those to forget and any other class suffice.
 
     Raises:
         ArgumentError: they are of another model or space, or a class has none.
     """
+    if impressions is None:
+        return None
     if not isinstance(impressions, ClassImpressions):
         raise ArgumentError(
             "impressions", f"got {impressions!r:.80}", "Pass what synthesize() returned, or None."

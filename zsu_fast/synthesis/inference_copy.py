@@ -209,17 +209,18 @@ def keep_if_equivalent(
 ) -> InferenceCopy:
     """``new`` if it runs and gives the logits and the input gradient of ``want``, else ``old``."""
     break_reference_cycles(new.module)
+    difference: object
     try:
-        logits, gradient = _logits_and_gradient(new, images)
+        got = _logits_and_gradient(new, images)
     except RuntimeError as error:  # such as x.view() on channels-last maps
-        _log.info("the synthesis runs without one speed-up: %s", error)
-        return old
-    compare = _differs_in_bfloat16 if new.dtype == torch.bfloat16 else _differs
-    difference = compare(logits, gradient, *want)
-    if difference:
-        _log.info("the synthesis runs without one speed-up: %s", difference)
-        return old
-    return new
+        difference = error
+    else:
+        compare = _differs_in_bfloat16 if new.dtype == torch.bfloat16 else _differs
+        difference = compare(*got, *want)
+    if difference is None:
+        return new
+    _log.info("the synthesis runs without one speed-up: %s", difference)
+    return old
 
 
 def _relative_error(got: Tensor, want: Tensor) -> float:

@@ -201,13 +201,8 @@ def _start_of_one(space: SearchSpace) -> Tensor:
 
 @dataclass
 class _Shard:
-    """A shard whose ascent has ended.
-
-    Attributes:
-        rows: int64 [N], the numbers of its impressions.
-        result: of the same N.
-        stopped: whether the callback ended the ascent early; then only impressions that had
-            reached their target are here.
+    """Impressions ``rows``, int64 [N], whose ascent has ended; ``stopped``: early, by the callback,
+    and only impressions that had reached their target are here.
     """
 
     rows: Tensor
@@ -228,11 +223,9 @@ class _ShardAscents:
     width: int
 
     def run(self, rows: Tensor, before: int) -> _Shard:
-        """Halves ``width``, for the shards to come too, whenever memory runs out.
+        """Runs the ascent of impressions ``rows``, which ``before`` others precede.
 
-        Args:
-            rows: the impressions of the shard.
-            before: how many impressions precede them, for the report.
+        Whenever memory runs out, it halves ``width``, for the shards to come too.
         """
         while True:
             init = None if self.init is None else self.init[rows]
