@@ -50,7 +50,7 @@ from zsu_fast.training.fit_task import make_fit_task
 FORGET = [1, 3]
 
 
-# --- the bars (the whole tables are benchmarks/end_to_end/table1.py's) -----------------------------
+# --- the bars (the whole tables are benchmarks/end_to_end/table1.py's) ----------------------------
 
 
 @pytest.mark.shared

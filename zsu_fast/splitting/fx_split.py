@@ -42,11 +42,10 @@ def split_by_fx(
     except Exception:  # noqa: BLE001  control flow on values: left to `split_by_replay`
         return None
     nodes = list(traced.graph.nodes)
-    start = next(
-        (i for i, n in enumerate(nodes) if n.op == "call_module" and n.target == path), None
-    )
-    if start is None:
+    calls = [i for i, n in enumerate(nodes) if n.op == "call_module" and n.target == path]
+    if not calls:
         return None
+    start = calls[0]
     before, after = nodes[:start], nodes[start:]
     tail_nodes = set(after)
     crossing = [n for n in before if any(user in tail_nodes for user in n.users)]
@@ -92,7 +91,12 @@ class _Boundary:
 
 def _find_boundary(traced: GraphModule, crossing: list[Node], images: Tensor) -> _Boundary | None:
     """Sorts the values of ``crossing``; None if there is one that a tail can't be given."""
-    runs = [_Recorder(traced, set(crossing)).values_for(batch) for batch in two_batches(images)]
+    runs = []
+    for batch in two_batches(images):
+        interpreter = torch.fx.Interpreter(traced, garbage_collect_values=False)
+        with torch.no_grad():
+            interpreter.run(batch)
+        runs.append(interpreter.env)
     boundary = _Boundary()
     for node in crossing:
         two, three = (run[node] for run in runs)
@@ -110,8 +114,7 @@ def _find_boundary(traced: GraphModule, crossing: list[Node], images: Tensor) ->
 
 def _backbone_graph(nodes: list[Node], boundary: _Boundary) -> Graph:
     """All of ``nodes``, since x.relu_() has an effect even if nothing reads its value."""
-    graph = Graph()
-    copies: dict[Node, Any] = {}
+    graph, copies = Graph(), dict[Node, Any]()
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[n] for n in boundary.batch_dims))
@@ -172,23 +175,3 @@ class _PackedTail(nn.Module):
     def forward(self, *features: Tensor) -> Tensor:
         tensors = [dim.unpack(f) for dim, f in zip(self.batch_dims, features, strict=True)]
         return self.tail(*tensors)
-
-
-class _Recorder(torch.fx.Interpreter):
-    """Runs a graph and keeps the values of the nodes in ``wanted``."""
-
-    def __init__(self, traced: GraphModule, wanted: set[Node]) -> None:
-        super().__init__(traced)
-        self.wanted = wanted
-        self.values: dict[Node, Any] = {}
-
-    def values_for(self, images: Tensor) -> dict[Node, Any]:
-        with torch.no_grad():
-            self.run(images)
-        return self.values
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n in self.wanted:
-            self.values[n] = value
-        return value

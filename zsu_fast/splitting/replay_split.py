@@ -69,12 +69,8 @@ class _SplitReached(Exception):
 
 @dataclass(frozen=True)
 class _Call:
-    """A module's finished call: its output is the tree ``form``, whose leaves are tensors or None.
-
-    Attributes:
-        name: of the module.
-        form: the output without its leaves.
-        filled: for each leaf, whether it is a tensor.
+    """A finished call of the module ``name``. Its output is the tree ``form``, whose leaves are
+    tensors where ``filled`` is True, and None elsewhere.
     """
 
     name: str
@@ -129,9 +125,6 @@ class ReplayBackbone(nn.Module):
         Returns:
             The calls that finished, without those inside another one; and the tensors: ``x``
             itself, then those in the outputs of the calls.
-
-        Raises:
-            ArgumentError: the forward pass never calls the module at the split.
         """
         names = {module: name for name, module in self.model.module.named_modules() if name}
         finished: list[tuple[_Call, list[Tensor]]] = []

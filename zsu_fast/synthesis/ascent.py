@@ -1,8 +1,8 @@
-"""Gradient ascent with continuous batching: each point stops at a confidence of its own.
+"""Gradient ascent with continuous batching: each point stops at its own target confidence.
 
-The working batch has a number of slots. A point that has reached its target, or has given up, frees
-its slot, and the next point of the queue takes it. A point that missed its target goes back to the
-front of the queue for another attempt, from other noise.
+The working batch has a number of slots. A point that has reached its target, or has used up its
+attempts, leaves its slot to the next point of the queue. A point that missed its target goes back
+to the front of the queue for another attempt, from other noise.
 """
 
 from __future__ import annotations
@@ -73,15 +73,9 @@ class ActiveBatch:
     penalise_others: Tensor
     penalises: bool = field(default=True, init=False)
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> list[Tensor]:
         """All tensors, in the order of the fields."""
-        return (
-            self.x, self.exp_avg, self.exp_avg_sq, self.step, self.label, self.target,
-            self.confidence, self.active, self.reached, self.penalise_others,
-        )  # fmt: skip
-
-    def free_slots(self) -> list[int]:
-        return [slot for slot, point in enumerate(self.index) if point is None]
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
     def write(self, slots: Sequence[int], new: ActiveBatch) -> None:
         """Puts the points of ``new`` into ``slots``, in the same memory."""
@@ -94,10 +88,8 @@ class ActiveBatch:
     def joined(self, keep: Sequence[int], new: ActiveBatch) -> ActiveBatch:
         """A new batch: the slots ``keep`` of this one, then those of ``new``."""
         where = torch.tensor(keep, dtype=torch.int64, device=self.x.device)
-        tensors = [
-            torch.cat([ours[where], theirs])
-            for ours, theirs in zip(self.tensors(), new.tensors(), strict=True)
-        ]
+        pairs = zip(self.tensors(), new.tensors(), strict=True)
+        tensors = [torch.cat([ours[where], theirs]) for ours, theirs in pairs]
         return ActiveBatch([self.index[slot] for slot in keep] + new.index, *tensors)
 
 
@@ -246,7 +238,8 @@ class Ascent:
 
     def _refill(self, batch: ActiveBatch) -> None:
         """Puts points of the queue into free slots, in place: a captured graph stays valid."""
-        free = batch.free_slots()[: len(self.queue)]
+        free = [slot for slot, point in enumerate(batch.index) if point is None]
+        free = free[: len(self.queue)]
         batch.write(free, self._start([self.queue.popleft() for _ in free]))
         batch.penalises = self._any_retry(batch)
 

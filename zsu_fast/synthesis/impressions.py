@@ -83,14 +83,10 @@ class ClassImpressions:
         if found != FORMAT or set(tensors) != set(_TENSORS):
             raise CheckpointError(f"{path} holds no class impressions. Make them by synthesize().")
         try:
-            spec = json.loads(metadata["spec"])
-            impressions = cls(
-                **tensors,
-                spec=InputSpec(
-                    tuple(spec["shape"]), tuple(spec["mean"]), tuple(spec["std"]), spec["source"]
-                ),
-                space=metadata.get("space", "input"),
-            )
+            stated = json.loads(metadata["spec"])
+            shape, mean, std = (tuple(stated[name]) for name in ("shape", "mean", "std"))
+            spec = InputSpec(shape, mean, std, stated["source"])
+            impressions = cls(**tensors, spec=spec, space=metadata.get("space", "input"))
             rows = {len(tensor) for tensor in tensors.values()}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({error}). Copy or save it anew.") from error
