@@ -70,6 +70,10 @@ class SearchSpace:
         """Standard normal noise [N, *shape] -> starting points."""
         return torch.clamp(self.init_mean + self.init_std * noise, self.low, self.high)
 
+    def one_point(self) -> Tensor:
+        """The starting point without noise, [1, *shape], to measure or count with."""
+        return self.start(torch.zeros(1, *self.shape, device=self.low.device))
+
 
 def input_space(model: LogitsModel, spec: InputSpec, precision: Precision) -> SearchSpace:
     """Valid images. They start from mid-grey with a little noise, and steps are in units of the
