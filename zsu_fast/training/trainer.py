@@ -16,9 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..runtime.events import Stopped
-from ..runtime.progress import Reporter
-from ..runtime.threads import threads_for
+from ..runtime.progress import Reporter, Stopped
+from ..runtime.torch_settings import threads_for
 from .fit_task import FitTask
 from .train_step import Loop, make_train_step
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.flops import multiply_adds
+from ...runtime.measuring import multiply_adds
 from ...runtime.progress import Reporter
 from ..features import FeatureSettings, logit_margin
 from ..fit_task import FitTask, trained_parameters
