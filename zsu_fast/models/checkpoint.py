@@ -52,8 +52,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
             f"Save model.state_dict()."
         )
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    if not tensors or len(tensors) < len(content):
-        others = [k for k, v in content.items() if not isinstance(v, Tensor)]
+    others = [k for k, v in content.items() if not isinstance(v, Tensor)]
+    if others or not tensors:
         found = f"entries that are not tensors ({shorten(others, 3)})" if others else "no tensors"
         raise CheckpointError(f"weights: {path} holds {found}. Save model.state_dict().")
     return _without_wrappers(tensors)

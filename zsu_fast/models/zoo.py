@@ -196,10 +196,9 @@ class Entry:
     weights: str | None = None
 
 
+_CIFAR_MEAN, _CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 _MNIST = InputSpec((1, 28, 28), (0.1307,), (0.3081,), "stated by the zoo")
-_CIFAR = InputSpec(
-    (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616), "stated by the zoo"
-)
+_CIFAR = InputSpec((3, 32, 32), _CIFAR_MEAN, _CIFAR_STD, "stated by the zoo")
 _CIFAR_RESNET = InputSpec((3, 32, 32), IMAGENET_MEAN, IMAGENET_STD, "stated by the zoo")
 ZOO: dict[str, Entry] = {
     "lenet5": Entry(LeNet5, _MNIST, "lenet5.safetensors"),
