@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models.class_indices import check_classes
+from ..models.infer_spec import resolve_spec
+from ..models.input_spec import InputSpec
 from ..models.parameters import weights_hash
-from ..models.prepare import prepare_model
+from ..models.wrapper import count_classes, resolve_device, working_copy
 from ..runtime import memory
 from ..runtime.distributed import Ranks, make_shards, ranks_here
 from ..runtime.measuring import multiply_adds
@@ -79,13 +81,29 @@ def synthesize(
     settings = AscentSettings(
         per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm
     )
-    report = Reporter(progress, callback)
-    work = prepare_model(model, device, input_shape, mean, std)
-    wanted = range(work.classes) if classes is None else classes
-    chosen = check_classes("classes", wanted, work.classes)
+    device = resolve_device(model, device)
+    spec = resolve_spec(model, input_shape, mean, std)
+    return synthesize_images(
+        model, classes, spec, device, settings, Reporter(progress, callback), cache
+    )
+
+
+def synthesize_images(
+    model: nn.Module,
+    classes: Any,
+    spec: InputSpec,
+    device: torch.device,
+    settings: AscentSettings,
+    report: Reporter,
+    cache: str | Path | None = None,
+) -> ClassImpressions:
+    """`synthesize` with resolved options; ``settings`` may have other `BatchLimits`."""
+    copied = working_copy(model, device)
+    count = count_classes(copied, spec, device)
+    chosen = list(range(count)) if classes is None else check_classes("classes", classes, count)
     with report:
-        space = input_space(work.model, work.spec, settings.precision)
-        return ascend(work.model, space, chosen, settings, report, cache)
+        space = input_space(copied, spec, settings.precision)
+        return ascend(copied, space, chosen, settings, report, cache)
 
 
 def ascend(
