@@ -43,7 +43,7 @@ from zsu_fast import (
 from zsu_fast.models import zoo
 from zsu_fast.models.checkpoint import load_into
 from zsu_fast.models.parameters import replace_parameters, unwrap, weights_hash
-from zsu_fast.runtime.events import Event
+from zsu_fast.runtime.progress import Event
 from zsu_fast.training.features import FeatureSettings
 from zsu_fast.training.fit_task import make_fit_task
 

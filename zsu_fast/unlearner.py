@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, UnlearningWarning
 from .models.class_indices import check_forget, check_forgotten
 from .models.input_spec import noise_images
 from .models.parameters import deep_copy, replace_parameters, restored_on_failure
@@ -27,11 +27,8 @@ from .options import Options
 from .provenance.ledger import Ledger, as_ledger
 from .provenance.record import Record
 from .runtime.distributed import all_or_none, join
-from .runtime.events import Callback
-from .runtime.precision import Precision
-from .runtime.progress import Reporter
-from .runtime.threads import threads_for
-from .runtime.torch_defaults import torch_defaults
+from .runtime.progress import Callback, Reporter
+from .runtime.torch_settings import Precision, threads_for, torch_defaults
 from .splitting.split import Split, find_split
 from .synthesis.class_sampling import classes_to_synthesise
 from .synthesis.impressions import ClassImpressions, check_impressions
@@ -255,7 +252,7 @@ class ZeroShotUnlearner:
             )
             self.ranks.check_same({"result": self.record.weights_after})
             for note in self.record.warnings if self.ranks.is_main else ():
-                warnings.warn(note, stacklevel=4)
+                warnings.warn(note, UnlearningWarning, stacklevel=4)
             if self.ledger is not None:  # last: a run that fails must not be in the ledger
                 self.ledger.append(self.record)
         return target

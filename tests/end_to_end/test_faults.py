@@ -154,7 +154,7 @@ def test_a_fork_while_another_thread_runs() -> None:
     def child() -> None:
         signal.alarm(60)
         zsu_fast.mask(tiny(), 1)
-        with zsu_fast.runtime.torch_defaults.torch_defaults():
+        with zsu_fast.runtime.torch_settings.torch_defaults():
             pass
 
     try:

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from ..models.parameters import deep_copy, weights_hash
-from ..runtime.flops import multiply_adds
-from ..runtime.measuring import PeakMemory, Stopwatch
+from ..runtime.measuring import PeakMemory, Stopwatch, multiply_adds
 from ..runtime.memory import bytes_per_row
 from ..runtime.progress import Reporter
-from ..runtime.threads import threads_for
+from ..runtime.torch_settings import threads_for
 from ..splitting.split import Split
 from ..synthesis.ascent import Ascent
 from ..synthesis.impressions import ClassImpressions

@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..models.wrapper import LogitsModel
 from ..runtime.fx_tracing import break_reference_cycles, trace
 from ..runtime.hooks import forward_hooks
-from ..runtime.precision import Precision, fp32_precision, has_bfloat16
+from ..runtime.torch_settings import Precision, fp32_precision, has_bfloat16
 from .depthwise import DepthwiseMode, is_depthwise_conv
 
 _log = logging.getLogger(__name__)

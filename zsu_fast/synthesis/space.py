@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..models.input_spec import InputSpec, noise_images
 from ..models.wrapper import LogitsModel
-from ..runtime.precision import Precision
+from ..runtime.torch_settings import Precision
 from ..splitting.batch_dim import BoundaryTensors
 from ..splitting.split import Split
 from .inference_copy import InferenceCopy, inference_copy

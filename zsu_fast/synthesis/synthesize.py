@@ -22,12 +22,9 @@ from ..models.parameters import weights_hash
 from ..models.prepare import prepare_model
 from ..runtime import memory
 from ..runtime.distributed import Ranks, make_shards, ranks_here
-from ..runtime.events import Callback, Stopped
-from ..runtime.flops import multiply_adds
-from ..runtime.precision import Precision
-from ..runtime.progress import Reporter
-from ..runtime.threads import threads_for
-from ..runtime.torch_defaults import torch_defaults
+from ..runtime.measuring import multiply_adds
+from ..runtime.progress import Callback, Reporter, Stopped
+from ..runtime.torch_settings import Precision, threads_for, torch_defaults
 from .ascent import Ascent, AscentResult
 from .ascent_settings import AscentSettings, BatchLimits
 from .batch_norm_prior import with_batch_norm_prior

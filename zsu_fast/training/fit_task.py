@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.wrapper import LogitsModel
-from ..runtime.flops import multiply_adds
+from ..runtime.measuring import multiply_adds
 from ..splitting.split import Split
 from .class_subset import ClassSubsetTail, supports_subset
 from .features import FeatureSet, FeatureSettings

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..runtime.cuda_graph import capture, warm_up
-from ..runtime.precision import fp32_precision, has_bfloat16
-from ..runtime.threads import SMALL
+from ..runtime.torch_settings import SMALL, fp32_precision, has_bfloat16
 from .fit_task import FitTask
 
 Loop = Literal["auto", "eager", "compiled", "graph"]

@@ -15,10 +15,9 @@ from ...models.class_indices import check_forget
 from ...models.infer_spec import resolve_spec
 from ...models.parameters import weights_hash
 from ...models.wrapper import count_classes, resolve_device
-from ...runtime.flops import multiply_adds
+from ...runtime.measuring import multiply_adds
 from ...runtime.progress import Reporter
-from ...runtime.threads import threads_for
-from ...runtime.torch_defaults import torch_defaults
+from ...runtime.torch_settings import threads_for, torch_defaults
 from ...synthesis.ascent_settings import AscentSettings
 from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import input_space

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...runtime.torch_defaults import torch_defaults
+from ...runtime.torch_settings import torch_defaults
 from ...splitting.batch_dim import BoundaryTensors
 from .audited_model import AuditedModel, variant
 from .context import AuditContext, TrainTestSplit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...models.input_spec import InputSpec
 from ...models.wrapper import LogitsModel
-from ...runtime.flops import multiply_adds
+from ...runtime.measuring import multiply_adds
 from ...runtime.progress import Reporter
 from ...splitting.split import Split
 from ...synthesis.ascent_settings import AscentSettings
