@@ -16,8 +16,7 @@ from torch import nn
 from ..errors import ArgumentError, is_number
 from ..models.wrapper import resolve_device
 from ..runtime.accelerators import UTILISATION, Accelerator, accelerator
-from ..runtime.flops import multiply_adds
-from ..runtime.measuring import PeakMemory
+from ..runtime.measuring import PeakMemory, multiply_adds
 from ..splitting.layers import MOST_IMAGES
 from ..training.trainer import Schedule
 from .pilot import PILOT_IMPRESSIONS, Pilot, PilotResult

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, check_choice, check_flag, check_int, is_number
-from ..runtime.events import Stopped
-from ..runtime.progress import Reporter
-from ..runtime.threads import threads_for
+from ..runtime.progress import Reporter, Stopped
+from ..runtime.torch_settings import threads_for
 from .fit_task import FitTask
 from .train_step import LOOPS, Loop, make_train_step
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ...models.wrapper import LogitsModel
-from ...runtime.flops import multiply_adds
+from ...runtime.measuring import multiply_adds
 from ...runtime.progress import Reporter
 from ...splitting.layers import layer_names
 from ...splitting.split import Split, find_split
