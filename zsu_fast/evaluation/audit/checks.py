@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import membership
 from .evidence import COLLAPSED, FORGOTTEN, UNCHANGED, Evidence, pct
-from .names import GOLDEN, MASK, ORIGINAL, CheckName
+from .outputs import MEMBERSHIP_SCORES
 from .relearning import MIN_INDEX
-from .result import Check
+from .result import GOLDEN, MASK, ORIGINAL, Check, CheckName
 
 # RA may be this many points below the mask's.
 RETAIN_LOSS = 5.0
@@ -21,11 +20,6 @@ RETAIN_LOSS = 5.0
 MIN_WAY = 0.25
 # The largest distance of a membership attack's AUC from the golden model's.
 MEMBERSHIP = 0.05
-
-
-def checks(e: Evidence) -> list[Check]:
-    """Runs all checks."""
-    return [check(e) for check in CHECKS]
 
 
 def outputs(e: Evidence) -> Check:
@@ -70,8 +64,7 @@ def features_changed(e: Evidence) -> Check:
         return Check(name, False, says)
     drift, weights = e.value("drift_features_forget"), e.value("drift_backbone")
     if drift is not None:
-        says = f"drift {drift:.3g} on impressions (at least {UNCHANGED})"
-        return Check(name, True, says)
+        return Check(name, True, f"drift {drift:.3g} on impressions (at least {UNCHANGED})")
     if weights is not None:
         return Check(name, True, f"the weights before the last layer changed by {weights:.3g}")
     return Check(name, None, e.reason("drift_features_forget"))
@@ -113,8 +106,7 @@ def _separability(e: Evidence, name: str, key: str) -> Check:
     if after is None or before is None:
         return Check(name, None, e.reason(key))
     if e.features_unchanged:
-        says = f"{pct(after)}; the features are the original's ({pct(before)})"
-        return Check(name, False, says)
+        return Check(name, False, f"{pct(after)}; the features are the original's ({pct(before)})")
     if golden is None:
         says = f"{pct(after)}, the original's {pct(before)}; the right level is unknown: "
         return Check(name, None, says + e.reason(key, GOLDEN))
@@ -135,7 +127,7 @@ def _separability(e: Evidence, name: str, key: str) -> Check:
 def membership_inference(e: Evidence) -> Check:
     """Membership attacks on forgotten classes do as well as on the golden model."""
     name, parts, passed = CheckName.MEMBERSHIP, [], True
-    for score in membership.SCORES:
+    for score in MEMBERSHIP_SCORES:
         key = f"mia_forget_{score}"
         auc, golden = e.value(key), e.value(key, GOLDEN)
         if auc is None:
@@ -191,16 +183,11 @@ def divergence(e: Evidence) -> Check:
 
 
 CHECKS: tuple[Callable[[Evidence], Check], ...] = (
-    outputs,
-    retained_classes,
-    unmask,
-    features_changed,
-    last_layer,
-    resynthesis,
-    linear_probe,
-    knn,
-    membership_inference,
-    relearn_last_layer,
-    relearn_all_weights,
-    divergence,
-)
+    outputs, retained_classes, unmask, features_changed, last_layer, resynthesis, linear_probe, knn,
+    membership_inference, relearn_last_layer, relearn_all_weights, divergence,
+)  # fmt: skip
+
+
+def checks(e: Evidence) -> list[Check]:
+    """Runs all checks."""
+    return [check(e) for check in CHECKS]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .last_layer import LastLayer
-from .names import GOLDEN, MASK, ORIGINAL, UNLEARNED
-from .result import Row
+from .result import GOLDEN, MASK, ORIGINAL, UNLEARNED, Row
+from .weights import LastLayer
 
 # Limits, in per cent. An FA of 5 % is half of guessing among ten classes.
 FORGOTTEN, UNMASK, COLLAPSED = 5.0, 10.0, 90.0

@@ -17,7 +17,7 @@ from ...runtime.torch_defaults import torch_defaults
 from ...splitting.batch_dim import BoundaryTensors
 from .audited_model import AuditedModel, variant
 from .context import AuditContext, TrainTestSplit
-from .names import GOLDEN, ORIGINAL, TRAINED_WORDS, Trained
+from .result import GOLDEN, ORIGINAL, TRAINED_WORDS, Trained
 
 # Adam's learning rate and the batch size; half of each batch is of forgotten classes.
 LEARNING_RATE, BATCH = 1e-3, 32

@@ -13,9 +13,9 @@ from markupsafe import Markup
 
 from ...models import checkpoint
 from ...synthesis.impressions import ClassImpressions
+from ..audit import Audit, Row
 from ..audit.metrics import BY_KEY, METRICS
-from ..audit.names import GOLDEN, MASK, ORIGINAL, RANDOM, TRAINED_WORDS, UNLEARNED
-from ..audit.result import MAIN, Audit, Row, show
+from ..audit.result import GOLDEN, MAIN, MASK, ORIGINAL, RANDOM, TRAINED_WORDS, UNLEARNED, show
 from . import charts
 from .pictures import gallery
 
