@@ -1,13 +1,12 @@
 """One pass over images: every model's predictions and logits, and the inputs of its layers.
 
-The audit measures everything on images from here, so that a data set may be an iterator that is
-read once, and each backbone runs once per image.
+A data set may thus be an iterator that is read once, and each backbone runs once per image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,9 +89,8 @@ def collect_activations(
         shown = _first_per_class(label, image_count, lambda c: (images_per_class or {}).get(c, 0))
         x = batch.to(models[0].device)
         for key, group in groups.items():
-            needs_features = any(m.name in stored for m in group) and len(rows) > 0
-            store = pooled[key] if needs_features else None
-            with _collect_inputs(group[0], store, rows, len(label)):
+            pooled_rows = rows if any(m.name in stored for m in group) else rows[:0]
+            with _collect_inputs(group[0], pooled[key], pooled_rows, len(label)):
                 features = group[0].split.backbone(x)
                 out = group[0].logits(features)
             for audited in group:
@@ -173,32 +171,24 @@ def pool_features(x: Tensor, width: int) -> Tensor:
     return x.flatten(1)
 
 
-@contextmanager
 def _collect_inputs(
-    audited: AuditedModel, store: dict[str, list[Tensor]] | None, rows: Tensor, batch: int
-) -> Iterator[None]:
+    audited: AuditedModel, store: dict[str, list[Tensor]], rows: Tensor, batch: int
+) -> AbstractContextManager[None]:
     """Appends the pooled input of each sampled layer, for the batch's ``rows``, to ``store``."""
-    if store is None:
-        yield
-        return
-    last = audited.layers[-1]
-    module = audited.model.module
-    names = {module.get_submodule(name): name for name in sample_layers(audited.layers)}
+    layers = sample_layers(audited.layers) if len(rows) else []
+    names = {audited.model.module.get_submodule(layer): layer for layer in layers}
     done: set[str] = set()
 
     def hook(layer: nn.Module, args: Any, _kwargs: Any) -> None:
         name = names[layer]
-        if name in done or not args or not isinstance(args[0], Tensor):
-            return
-        if len(args[0]) != batch:  # dimension 0 is not the batch: windows, tokens
-            return
+        if name in done or not args or not isinstance(args[0], Tensor) or len(args[0]) != batch:
+            return  # another dimension 0 is not the batch: windows, tokens
         done.add(name)
         part = args[0][rows.to(args[0].device)]
-        pooled = pool_features(part, _LAST_WIDTH if name == last else _WIDTH)
+        pooled = pool_features(part, _LAST_WIDTH if name == audited.layers[-1] else _WIDTH)
         store.setdefault(name, []).append(pooled.cpu())
 
-    with forward_pre_hooks(names, hook):
-        yield
+    return forward_pre_hooks(names, hook)
 
 
 def _first_per_class(labels: Tensor, count: dict[int, int], limit: Callable[[int], int]) -> Tensor:

@@ -139,7 +139,7 @@ def _run(
         timings["total"] = time.perf_counter() - started
     rows = [context.rows[name] for name in MODELS if name in context.rows]
     retained = context.classes - len(context.forget)
-    evidence = Evidence(rows, last_layer, top_class.get(UNLEARNED, -1), retained)
+    evidence = Evidence(rows, last_layer, top_class, retained)
     found, tests = findings(evidence), checks(evidence)
     return Audit(
         sentences(evidence, found, tests), found, tests, rows, context.forget, context.classes,
@@ -154,7 +154,7 @@ def _measure_images(
     train_data: Any,
     part: Callable[[str], AbstractContextManager[None]],
 ) -> Activations:
-    """Adds all metrics that need labelled images; returns the activations on ``data``."""
+    """Adds the metrics on labelled images; returns the activations on ``data``."""
     with part("images"):
         images, split = data_metrics.collect_images(context, data, train_data)
         data_metrics.add_accuracies(context, images)
@@ -216,13 +216,12 @@ def _add_restored(context: AuditContext) -> None:
                 context.restored[audited.name, part] = restored
 
 
-def _add_top_predictions(context: AuditContext, seen: Activations) -> dict[str, int]:
+def _add_top_predictions(context: AuditContext, seen: Activations) -> int:
     """Adds the share of each model's most frequent prediction on retained classes.
 
-    Returns:
-        model's name -> that class; empty without an image of a retained class.
+    Returns the unlearned model's prediction, or -1 without an image of a retained class.
     """
-    top: dict[str, int] = {}
+    top = -1
     retained = ~context.forget_mask[seen.labels]
     if bool(retained.any()):
         labels = seen.labels[retained]
@@ -231,7 +230,7 @@ def _add_top_predictions(context: AuditContext, seen: Activations) -> dict[str, 
             total = torch.zeros(context.classes, dtype=torch.float64)
             total.index_add_(0, seen.predictions[row.name][retained], weight)
             share = total / weight.sum()
-            top[row.name] = int(share.argmax())
+            top = int(share.argmax()) if row.name == UNLEARNED else top
             row.put("top_answer", 100 * float(share.max()))
     return top
 

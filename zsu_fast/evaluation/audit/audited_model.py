@@ -1,8 +1,7 @@
 """A model under audit: a private copy, split before its last layer, and variants of it.
 
-Several audited models often share everything but the last layer: the original, its mask, an
-unlearned model whose last layer was trained. Such models have equal `AuditedModel.backbone_hash`,
-and their backbone runs once for all of them.
+Audited models that share everything but the last layer (the original, its mask, often the unlearned
+model) have one `AuditedModel.backbone_hash`, and their backbone runs once for all of them.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ class AuditedModel:
         """Returns each class's weights and bias in the last layer as one vector: [C, D].
 
         Raises:
-            ModelError: the last layer has no row for each of ``classes``.
+            ModelError: the last layer does not have one row per class.
         """
         parts = [p.detach().float().cpu() for p in self.last_layer.parameters()]
         if any(len(p) != classes for p in parts):

@@ -8,11 +8,12 @@ test something else. To add one, write a function from `Evidence` to `Check` and
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from .evidence import COLLAPSED, FORGOTTEN, UNCHANGED, Evidence, pct
 from .outputs import MEMBERSHIP_SCORES
 from .relearning import MIN_INDEX
-from .result import GOLDEN, MASK, ORIGINAL, Check, CheckName
+from .result import GOLDEN, MASK, ORIGINAL, Check, CheckName, Trained
 
 # RA may be this many points below the mask's.
 RETAIN_LOSS = 5.0
@@ -91,17 +92,8 @@ def resynthesis(e: Evidence) -> Check:
     return Check(CheckName.RESYNTHESIS, hit <= limit, says)
 
 
-def linear_probe(e: Evidence) -> Check:
-    """A linear probe's accuracy moved towards the golden model's."""
-    return _separability(e, CheckName.PROBE, "probe_forget")
-
-
-def knn(e: Evidence) -> Check:
-    """The accuracy of k-NN moved towards the golden model's."""
-    return _separability(e, CheckName.KNN, "knn_forget")
-
-
-def _separability(e: Evidence, name: str, key: str) -> Check:
+def separability(e: Evidence, name: str, key: str) -> Check:
+    """The accuracy of a linear probe, or of k-NN, moved towards the golden model's."""
     after, before, golden = e.value(key), e.value(key, ORIGINAL), e.value(key, GOLDEN)
     if after is None or before is None:
         return Check(name, None, e.reason(key))
@@ -140,18 +132,9 @@ def membership_inference(e: Evidence) -> Check:
     return Check(name, passed, f"AUC by {', '.join(parts)}, at most {MEMBERSHIP} apart")
 
 
-def relearn_last_layer(e: Evidence) -> Check:
-    """Relearning takes at least half of the golden model's steps on the last layer."""
-    name = CheckName.RELEARN_LAST_LAYER
-    return _relearning(e, name, "relearn_last_layer_steps", "ain_last_layer")
-
-
-def relearn_all_weights(e: Evidence) -> Check:
-    """Relearning takes at least half of the golden model's steps on all weights."""
-    return _relearning(e, CheckName.RELEARN_FULL, "relearn_full_steps", "ain_full")
-
-
-def _relearning(e: Evidence, name: str, steps_key: str, index_key: str) -> Check:
+def relearning(e: Evidence, name: str, trained: Trained) -> Check:
+    """Relearning takes at least half of the golden model's steps."""
+    steps_key, index_key = f"relearn_{trained}_steps", f"ain_{trained}"
     steps, index = e.value(steps_key), e.value(index_key)
     if steps is None:
         return Check(name, None, e.reason(steps_key))
@@ -159,14 +142,13 @@ def _relearning(e: Evidence, name: str, steps_key: str, index_key: str) -> Check
     if golden is not None and before is not None and before >= golden:
         says = f"the original takes {before:.0f} steps and the golden model {golden:.0f}"
         return Check(name, None, f"{says}, which tells nothing; raise relearn_steps and shots")
-    if index is None and golden is not None and steps >= golden:
+    if index is not None:
+        says = f"{steps:.0f} steps, {index:.2f} of the golden model's (at least {MIN_INDEX})"
+        return Check(name, index >= MIN_INDEX, says)
+    if golden is not None and steps >= golden:
         says = f"neither it nor the golden model relearned in {steps:.0f} steps"
         return Check(name, True, says)
-    if index is None:
-        says = f"{steps:.0f} steps, no Anamnesis Index: {e.reason(index_key)}"
-        return Check(name, None, says)
-    says = f"{steps:.0f} steps, {index:.2f} of the golden model's (at least {MIN_INDEX})"
-    return Check(name, index >= MIN_INDEX, says)
+    return Check(name, None, f"{steps:.0f} steps, no Anamnesis Index: {e.reason(index_key)}")
 
 
 def divergence(e: Evidence) -> Check:
@@ -175,16 +157,16 @@ def divergence(e: Evidence) -> Check:
     after, before = e.value(key), e.value(key, ORIGINAL)
     if after is None or before is None:
         return Check(name, None, e.reason(key))
-    says = (
-        f"JS divergence on forgotten classes is {after:.3f}, the original's {before:.3f} (at most "
-        f"half of that)"
-    )
-    return Check(name, after <= before / 2, says)
+    says = f"JS divergence on forgotten classes is {after:.3f}, the original's {before:.3f}"
+    return Check(name, after <= before / 2, f"{says} (at most half of that)")
 
 
 CHECKS: tuple[Callable[[Evidence], Check], ...] = (
-    outputs, retained_classes, unmask, features_changed, last_layer, resynthesis, linear_probe, knn,
-    membership_inference, relearn_last_layer, relearn_all_weights, divergence,
+    outputs, retained_classes, unmask, features_changed, last_layer, resynthesis,
+    partial(separability, name=CheckName.PROBE, key="probe_forget"),
+    partial(separability, name=CheckName.KNN, key="knn_forget"), membership_inference,
+    partial(relearning, name=CheckName.RELEARN_LAST_LAYER, trained="last_layer"),
+    partial(relearning, name=CheckName.RELEARN_FULL, trained="full"), divergence,
 )  # fmt: skip
 
 

@@ -113,5 +113,5 @@ def confusion(
         if len(own):
             count = torch.bincount(own)
             top = count.argsort(descending=True, stable=True)[:5].tolist()
-            table[c] = {p: 100 * int(count[p]) / len(own) for p in top if count[p]}
+            table[c] = {p: 100 * int(count[p]) / len(own) for p in top if int(count[p])}
     return table

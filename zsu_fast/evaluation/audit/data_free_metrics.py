@@ -60,9 +60,9 @@ def held_out_impressions(
     found = _ascend(context.original, classes, per_class=per_class, seed=seed)
     context.counts["impressions"] = len(found)
     if found.hit_rate < 0.5:
+        share = f"only {100 * found.hit_rate:.0f} % of the original's impressions"
         context.notes.append(
-            f"only {100 * found.hit_rate:.0f} % of the original's impressions reached their target "
-            f"confidence, so the metrics on them say little"
+            f"{share} reached their target confidence, so the metrics on them say little"
         )
     return found
 
@@ -176,10 +176,8 @@ def _resynthesise(
     """Synthesises impressions of ``classes`` from this model, one attempt each.
 
     Noise and target confidences depend on the seed alone, so they are the same for every model.
-
-    Returns:
-        The mean steps per attempt, `_MAX_STEPS` for one that failed, and the impressions; None if
-        `zsu_fast.mask` hides the classes, which can't be reached then.
+    Returns the mean steps per attempt, `_MAX_STEPS` for a failed one, and the impressions: None if
+    `zsu_fast.mask` hides the classes, so that they can't be reached.
     """
     if set(classes) <= set(audited.hidden):
         return float(_MAX_STEPS), None

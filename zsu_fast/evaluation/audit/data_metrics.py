@@ -96,8 +96,7 @@ def add_separability(context: AuditContext, split: TrainTestSplit) -> None:
     test_labels = test.labels[test.feature_index][split.test_rows]
     forget = context.forget_mask[test_labels]
     context.counts["probe_test_images"] = len(test_labels)
-    counts = torch.bincount(train_labels, minlength=context.classes)
-    missing = [c for c in context.forget if not counts[c]]
+    missing = sorted({*context.forget} - {*train_labels.tolist()})
     reason = ""
     if not bool(forget.any()):
         reason = "no image of the forgotten classes is left to measure on"

@@ -30,16 +30,15 @@ class UnmaskResult:
     measured_on: str
 
     def __str__(self) -> str:
-        return (
-            f"with the original's {self.part} put back, FA is {pct(self.fa)} on {self.measured_on}"
-        )
+        restored = f"with the original's {self.part} put back"
+        return f"{restored}, FA is {pct(self.fa)} on {self.measured_on}"
 
 
 @dataclass(frozen=True)
 class Evidence:
     """An audit's numbers, for its checks and findings.
 
-    Args:
+    Attributes:
         rows: the rows of the audit.
         last_layer: the unlearned model's last layer compared with the original's.
         top_class: the unlearned model's most frequent prediction on retained classes.
@@ -51,20 +50,16 @@ class Evidence:
     top_class: int
     retained: int
 
-    def _row(self, name: str) -> Row | None:
-        return next((row for row in self.rows if row.name == name), None)
-
     def value(self, key: str, name: str = UNLEARNED) -> float | None:
         """Returns a model's metric, or None."""
-        row = self._row(name)
-        return None if row is None else row.get(key)
+        return next((row.get(key) for row in self.rows if row.name == name), None)
 
     def reason(self, key: str, name: str = UNLEARNED) -> str:
         """Returns why a model's metric is missing."""
-        row = self._row(name)
-        if row is None:
-            return f"no {name} model was given"
-        return row.missing.get(key, "it was not measured")
+        for row in self.rows:
+            if row.name == name:
+                return row.missing.get(key, "it was not measured")
+        return f"no {name} model was given"
 
     def fa(self, name: str = UNLEARNED) -> tuple[float | None, str]:
         """Returns FA on images, or else on impressions, and which of them."""
@@ -122,10 +117,8 @@ class Evidence:
     @property
     def collapsed(self) -> bool:
         """Whether the model predicts one class for nearly all retained images, unlike the mask."""
-        share, masked = self.value("top_answer"), self.value("top_answer", MASK)
-        if self.retained < 2 or share is None or (masked is not None and masked >= COLLAPSED):
-            return False
-        return share >= COLLAPSED
+        share, masked = self.value("top_answer") or 0.0, self.value("top_answer", MASK) or 0.0
+        return self.retained >= 2 and share >= COLLAPSED > masked
 
 
 def pct(value: float | None) -> str:

@@ -115,7 +115,6 @@ class Row:
             self.missing.pop(key, None)
 
     def get(self, key: str) -> float | None:
-        """Returns the value, or None."""
         return self.values.get(key)
 
 
@@ -231,7 +230,7 @@ class Audit:
         return "\n".join(lines)
 
 
-# The metrics of the short table.
+# The metrics of the short table
 MAIN = (
     "fa", "ra", "overall", "impressions_fa", "unmask_fa", "unmask_last_layer_fa",
     "unmask_impressions_fa", "unmask_last_layer_impressions_fa", "agreement_kl",

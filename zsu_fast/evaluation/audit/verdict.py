@@ -5,9 +5,9 @@ No finding applies to the golden model: it never saw the classes, so it has noth
 
 from __future__ import annotations
 
-from .checks import linear_probe
+from .checks import separability
 from .evidence import FORGOTTEN, Evidence, pct
-from .result import GOLDEN, MASK, ORIGINAL, Check, Finding, FindingName
+from .result import GOLDEN, MASK, ORIGINAL, Check, CheckName, Finding, FindingName
 
 # An RA this many points below the mask's is called damage.
 DAMAGE = 15.0
@@ -36,10 +36,8 @@ def _unchanged(e: Evidence) -> Finding | None:
     if not e.features_unchanged or e.last_layer.change != "same":
         return None
     if e.still_recognised:
-        return Finding(
-            FindingName.UNTOUCHED,
-            "Nothing was forgotten: the model has the original's features, last layer and outputs",
-        )
+        says = "the model has the original's features, last layer and outputs"
+        return Finding(FindingName.UNTOUCHED, f"Nothing was forgotten: {says}")
     return Finding(
         FindingName.MASK,
         f"Only the output was hidden, as by a mask: the features and the last layer are the "
@@ -71,11 +69,8 @@ def _features(e: Evidence) -> Finding | None:
             f"{e.value('cka_impressions'):.4f} on impressions of the forgotten classes){restored}",
         )
     if _hidden_by_last_layer(e):
-        return Finding(
-            FindingName.HIDDEN,
-            f"Only the output was hidden: putting the original's last layer back restores the "
-            f"forgotten classes{restored}",
-        )
+        says = "putting the original's last layer back restores the forgotten classes"
+        return Finding(FindingName.HIDDEN, f"Only the output was hidden: {says}{restored}")
     result = e.unmasked()
     if result is not None and result.fa > e.unmask_limit:
         says = f"The features still hold the forgotten classes{restored}"
@@ -128,7 +123,7 @@ def sentences(e: Evidence, found: list[Finding], tests: list[Check]) -> list[str
 
 
 def _headline(e: Evidence) -> str:
-    """The first sentence if the audit recognised nothing suspicious."""
+    """The first sentence if there is no finding."""
     fa, _ = e.fa()
     if fa is None or fa > FORGOTTEN:
         return f"Partly forgotten: FA is still {pct(fa)}."
@@ -140,7 +135,8 @@ def _headline(e: Evidence) -> str:
             f"is unknown: {e.reason('probe_forget')}."
         )
     before, golden = e.value("probe_forget", ORIGINAL), e.value("probe_forget", GOLDEN)
-    if not linear_probe(e).passed or before is None or golden is None:
+    moved = separability(e, CheckName.PROBE, "probe_forget").passed
+    if not moved or before is None or golden is None:
         return f"Outputs forgotten; features still separable: {_probe(e)}."
     if after - golden > (1 - MOST_OF_THE_WAY) * max(before - golden, 2):
         return f"Outputs forgotten, features in part: {_probe(e)}."

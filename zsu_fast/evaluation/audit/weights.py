@@ -92,20 +92,16 @@ def compare_last_layers(
     swaps = _swaps(new, old, moved)
     if swaps:
         examples = ", ".join(f"class {a} has the row of class {b}" for a, b in swaps[:4])
-        return LastLayer(
-            "shuffled",
-            f"{len(swaps)} classes have another class's row in the last layer ({examples})",
-        )
+        says = f"{len(swaps)} classes have another class's row in the last layer ({examples})"
+        return LastLayer("shuffled", says)
     width = features.shape[1]
     if torch.equal(new[:, :width], old[:, :width]):
         return LastLayer("masked", "only biases of the last layer were changed")
     aligned, chance = _aligned_share(new - old, old, features)
     noise = None
     if aligned is not None and aligned < chance + _ALIGNED:
-        noise = (
-            f"{100 * aligned:.0f} % of the change lies along features, {100 * chance:.0f} % by "
-            f"chance"
-        )
+        along = f"{100 * aligned:.0f} % of the change lies along features"
+        noise = f"{along}, {100 * chance:.0f} % by chance"
     forget_mask = torch.zeros(len(old), dtype=torch.bool)
     forget_mask[forget] = True
     if not bool((moved[~forget_mask] > _SAME).any()):
@@ -128,11 +124,8 @@ def _compare_forgotten_rows(
     """
     several = bool(((new != old).sum(1) > 1).all())  # a mask by the bias alone changes one number
     if noise is not None and several:
-        return LastLayer(
-            "noise",
-            f"random numbers were added to the last layer's rows of the forgotten classes "
-            f"({noise})",
-        )
+        says = "random numbers were added to the last layer's rows of the forgotten classes"
+        return LastLayer("noise", f"{says} ({noise})")
     emptied = bool(new[:, :width].norm() <= _SAME * old.norm())
     if emptied or not several or not has_aligned_share:
         return LastLayer(
@@ -140,10 +133,8 @@ def _compare_forgotten_rows(
             "the last layer's rows of the forgotten classes were overwritten, and all other rows "
             "are the original's",
         )
-    return LastLayer(
-        "trained",
-        "only the last layer was changed, and in it only the rows of the forgotten classes",
-    )
+    says = "only the last layer was changed, and in it only the rows of the forgotten classes"
+    return LastLayer("trained", says)
 
 
 def _swaps(new: Tensor, old: Tensor, moved: Tensor) -> list[tuple[int, int]]:
