@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zsu_fast.evaluation.audit.checks import CHECKS, checks
-from zsu_fast.evaluation.audit.evidence import Evidence
+from zsu_fast.evaluation.audit.checks import CHECKS, Evidence, checks
 from zsu_fast.evaluation.audit.result import CheckName, Row
 from zsu_fast.evaluation.audit.verdict import sentences
 from zsu_fast.evaluation.audit.weights import LastLayer

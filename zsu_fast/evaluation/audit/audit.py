@@ -22,9 +22,8 @@ from ..baselines import train_on_noise
 from . import data_free_metrics, data_metrics
 from .activations import Activations, collect_activations
 from .audited_model import audited_copy, unmasked, variant
-from .checks import checks
+from .checks import Evidence, checks
 from .context import AuditContext
-from .evidence import Evidence
 from .metrics import METRICS
 from .relearning import GOAL, relearn_all
 from .result import GOLDEN, MASK, MODELS, ORIGINAL, RANDOM, UNLEARNED, UNMASK_PREFIXES, Audit, Row

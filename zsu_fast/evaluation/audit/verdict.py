@@ -5,8 +5,7 @@ No finding applies to the golden model: it never saw the classes, so it has noth
 
 from __future__ import annotations
 
-from .checks import separability
-from .evidence import FORGOTTEN, Evidence, pct
+from .checks import FORGOTTEN, Evidence, pct, separability
 from .result import GOLDEN, MASK, ORIGINAL, Check, CheckName, Finding, FindingName
 
 # An RA this many points below the mask's is called damage.
