@@ -38,7 +38,7 @@ figure, axes = plt.subplots(rows, 10, figsize=(10, 4.4), layout="constrained")
 for digit in range(10):
     mine = (impressions.labels == digit).nonzero()[:rows, 0]
     for axis, row in zip(axes[:, digit], mine.tolist(), strict=True):
-        axis.imshow(impressions.images[row, 0], cmap="gray")
+        axis.imshow(impressions.images[row, 0].numpy(), cmap="gray")
         axis.set_title(f"{impressions.confidence[row]:.2f}", fontsize=8)
         axis.axis("off")
 figure.suptitle("Impressions of the digits 0 to 9, and the network's confidence")
@@ -85,11 +85,11 @@ plt.show()
 
 chosen = [int((labels == digit).nonzero()[0, 0]) for digit in (1, 2, 4, 0, 7, 9)]
 with torch.no_grad():
-    before, after = (each(images[chosen]).softmax(1) for each in (model, unlearned))
+    before, after = (each(images[chosen]).softmax(1).numpy() for each in (model, unlearned))
 
 figure, axes = plt.subplots(2, len(chosen), figsize=(10, 3.6), layout="constrained")
 for column, row in enumerate(chosen):
-    axes[0, column].imshow(images[row, 0], cmap="gray")
+    axes[0, column].imshow(images[row, 0].numpy(), cmap="gray")
     axes[0, column].axis("off")
     axes[1, column].bar(range(10), before[column], width=0.9, alpha=0.4, label="original")
     axes[1, column].bar(range(10), after[column], width=0.5, label="unlearned")
@@ -104,7 +104,7 @@ plt.show()
 # --------------------
 #
 # Only the last layer has changed, so its inputs are the same as ever: the forgotten digits still
-# form clusters of their own, and putting the original last layer back would recover them. With
+# form separate clusters, and putting the original last layer back would recover them. With
 # ``depth="deep"`` the features change too (see ``deep.py``).
 
 
@@ -127,7 +127,7 @@ figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
 for digit in range(10):
     mine = labels == digit
     mark = "x" if digit in FORGET else "o"
-    axis.scatter(*plane[mine].T, s=14, marker=mark, color=f"C{digit}", label=str(digit))
+    axis.scatter(*plane[mine].T.numpy(), s=14, marker=mark, color=f"C{digit}", label=str(digit))
 axis.set(title="Features after forgetting, two principal components", xticks=[], yticks=[])
 axis.legend(title="digit", loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 import zsu_fast
 from zsu_fast.cli.app import app
+from zsu_fast.evaluation.audit import CheckName, FindingName
 from zsu_fast.provenance.record import Record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +103,8 @@ def run_command(line: str, words: list[str]) -> str:
 def check_command(line: str, words: list[str]) -> None:
     """Checks a command that is not run: its options, its module, the files it names."""
     words = [word for word in words if "=" not in word.partition(" ")[0] or word.startswith("-")]
+    if words[0] == "torchrun" and "zsu_fast" in words:
+        words = ["zsu-fast", *words[words.index("zsu_fast") + 1 :]]
     if words[0] == "zsu-fast":
         result = CliRunner().invoke(app, [*words[1:], "--help"])
         assert result.exit_code == 0, f"{line}\n{result.output}"
@@ -136,7 +139,10 @@ def run_page(page: str, name: str = "page") -> None:
             assert block.language in NOT_CODE, f"{where}: name its language, or one of {NOT_CODE}"
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+# the other page is run by test_the_file_formats_page_has_every_field
+@pytest.mark.parametrize(
+    "path", [p for p in PAGES if p.name != "file_formats.md"], ids=lambda path: path.name
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # what a run warns of: only outputs forget, ...
 def test_blocks_of(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -150,6 +156,7 @@ def test_blocks_of(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "```bash\nzsu-fast evaluate lenet5 --forget 1 --data no-such-folder\n```",
         "```bash\npython -m no_such_module\n```",
         "<!-- not run: it needs a GPU -->\n```bash\nzsu-fast unlearn lenet5 --colour blue\n```",
+        "<!-- not run: it needs ranks -->\n```bash\ntorchrun -m zsu_fast unlearn --colour\n```",
         "<!-- not run: it takes hours -->\n```bash\npython -m benchmarks.harness --fast\n```",
         "<!-- not run: it takes hours -->\n```bash\npytest benchmarks/no_such_file.py\n```",
         "<!-- not run: -->\n```bash\nzsu-fast doctor\n```",
@@ -207,6 +214,18 @@ def test_the_design_page_has_the_layers_of_the_import_contract() -> None:
     page = (ROOT / "docs" / "design.md").read_text().partition("<!-- layers -->\n```text\n")[2]
     layers = re.findall(r'^ {4}"(.+)",$', contract, re.M)
     assert layers == page.partition("\n```")[0].splitlines()
+
+
+def test_the_evidence_page_has_every_check_and_finding() -> None:
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    for heading, names in (
+        ("## The twelve tests", CheckName),
+        ("## What the audit recognises", FindingName),
+    ):
+        section = page.partition(f"\n{heading}\n")[2].partition("\n## ")[0]
+        told = [line.split(" | ")[0].strip("| ") for line in section.splitlines() if "|" in line]
+        wanted = [value for name, value in vars(names).items() if name.isupper()]
+        assert sorted(told[2:]) == sorted(wanted)
 
 
 def test_the_results_page_names_every_file() -> None:

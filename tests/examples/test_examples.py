@@ -1,25 +1,24 @@
-"""Every example runs in a process of its own and prints what its docstring says."""
+"""Every example prints what its docstring says.
+
+`requests.py`, whose name hides a library's, runs in a process of its own, as a user starts it, and
+so do two ranks. The others run in this process, which saves importing torch each time.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # only outputs forget, ...
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-FIGURES = """
-import runpy, sys
-import matplotlib.pyplot as plt
-runpy.run_path(sys.argv[1], run_name="__main__")
-figures = [plt.figure(number) for number in plt.get_fignums()]
-print("figures:", [sum(axis.has_data() for axis in figure.axes) for figure in figures])
-"""
 
 
 def python(*arguments: str | Path, folder: Path) -> str:
@@ -38,6 +37,12 @@ def python(*arguments: str | Path, folder: Path) -> str:
     return done.stdout
 
 
+def run(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the example ``name`` prints; it is run in this process."""
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
 def accuracies(printed: str) -> dict[str, tuple[float, float]]:
     """(FA, RA) of every line that states them, by what stands before."""
     found = re.findall(r"^(?:(.*): )?FA ([\d.]+) %.*?RA ([\d.]+) %", printed, re.MULTILINE)
@@ -52,13 +57,15 @@ def close(*values: float) -> tuple[object, ...]:
 LENET = {"original": close(99.88, 98.67), "unlearned": close(0, 99.58)}
 
 
-def test_quickstart(tmp_path: Path) -> None:
-    printed = accuracies(python(EXAMPLES / "quickstart.py", folder=tmp_path))
+def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = accuracies(run("quickstart.py", capsys))
     assert printed == LENET | {"mask": close(0, 99.58)}
 
 
-def test_deep_forgetting_survives_the_original_last_layer(tmp_path: Path) -> None:
-    printed = accuracies(python(EXAMPLES / "deep.py", folder=tmp_path))
+def test_deep_forgetting_survives_the_original_last_layer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    printed = accuracies(run("deep.py", capsys))
     assert printed["output"] == close(0, 99.58)
     assert printed["output, original last layer back"] == close(99.88, 98.67)
     for name in ("deep", "deep, original last layer back"):
@@ -79,44 +86,52 @@ def test_requests(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_own_model(tmp_path: Path) -> None:
-    printed = python(EXAMPLES / "own_model.py", folder=tmp_path)
+def test_own_model(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run("own_model.py", capsys)
     assert accuracies(printed) == {"original": close(100, 100), "unlearned": close(0, 100)}
     trained = "layer2.weight, layer2.bias, classifier.weight, classifier.bias"
     assert f"trained: {trained}\n" in printed
 
 
-@pytest.mark.parametrize(
-    ("launcher", "shares"),
-    [
-        ([], [320]),
-        (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], [160, 160]),
-    ],
-    ids=["alone", "two ranks"],
-)
-def test_torchrun(launcher: list[str], shares: list[int], tmp_path: Path) -> None:
+def test_torchrun_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+    check_torchrun(run("torchrun.py", capsys), shares=[320])
+
+
+def test_torchrun_on_two_ranks(tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     printed = python(*launcher, EXAMPLES / "torchrun.py", folder=tmp_path)
+    check_torchrun(printed, shares=[160, 160])
+
+
+def check_torchrun(printed: str, shares: list[int]) -> None:
     assert printed.count(f"impressions per rank: {shares}\n") == 1
     assert accuracies(printed) == {"": LENET["unlearned"]}
 
 
-def test_plain_torch(tmp_path: Path) -> None:
-    printed = accuracies(python(EXAMPLES / "unlearn_in_plain_torch.py", folder=tmp_path))
-    assert printed == LENET
+def test_plain_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert accuracies(run("unlearn_in_plain_torch.py", capsys)) == LENET
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
 )
-def test_plot_impressions(tmp_path: Path) -> None:
-    page = EXAMPLES / "plot_impressions.py"
-    printed = python("-c", FIGURES, page, folder=tmp_path)
+def test_plot_impressions(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+    printed = run("plot_impressions.py", capsys)
     assert accuracies(printed) == LENET | {"mask": close(0, 99.58)}
     share = re.search(r"320 impressions, (\d+) % answered with their class", printed)
     assert share is not None
     assert int(share[1]) >= 98
     assert "largest change of a feature: 0.0\n" in printed
-    assert "figures: [40, 1, 12, 1]\n" in printed  # axes with data, figure by figure
+    figures = [plt.figure(number) for number in plt.get_fignums()]
+    with_data = [sum(axis.has_data() for axis in figure.axes) for figure in figures]
+    assert with_data == [40, 1, 12, 1]  # axes with data, figure by figure
+    plt.close("all")
 
 
 def test_every_example_has_a_test() -> None:

@@ -15,8 +15,7 @@ from ...models.infer_spec import resolve_spec
 from ...models.parameters import weights_hash
 from ...models.wrapper import resolve_device
 from ...runtime.progress import Reporter
-from ...runtime.threads import threads_for
-from ...runtime.torch_defaults import torch_defaults
+from ...runtime.torch_settings import threads_for, torch_defaults
 from ...synthesis.impressions import ClassImpressions
 from ..baselines import train_on_noise
 from . import data_free_metrics, data_metrics

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...models.class_indices import check_forget
 from ...models.wrapper import count_classes
-from ...runtime.flops import multiply_adds
+from ...runtime.measuring import multiply_adds
 from ...synthesis.impressions import ClassImpressions
 from ..accuracy import percentage
 from .activations import Activations
