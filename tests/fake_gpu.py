@@ -171,7 +171,7 @@ def on_fake_gpu() -> Iterator[None]:
             (torch, "tensor", _tensor),
             (nn.Module, "to", _move),
             (ascent, "capture_steps", lambda step, _device: step),
-            (train_step, "GraphTrainStep", train_step.EagerTrainStep),
+            (train_step, "GraphTrainStep", lambda *args, **_: train_step.EagerTrainStep(*args)),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(_Factories())

@@ -43,14 +43,14 @@ from zsu_fast import (
 from zsu_fast.models import zoo
 from zsu_fast.models.checkpoint import load_into
 from zsu_fast.models.parameters import replace_parameters, unwrap, weights_hash
-from zsu_fast.runtime.events import Event
+from zsu_fast.runtime.progress import Event
 from zsu_fast.training.features import FeatureSettings
 from zsu_fast.training.fit_task import make_fit_task
 
 FORGET = [1, 3]
 
 
-# --- the bars (the whole tables are benchmarks/end_to_end/table1.py's) ------------------------------------
+# --- the targets (benchmarks/end_to_end/table1.py has the whole tables) ----------------------
 
 
 @pytest.mark.shared
@@ -228,8 +228,8 @@ def test_given_impressions_in_any_order() -> None:
     cut, labels = run.split_point, shuffled.labels
     assert cut is not None
     task = make_fit_task(
-        run.work, cut, cut.features(shuffled.images), labels, run.forget_mask, run.options.objective,
-        FeatureSettings(mixtures=0), seed=0,
+        run.work, cut, cut.features(shuffled.images), labels, run.forget_mask,
+        run.options.objective, FeatureSettings(mixtures=0), seed=0,
     )  # fmt: skip
     both = (task.train.label, task.validation.label)
     assert [torch.bincount(label).tolist() for label in both] == [[6] * 5, [2] * 5]

@@ -7,6 +7,7 @@ from .errors import (
     ModelError,
     OutputError,
     RankError,
+    UnlearningWarning,
     ZsuFastError,
 )
 from .evaluation.accuracy import Evaluation, evaluate, mask
@@ -19,7 +20,7 @@ from .options import paper_preset
 from .planning.plan import Plan, plan
 from .provenance.ledger import Ledger
 from .runtime.doctor import doctor
-from .runtime.events import Event
+from .runtime.progress import Event
 from .splitting.split import Split
 from .synthesis.impressions import ClassImpressions
 from .synthesis.synthesize import synthesize
@@ -43,6 +44,7 @@ __all__ = [
     "Plan",
     "RankError",
     "Split",
+    "UnlearningWarning",
     "ZeroShotUnlearner",
     "ZsuFastError",
     "__version__",

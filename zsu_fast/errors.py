@@ -1,4 +1,4 @@
-"""The exceptions of zsu_fast, and checks of simple arguments.
+"""The exceptions and the warning of zsu_fast, and checks of simple arguments.
 
 Every message names the argument, says what was passed, and says what to pass instead.
 """
@@ -54,6 +54,10 @@ class RankError(ZsuFastError, RuntimeError):
 
 class OutputError(ZsuFastError, OSError):
     """A file could not be written; an existing file at the path is unchanged."""
+
+
+class UnlearningWarning(UserWarning):
+    """The category of all warnings of zsu_fast, such as that only the outputs forget."""
 
 
 def check_flag(argument: str, value: Any) -> None:

@@ -15,8 +15,8 @@ from .synthesis.impressions import default_per_class
 from .synthesis.space import SPACES, SpaceName
 from .training.deep.settings import DeepSettings, Depth, check_depth
 from .training.features import FeatureSettings
-from .training.loop import LoopSettings
 from .training.losses import ObjectiveSettings
+from .training.trainer import LoopSettings
 
 _ASCENT = (
     "confidence", "max_steps", "restarts", "step_size", "beta", "seed", "precision", "batch_norm",

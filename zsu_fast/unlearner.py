@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, UnlearningWarning
 from .models.class_indices import check_forget, check_forgotten
 from .models.input_spec import noise_images
 from .models.parameters import deep_copy, replace_parameters, restored_on_failure
@@ -27,11 +27,8 @@ from .options import Options
 from .provenance.ledger import Ledger, as_ledger
 from .provenance.record import Record
 from .runtime.distributed import all_or_none, join
-from .runtime.events import Callback
-from .runtime.precision import Precision
-from .runtime.progress import Reporter
-from .runtime.threads import threads_for
-from .runtime.torch_defaults import torch_defaults
+from .runtime.progress import Callback, Reporter
+from .runtime.torch_settings import Precision, threads_for, torch_defaults
 from .splitting.split import Split, find_split
 from .synthesis.class_sampling import classes_to_synthesise
 from .synthesis.impressions import ClassImpressions, check_impressions
@@ -39,14 +36,12 @@ from .synthesis.space import SearchSpace, SpaceName, input_space, tail_input_spa
 from .synthesis.synthesize import ascend, synthesize
 from .training.class_subset import ClassSubsetTail
 from .training.deep.data import DeepInputs
-from .training.deep.deep import forget_deeply
+from .training.deep.deep import find_deep_split, forget_deeply
 from .training.deep.settings import Depth
-from .training.deep.split_rule import find_deep_split
 from .training.fit_task import FitTask, make_fit_task, trained_parameters
-from .training.loop import train_tail
 from .training.losses import ObjectiveName
 from .training.train_step import Loop
-from .training.trainer import Fit
+from .training.trainer import Fit, train_tail
 
 
 def unlearn(model: nn.Module, forget: Any, **options: Any) -> nn.Module:
@@ -75,21 +70,20 @@ class ZeroShotUnlearner:
     Args:
         model: as for `unlearn`.
         forget: as for `unlearn`.
-        forgotten: classes that ``model`` has forgotten in earlier calls (as ``forget``); they stay
-            forgotten. None: those in the ledger, or none.
+        forgotten: classes that earlier calls removed from ``model`` (given like ``forget``); they
+            stay forgotten. None: those in the ledger, or none.
         ledger: a `Ledger`, or the path of one; the run becomes its next entry.
-        tail: "auto" (the first responsive layer, see `find_split`), "last" (the last layer with
-            parameters), the name of the module at which the tail starts, or the number of last
-            layers with weights that it has.
+        tail: where the tail starts: "auto" (the first responsive layer, see `find_split`), "last"
+            (the last layer with weights), a module's name, or k (the last k layers with weights).
         depth: "output" (only the outputs forget), or "deep" (the features forget too: slower, and
-            RA falls somewhat; see `forget_deeply`).
+            accuracy on the retained classes drops a little; see `forget_deeply`).
         objective: "masked" (match the original model with the forgotten classes removed; bounded)
             or "differential" (the paper's signed cross-entropy).
         impressions: `ClassImpressions` to use; None synthesises them.
-        space: "input" synthesises images; "tail-input" synthesises the boundary tensors at the
-            split, which is far cheaper because the backbone is never run on them.
-        impressions_per_class: None: 32, or fewer for many classes. Of 4 or more, one in four is
-            held out for validation; of fewer, fresh mixtures are.
+        space: "input" synthesises images; "tail-input" synthesises what the backbone passes to the
+            tail, which is far cheaper because the backbone never runs on it.
+        impressions_per_class: None: 32, or fewer for many classes. With 4 or more, one in four is
+            held out for validation; with fewer, fresh mixtures serve instead.
         retain_sample: number of retained classes to synthesise, besides the forgotten ones: half
             are the nearest by last-layer weights, half are drawn at random. None: all of them, or
             1,024 if there are more than 4,096.
@@ -98,25 +92,24 @@ class ZeroShotUnlearner:
         input_shape, mean, std: the images that the model expects; None: see `resolve_spec`.
         mixtures, margin: see `FeatureSettings`.
         steps, batch, learning_rate, early_stop, loop: see `LoopSettings`.
-        weights: (w_f, w_r) of the differential objective.
-        seed: of everything random.
+        weights: (w_f, w_r) of the forget and the retain term of the differential objective.
+        seed: seed of everything random.
         device: where to compute; None: where the model is.
-        inplace: change ``model`` itself: all tensors at the very end, or none.
-        cache: folder that keeps finished impressions, so that an interrupted run resumes; None
-            keeps nothing.
+        inplace: change ``model`` itself, at the very end: all tensors or none.
+        cache: folder for finished impressions, from which an interrupted run resumes; None: none.
         progress: whether to show a progress bar; None: if stderr is a terminal.
         callback: called with an `Event`; return True to end the stage early.
         distributed: whether to share the synthesis with the other ranks of torch.distributed's
-            default group, each of which has to make the same call; None: if it is initialised.
+            default group, which must all make the same call; None: if the group is initialised.
 
     Attributes:
-        impressions: `ClassImpressions` or None.
-        split_point: the `Split` or None.
+        impressions: the `ClassImpressions`; None before `synthesise`.
+        split_point: the `Split`; None before `split`.
         history: the `ValidationResult` of each validation of the fit.
         stopped: why the fit ended, in words.
         record: the `Record` of the run.
         ranks: the ranks that make the call.
-        options: the `Options`; the settings of its stages may be replaced before they run.
+        options: the `Options`; the settings of a stage may be replaced before it runs.
     """
 
     @torch_defaults()
@@ -168,7 +161,11 @@ class ZeroShotUnlearner:
             self.split_point: Split | None = None
             self.result: Fit | None = None
             self._prepare(model, forget, forgotten, ledger)
-            self.impressions = self._check_impressions(impressions)
+            sampled = len(self.active_classes) < self.classes - len(self.forgotten)
+            self.impressions = check_impressions(
+                impressions, self.spec, self.options.space, self.classes, self.forget,
+                None if sampled else self.active_classes,
+            )  # fmt: skip
 
     def run(self) -> nn.Module:
         """Runs all stages and returns the unlearned model."""
@@ -182,27 +179,23 @@ class ZeroShotUnlearner:
     @torch_defaults()
     @all_or_none
     def synthesise(self) -> ClassImpressions:
-        """Synthesises impressions of every class that the model still answers."""
+        """Synthesises impressions of the classes to forget and of retained ones."""
         space = self.search_space()
         with self._stage("synthesise"):
             self.impressions = ascend(
                 self.work, space, self.active_classes, self.options.ascent, self.report,
                 self.options.cache, ranks=self.ranks,
             )  # fmt: skip
-        counts = torch.bincount(self.impressions.labels, minlength=self.classes)
-        missing = int((counts[self.active_classes] == 0).sum())
+        missing = len({*self.active_classes}.difference(self.impressions.labels.tolist()))
         if missing:
-            raise ArgumentError(
-                "callback",
-                f"it stopped the synthesis before {missing} classes had an impression",
-                "Let it run until each class has one.",
-            )
+            got = f"it stopped the synthesis before {missing} classes had an impression"
+            raise ArgumentError("callback", got, "Let it run until each class has one.")
         return self.impressions
 
     @torch_defaults()
     @all_or_none
     def split(self) -> Split:
-        """Splits the model at ``tail`` ("auto" is "last" where impressions need the split)."""
+        """Splits the model at ``tail``; with space="tail-input", "auto" means "last"."""
         if self.options.space == "tail-input":
             at = "last" if self.options.tail == "auto" else self.options.tail
             images, labels = noise_images(self.spec, 4), torch.arange(4)
@@ -222,7 +215,7 @@ class ZeroShotUnlearner:
     @torch_defaults()
     @all_or_none
     def fit(self) -> Fit:
-        """Trains the tail on the features of the impressions; with depth="deep" in two passes."""
+        """Trains the tail on the impressions; with depth="deep", the layers before it first."""
         split = self.split_point or self.split()
         if self.options.depth == "deep":
             with self._stage("deepen"):
@@ -240,7 +233,7 @@ class ZeroShotUnlearner:
     @torch_defaults()
     @all_or_none
     def apply(self) -> nn.Module:
-        """Writes the tail's weights into a copy of the user's model, or into the model itself."""
+        """Writes the tail's weights into a copy of the user's model, or into that model itself."""
         if self.split_point is None or self.result is None:
             raise ArgumentError(
                 "apply()", "called before fit()", "Call run(), or synthesise(), split(), fit()."
@@ -259,19 +252,19 @@ class ZeroShotUnlearner:
             )
             self.ranks.check_same({"result": self.record.weights_after})
             for note in self.record.warnings if self.ranks.is_main else ():
-                warnings.warn(note, stacklevel=4)
+                warnings.warn(note, UnlearningWarning, stacklevel=4)
             if self.ledger is not None:  # last: a run that fails must not be in the ledger
                 self.ledger.append(self.record)
         return target
 
     def search_space(self) -> SearchSpace:
-        """Where impressions are synthesised: images, or the tail's input."""
+        """The space in which impressions are synthesised: images, or inputs of the tail."""
         if self.options.space == "tail-input":
             return tail_input_space(self.split_point or self.split(), self.spec, self.device)
         return input_space(self.work, self.spec, self.options.ascent.precision)
 
     def features_of(self, split: Split, impressions: ClassImpressions) -> tuple[Tensor, ...]:
-        """The backbone's features of the impressions, which may be features themselves."""
+        """The backbone's output for the impressions, which may be such an output already."""
         points = impressions.images.to(self.device)
         if self.options.space == "tail-input":
             return tail_input_space(split, self.spec, self.device).parts(points)
@@ -280,7 +273,7 @@ class ZeroShotUnlearner:
     def fit_task(
         self, split: Split, features: tuple[Tensor, ...], impressions: ClassImpressions
     ) -> FitTask:
-        """What the tail is trained on, and by which loss."""
+        """The data that the tail is trained on, and the loss."""
         return make_fit_task(
             self.work, split, features, impressions.labels.to(self.device), self.forget_mask,
             self.options.objective, self.options.features, self.options.seed,
@@ -295,7 +288,7 @@ class ZeroShotUnlearner:
         return "" if self.result is None else self.result.stopped
 
     def _prepare(self, model: nn.Module, forget: Any, forgotten: Any, ledger: Any) -> None:
-        """Copies the model, finds out which classes to synthesise, and begins the record."""
+        """Copies the model, chooses the classes to synthesise, and begins the record."""
         options = self.options
         device = options.device
         if device is None and self.ranks.device.type == "cuda":
@@ -334,29 +327,18 @@ class ZeroShotUnlearner:
         inputs = DeepInputs(
             self.work, self.spec, split, impressions, self.forget_mask, options.seed
         )
-        self.record.depth |= forget_deeply(
-            inputs, options.features, options.loop, options.deep, self.report
-        )
+        facts = forget_deeply(inputs, options.features, options.loop, options.deep, self.report)
+        self.record.depth |= facts
         # logits have collapsed by now: keep the margin computed from the original
-        margin = self.record.depth["margin"]
-        options.features = replace(options.features, margin=margin)
+        options.features = replace(options.features, margin=self.record.depth["margin"])
         self.ranks.exchange()  # a new stage: a stop request must not carry over into the fit
         self.ranks.copy_from_main(trained_parameters(self.work, split))
         images, labels = impressions.images.to(self.device), impressions.labels.to(self.device)
         return find_split(self.work, "last", images, labels)
 
-    def _check_impressions(self, impressions: Any) -> ClassImpressions | None:
-        if impressions is None:
-            return None
-        sampled = len(self.active_classes) < self.classes - len(self.forgotten)
-        return check_impressions(
-            impressions, self.spec, self.options.space, self.classes, self.forget,
-            None if sampled else self.active_classes,
-        )  # fmt: skip
-
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
-        """Times a stage and gives it the number of threads that its model is worth."""
+        """Times a stage, and sets a number of threads that suits the model."""
         started = time.perf_counter()
         with threads_for(self.multiply_adds, self.device):
             yield
@@ -381,24 +363,23 @@ def split(
     Args:
         model: an image classifier; it is not changed.
         at: "auto" (the first responsive layer), "last", a module's name, or a number of layers.
-        impressions: to find the responsive layer with; None synthesises a few.
+        impressions: used to find the responsive layer; None synthesises a few.
         input_shape: (channels, height, width); None: see `resolve_spec`.
         seed: of the impressions.
         device: where to compute; None: where the model is.
 
     Raises:
-        ArgumentError: there is no such module, or it is followed by nothing to train.
+        ArgumentError: there is no such module, or nothing after it can be trained.
     """
     prepared = prepare_model(model, device, input_shape)
+    spec, where = prepared.spec, prepared.device
     if at == "auto" and impressions is None:
         impressions = synthesize(
-            model, per_class=8, input_shape=prepared.spec.shape, seed=seed,
-            device=prepared.device, progress=False,
-        )  # fmt: skip
+            model, per_class=8, input_shape=spec.shape, seed=seed, device=where, progress=False
+        )
     if impressions is None:
-        grey = torch.full((4, *prepared.spec.shape), 128, dtype=torch.uint8)
-        images, labels = prepared.spec.normalise(grey), torch.arange(4) % prepared.classes
+        grey = torch.full((4, *spec.shape), 128, dtype=torch.uint8)
+        images, labels = spec.normalise(grey), torch.arange(4) % prepared.classes
     else:
         images, labels = impressions.images, impressions.labels
-    where = prepared.device
     return find_split(prepared.model, at, images.to(where), labels.to(where))

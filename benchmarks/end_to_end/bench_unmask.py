@@ -35,7 +35,7 @@ from zsu_fast.models.infer_spec import resolve_spec
 from zsu_fast.models.input_spec import noise_images
 from zsu_fast.models.wrapper import working_copy
 from zsu_fast.splitting.layers import layer_names
-from zsu_fast.training.deep.split_rule import find_deep_split
+from zsu_fast.training.deep.deep import find_deep_split
 
 Sets = tuple[tuple[int, ...], ...]
 TENS: Sets = ((3, 4, 8), *(tuple(sorted(random.Random(s).sample(range(10), s))) for s in (2, 3)))

@@ -24,9 +24,8 @@ import zsu_fast
 from benchmarks.harness import processor
 from zsu_fast.cli.inputs import image_folder, parse_classes
 from zsu_fast.errors import ZsuFastError
-from zsu_fast.models.infer_spec import resolve_spec
 from zsu_fast.models.loading import PRETRAINED, load_model
-from zsu_fast.models.wrapper import count_classes, resolve_device, working_copy
+from zsu_fast.models.prepare import prepare_model
 
 # The classes of the published tables: the paper says 100, its figures fit these 150.
 CLASSES = "0-49,390-439,950-999"
@@ -66,10 +65,9 @@ def run(given: argparse.Namespace) -> list[str]:
     """The table's lines."""
     forget = parse_classes(given.forget)
     model = load_model(given.model, given.weights, given.classes)
-    device = resolve_device(model, given.device)
+    prepared = prepare_model(model, given.device)
+    spec, classes, device = prepared.spec, prepared.classes, prepared.device
     model = model.to(device)
-    spec = resolve_spec(model)
-    classes = count_classes(working_copy(model, device), spec, device)
     loader = image_folder(given.data, spec, classes, given.workers)  # fails early
     tail = int(given.tail) if given.tail.isdigit() else given.tail
 

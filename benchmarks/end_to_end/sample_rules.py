@@ -26,7 +26,7 @@ from zsu_fast.splitting.split import find_split
 from zsu_fast.synthesis import class_sampling as sampling
 from zsu_fast.training.class_subset import ClassSubsetTail
 from zsu_fast.training.fit_task import make_fit_task
-from zsu_fast.training.loop import train_tail
+from zsu_fast.training.trainer import train_tail
 
 MODEL, SETS, FORGET = "tf_efficientnet_lite0", 2, 100
 SIZES = (32, 256)

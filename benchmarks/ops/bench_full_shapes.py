@@ -36,7 +36,7 @@ from zsu_fast.training.features import FeatureSet
 from zsu_fast.training.fit_task import FitTask
 from zsu_fast.training.losses import ForgetOnlyKL, MaskedKL
 from zsu_fast.training.teacher import Teacher, build_feature_set
-from zsu_fast.training.train_step import TrainStep, make_train_step
+from zsu_fast.training.train_step import EagerTrainStep, make_train_step
 
 SPEC = InputSpec((3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
 IMAGES = 8 if DEVICE == "cpu" else 128
@@ -152,7 +152,7 @@ def test_tail_epoch(table: Table, name: str, width: int) -> None:
     task = FitTask(subset, list(subset.parameters()), subset_rows, subset_rows, loss, loss, draw)
     some = make_train_step("auto", task)
 
-    def ours(stepper: TrainStep) -> Any:
+    def ours(stepper: EagerTrainStep) -> Any:
         def epoch() -> None:
             index = torch.randperm(ROWS).view(-1, BATCH)
             stepper.run(index, [1e-4] * len(index))

@@ -1,12 +1,11 @@
 """A run with a cache, killed by SIGKILL at random moments, until it gets through.
 
-    python -m benchmarks.stress.kill_and_resume             # 50 kills
+    python -m benchmarks.stress.kill_and_resume             # 50 kills, about a minute
     python -m benchmarks.stress.kill_and_resume --kills 5
 
-The run is LeNet5 with a cache folder, a ledger, and its result written to a file. It is started
-again after each kill. After every kill each visible file has to be whole; whenever a run gets
-through, its result has to have the bits of an undisturbed one. Writes
-``results/kill_and_resume.md``.
+The run unlearns classes of LeNet5 with a cache folder, a ledger, and its result written to a file.
+It is restarted after each kill. After every kill each visible file has to be whole, and every run
+that finishes has to give the bits of an undisturbed run. Writes ``results/kill_and_resume.md``.
 """
 
 from __future__ import annotations
@@ -23,12 +22,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import zsu_fast
+from benchmarks.harness import RESULTS
 from zsu_fast.models import checkpoint, zoo
 from zsu_fast.models.parameters import weights_hash
 from zsu_fast.provenance.ledger import verify
 from zsu_fast.synthesis.ascent_settings import BatchLimits
-
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def work(folder: Path, ready: Connection) -> None:
@@ -39,7 +37,7 @@ def work(folder: Path, ready: Connection) -> None:
         zoo.load("lenet5"), [1, 2], impressions_per_class=8, tail="last", steps=60,
         cache=folder / "cache", ledger=folder / "ledger.jsonl", progress=False,
     )  # fmt: skip
-    # eight shards in place of one, so that there is something to resume
+    # eight shards instead of one, so that there is something to resume
     run.options.ascent = replace(
         run.options.ascent, limits=BatchLimits(values=10 * 28 * 28, batches_per_shard=1)
     )
@@ -47,8 +45,8 @@ def work(folder: Path, ready: Connection) -> None:
 
 
 def start(folder: Path) -> multiprocessing.process.BaseProcess:
-    """A child that has begun its run."""
-    context = multiprocessing.get_context("fork")  # what is imported need not be imported again
+    """Starts a child process; returns once its run has begun."""
+    context = multiprocessing.get_context("fork")  # saves the imports
     ours, theirs = context.Pipe()
     child = context.Process(target=work, args=(folder, theirs))
     child.start()
@@ -57,7 +55,7 @@ def start(folder: Path) -> multiprocessing.process.BaseProcess:
 
 
 def broken(folder: Path) -> list[str]:
-    """Visible files that can't be read whole. Drafts have names that start with a dot."""
+    """Visible files that can't be read whole; drafts have names that start with a dot."""
     wrong = []
     for path in folder.rglob("*.safetensors"):
         if path.name.startswith("."):
@@ -66,14 +64,14 @@ def broken(folder: Path) -> list[str]:
             checkpoint.load_tensors(path)
         except zsu_fast.CheckpointError as error:
             wrong.append(str(error))
-    book = folder / "ledger.jsonl"
-    if book.exists():
-        wrong += verify(book)
+    ledger = folder / "ledger.jsonl"
+    if ledger.exists():
+        wrong += verify(ledger)
     return wrong
 
 
 def finish(folder: Path) -> str:
-    """Checks a run that got through, and clears the folder but for the cache; its hash."""
+    """Checks a finished run, clears the folder except the cache, and returns the weights' hash."""
     model = zoo.build("lenet5")
     checkpoint.load_into(model, folder / "out.safetensors")
     found = weights_hash(model)
@@ -103,10 +101,10 @@ def main() -> None:
         child.join()
         return finish(folder / name), time.perf_counter() - begun
 
-    want, seconds = undisturbed("alone")
+    expected, seconds = undisturbed("undisturbed")
     place = folder / "killed"
     place.mkdir()
-    kills = through = shards = 0
+    kills = finished = shards = 0
     while kills < options.kills:
         child = start(place)
         child.join(draw.uniform(0, 1.2 * seconds))
@@ -123,22 +121,21 @@ def main() -> None:
             wrong.append(f"a run ended with {child.exitcode}")
             break
         else:
-            through += 1
-            if finish(place) != want:
+            finished += 1
+            if finish(place) != expected:
                 wrong.append("another result")
             for path in (place / "cache").rglob("0*.safetensors"):
                 if draw.random() < 0.8:
-                    path.unlink()  # so that the next runs have work to do
+                    path.unlink()  # leave the next runs some work
     start(place).join()
-    if not wrong and finish(place) != want:
+    if not wrong and finish(place) != expected:
         wrong.append("another result at the end")
     text = f"""# Killed and resumed
 
-`python -m benchmarks.stress.kill_and_resume --kills {options.kills}`: {kills} kills by SIGKILL at
-uniformly random moments of a run that takes {seconds:.1f} s, seed {options.seed}.
-{through + 1} runs got through between and after them. Up to {shards} shards were found in
-the cache by the next run. Broken files visible, other results, runs that did not resume:
-**{len(wrong)}**.
+Written by `python -m benchmarks.stress.kill_and_resume --kills {options.kills}`: {kills} kills by
+SIGKILL at uniformly random moments of a run that takes {seconds:.1f} s, seed {options.seed}.
+{finished + 1} runs finished between and after them. At most {shards} shards were in the cache for
+the next run. Broken files visible, different results, runs that did not resume: **{len(wrong)}**.
 """
     print(text)
     for problem in wrong[:10]:

@@ -154,7 +154,7 @@ def test_a_fork_while_another_thread_runs() -> None:
     def child() -> None:
         signal.alarm(60)
         zsu_fast.mask(tiny(), 1)
-        with zsu_fast.runtime.torch_defaults.torch_defaults():
+        with zsu_fast.runtime.torch_settings.torch_defaults():
             pass
 
     try:
@@ -166,15 +166,23 @@ def test_a_fork_while_another_thread_runs() -> None:
 
 # --- disks -----------------------------------------------------------------------------------
 
+FinishedRun = tuple[zsu_fast.ZeroShotUnlearner, nn.Module]
+
+
+@pytest.fixture(scope="module")
+def finished_run() -> FinishedRun:
+    run = zsu_fast.ZeroShotUnlearner(tiny(), 1, **FAST, tail="last")
+    result = run.run()
+    assert run.impressions is not None
+    return run, result
+
 
 @pytest.mark.parametrize("what", ["weights", "pt", "delta", "impressions", "ledger"])
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
 def test_a_full_disk_leaves_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, call: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished_run: FinishedRun, what: str, call: str
 ) -> None:
-    result = zsu_fast.ZeroShotUnlearner(tiny(), 1, **FAST, tail="last")
-    unlearned = result.run()
-    assert result.impressions is not None
+    result, unlearned = finished_run
     path = tmp_path / f"x.{'pt' if what == 'pt' else 'safetensors'}"
     write: dict[str, Callable[[], Any]] = {
         "weights": lambda: checkpoint.save_weights(path, unlearned),
@@ -246,7 +254,8 @@ def test_a_read_only_home(tmp_path: Path) -> None:
             os.setuid(65534)
         os.environ.update(HOME=str(home), XDG_CACHE_HOME=str(home / "cache"))
         os.chdir(home)
-        result = zsu_fast.unlearn(tiny(), 1, cache=home / "cache", **FAST)
+        with pytest.warns(UserWarning, match=r"cache: .* can't be written"):
+            result = zsu_fast.unlearn(tiny(), 1, cache=home / "cache", **FAST)
         checkpoint.save_weights(out, result)
 
     tiny()  # train it here, not in the child

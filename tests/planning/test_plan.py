@@ -33,12 +33,13 @@ def pilot(**changes: Any) -> PilotResult:
     run = ZeroShotUnlearner(tiny(), [1], tail="last", progress=False, **OPTIONS)
     seconds = {
         "prepare": 1.0, "step wide": 1.1, "step narrow": 0.35, "fill wide": 0.0, "forward": 0.0,
-        "split": 2.0, "feature": 0.5, "label": 0.25, "fit step": 0.125, "validate": 0.0, "apply": 3.0,
+        "split": 2.0, "feature": 0.5, "label": 0.25, "fit step": 0.125, "validate": 0.0,
+        "apply": 3.0,
     }  # fmt: skip
     values: dict[str, Any] = {
         "run": run, "space": None, "count": 100, "width": 100, "shard": 400, "mean_steps": 5.0,
-        "max_steps": 8, "row_bytes": 1, "train_rows": 200, "validation_rows": 60, "fit_steps": 80, "batch": 64,
-        "tail_work": 1, "seconds": seconds,
+        "max_steps": 8, "row_bytes": 1, "train_rows": 200, "validation_rows": 60, "fit_steps": 80,
+        "batch": 64, "tail_work": 1, "seconds": seconds,
     }  # fmt: skip
     return PilotResult(**values | changes)
 

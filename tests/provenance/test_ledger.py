@@ -115,7 +115,7 @@ def test_no_result_without_its_entry(
 def test_a_failed_run_is_not_recorded(path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the warning of the guessed normalisation, at the end
-        with pytest.raises(UserWarning):
+        with pytest.raises(zsu_fast.UnlearningWarning):
             zsu_fast.unlearn(tiny(), [1], ledger=path, **FAST)
     assert not path.exists()
 

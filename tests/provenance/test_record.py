@@ -115,7 +115,7 @@ def test_a_good_run_has_no_warnings() -> None:
 
 
 def test_output_level_forgetting_warns() -> None:
-    with pytest.warns(UserWarning, match="only the last layer"):
+    with pytest.warns(zsu_fast.UnlearningWarning, match="only the last layer"):
         zsu_fast.unlearn(stating(), [1, 3], tail="last", **QUICK)
     (note,) = run(stating(), tail="last")[0].record.warnings
     assert "(fc2.weight, fc2.bias) was trained" in note
@@ -145,7 +145,8 @@ def test_a_class_without_impressions_warns() -> None:
 def test_a_run_that_does_not_forget_warns() -> None:
     model = tiny()
     runner = ZeroShotUnlearner(model, [1, 3], learning_rate=1e-9, **QUICK)
-    with pytest.warns(UserWarning, match=r"of held-out rows are still classified as a forgotten"):
+    leaks = r"of held-out rows are still classified as a forgotten"
+    with pytest.warns(zsu_fast.UnlearningWarning, match=leaks):
         runner.run()
     assert runner.record.fit["best"]["leak"] > 0.1
 

@@ -78,10 +78,10 @@ def test_rows_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_free_bytes_are_the_smaller_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.free_bytes(CPU) > 1024**2
     for machine, group, want in ((7, 5, 5), (7, None, 7), (None, 5, 5), (7, 9, 7)):
-        monkeypatch.setattr(memory, "_available", lambda n=machine: n)
+        monkeypatch.setattr(memory, "proc_bytes", lambda *_, n=machine: n)
         monkeypatch.setattr(memory, "_left_in_group", lambda n=group: n)
         assert memory.free_bytes(CPU) == want
-    monkeypatch.setattr(memory, "_available", lambda: None)
+    monkeypatch.setattr(memory, "proc_bytes", lambda *_: None)
     monkeypatch.setattr(memory, "_left_in_group", lambda: None)
     assert memory.free_bytes(CPU) == memory._UNKNOWN
 

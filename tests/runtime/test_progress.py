@@ -9,8 +9,7 @@ from support import QUICK, tiny
 
 from zsu_fast import Event, unlearn
 from zsu_fast.runtime import progress
-from zsu_fast.runtime.events import Stopped
-from zsu_fast.runtime.progress import Reporter
+from zsu_fast.runtime.progress import Reporter, Stopped
 
 
 class Clock:

@@ -75,7 +75,7 @@ def test_a_module_that_is_called_twice(traceable: bool) -> None:
             self.body, self.out = nn.Linear(12, 12), nn.Linear(12, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            if not traceable and float(x.sum()) == 1e9:
+            if not traceable and float(x.detach().sum()) == 1e9:
                 return x
             x = x.flatten(1)
             return self.out(torch.tanh(self.body(torch.tanh(self.body(x)))))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from zsu_fast import ClassImpressions
-from zsu_fast.models.infer_spec import resolve_spec
+from zsu_fast.models.prepare import prepare_model
 from zsu_fast.runtime.progress import Reporter
 from zsu_fast.synthesis.ascent_settings import AscentSettings, BatchLimits
-from zsu_fast.synthesis.synthesize import synthesize_images
+from zsu_fast.synthesis.space import input_space
+from zsu_fast.synthesis.synthesize import ascend
 
 # 16 rows per working batch, which is the least, and per shard
 SMALL = BatchLimits(values=1, batches_per_shard=1)
@@ -29,8 +29,10 @@ def synthesize_limited(
     callback: Any = None,
     **settings: Any,
 ) -> ClassImpressions:
-    spec = resolve_spec(model, None, mean, std)
-    return synthesize_images(
-        model, classes, spec, torch.device("cpu"), AscentSettings(**settings, limits=limits),
-        Reporter(False, callback), cache,
-    )  # fmt: skip
+    prepared = prepare_model(model, "cpu", None, mean, std)
+    ascent = AscentSettings(**settings, limits=limits)
+    report = Reporter(False, callback)
+    with report:
+        space = input_space(prepared.model, prepared.spec, ascent.precision)
+        chosen = range(prepared.classes) if classes is None else classes
+        return ascend(prepared.model, space, chosen, ascent, report, cache)

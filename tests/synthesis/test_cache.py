@@ -16,7 +16,7 @@ from limited import SMALL, synthesize_limited
 from support import QUICK, bits, same_bits, tiny
 from torch import nn
 
-from zsu_fast import ClassImpressions, Event, ZeroShotUnlearner, ops
+from zsu_fast import ClassImpressions, Event, UnlearningWarning, ZeroShotUnlearner, ops
 
 FIELDS = ("images", "labels", "confidence", "target", "steps", "hit")
 
@@ -162,7 +162,7 @@ def test_a_damaged_shard_is_made_anew(tmp_path: Path, steps: list[int], damage: 
         "text": b"no tensors here",
     }[damage])  # fmt: skip
     steps.clear()
-    with pytest.warns(UserWarning, match=r"cache: .*00001\.safetensors.* made anew"):
+    with pytest.warns(UnlearningWarning, match=r"cache: .*00001\.safetensors.* made anew"):
         assert same(make(tmp_path), first)
     assert steps
     assert path.read_bytes() == content  # and stored again

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from zsu_fast.models import zoo
 from zsu_fast.models.wrapper import LogitsModel, working_copy
-from zsu_fast.runtime.precision import has_bfloat16
+from zsu_fast.runtime.torch_settings import has_bfloat16
 from zsu_fast.synthesis.inference_copy import inference_copy, pool_before_relu
 
 CPU = torch.device("cpu")

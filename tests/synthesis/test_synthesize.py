@@ -10,14 +10,12 @@ import torch
 from support import SPEC, bits, tiny, untouched
 from torch import nn
 
-from zsu_fast import (
-    ArgumentError,
-    ClassImpressions,
-    Event,
-    ModelError,
-    synthesize,
-)
+from zsu_fast import ArgumentError, ClassImpressions, Event, ModelError, synthesize
 from zsu_fast.models import zoo
+from zsu_fast.models.wrapper import working_copy
+from zsu_fast.synthesis.ascent_settings import BatchLimits
+from zsu_fast.synthesis.space import SearchSpace, input_space
+from zsu_fast.synthesis.synthesize import batch_rows
 
 FIELDS = ("images", "labels", "confidence", "target", "steps", "hit")
 
@@ -134,3 +132,30 @@ def test_no_warning_on_a_good_run() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(per_class=4)
+
+
+# --- rows of a working batch -------------------------------------------------------------------
+
+
+def space_of_64_classes() -> SearchSpace:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 64))
+    return input_space(working_copy(model, torch.device("cpu")), SPEC, "float32")
+
+
+def test_few_rows_ascend_at_once_where_classes_are_many() -> None:
+    space = space_of_64_classes()
+    wide = batch_rows(space)[1]
+    assert wide > 20
+    assert batch_rows(space, BatchLimits(logits=20 * 64)) == (80, 20)
+
+
+def test_few_rows_ascend_at_once_where_they_fill_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = space_of_64_classes()
+    weights = sum(p.nbytes for p in space.exact.parameters())
+    for row, cache, rows in (
+        (weights // 12, 30 * (weights // 12), 30),
+        (weights // 12, 0, 12),  # no less than the weights that are read for them
+        (weights, 0, 8),
+    ):
+        monkeypatch.setattr("zsu_fast.runtime.memory.bytes_per_row", lambda *_, row=row: row)
+        assert batch_rows(space, BatchLimits(cache_bytes=cache))[1] == rows

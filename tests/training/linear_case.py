@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from zsu_fast.runtime.progress import Reporter
 from zsu_fast.training.features import FeatureSet
 from zsu_fast.training.fit_task import FitTask
-from zsu_fast.training.loop import LoopSettings, train_tail
-from zsu_fast.training.losses import LogitObjective, MaskedKL
+from zsu_fast.training.losses import MaskedKL, Objective
 from zsu_fast.training.teacher import Teacher, build_feature_set
-from zsu_fast.training.trainer import Fit
+from zsu_fast.training.trainer import Fit, LoopSettings, train_tail
 
 FORGET = torch.tensor([False, True, False, False])
 
 
-class Scripted(LogitObjective):
+class Scripted(Objective):
     """An objective that does as a script says: ``script(call, logits, rows) -> loss``."""
 
     def __init__(

@@ -20,9 +20,9 @@ from zsu_fast.synthesis import dead_leaves as drawing
 from zsu_fast.synthesis.dead_leaves import sample_dead_leaves
 from zsu_fast.synthesis.impressions import ClassImpressions
 from zsu_fast.synthesis.synthesize import synthesize
+from zsu_fast.training.deep.deep import find_deep_split
 from zsu_fast.training.deep.losses import DeepObjective, room_above_floor
 from zsu_fast.training.deep.settings import DeepSettings
-from zsu_fast.training.deep.split_rule import find_deep_split
 from zsu_fast.training.deep.tail import DualClassifierTail
 from zsu_fast.training.features import FeatureSet, held_out, logit_margin
 from zsu_fast.unlearner import ZeroShotUnlearner
@@ -313,7 +313,7 @@ def test_few_impressions_a_class_are_warned_of(tiny: nn.Module) -> None:
 
 def test_values_that_blow_up_leave_the_features(tiny: nn.Module) -> None:
     run = ZeroShotUnlearner(tiny, [1], depth="deep", learning_rate=1e30, **QUICK)
-    with pytest.warns(UserWarning, match="features were left as they are"):
+    with pytest.warns(UserWarning, match="features are unchanged"):
         made = run.run()
     assert "given up" in run.record.depth["stopped"]
     before, after = tiny.state_dict(), made.state_dict()

@@ -11,8 +11,8 @@ from support import tiny
 from zsu_fast.models.wrapper import working_copy
 from zsu_fast.synthesis.synthesize import synthesize
 from zsu_fast.training.deep.data import DeepInputs, deep_train_val_sets, target_classes
+from zsu_fast.training.deep.deep import find_deep_split
 from zsu_fast.training.deep.settings import DeepSettings
-from zsu_fast.training.deep.split_rule import find_deep_split
 from zsu_fast.training.features import held_out
 
 

@@ -11,9 +11,8 @@ from torch import nn
 from zsu_fast.models.wrapper import working_copy
 from zsu_fast.splitting.split import find_split
 from zsu_fast.training.class_subset import ClassSubsetTail
-from zsu_fast.training.features import FeatureSettings, held_out, logit_margin
+from zsu_fast.training.features import FeatureSettings, MemoryLimits, held_out, logit_margin
 from zsu_fast.training.fit_task import FitTask, make_fit_task
-from zsu_fast.training.limits import MemoryLimits
 from zsu_fast.training.losses import ForgetOnlyKL, MaskedKL, ObjectiveSettings
 
 

@@ -140,7 +140,49 @@ def test_graph_without_a_gpu_says_so() -> None:
 def test_auto_on_a_cpu_is_eager() -> None:
     tail, rows, _ = case()
     step = make_train_step("auto", fit_task(tail, rows))
-    assert step.name == "eager"
+    assert type(step) is EagerTrainStep
+
+
+def failing_capture(_block: Any) -> Any:
+    """As on a GPU: an error in the block also breaks the capture, which then raises another."""
+    try:
+        raise RuntimeError("a value is read on the host")
+    finally:
+        raise RuntimeError("capture is invalid")
+
+
+def test_a_failed_capture_falls_back_to_eager_steps_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts: list[Any] = []
+    monkeypatch.setattr(train_step, "warm_up", lambda steps, _device: steps())
+    monkeypatch.setattr(
+        train_step, "capture", lambda block: (attempts.append(block), failing_capture(block))
+    )
+    eager, loss = run(EagerTrainStep)
+    graph, graph_loss = run(GraphTrainStep)  # the warm-up is undone
+    for a, b in zip(eager, graph, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(loss, graph_loss, rtol=1e-4)
+    assert len(attempts) == 1
+    (warning,) = caplog.messages
+    assert "runs eagerly" in warning
+    assert "a value is read on the host" in warning
+
+
+def test_a_required_graph_that_cannot_be_captured_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train_step, "warm_up", lambda steps, _device: steps())
+    monkeypatch.setattr(train_step, "capture", failing_capture)
+    tail, rows, index = case()
+    start = copy.deepcopy(tail.state_dict())
+    step = GraphTrainStep(fit_task(tail, rows), required=True)
+    with pytest.raises(
+        ArgumentError, match=r"loop: got 'graph', and capture failed: a value.*auto"
+    ):
+        step.run(index, RATES)
+    assert all(torch.equal(value, start[name]) for name, value in tail.state_dict().items())
 
 
 @pytest.mark.gpu

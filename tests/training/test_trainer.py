@@ -40,7 +40,7 @@ def test_a_diverging_attempt_is_repeated_at_lower_rates(attempts: int) -> None:
     case = LinearCase()
     result = fit(
         case.task(diverging(case, 13, attempts)),
-        keep="complete", patience=None, leak_goal=1.0, slower=(0.3, 0.09, 0.027),
+        keep="complete", patience=None, slower=(0.3, 0.09, 0.027),
     )  # fmt: skip
     rates = {c.attempt: c.learning_rate for c in result.history[1:]}
     assert list(rates.values()) == pytest.approx([0.05, 0.015, 0.0045, 0.00135][: attempts + 1])
@@ -54,7 +54,7 @@ def test_if_every_attempt_diverges_the_tail_stays_as_it_is() -> None:
     case = LinearCase()
     result = fit(
         case.task(diverging(case, 13, 9)),
-        keep="complete", patience=None, leak_goal=1.0, slower=(0.3, 0.09, 0.027),
+        keep="complete", patience=None, slower=(0.3, 0.09, 0.027),
     )  # fmt: skip
     assert max(c.attempt for c in result.history) == 3
     assert result.best is result.history[0]

@@ -16,7 +16,7 @@ from ..evaluation.accuracy import Evaluation, evaluate, mask
 from ..evaluation.audit import audit
 from ..evaluation.report.page import write_report
 from ..models import checkpoint, zoo
-from ..runtime.events import Callback
+from ..runtime.progress import Callback
 from ..unlearner import ZeroShotUnlearner
 
 FORGET = [1, 2, 3, 4]

@@ -45,17 +45,16 @@ class Evaluation:
 
     @classmethod
     def from_counts(cls, correct: Tensor, total: Tensor, forget: list[int]) -> Evaluation:
-        """Builds the accuracies from `count_correct`'s counts, int64 [C] each."""
-        forget_mask = torch.zeros(len(total), dtype=torch.bool)
-        forget_mask[forget] = True
-        forget_count, retain_count = int(total[forget_mask].sum()), int(total[~forget_mask].sum())
+        """Builds the accuracies from the counts of `count_correct`."""
+        forget_correct, forget_count = int(correct[forget].sum()), int(total[forget].sum())
+        all_correct, count = int(correct.sum()), int(total.sum())
         return cls(
-            percentage(int(correct[forget_mask].sum()), forget_count),
-            percentage(int(correct[~forget_mask].sum()), retain_count),
-            percentage(int(correct.sum()), forget_count + retain_count),
+            percentage(forget_correct, forget_count),
+            percentage(all_correct - forget_correct, count - forget_count),
+            percentage(all_correct, count),
             {c: 100 * int(correct[c]) / int(total[c]) for c in range(len(total)) if int(total[c])},
             forget_count,
-            retain_count,
+            count - forget_count,
             list(forget),
         )
 
@@ -115,9 +114,7 @@ def evaluate(
 def count_correct(predictions: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Counts the correct predictions and the images of each class: int64 [C] each.
 
-    Args:
-        predictions, labels: int64 [N], on the CPU.
-        classes: the number of classes, C.
+    Predictions and labels are int64 [N] on the CPU, and C is the number of ``classes``.
     """
     correct = torch.bincount(labels[predictions == labels], minlength=classes)
     return correct, torch.bincount(labels, minlength=classes)
@@ -148,11 +145,9 @@ class MaskedClassifier(nn.Module):
         self.model, self.forget = model, forget
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = pick_logits(self.model(x)).clone()
+        logits: Tensor = pick_logits(self.model(x))
         check_forget(self.forget, logits.shape[1])
-        logits[:, self.forget] = -torch.inf
-        masked: Tensor = logits
-        return masked
+        return logits.index_fill(1, torch.tensor(self.forget, device=logits.device), -torch.inf)
 
 
 def mask(model: nn.Module, forget: Any) -> MaskedClassifier:

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..models.class_indices import check_forget
-from ..models.infer_spec import resolve_spec
 from ..models.input_spec import InputSpec, noise_images
-from ..models.wrapper import LogitsModel, count_classes, resolve_device, working_copy
+from ..models.prepare import prepare_model
+from ..models.wrapper import LogitsModel
 from ..runtime.progress import Reporter
-from ..runtime.torch_defaults import torch_defaults
+from ..runtime.torch_settings import torch_defaults
 from ..splitting.split import Split, find_split
 from ..training.features import FeatureSet, FeatureSettings
 from ..training.fit_task import FitTask, trained_parameters
-from ..training.loop import LoopSettings, train_tail
 from ..training.losses import MaskedKL
 from ..training.teacher import Teacher
+from ..training.trainer import LoopSettings, train_tail
 
 # Training rows, besides those for mixtures, and held-out rows: as many as `unlearn` uses by default
 # for ten classes.
@@ -62,15 +62,14 @@ def random_embeddings(
             "got 'auto', which needs impressions",
             "Pass 'last', a module's name, or a number.",
         )
-    spec, where = resolve_spec(model), resolve_device(model, device)
-    copy = working_copy(model, where)
-    classes = count_classes(copy, spec, where)
-    forget_mask = torch.zeros(classes, dtype=torch.bool, device=where)
-    forget_mask[check_forget(forget, classes)] = True
-    images, labels = noise_images(spec, 4).to(where), torch.zeros(4, dtype=torch.int64)
-    split = find_split(copy, tail, images, labels.to(where))
-    train_on_noise(copy, split, spec, forget_mask, seed)
-    return copy.module
+    work = prepare_model(model, device)
+    forget_mask = torch.zeros(work.classes, dtype=torch.bool, device=work.device)
+    forget_mask[check_forget(forget, work.classes)] = True
+    images = noise_images(work.spec, 4).to(work.device)
+    labels = torch.zeros(4, dtype=torch.int64, device=work.device)
+    split = find_split(work.model, tail, images, labels)
+    train_on_noise(work.model, split, work.spec, forget_mask, seed)
+    return work.model.module
 
 
 def train_on_noise(

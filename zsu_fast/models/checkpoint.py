@@ -14,8 +14,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, OutputError, shorten
-from .parameters import unwrap
+from .parameters import saved_tensors, unwrap
 
+_COMPILED = "_orig_mod."  # in names, by torch.compile
 _FORMATS = "a safetensors file, or a checkpoint that torch.load(weights_only=True) accepts"
 
 
@@ -51,8 +52,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
             f"Save model.state_dict()."
         )
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    if not tensors or len(tensors) < len(content):
-        others = [k for k, v in content.items() if not isinstance(v, Tensor)]
+    others = [k for k, v in content.items() if not isinstance(v, Tensor)]
+    if others or not tensors:
         found = f"entries that are not tensors ({shorten(others, 3)})" if others else "no tensors"
         raise CheckpointError(f"weights: {path} holds {found}. Save model.state_dict().")
     return _without_wrappers(tensors)
@@ -60,14 +61,10 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 
 def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Removes the prefixes of DataParallel and torch.compile from names, however nested."""
-    tensors = {_without_compile(name): t for name, t in tensors.items()}
+    tensors = {name.replace(_COMPILED, ""): t for name, t in tensors.items()}
     while tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
     return tensors
-
-
-def _without_compile(name: str) -> str:
-    return name.replace("_orig_mod.", "")
 
 
 def load_into(model: nn.Module, path: str | Path) -> None:
@@ -78,8 +75,9 @@ def load_into(model: nn.Module, path: str | Path) -> None:
     """
     tensors = load_weights(path)
     model = unwrap(model)
-    names = {_without_compile(name): name for name in model.state_dict()}
-    own = {short: model.state_dict()[name] for short, name in names.items()}
+    state = model.state_dict()
+    names = {name.replace(_COMPILED, ""): name for name in state}
+    own = {short: state[name] for short, name in names.items()}
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     misfit = [
         f"{n} is {tuple(tensors[n].shape)}, the model needs {tuple(own[n].shape)}"
@@ -122,7 +120,7 @@ def save_weights(
     Raises:
         OutputError: the path exists (without ``force``) or can't be written.
     """
-    tensors = {n: t for n, t in unwrap(model).state_dict().items() if isinstance(t, Tensor)}
+    tensors = saved_tensors(model)
     if Path(path).suffix in (".pt", ".pth", ".bin"):
         write_atomically(path, lambda file: torch.save(tensors, file), force)
     else:
@@ -130,11 +128,9 @@ def save_weights(
 
 
 def save_tensors(
-    path: str | Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None = None,
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None,
     force: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Writes a safetensors file atomically; tied tensors are stored once per name.
 
     Raises:
@@ -185,12 +181,8 @@ def write_atomically(
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            if not keep:
-                return
-            if force:
-                os.replace(draft, path)
-            else:
-                _rename_to_new(draft, path)
+            if keep:
+                (os.replace if force else _rename_to_new)(draft, path)
         finally:
             draft.unlink(missing_ok=True)
     except FileExistsError as error:

@@ -44,8 +44,7 @@ def check_forgotten(forgotten: Any, forget: Sequence[int], classes: int) -> list
     if empty:
         return []
     before = check_classes("forgotten", forgotten, classes)
-    repeated = sorted(set(before) & set(forget))
-    if repeated:
+    if repeated := sorted(set(before) & set(forget)):
         raise ArgumentError(
             "forget",
             f"{repeated} were forgotten before (forgotten={_short_repr(before)})",

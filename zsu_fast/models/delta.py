@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ModelError, shorten
 from . import checkpoint
-from .parameters import deep_copy, unwrap, weights_hash
+from .parameters import as_bytes, deep_copy, saved_tensors, weights_hash
 
 FORMAT = "zsu_fast.delta/1"
 
@@ -39,12 +39,9 @@ def save_delta(
         ModelError: the models differ in names, shapes or dtypes.
         OutputError: the path exists (without ``force``) or can't be written.
     """
-    old, new = _tensors(base), _tensors(unlearned)
-    misfit = sorted(old.keys() ^ new.keys()) + [
-        n
-        for n in sorted(old.keys() & new.keys())
-        if old[n].shape != new[n].shape or old[n].dtype != new[n].dtype
-    ]
+    old, new = saved_tensors(base), saved_tensors(unlearned)
+    common = sorted(old.keys() & new.keys())
+    misfit = sorted(old.keys() ^ new.keys()) + [n for n in common if not _alike(old[n], new[n])]
     if misfit:
         raise ModelError(
             f"base and result differ in more than values: {shorten(misfit, 3)}",
@@ -54,7 +51,7 @@ def save_delta(
     tied: dict[str, str] = {}  # further names of a stored tensor
     stored: dict[tuple[int, int, torch.Size, tuple[int, ...]], str] = {}
     for name in sorted(new):
-        if _same_bits(old[name], new[name]):
+        if torch.equal(as_bytes(old[name]), as_bytes(new[name])):  # -0 is not 0, NaN is NaN
             continue
         memory = (new[name].data_ptr(), new[name].numel(), new[name].shape, new[name].stride())
         first = stored.setdefault(memory, name)
@@ -84,20 +81,23 @@ def apply_delta(base: nn.Module, path: str | Path) -> nn.Module:
         )
     result = deep_copy(base, "Pass the module inside the wrapper.")
     damaged = f"delta: {path} was altered or damaged. Copy it again from its source."
-    own = _tensors(result)
+    own = saved_tensors(result)
     for name, first in _ties(metadata, damaged).items():
         if first not in changed or name in changed:
             raise CheckpointError(damaged)
         changed[name] = changed[first]
     for name, value in changed.items():
-        target = own.get(name)
-        if target is None or target.shape != value.shape or target.dtype != value.dtype:
+        if name not in own or not _alike(own[name], value):
             raise CheckpointError(damaged)
         with torch.no_grad():
-            target.copy_(value)
+            own[name].copy_(value)
     if weights_hash(result) != metadata.get("result"):
         raise CheckpointError(damaged)
     return result
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def _check_format(path: str | Path, found: str) -> None:
@@ -111,17 +111,6 @@ def _check_format(path: str | Path, found: str) -> None:
     raise CheckpointError(
         f"delta: {path} is not a zsu_fast delta. Pass a file written by save_delta or --delta."
     )
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors in ``state_dict()``; they share memory with the model."""
-    return {n: t for n, t in unwrap(model).state_dict().items() if isinstance(t, Tensor)}
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Compares bytes, for tensors of one shape and dtype: -0 differs from 0, NaN equals NaN."""
-    first, second = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (a, b))
-    return torch.equal(first, second)
 
 
 def _ties(metadata: Mapping[str, str], damaged: str) -> dict[str, str]:

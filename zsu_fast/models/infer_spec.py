@@ -48,14 +48,10 @@ def resolve_spec(
         shape, source = stated_shape(inner) or infer_shape(inner)
     channels = shape[0]
     if mean is None and std is None and stated is not None and len(stated.mean) == channels:
-        return replace(
-            stated,
-            shape=shape,
-            source=source,
-            resize=stated.resize if shape == stated.shape else None,
-        )
-    guess_mean, guess_std, guess = _guess_normalisation(channels)
+        resize = stated.resize if shape == stated.shape else None
+        return replace(stated, shape=shape, source=source, resize=resize)
     if mean is None and std is None:
+        guess_mean, guess_std, guess = _guess_normalisation(channels)
         return InputSpec(shape, guess_mean, guess_std, f"{source}; {guess}", assumed=True)
     means = _check_channels("mean", 0.0 if mean is None else mean, channels)
     stds = _check_channels("std", 1.0 if std is None else std, channels)
@@ -83,15 +79,15 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
         ArgumentError: the model runs at no common size, or at several without such a map.
     """
     probe = deep_copy(model, UNCOPYABLE).float().eval()
-    layers = [m for m in probe.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    if not layers:
+    first = next((m for m in probe.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
+    if first is None:
         raise ArgumentError(
             "input_shape",
             "not given, and the model has no convolution or linear layer to infer it from",
             "Pass input_shape=(channels, height, width).",
         )
-    any_width = isinstance(layers[0], nn.Linear)  # a perceptron has no feature maps
-    candidates = _candidate_shapes(layers[0])
+    any_width = isinstance(first, nn.Linear)  # a perceptron has no feature maps
+    candidates = _candidate_shapes(first)
     running: list[tuple[int, ...]] = []
     error: Exception | None = None
     # a single image if two fail at every size: `count_classes` then reports what is wrong
@@ -192,11 +188,8 @@ def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _check_channels(name: str, value: float | Sequence[float], channels: int) -> tuple[float, ...]:
     try:
-        values = (
-            (float(value),) * channels
-            if isinstance(value, int | float)
-            else tuple(float(v) for v in value)
-        )
+        several = (value,) * channels if isinstance(value, int | float) else value
+        values = tuple(float(v) for v in several)
     except (TypeError, ValueError):
         values = ()
     if len(values) != channels or not all(math.isfinite(v) for v in values):

@@ -97,7 +97,7 @@ class InputSpec:
         )
 
 
-def _as_rgb(image: Any) -> Any:
+def _as_rgb(image: Any) -> Any:  # a lambda could not be sent to the workers of a DataLoader
     return image.convert("RGB")
 
 
@@ -113,8 +113,7 @@ def stated_shape(model: nn.Module) -> tuple[tuple[int, ...], str] | None:
     """Shape and source if a model states only its size, as a transformers config does."""
     config = getattr(model, "config", None)
     size = getattr(config, "image_size", None)
-    if isinstance(size, int):
-        size = (size, size)
+    size = (size, size) if isinstance(size, int) else size
     if not isinstance(size, tuple | list) or len(size) != 2:
         return None
     channels = int(getattr(config, "num_channels", None) or 3)
@@ -143,9 +142,7 @@ def _from_torchvision(model: nn.Module) -> InputSpec | None:
 
     count = sum(p.numel() for p in model.parameters())
     for _, found in inspect.getmembers(sys.modules[module], inspect.isclass):
-        if not issubclass(found, WeightsEnum) or found is WeightsEnum:
-            continue
-        entries: Any = found
+        entries: Any = found if issubclass(found, WeightsEnum) else ()
         for entry in entries:
             if entry.meta.get("num_params") == count:
                 return torchvision_spec(entry.transforms())
@@ -188,8 +185,7 @@ def _from_transformers(model: nn.Module) -> InputSpec | None:
     if not file.is_file():
         return None
     try:
-        processor = json.loads(file.read_text())
-        return processor_spec(processor, stated_shape(model))
+        return processor_spec(json.loads(file.read_text()), stated_shape(model))
     except (KeyError, TypeError, ValueError) as error:
         raise ArgumentError(
             "input_shape",
@@ -216,23 +212,19 @@ def processor_spec(
         mean, std = (0.0,) * len(mean), (1.0,) * len(std)
     scale = float(processor.get("rescale_factor", 1 / 255)) * 255  # relative to pixels in 0..1
     mean, std = tuple(m / scale for m in mean), tuple(s / scale for s in std)
-    size = processor["size"]
-    size = {"height": size, "width": size} if isinstance(size, int) else size
+    size = _sides(processor["size"])
     edge = size.get("shortest_edge")
     if edge is None:
-        resize: tuple[int, ...] = (int(size["height"]), int(size["width"]))
-        crop = resize
+        crop = (int(size["height"]), int(size["width"]))
+        resize: tuple[int, ...] = crop
     else:
         resize, crop = (int(edge),), (int(edge), int(edge))
     if processor.get("do_center_crop"):
-        box = processor["crop_size"]
-        box = {"height": box, "width": box} if isinstance(box, int) else box
+        box = _sides(processor["crop_size"])
         crop = (int(box["height"]), int(box["width"]))
-    elif edge is not None and processor.get("crop_pct") and int(edge) < 384:
-        # ConvNext's processor crops below 384 pixels, and squashes from there on
-        resize = (int(edge / processor["crop_pct"]),)
     elif edge is not None and processor.get("crop_pct"):
-        resize = crop
+        # ConvNext's processor crops below 384 pixels, and squashes from there on
+        resize = (int(edge / processor["crop_pct"]),) if int(edge) < 384 else crop
     if stated is not None and stated[0][1:] != crop:
         raise ValueError(f"it makes images of {crop}, the model's config says {stated[0][1:]}")
     return InputSpec(
@@ -243,6 +235,10 @@ def processor_spec(
         resize,
         _PILLOW_FILTERS[int(processor.get("resample", 2))],
     )
+
+
+def _sides(size: Any) -> dict[str, Any]:
+    return {"height": size, "width": size} if isinstance(size, int) else size
 
 
 def noise_images(spec: InputSpec, count: int) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,7 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
     """
     source, _, rest = name.partition(":")
     if name in zoo.ZOO:
-        if weights is None:
-            return zoo.load(name)
-        return _with_file(zoo.build(name), weights)
+        return zoo.load(name) if weights is None else _with_file(zoo.build(name), weights)
     if source == "torchvision":
         return _torchvision(rest, weights, classes)
     if source == "timm":
@@ -83,18 +80,12 @@ def _torchvision(name: str, weights: str | None, classes: int | None) -> nn.Modu
         raise _unknown(name, "torchvision", "it has no image classifier of this name")
     entries = models.get_model_weights(name)
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    chosen = None
-    if weights == PRETRAINED:
-        chosen = entries["DEFAULT"]
-    elif weights in entries.__members__:
-        chosen = entries[weights]
     _need_weights(name, weights)
-    if chosen is not None:
-        model = models.get_model(name, weights=chosen, **options)
-    else:
-        model = _with_file(models.get_model(name, weights=None, **options), weights)
-    model.input_spec = torchvision_spec((chosen or entries["DEFAULT"]).transforms())
-    return model.eval()
+    default = entries["DEFAULT"]
+    chosen = default if weights == PRETRAINED else entries.__members__.get(weights)
+    model = models.get_model(name, weights=chosen, **options)
+    model.input_spec = torchvision_spec((chosen or default).transforms())
+    return _with_file(model, weights if chosen is None else None)
 
 
 def _timm(name: str, weights: str | None, classes: int | None) -> nn.Module:
@@ -149,7 +140,7 @@ def _factory(module: str, attribute: str) -> nn.Module:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as with `python -m`; a console script does not do this
     try:
-        factory: Callable[[], Any] = getattr(importlib.import_module(module), attribute)
+        factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ArgumentError(
             "model",

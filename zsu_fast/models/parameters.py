@@ -45,16 +45,22 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors in ``state_dict()``; they share memory with the model."""
+    return {n: t for n, t in unwrap(model).state_dict().items() if isinstance(t, Tensor)}
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of ``tensor`` as uint8 [n] on the CPU."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+
+
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 of the names, dtypes, shapes and bytes in ``model.state_dict()``, 64 hex digits."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(unwrap(model).state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
+    for name, tensor in sorted(saved_tensors(model).items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
+        digest.update(as_bytes(tensor).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..runtime.flops import multiply_adds
+from ..runtime.measuring import multiply_adds
 from .infer_spec import resolve_spec
 from .input_spec import InputSpec
 from .wrapper import LogitsModel, count_classes, resolve_device, working_copy

@@ -72,8 +72,7 @@ def working_copy(model: nn.Module, device: torch.device) -> LogitsModel:
                 f"{name} holds {bad} NaN or infinite values of {tensor.numel()}",
                 "Load a checkpoint whose weights are finite.",
             )
-    copied = deep_copy(inner, UNCOPYABLE)
-    copied = copied.to(device=device).float().eval()
+    copied = deep_copy(inner, UNCOPYABLE).to(device=device).float().eval()
     for module in copied.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]

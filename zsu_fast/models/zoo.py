@@ -63,8 +63,7 @@ class KarpathyNet(nn.Module):
         return self.fc1(x.flatten(1))
 
 
-def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution without bias."""
+def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
 
 
@@ -74,8 +73,8 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.stride, self.extra = stride, outputs - inputs
-        self.conv1, self.bn1 = conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = conv3x3(outputs, outputs), nn.BatchNorm2d(outputs)
+        self.conv1, self.bn1 = _conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = _conv3x3(outputs, outputs), nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -93,7 +92,7 @@ class CifarResNet(nn.Module):
 
     def __init__(self, blocks: int, classes: int = 10) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv3x3(3, 16), nn.BatchNorm2d(16)
+        self.conv1, self.bn1 = _conv3x3(3, 16), nn.BatchNorm2d(16)
         self.layer1 = self._stage(16, 16, 1, blocks)
         self.layer2 = self._stage(16, 32, 2, blocks)
         self.layer3 = self._stage(32, 64, 2, blocks)
@@ -120,13 +119,9 @@ class PatchEmbed(nn.Sequential):
 
     def __init__(self, width: int, stem: int = 32) -> None:
         super().__init__(
-            nn.Conv2d(3, stem, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(3, 2, padding=1),
-            nn.Conv2d(stem, width, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(3, 2, padding=1),
-        )
+            nn.Conv2d(3, stem, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1),
+            nn.Conv2d(stem, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1),
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).flatten(2).transpose(1, 2)
@@ -201,10 +196,9 @@ class Entry:
     weights: str | None = None
 
 
+_CIFAR_MEAN, _CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 _MNIST = InputSpec((1, 28, 28), (0.1307,), (0.3081,), "stated by the zoo")
-_CIFAR = InputSpec(
-    (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616), "stated by the zoo"
-)
+_CIFAR = InputSpec((3, 32, 32), _CIFAR_MEAN, _CIFAR_STD, "stated by the zoo")
 _CIFAR_RESNET = InputSpec((3, 32, 32), IMAGENET_MEAN, IMAGENET_STD, "stated by the zoo")
 ZOO: dict[str, Entry] = {
     "lenet5": Entry(LeNet5, _MNIST, "lenet5.safetensors"),

@@ -14,6 +14,7 @@ faster one cannot. An explicit choice that cannot run raises `BackendUnavailable
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -51,7 +52,6 @@ def _checked(name: str | None) -> Backend | None:
 
 _forced: Backend | None = _checked(os.environ.get("ZSU_FAST_BACKEND"))
 _chosen: dict[tuple[str, str, Backend | None], Callable[..., Any]] = {}
-_logged: set[str] = set()
 
 
 @contextmanager
@@ -117,10 +117,9 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> Callabl
     return _chosen[key]
 
 
+@functools.cache
 def _log_once(text: str) -> None:
-    if text not in _logged:
-        _logged.add(text)
-        log.warning(text)
+    log.warning(text)
 
 
 def _load(op: str, backend: Backend) -> Callable[..., Any]:

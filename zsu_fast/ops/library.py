@@ -41,14 +41,11 @@ def _load(name: str) -> NativeLibrary:
     return NativeLibrary(name, found[0], None)
 
 
-def _load_cuda() -> NativeLibrary:
-    if torch.version.cuda is None:
-        return NativeLibrary("_C_cuda", None, "this torch is built without CUDA")
-    return _load("_C_cuda")
-
-
 CPU = _load("_C_cpu")
-CUDA = _load_cuda()
+if torch.version.cuda is None:
+    CUDA = NativeLibrary("_C_cuda", None, "this torch is built without CUDA")
+else:
+    CUDA = _load("_C_cuda")
 
 _definitions = torch.library.Library("zsu_fast", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():

@@ -5,6 +5,7 @@ How many ascent steps an impression takes depends on the model, so it has to be 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +13,10 @@ import torch
 from torch import nn
 
 from ..models.parameters import deep_copy, weights_hash
-from ..runtime.flops import multiply_adds
-from ..runtime.measuring import PeakMemory, Stopwatch
+from ..runtime.measuring import PeakMemory, Stopwatch, multiply_adds
 from ..runtime.memory import bytes_per_row
 from ..runtime.progress import Reporter
-from ..runtime.threads import threads_for
+from ..runtime.torch_settings import threads_for
 from ..splitting.split import Split
 from ..synthesis.ascent import Ascent
 from ..synthesis.impressions import ClassImpressions
@@ -70,28 +70,26 @@ class PilotResult:
     seconds: dict[str, float]
 
     @property
+    def impression_bytes(self) -> int:
+        """Of all impressions of the full run, in shards and joined."""
+        return 2 * self.count * math.prod(self.space.shape) * 4
+
+    @property
     def split(self) -> Split:
         assert self.run.split_point is not None
         return self.run.split_point
 
 
-def run_pilot(
-    model: nn.Module, forget: Any, options: dict[str, Any], memory: PeakMemory
-) -> PilotResult:
-    """Runs all stages on a few impressions; the model is not changed.
+class Pilot:
+    """Runs the procedure on a few impressions, stage by stage, and times its parts.
 
     Args:
-        model, forget, options: as for `unlearn`.
+        model, forget, options: as for `unlearn`; the model is not changed.
         memory: measures each stage's peak.
 
     Raises:
         ArgumentError: an argument can't be used.
     """
-    return _Pilot(model, forget, options, memory).run_stages()
-
-
-class _Pilot:
-    """Runs the procedure on a few impressions, stage by stage, and times its parts."""
 
     def __init__(
         self, model: nn.Module, forget: Any, options: dict[str, Any], memory: PeakMemory
@@ -108,10 +106,9 @@ class _Pilot:
         self.count = len(run.active_classes) * run.options.ascent.per_class
         self.shard, width = batch_rows(self.space)
         self.width = min(width, self.count)
-        self.start = self.space.start(torch.zeros(1, *self.space.shape, device=run.device))
+        self.start = self.space.one_point()
 
     def run_stages(self) -> PilotResult:
-        """Runs all stages."""
         impressions = self._synthesise()
         self.run.impressions = impressions
         split = self.run.split()
@@ -123,35 +120,35 @@ class _Pilot:
         self.seconds["apply"] = self.watch.lap()
         self.memory.end_stage("apply")
         return PilotResult(
-            run=self.run,
-            space=self.space,
-            count=self.count,
-            width=self.width,
-            shard=self.shard,
+            run=self.run, space=self.space, count=self.count, width=self.width, shard=self.shard,
             mean_steps=float(impressions.steps.float().mean()),
             max_steps=int(impressions.steps.max()),
             row_bytes=bytes_per_row(self.space.fast_model, self.start),
             fit_steps=self.run.options.loop.steps_for(self.run.classes),
             seconds=self.seconds,
             **fit,
-        )
+        )  # fmt: skip
 
     def _synthesise(self) -> ClassImpressions:
         """A few impressions, and the times of single ascent steps at two widths of the batch."""
-        run, active = self.run, self.run.active_classes
+        run, active, settings = self.run, self.run.active_classes, self.run.options.ascent
         every = max(1, len(active) // _CLASSES)
         classes = sorted({*active[::every][:_CLASSES], run.forget[0]})
-        per_class = max(1, min(run.options.ascent.per_class, PILOT_IMPRESSIONS // len(classes)))
-        few = replace(run.options.ascent, per_class=per_class)
+        per_class = max(1, min(settings.per_class, PILOT_IMPRESSIONS // len(classes)))
+        few = replace(settings, per_class=per_class)
         impressions = ascend(run.work, self.space, classes, few, Reporter(False))
         with threads_for(multiply_adds(self.space.exact, self.start), run.device):
-            labels = torch.tensor((active * run.options.ascent.per_class)[: self.count])
+            labels = torch.tensor((active * settings.per_class)[: self.count])
             for name, rows in (("wide", self.width), ("narrow", max(1, self.width // 4))):
-                ascent = Ascent(
-                    self.space, labels[:rows], torch.arange(rows), run.options.ascent, rows
-                )
-                fill, step = ascent.time_steps()
-                self.seconds |= {f"fill {name}": fill, f"step {name}": step}
+                ascent = Ascent(self.space, labels[:rows], torch.arange(rows), settings, rows)
+                self.watch.lap()
+                batch = ascent.fill()
+                self.seconds[f"fill {name}"] = self.watch.lap()
+                seconds = []
+                for _ in range(4):
+                    ascent.step(batch)
+                    seconds.append(self.watch.lap())
+                self.seconds[f"step {name}"] = min(seconds[1:])  # the first one warms up
             images = impressions.images.to(run.device)
             self.watch.lap()
             with torch.no_grad():
@@ -172,10 +169,9 @@ class _Pilot:
             self.seconds["label"] = self.watch.lap() / pilot_rows
         held = self.count // 4 if run.options.ascent.per_class >= 4 else 0
         classes = len(run.active_classes)
-        train = self.count - held + run.options.features.mixtures_for(self.count - held, classes)
-        validation = (
-            held + run.options.features.mixtures_for(held, 0) if held else max(1024, classes)
-        )
+        mixtures = run.options.features.mixtures_for
+        train = self.count - held + mixtures(self.count - held, classes)
+        validation = held + mixtures(held, 0) if held else max(1024, classes)
         work = task.row_work
         batch = min(run.options.loop.batch_for(work), train)
         self._time_steps(task, batch, work)

@@ -16,11 +16,10 @@ from torch import nn
 from ..errors import ArgumentError, is_number
 from ..models.wrapper import resolve_device
 from ..runtime.accelerators import UTILISATION, Accelerator, accelerator
-from ..runtime.flops import multiply_adds
-from ..runtime.measuring import PeakMemory
-from ..splitting.separability import MOST_IMAGES
+from ..runtime.measuring import PeakMemory, multiply_adds
+from ..splitting.layers import MOST_IMAGES
 from ..training.trainer import Schedule
-from .pilot import PILOT_IMPRESSIONS, PilotResult, run_pilot
+from .pilot import PILOT_IMPRESSIONS, Pilot, PilotResult
 
 # An ascent step is a forward pass and a backward pass to the input: this many forward passes.
 _PASSES = 2
@@ -121,12 +120,13 @@ def plan(
             "depth", f"got {options['depth']!r}", "Only depth='output' can be planned."
         )
     memory = PeakMemory(resolve_device(model, options.get("device")))
-    pilot = run_pilot(model, forget, options, memory)
+    pilot = Pilot(model, forget, options, memory).run_stages()
     if card is None:
-        impressions = 2 * pilot.count * math.prod(pilot.space.shape) * 4  # shards, then joined
-        seconds, peak = measured_seconds(pilot), max(memory.peaks.values()) + impressions
+        seconds, peak = measured_seconds(pilot), max(memory.peaks.values())
     else:
-        seconds, peak = estimated_seconds(pilot, card), _estimated_bytes(pilot)
+        seconds = estimated_seconds(pilot, card)
+        peak = _COPIES * _weight_bytes(pilot) + pilot.width * pilot.row_bytes
+    peak += pilot.impression_bytes
     seconds["total"] = sum(seconds.values())
     run = pilot.run
     on_gpu = card is not None or run.device.type == "cuda"
@@ -240,9 +240,3 @@ def _whole_tail_work(pilot: PilotResult) -> int:
 
 def _weight_bytes(pilot: PilotResult) -> int:
     return sum(p.numel() * p.element_size() for p in pilot.run.work.parameters())
-
-
-def _estimated_bytes(pilot: PilotResult) -> int:
-    """Bytes on a card: the model and its copies, a working batch, and the impressions twice."""
-    impressions = 2 * pilot.count * math.prod(pilot.space.shape) * 4
-    return _COPIES * _weight_bytes(pilot) + pilot.width * pilot.row_bytes + impressions

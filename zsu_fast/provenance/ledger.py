@@ -34,24 +34,11 @@ from .record import Record
 
 FORMAT = "zsu_fast.ledger/2"
 _START = "0" * 64  # hash before the first entry
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "format": str,
-    "number": int,
-    "request": str,
-    "time": str,
-    "model": str,
-    "logits": int,
-    "forget": list,
-    "forgotten": list,
-    "new_base": bool,
-    "hash_before": str,
-    "hash_after": str,
-    "settings": dict,
-    "metrics": dict,
-    "versions": dict,
-    "previous": str,
-    "hash": str,
-}
+_TYPES = {
+    "format": str, "number": int, "request": str, "time": str, "model": str, "logits": int,
+    "forget": list, "forgotten": list, "new_base": bool, "hash_before": str, "hash_after": str,
+    "settings": dict, "metrics": dict, "versions": dict, "previous": str, "hash": str,
+}  # fmt: skip
 Entry = dict[str, Any]
 
 
@@ -96,8 +83,7 @@ class Ledger:
     @property
     def head(self) -> str:
         """Hash of the last entry, 64 hex digits, to keep elsewhere; zeros without entries."""
-        entries = self.entries()
-        return str(entries[-1]["hash"]) if entries else _START
+        return _last_hash(self.entries())
 
     def forgotten(self) -> list[int]:
         """Classes that the result of the last entry has forgotten, sorted."""
@@ -209,9 +195,7 @@ def _entry(record: Record, ledger: Ledger, entries: list[Entry]) -> Entry:
     facts = record.to_dict()
     best = facts["fit"]["best"] or {}
     metrics = {
-        "leak": best.get("leak"),
-        "agreement": best.get("agreement"),
-        "divergence": best.get("divergence"),
+        **{name: best.get(name) for name in ("leak", "agreement", "divergence")},
         "hit_rate": facts["impressions"]["hit_rate"],
         "stopped": facts["fit"]["stopped"],
         "trained": facts["split"]["trained"],
@@ -233,9 +217,13 @@ def _entry(record: Record, ledger: Ledger, entries: list[Entry]) -> Entry:
         "settings": facts["settings"],
         "metrics": metrics,
         "versions": facts["versions"],
-        "previous": entries[-1]["hash"] if entries else _START,
+        "previous": _last_hash(entries),
     }
     return entry | {"hash": _hash(entry)}
+
+
+def _last_hash(entries: list[Entry]) -> str:
+    return str(entries[-1]["hash"]) if entries else _START
 
 
 def _text(value: Entry) -> str:
@@ -260,26 +248,25 @@ def _read(path: str | Path) -> tuple[list[Entry], list[str]]:
         return [], [f"it can't be read ({error})"]
     if not content:
         return [], ["it is empty"]
+    *lines, rest = content.split(b"\n")
+    if rest:
+        return [], [f"line {len(lines) + 1}, the last one, is cut off"]
     entries: list[Entry] = []
     requests: set[str] = set()
-    lines = content.split(b"\n")
-    if lines.pop():
-        return [], [f"line {len(lines) + 1}, the last one, is cut off"]
     for number, line in enumerate(lines):
         problem, entry = _parse(line)
-        problem = problem or _link_problem(entry, number, entries, requests)
-        if problem:
+        if problem := problem or _link_problem(entry, entries, requests):
             return entries, [f"line {number + 1}: {problem}"]
         entries.append(entry)
         requests.add(entry["request"])
     return entries, []
 
 
-def _link_problem(entry: Entry, number: int, entries: list[Entry], requests: set[str]) -> str:
+def _link_problem(entry: Entry, entries: list[Entry], requests: set[str]) -> str:
     """Says how an entry does not follow from ``entries``; "" if it does."""
-    if entry["number"] != number:
+    if entry["number"] != len(entries):
         return f"it is entry {entry['number']}: an entry was removed, added or moved"
-    if entry["previous"] != (entries[-1]["hash"] if entries else _START):
+    if entry["previous"] != _last_hash(entries):
         return "it does not follow the entry before it: one was changed, removed or moved"
     if entry["request"] in requests:
         return f"request {entry['request']!r} occurs twice"
@@ -299,8 +286,7 @@ def _parse(line: bytes) -> tuple[str, Entry]:
             return "its fields are not those of an entry", {}
         if any(type(entry[k]) is not kind for k, kind in _TYPES.items()):
             return "a field has the wrong type", {}
-        classes = [*entry["forget"], *entry["forgotten"]]
-        if any(type(c) is not int for c in classes):
+        if any(type(c) is not int for c in [*entry["forget"], *entry["forgotten"]]):
             return "a class is not an int", {}
         if _hash(entry) != entry["hash"] or _line(entry) != line + b"\n":
             return "it was edited: its hash does not match", {}

@@ -77,6 +77,7 @@ class Record:
         device: torch.device,
     ) -> Record:
         """Starts the record with what is known before the run."""
+        gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         return cls(
             model=type(unwrap(model)).__name__,
             forget=forget,
@@ -89,9 +90,7 @@ class Record:
                 "python": platform.python_version(),
                 "platform": platform.platform(),
                 "threads": str(torch.get_num_threads()),
-                "device": f"{device} ({torch.cuda.get_device_name(device)})"
-                if device.type == "cuda"
-                else str(device),
+                "device": f"{device}{gpu}",
             },
             started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             weights_before=weights_hash(model),
@@ -134,7 +133,7 @@ class Record:
             "history": [asdict(c) for c in fit.history],
         }
         self.timings["total"] = time.perf_counter() - self._clock
-        self.warnings = list(self._warnings(fit, rates))
+        self.warnings = self._warnings(fit, rates)
 
     def _warnings(self, fit: Fit, rates: dict[int, float]) -> list[str]:
         notes = []
@@ -149,8 +148,7 @@ class Record:
                 f"outputs forget, but the features of the forgotten classes are still inside. Name "
                 f"an earlier module by tail= to train more."
             )
-        empty = [c for c, rate in rates.items() if rate == 0]
-        if empty:
+        if empty := [c for c, rate in rates.items() if rate == 0]:
             notes.append(
                 f"no impression reached its confidence for class {shorten(empty)}: the model may "
                 f"never predict it, or input_shape, mean and std are wrong. Raise max_steps if "
@@ -195,6 +193,4 @@ def _finite(value: Any) -> Any:
         return {k: _finite(v) for k, v in value.items() if not k.startswith("_")}
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,6 +2,6 @@
 
 In: devices, modules and measured sizes. Out: context managers (threads, precision, default dtype,
 hooks, ranks), measurements (memory, multiply-adds), and events for callbacks and progress bars.
-Nothing here knows about unlearning. Read `events` first, then `distributed`; `doctor` reports on
+Nothing here knows about unlearning. Read `progress` first, then `distributed`; `doctor` reports on
 the installation.
 """

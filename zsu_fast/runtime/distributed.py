@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ArgumentError, RankError, ZsuFastError
-from .events import Stopped
+from .progress import Stopped
 
 # How long a rank started by torchrun waits for the slowest one.
 TIMEOUT = timedelta(minutes=30)
@@ -32,6 +32,8 @@ _POLL_SECONDS = 0.1  # between two queries of the other ranks' flags
 _SHARD_WORK = 1_600_000_000
 # At least this many shards, as long as each gets 4 rows (32 on a GPU).
 _MIN_SHARDS = 8
+# Marks an error that the other ranks know: enclosing blocks must not send it again.
+_REPORTED = "_reported_to_ranks"
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -102,8 +104,9 @@ class Ranks:
             self.exchange()
             raise
         except BaseException as error:
-            if not self.single and not isinstance(error, RankError) and not _is_reported(error):
-                _mark_reported(error)
+            notes = vars(error)  # a frozen dataclass would refuse setattr
+            if not self.single and not isinstance(error, RankError) and _REPORTED not in notes:
+                notes[_REPORTED] = True
                 with suppress(RankError):
                     self.set_flag("failed")
                     self.exchange(error=error)
@@ -112,8 +115,7 @@ class Ranks:
 
     def broadcast_object(self, value: T) -> T:
         """Returns rank 0's value on every rank."""
-        got: T = self.exchange(value if self.is_main else None)[0]
-        return got
+        return cast(T, self.exchange(value if self.is_main else None)[0])
 
     def check_same(self, facts: dict[str, Any]) -> None:
         """Checks that ``facts`` are equal on all ranks.
@@ -124,8 +126,7 @@ class Ranks:
         everyone = self.exchange(facts)
         for rank, theirs in enumerate(everyone):
             for name, value in theirs.items():
-                expected = everyone[0][name]
-                if value != expected:
+                if value != (expected := everyone[0][name]):
                     raise RankError(
                         f"rank {rank}: its {name} is {value!r:.100}, rank 0 has {expected!r:.100}. "
                         f"Make the same call on every rank."
@@ -277,7 +278,8 @@ def launched(device: str | None) -> Iterator[Ranks]:
     Raises:
         ArgumentError: not every rank can use this device.
     """
-    if not started_by_torchrun() or dist.is_initialized():
+    variables = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # set by torchrun
+    if not dist.is_available() or not variables <= os.environ.keys() or dist.is_initialized():
         yield join()
         return
     local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
@@ -303,13 +305,6 @@ def launched(device: str | None) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def started_by_torchrun() -> bool:
-    """Whether torchrun's environment variables are set."""
-    return dist.is_available() and all(
-        name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    )
-
-
 def ranks_here() -> int:
     """Number of ranks on this machine; they share its memory."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -330,10 +325,8 @@ def make_shards(rows: int, most: int, work: int, device: torch.device) -> list[T
     Returns:
         Row indices of each shard, int64.
     """
-    if device.type == "cuda":
-        least, enough = 32, most
-    else:
-        least, enough = 4, _SHARD_WORK // max(1, work)
+    on_gpu = device.type == "cuda"
+    least, enough = (32, most) if on_gpu else (4, _SHARD_WORK // max(1, work))
     size = min(most, max(least, min(enough, math.ceil(rows / _MIN_SHARDS))))
     count = math.ceil(rows / size)
     return [torch.arange(start, rows, count) for start in range(count)]
@@ -356,15 +349,3 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return f"{type(error).__name__}: {error}"
-
-
-def _mark_reported(error: BaseException) -> None:
-    """Notes on ``error`` that the other ranks know it: enclosing blocks must not send it again.
-
-    Not by setattr: an exception that is a frozen dataclass would refuse.
-    """
-    vars(error)["_reported_to_ranks"] = True
-
-
-def _is_reported(error: BaseException) -> bool:
-    return "_reported_to_ranks" in vars(error)

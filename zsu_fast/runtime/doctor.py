@@ -27,17 +27,15 @@ def doctor() -> dict[str, Any]:
         ``devices``: "cpu", "cuda" -> {"present", "chosen", "backends"}, where ``backends`` maps
         names to the reason why they can't run, or to None.
     """
-    has_gpu = torch.cuda.is_available()
-    devices = {}
-    for device in ("cpu", "cuda"):
-        present = device == "cpu" or has_gpu
-        devices[device] = {
+    forced = backends.forced_backend()
+    devices = {
+        device: {
             "present": present,
-            "chosen": (backends.forced_backend() or backends.best_backend(device)[0])
-            if present
-            else None,
+            "chosen": (forced or backends.best_backend(device)[0]) if present else None,
             "backends": {b: backends.why_unavailable(b, device) for b in backends.BACKENDS},
         }
+        for device, present in (("cpu", True), ("cuda", torch.cuda.is_available()))
+    }
     triton: str | None = None
     if importlib.util.find_spec("triton") is not None:
         try:
@@ -54,15 +52,11 @@ def doctor() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_isa": library.cpu_isa(),
         "libraries": {
-            lib.name: {
-                "loaded": lib.loaded,
-                "path": str(lib.path) if lib.path else None,
-                "reason": lib.reason,
-            }
-            for lib in (library.CPU, library.CUDA)
+            x.name: {"loaded": x.loaded, "path": x.path and str(x.path), "reason": x.reason}
+            for x in (library.CPU, library.CUDA)
         },
         "extras": {name: _version(name) for name in _EXTRAS},
-        "forced_backend": backends.forced_backend(),
+        "forced_backend": forced,
         "devices": devices,
     }
 
@@ -91,10 +85,8 @@ def render(report: dict[str, Any] | None = None) -> str:
     if report["forced_backend"]:
         lines += ["", f"backend forced to {report['forced_backend']}"]
     for device, state in report["devices"].items():
-        heading = (
-            f"{device}: {state['chosen']} is chosen" if state["present"] else f"{device}: none"
-        )
-        lines += ["", heading]
+        chosen = f"{state['chosen']} is chosen" if state["present"] else "none"
+        lines += ["", f"{device}: {chosen}"]
         for backend, reason in state["backends"].items():
             lines.append(f"  {backend:8s} {'can run' if reason is None else reason}")
     lines += ["", "optional packages:"]

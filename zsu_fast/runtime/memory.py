@@ -49,7 +49,7 @@ def free_bytes(device: torch.device) -> int:
     """Free memory of ``device``; on a CPU, what both the system and the control group allow."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    limits = [n for n in (_available(), _left_in_group()) if n is not None]
+    limits = [n for n in (proc_bytes("meminfo", "MemAvailable"), _left_in_group()) if n is not None]
     return min(limits, default=_UNKNOWN)
 
 
@@ -72,15 +72,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _available() -> int | None:
+def proc_bytes(file: str, name: str) -> int | None:
+    """Reads line ``name`` of a file in /proc, in bytes; None where there is no such line."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc", file).read_text().splitlines()
     except OSError:
         return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{name}:")), None)
 
 
 def _left_in_group() -> int | None:

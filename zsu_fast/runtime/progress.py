@@ -1,17 +1,41 @@
-"""Reports the progress of a long run: to a callback, and on a progress bar."""
+"""Reports the progress of a long run: an `Event` per step, to a callback and a progress bar."""
 
 from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..errors import ArgumentError, check_flag
-from .events import Callback, Event, Stopped
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of a run.
+
+    Attributes:
+        stage: "synthesise", "fit" or "audit".
+        done: impressions finished, optimiser steps taken, or audit stages finished.
+        total: the largest value that ``done`` can reach.
+        metrics: the latest measurements by name.
+    """
+
+    stage: str
+    done: int
+    total: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+Callback = Callable[[Event], bool | None]
+
+
+class Stopped(Exception):
+    """The callback asked to stop; the caller keeps the best state so far."""
 
 
 class Peers(Protocol):
@@ -58,12 +82,7 @@ class Reporter:
         self._started = time.monotonic()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar, self._tasks = None, {}

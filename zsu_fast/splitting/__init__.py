@@ -3,5 +3,5 @@
 In: a `models.wrapper.LogitsModel`, where to split (`split.find_split`, or a module's name), images.
 Out: a `split.Split`, whose ``tail(*backbone(x))`` equals ``model(x)``.
 Read first: split.py; then fx_split.py (by symbolic tracing) and replay_split.py (where that fails).
-Imports run one way: layers <- separability; batch_dim <- fx_split, replay_split; all <- split.
+Imports run one way: batch_dim <- fx_split, replay_split; these and layers <- split.
 """

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # What passes from the backbone to the tail.
@@ -39,25 +40,16 @@ class BatchDim:
         tensor = rows if self.per_image == 1 else rows.flatten(0, 1)
         return tensor.movedim(0, self.dim)
 
-    def shape(self, example: Tensor, batch: int) -> tuple[int, ...]:
-        """The shape of ``example``, in the model's layout, for ``batch`` images."""
-        sizes = list(example.shape)
-        sizes[self.dim] = batch * self.per_image
-        return tuple(sizes)
-
 
 def infer_batch_dim(two: Tensor, three: Tensor) -> BatchDim | None:
     """Compares a tensor's values for two and for three images; None if no dimension counts them."""
-    if two.ndim != three.ndim:
+    sizes = list(zip(two.shape, three.shape, strict=False))
+    differing = [dim for dim, (a, b) in enumerate(sizes) if a != b]
+    if two.ndim != three.ndim or len(differing) != 1:
         return None
-    differing = [d for d in range(two.ndim) if two.shape[d] != three.shape[d]]
-    if len(differing) != 1:
-        return None
-    dim = differing[0]
-    per_image, remainder = divmod(two.shape[dim], 2)
-    if remainder or per_image == 0 or three.shape[dim] != 3 * per_image:
-        return None
-    return BatchDim(dim, per_image)
+    (dim,) = differing
+    per_image = three.shape[dim] - two.shape[dim]
+    return BatchDim(dim, per_image) if per_image > 0 and two.shape[dim] == 2 * per_image else None
 
 
 @dataclass(frozen=True)
@@ -72,14 +64,16 @@ class NotBatchLinear(Exception):
 
 
 def infer_value(two: Any, three: Any) -> Any:
-    """A value other than a tensor, with a `BatchMultiple` in place of what counts images.
+    """What a tail is given for a value: it, with a `BatchMultiple` for each count of images.
 
     Args:
-        two, three: the value for two and for three images.
+        two, three: the value for two and for three images; a tensor must be the same for both.
 
     Raises:
         NotBatchLinear: it depends on the batch in another way.
     """
+    if isinstance(two, Tensor) and isinstance(three, Tensor) and equal_constants(two, three):
+        return two.detach()
     if isinstance(two, tuple | list) and isinstance(three, tuple | list):
         if len(two) != len(three) or any(isinstance(v, Tensor) for v in (*two, *three)):
             raise NotBatchLinear
@@ -93,6 +87,10 @@ def infer_value(two: Any, three: Any) -> Any:
     if integers and two % 2 == 0 and two and 3 * two == 2 * three:
         return BatchMultiple(two // 2)
     raise NotBatchLinear
+
+
+def equal_constants(two: Tensor, three: Tensor) -> bool:
+    return two.shape == three.shape and torch.equal(two, three)
 
 
 def two_batches(images: Tensor) -> tuple[Tensor, Tensor]:

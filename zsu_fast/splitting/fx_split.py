@@ -28,12 +28,7 @@ from .batch_dim import (
 def split_by_fx(
     model: LogitsModel, name: str, images: Tensor
 ) -> tuple[nn.Module, nn.Module] | None:
-    """Splits ``model`` before its module ``name``.
-
-    Args:
-        model: from `working_copy`; backbone and tail share its parameters.
-        name: as in ``model.module.named_modules()``.
-        images: valid images, [N, ...].
+    """Splits ``model`` before its module ``name``; arguments as for `split.split_at`.
 
     Returns:
         The backbone and the tail, or None if torch.fx can't trace the model, or if a value that
@@ -47,11 +42,10 @@ def split_by_fx(
     except Exception:  # noqa: BLE001  control flow on values: left to `split_by_replay`
         return None
     nodes = list(traced.graph.nodes)
-    start = next(
-        (i for i, n in enumerate(nodes) if n.op == "call_module" and n.target == path), None
-    )
-    if start is None:
+    calls = [i for i, n in enumerate(nodes) if n.op == "call_module" and n.target == path]
+    if not calls:
         return None
+    start = calls[0]
     before, after = nodes[:start], nodes[start:]
     tail_nodes = set(after)
     crossing = [n for n in before if any(user in tail_nodes for user in n.users)]
@@ -97,30 +91,30 @@ class _Boundary:
 
 def _find_boundary(traced: GraphModule, crossing: list[Node], images: Tensor) -> _Boundary | None:
     """Sorts the values of ``crossing``; None if there is one that a tail can't be given."""
-    runs = [_Recorder(traced, set(crossing)).values_for(batch) for batch in two_batches(images)]
+    runs = []
+    for batch in two_batches(images):
+        interpreter = torch.fx.Interpreter(traced, garbage_collect_values=False)
+        with torch.no_grad():
+            interpreter.run(batch)
+        runs.append(interpreter.env)
     boundary = _Boundary()
     for node in crossing:
-        two, three = runs[0][node], runs[1][node]
-        if isinstance(two, Tensor) and isinstance(three, Tensor):
-            batch_dim = infer_batch_dim(two, three)
-            if batch_dim is not None:
-                boundary.batch_dims[node] = batch_dim
-            elif two.shape == three.shape and torch.equal(two, three):
-                boundary.others[node] = two.detach()
-            else:
-                return None
-        else:
-            try:
-                boundary.others[node] = infer_value(two, three)
-            except NotBatchLinear:
-                return None
+        two, three = (run[node] for run in runs)
+        tensors = isinstance(two, Tensor) and isinstance(three, Tensor)
+        batch_dim = infer_batch_dim(two, three) if tensors else None
+        if batch_dim is not None:
+            boundary.batch_dims[node] = batch_dim
+            continue
+        try:
+            boundary.others[node] = infer_value(two, three)
+        except NotBatchLinear:
+            return None
     return boundary if boundary.batch_dims else None
 
 
 def _backbone_graph(nodes: list[Node], boundary: _Boundary) -> Graph:
     """All of ``nodes``, since x.relu_() has an effect even if nothing reads its value."""
-    graph = Graph()
-    copies: dict[Node, Any] = {}
+    graph, copies = Graph(), dict[Node, Any]()
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[n] for n in boundary.batch_dims))
@@ -130,9 +124,9 @@ def _backbone_graph(nodes: list[Node], boundary: _Boundary) -> Graph:
 def _tail_graph(traced: GraphModule, nodes: list[Node], boundary: _Boundary) -> Graph:
     """``nodes``, fed with the boundary tensors; constants become buffers of ``traced``."""
     graph = Graph()
-    copies: dict[Node, Any] = {}
-    for i, node in enumerate(boundary.batch_dims):
-        copies[node] = graph.placeholder(f"feature_{i}")
+    copies: dict[Node, Any] = {
+        node: graph.placeholder(f"feature_{i}") for i, node in enumerate(boundary.batch_dims)
+    }
     first, batch_dim = next(iter(boundary.batch_dims.items()))
     batch: Node | None = None
     for i, (node, value) in enumerate(boundary.others.items()):
@@ -181,23 +175,3 @@ class _PackedTail(nn.Module):
     def forward(self, *features: Tensor) -> Tensor:
         tensors = [dim.unpack(f) for dim, f in zip(self.batch_dims, features, strict=True)]
         return self.tail(*tensors)
-
-
-class _Recorder(torch.fx.Interpreter):
-    """Runs a graph and keeps the values of the nodes in ``wanted``."""
-
-    def __init__(self, traced: GraphModule, wanted: set[Node]) -> None:
-        super().__init__(traced)
-        self.wanted = wanted
-        self.values: dict[Node, Any] = {}
-
-    def values_for(self, images: Tensor) -> dict[Node, Any]:
-        with torch.no_grad():
-            self.run(images)
-        return self.values
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n in self.wanted:
-            self.values[n] = value
-        return value

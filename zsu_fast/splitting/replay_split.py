@@ -19,19 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import ArgumentError, ModelError
 from ..models.wrapper import LogitsModel
 from ..runtime.hooks import forward_hooks, forward_pre_hooks
-from .batch_dim import BoundaryTensors, infer_batch_dim, two_batches
+from .batch_dim import BoundaryTensors, equal_constants, infer_batch_dim, two_batches
 
 
 def split_by_replay(model: LogitsModel, name: str, images: Tensor) -> tuple[nn.Module, nn.Module]:
-    """Splits ``model`` before its module ``name``.
+    """Splits ``model`` before its module ``name``; arguments as for `split.split_at`.
 
     Of the tensors recorded before the split, the backbone returns only those on which the logits
     depend when all of them are given.
-
-    Args:
-        model: from `working_copy`; backbone and tail share it.
-        name: as in ``model.module.named_modules()``.
-        images: valid images, [N, ...].
 
     Returns:
         The backbone and the tail.
@@ -57,9 +52,7 @@ def split_by_replay(model: LogitsModel, name: str, images: Tensor) -> tuple[nn.M
     if reads.found:
         return backbone, tail
     floating = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
-    grads = torch.autograd.grad(
-        logits.sum(), [leaves[i] for i in floating], allow_unused=True, materialize_grads=False
-    )
+    grads = torch.autograd.grad(logits.sum(), [leaves[i] for i in floating], allow_unused=True)
     for i, grad in zip(floating, grads, strict=True):
         slots[i].used = slots[i].batch_dim is not None and grad is not None
     with torch.no_grad():
@@ -76,12 +69,8 @@ class _SplitReached(Exception):
 
 @dataclass(frozen=True)
 class _Call:
-    """A module's finished call: its output is the tree ``form``, whose leaves are tensors or None.
-
-    Attributes:
-        name: of the module.
-        form: the output without its leaves.
-        filled: for each leaf, whether it is a tensor.
+    """A finished call of the module ``name``. Its output is the tree ``form``, whose leaves are
+    tensors where ``filled`` is True, and None elsewhere.
     """
 
     name: str
@@ -98,19 +87,20 @@ class _Slot:
 
     def __init__(self, two: Tensor, three: Tensor) -> None:
         self.batch_dim = infer_batch_dim(two, three)
-        same = self.batch_dim is None and two.shape == three.shape and torch.equal(two, three)
-        self.constant = two.detach() if same else None
-        self.example = two.detach().new_zeros(()).expand(two.shape)  # a shape, no memory
         self.used = self.batch_dim is not None
+        constant = not self.used and equal_constants(two, three)
+        self.constant = two.detach() if constant else None
+        rows = two if self.batch_dim is None else self.batch_dim.pack(two)
+        self.zeros = rows.detach().new_zeros(()).expand(rows.shape)  # takes no memory
 
-    def placeholder(self, batch: int) -> Tensor:
-        """The constant, or zeros that take no memory in place of a tensor without influence."""
+    def read(self, inputs: Iterator[Tensor], batch: int) -> Tensor:
+        """The tail's next input, the constant, or zeros for a tensor without influence."""
         if self.constant is not None:
             return self.constant
-        dim, example = self.batch_dim, self.example
-        return example.new_zeros(()).expand(
-            example.shape if dim is None else dim.shape(example, batch)
-        )
+        if self.batch_dim is None:
+            return self.zeros
+        rows = next(inputs) if self.used else self.zeros[:1].expand(batch, *self.zeros.shape[1:])
+        return self.batch_dim.unpack(rows)
 
 
 class ReplayBackbone(nn.Module):
@@ -135,9 +125,6 @@ class ReplayBackbone(nn.Module):
         Returns:
             The calls that finished, without those inside another one; and the tensors: ``x``
             itself, then those in the outputs of the calls.
-
-        Raises:
-            ArgumentError: the forward pass never calls the module at the split.
         """
         names = {module: name for name, module in self.model.module.named_modules() if name}
         finished: list[tuple[_Call, list[Tensor]]] = []
@@ -178,14 +165,7 @@ class ReplayTail(nn.Module):
 
     def forward(self, *features: Tensor) -> Tensor:
         inputs, batch = iter(features), len(features[0])
-        return self.replay(
-            [
-                slot.batch_dim.unpack(next(inputs))
-                if slot.used and slot.batch_dim
-                else slot.placeholder(batch)
-                for slot in self.slots
-            ]
-        )
+        return self.replay([slot.read(inputs, batch) for slot in self.slots])
 
     def replay(self, tensors: Sequence[Tensor]) -> Tensor:
         """The logits, from the images and every recorded tensor in the model's layout."""

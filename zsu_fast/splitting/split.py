@@ -7,7 +7,7 @@ vector, or a feature map and the skip connection beside it) are the boundary ten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,8 @@ from ..errors import ArgumentError, ModelError, shorten
 from ..models.wrapper import LogitsModel
 from .batch_dim import BoundaryTensors
 from .fx_split import split_by_fx
-from .layers import CHUNK_BYTES, in_chunks, layer_names
+from .layers import CHUNK_BYTES, fisher_ratios, in_chunks, layer_names
 from .replay_split import ReplayBackbone, split_by_replay
-from .separability import fisher_ratios
 
 
 class _TiedWeightsError(ArgumentError):
@@ -57,10 +56,9 @@ class Split:
             batch: images at a time; None chooses by ``chunk_bytes``.
             chunk_bytes: bound for the largest feature map of the images that run at a time.
         """
-        if batch is None:
-            chunks = in_chunks(self.backbone, images, chunk_bytes)
-        else:
-            chunks = iter(images.split(batch))
+        chunks = (
+            in_chunks(self.backbone, images, chunk_bytes) if batch is None else images.split(batch)
+        )
         with torch.no_grad():
             parts = [self.backbone(chunk) for chunk in chunks]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -164,14 +162,17 @@ def split_at(model: LogitsModel, name: str, images: Tensor, reason: str) -> Spli
             f"Pass 'auto' or one of {shorten(known, 12)}.",
         )
     backbone, tail, boundary = _checked_split(model, name, images)
-    parameters = _parameters_of_tail(model, tail, boundary)
+    trainable = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        parameters = _parameters_behind([tail(*boundary)], trainable)
     if not parameters:
         raise ArgumentError(
             "tail",
             f"{name!r} is followed by no layer with parameters",
             f"Name an earlier module, such as {layer_names(model.module, images)[-1]!r}.",
         )
-    tied = _tied_to_backbone(model, backbone, parameters, images)
+    with torch.enable_grad():
+        tied = _parameters_behind(backbone(images[:1]), {n: trainable[n] for n in parameters})
     if tied and isinstance(backbone, ReplayBackbone):
         # a replay runs the code of the enclosing modules again: parameters used there (a class
         # token, a position embedding) belong to the backbone and stay as they are
@@ -219,30 +220,13 @@ def _checked_split(
     )
 
 
-def _parameters_of_tail(
-    model: LogitsModel, tail: nn.Module, boundary: BoundaryTensors
-) -> list[str]:
-    """Names of the parameters on which the tail's logits depend."""
-    named = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
-    with torch.enable_grad():
-        logits = tail(*boundary)
-        if not logits.requires_grad:
-            return []
-        grads = torch.autograd.grad(logits.sum(), list(named.values()), allow_unused=True)
-    return [n for n, g in zip(named, grads, strict=True) if g is not None]
-
-
-def _tied_to_backbone(
-    model: LogitsModel, backbone: nn.Module, parameters: Sequence[str], images: Tensor
-) -> list[str]:
-    """Those of ``parameters`` on which the backbone's output depends too."""
-    named = dict(model.module.named_parameters())
-    chosen = [named[n] for n in parameters]
-    with torch.enable_grad():
-        sums = [t.sum() for t in backbone(images[:1]) if t.requires_grad]
-        if not sums:
-            return []
-        grads = torch.autograd.grad(torch.stack(sums).sum(), chosen, allow_unused=True)
+def _parameters_behind(outputs: Iterable[Tensor], parameters: dict[str, nn.Parameter]) -> list[str]:
+    """Names of those of ``parameters`` on which any of ``outputs`` depends."""
+    sums = [t.sum() for t in outputs if t.requires_grad]
+    if not sums:
+        return []
+    total = torch.stack(sums).sum()
+    grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return [n for n, g in zip(parameters, grads, strict=True) if g is not None]
 
 

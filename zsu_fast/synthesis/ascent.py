@@ -1,16 +1,15 @@
-"""Gradient ascent with continuous batching: each point stops at a confidence of its own.
+"""Gradient ascent with continuous batching: each point stops at its own target confidence.
 
-The working batch has a number of slots. A point that has reached its target, or has given up, frees
-its slot, and the next point of the queue takes it. A point that missed its target goes back to the
-front of the queue for another attempt, from other noise.
+The working batch has a number of slots. A point that has reached its target, or has used up its
+attempts, leaves its slot to the next point of the queue. A point that missed its target goes back
+to the front of the queue for another attempt, from other noise.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from torch import Tensor
 from .. import ops
 from ..runtime import cuda_graph
 from ..runtime.progress import Reporter
-from .active_batch import ActiveBatch, bucket_size
 from .ascent_settings import AscentSettings
 from .space import SearchSpace
 
@@ -28,17 +26,7 @@ STEPS_PER_GRAPH = 4
 
 @dataclass
 class AscentResult:
-    """The points and how their ascent ended; row i of every tensor is point i.
-
-    Attributes:
-        points: float32 [N, *shape].
-        labels: int64 [N], the class that each ascended to.
-        confidence: float32 [N], the class's softmax probability at the end.
-        target: float32 [N], the confidence at which the ascent was to stop (1 for "never").
-        steps: int32 [N], ascent steps taken, restarts included.
-        hit: bool [N], whether the target was reached (without a target: whether the class has the
-            highest logit).
-    """
+    """The points, float32 [N, *shape], and how their ascent ended: see `ClassImpressions`."""
 
     points: Tensor
     labels: Tensor
@@ -50,10 +38,59 @@ class AscentResult:
     @classmethod
     def empty(cls, shape: Sequence[int]) -> AscentResult:
         """No points, of this shape."""
-        integers, floats = torch.empty(0, dtype=torch.int64), torch.empty(0)
-        return cls(
-            floats.view(0, *shape), integers, floats, floats, integers.int(), integers.bool()
-        )
+        none = torch.empty(0)
+        return cls(none.view(0, *shape), none.long(), none, none, none.int(), none.bool())
+
+
+@dataclass
+class ActiveBatch:
+    """The points that ascend together; row i of every tensor belongs to slot i.
+
+    Attributes:
+        index: the point in each slot, None for a free slot.
+        x: float32 [N, *shape], where the points are.
+        exp_avg, exp_avg_sq: float32 [N, *shape], Adam's moments.
+        step: int32 [N], steps taken in this attempt.
+        label: int64 [N], the class that each point ascends to.
+        target: float32 [N], the confidence at which it stops.
+        confidence: float32 [N], its class's probability at the last step.
+        active: bool [N], whether it still moves.
+        reached: bool [N], whether it reached its target.
+        penalise_others: float32 [N], 1 where the other classes' logits are pushed down too.
+        penalises: whether any entry of ``penalise_others`` is 1; the host need not ask the GPU.
+    """
+
+    index: list[int | None]
+    x: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    label: Tensor
+    target: Tensor
+    confidence: Tensor
+    active: Tensor
+    reached: Tensor
+    penalise_others: Tensor
+    penalises: bool = field(default=True, init=False)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of the fields."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+    def write(self, slots: Sequence[int], new: ActiveBatch) -> None:
+        """Puts the points of ``new`` into ``slots``, in the same memory."""
+        where = torch.tensor(slots, device=self.x.device)
+        for tensor, values in zip(self.tensors(), new.tensors(), strict=True):
+            tensor[where] = values
+        for slot, point in zip(slots, new.index, strict=True):
+            self.index[slot] = point
+
+    def joined(self, keep: Sequence[int], new: ActiveBatch) -> ActiveBatch:
+        """A new batch: the slots ``keep`` of this one, then those of ``new``."""
+        where = torch.tensor(keep, dtype=torch.int64, device=self.x.device)
+        pairs = zip(self.tensors(), new.tensors(), strict=True)
+        tensors = [torch.cat([ours[where], theirs]) for ours, theirs in pairs]
+        return ActiveBatch([self.index[slot] for slot in keep] + new.index, *tensors)
 
 
 class Ascent:
@@ -108,11 +145,8 @@ class Ascent:
         while batch.index:
             take_steps(batch)
             active = batch.active.tolist()
-            done = [
-                slot
-                for slot, point in enumerate(batch.index)
-                if point is not None and not active[slot]
-            ]
+            points = enumerate(batch.index)
+            done = [slot for slot, point in points if point is not None and not active[slot]]
             if done:
                 finished += self._retire(batch, done)
                 left = min(sum(active) + len(self.queue), self.width)
@@ -124,23 +158,6 @@ class Ascent:
             report("synthesise", before + finished, total, in_flight=float(sum(active)))
         return self.result(torch.arange(len(self.labels)))
 
-    def time_steps(self, steps: int = 3) -> tuple[float, float]:
-        """Seconds that setting up a batch takes, and the fastest of ``steps`` steps of it."""
-        seconds = []
-        batch: ActiveBatch | None = None
-        for _ in range(steps + 2):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            started = time.perf_counter()
-            if batch is None:
-                batch = self.fill()
-            else:
-                self.step(batch)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            seconds.append(time.perf_counter() - started)
-        return seconds[0], min(seconds[2:])
-
     def result(self, keep: Tensor | None = None) -> AscentResult:
         """The points at ``keep``; None for those that have reached their target so far."""
         if keep is None:
@@ -150,14 +167,8 @@ class Ascent:
                 probability = self.space.exact(self.points[chunk].to(self.device)).softmax(1)
                 own = probability.cpu().gather(1, self.labels[chunk][:, None])[:, 0]
                 self.confidence[chunk] = own
-        return AscentResult(
-            self.points[keep],
-            self.labels[keep],
-            self.confidence[keep],
-            self.target[keep],
-            self.steps[keep],
-            self.hit[keep],
-        )
+        columns = (self.points, self.labels, self.confidence, self.target, self.steps, self.hit)
+        return AscentResult(*[column[keep] for column in columns])
 
     def step(self, batch: ActiveBatch) -> None:
         """One ascent step of the active points, in place and on the device: it can be captured.
@@ -203,9 +214,7 @@ class Ascent:
 
     def _retire(self, batch: ActiveBatch, done: list[int]) -> int:
         """Frees the slots ``done``: stores their points, or queues them for another attempt.
-
-        Returns:
-            How many were stored.
+        Returns how many were stored.
         """
         reached, steps = batch.reached.tolist(), batch.step.tolist()
         slots, points = [], []
@@ -229,7 +238,8 @@ class Ascent:
 
     def _refill(self, batch: ActiveBatch) -> None:
         """Puts points of the queue into free slots, in place: a captured graph stays valid."""
-        free = batch.free_slots()[: len(self.queue)]
+        free = [slot for slot, point in enumerate(batch.index) if point is None]
+        free = free[: len(self.queue)]
         batch.write(free, self._start([self.queue.popleft() for _ in free]))
         batch.penalises = self._any_retry(batch)
 
@@ -263,18 +273,22 @@ class Ascent:
         # pushes the other logits down.
         retried = [float(self.attempt[point] > 0) for point in points]
         return ActiveBatch(
-            list(points),
-            x,
-            exp_avg=torch.zeros_like(x),
-            exp_avg_sq=torch.zeros_like(x),
-            step=zero.int(),
-            label=self.labels[points].to(self.device),
-            target=target.to(self.device),
-            confidence=zero,
-            active=~false,
-            reached=false,
+            list(points), x, exp_avg=torch.zeros_like(x), exp_avg_sq=torch.zeros_like(x),
+            step=zero.int(), label=self.labels[points].to(self.device),
+            target=target.to(self.device), confidence=zero, active=~false, reached=false,
             penalise_others=torch.tensor(retried, device=self.device),
-        )
+        )  # fmt: skip
+
+
+def bucket_size(rows: int, device: torch.device) -> int:
+    """The number of slots for ``rows`` active points, from a short list: few sizes are set up.
+
+    On a GPU, where each size is captured once and small batches take the same time, at least 8.
+    """
+    size = 8 if device.type == "cuda" else 1
+    while size < rows:
+        size = size * 3 // 2 if size > 1 and size & (size - 1) == 0 else max(2, size * 4 // 3)
+    return size if rows else 0
 
 
 def capture_steps(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import ArgumentError, check_choice, check_int, is_number
-from ..runtime.precision import PRECISIONS, Precision
+from ..runtime.torch_settings import PRECISIONS, Precision
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ class BatchNormStatistics(nn.Module):
         super().__init__()
         self.module = module
         self._terms: list[Tensor] = []
-        layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-        layers = [m for m in layers if m.running_mean is not None]
+        norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+        layers = [norm for norm in norms if norm.running_mean is not None]
         if not layers:
             raise ArgumentError(
                 "batch_norm", "given for a model without BatchNorm statistics", "Leave it at 0."

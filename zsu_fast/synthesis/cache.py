@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ArgumentError, CheckpointError, OutputError
+from ..errors import ArgumentError, CheckpointError, OutputError, UnlearningWarning
 from ..models import checkpoint
 
 
@@ -45,7 +45,7 @@ class Cache:
         try:
             tensors, metadata = checkpoint.load_tensors(path)
         except CheckpointError as error:
-            warnings.warn(f"cache: {error} It is made anew.", stacklevel=2)
+            warnings.warn(f"cache: {error} It is made anew.", UnlearningWarning, stacklevel=2)
             return None
         return tensors if metadata.get("facts") == f"{self.facts} {shard}" else None
 
@@ -62,6 +62,7 @@ class Cache:
             warnings.warn(
                 f"cache: {self.folder} can't be written ({error}): nothing more is stored there. "
                 f"The run goes on.",
+                UnlearningWarning,
                 stacklevel=2,
             )
 

@@ -18,7 +18,6 @@ from ..models.input_spec import InputSpec, noise_images
 from ..models.wrapper import LogitsModel
 from ..splitting.layers import layer_names
 
-# If there are more retained classes than MANY, DEFAULT_SAMPLE of them are synthesised by default.
 MANY = 4096
 DEFAULT_SAMPLE = 1024
 # Cosines that are held in memory at once.
@@ -43,13 +42,10 @@ def classes_to_synthesise(
     """The classes that get impressions, sorted, and the rule that chose them, in words.
 
     Args:
-        model: from `working_copy`.
-        spec: of its images.
-        classes: how many the model has.
-        forget: class indices to forget; all of them get impressions.
+        model, spec, classes: from `working_copy`, of its images, and how many it has.
+        forget: class indices; all of them get impressions.
         forgotten: class indices that earlier calls have forgotten; none of them does.
-        retain_sample: how many of the other classes get impressions; None for all of them, or
-            `DEFAULT_SAMPLE` if there are more than `MANY`.
+        retain_sample: how many of the other classes get impressions; see `sample_size`.
         seed: of the random part of the sample.
 
     Raises:
@@ -68,7 +64,9 @@ def classes_to_synthesise(
 
 
 def sample_size(retained: int, requested: int | None) -> int:
-    """How many of ``retained`` classes get impressions; ``requested`` by the user, or None."""
+    """How many of ``retained`` classes get impressions: ``requested``, or, if that is None, all of
+    them, or `DEFAULT_SAMPLE` of more than `MANY`.
+    """
     if requested is None:
         return retained if retained <= MANY else DEFAULT_SAMPLE
     return min(requested, retained)
@@ -109,8 +107,7 @@ def nearness(
 
     Args:
         weight: float [C, ...], a row per class.
-        forget: class indices.
-        others: int64, class indices.
+        forget, others: class indices; ``others`` int64.
         tile_values: at most this many cosines, or weights, are held at once.
     """
     flat = weight.detach().flatten(1)

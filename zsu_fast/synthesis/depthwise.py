@@ -7,7 +7,6 @@ gradient, dilated by the stride, convolved with the flipped kernel: a forward pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,36 +16,27 @@ from torch.overrides import TorchFunctionMode
 
 
 class DepthwiseMode(TorchFunctionMode):
-    """Inside, depthwise convolutions with frozen weights run as `depthwise`."""
+    """Inside, depthwise convolutions with frozen weights run as `_Depthwise`, which gives weights
+    and biases no gradient, and computes in the weights' dtype under autocast.
+    """
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is torch.conv2d and not kwargs and is_depthwise(*args):
-            return depthwise(*args[:5])
-        return function(*args, **kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.conv2d and not kwargs and _is_supported(*args):
+            x, weight, *others = args[:5]
+            x = x.to(weight.dtype) if torch.is_autocast_enabled("cpu") else x
+            return _Depthwise.apply(x, weight, *others)
+        return func(*args, **(kwargs or {}))
 
 
 def is_depthwise_conv(module: nn.Module) -> bool:
-    """Whether ``module`` is a depthwise convolution."""
     return isinstance(module, nn.Conv2d) and module.groups == len(module.weight) > 1
 
 
-def is_depthwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> bool:
-    """Whether `depthwise` computes this convolution and its input gradient."""
+def _is_supported(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None,
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> bool:  # fmt: skip
+    """Whether `_Depthwise` computes the convolution with these arguments of `torch.conv2d`."""
     if not isinstance(padding, tuple) or not isinstance(stride, tuple) or groups == 1:
         return False
     return (
@@ -60,35 +50,12 @@ def is_depthwise(
     )
 
 
-def depthwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
-    """``conv2d(x, weight, bias, stride, padding, groups=channels)``, in the weights' dtype.
-
-    Args:
-        x: [N, C, H, W].
-        weight: [C, 1, k, l]; it gets no gradient, nor does ``bias``.
-    """
-    if torch.is_autocast_enabled("cpu"):
-        x = x.to(weight.dtype)
-    out: Tensor = _Depthwise.apply(x, weight, bias, stride, padding)
-    return out
-
-
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
+        stride: tuple[int, int], padding: tuple[int, int],
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(weight)
         ctx.shape, ctx.stride, ctx.padding = x.shape, stride, padding
         return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))

@@ -61,12 +61,7 @@ class ClassImpressions:
     def save(self, path: str | Path, force: bool = False) -> None:
         """Writes a safetensors file, atomically; never over an existing one without ``force``."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        spec = {
-            "shape": self.spec.shape,
-            "mean": self.spec.mean,
-            "std": self.spec.std,
-            "source": self.spec.source,
-        }
+        spec = {name: getattr(self.spec, name) for name in ("shape", "mean", "std", "source")}
         metadata = {"format": FORMAT, "spec": json.dumps(spec), "space": self.space}
         checkpoint.save_tensors(path, tensors, metadata=metadata, force=force)
 
@@ -88,14 +83,10 @@ class ClassImpressions:
         if found != FORMAT or set(tensors) != set(_TENSORS):
             raise CheckpointError(f"{path} holds no class impressions. Make them by synthesize().")
         try:
-            spec = json.loads(metadata["spec"])
-            impressions = cls(
-                **tensors,
-                spec=InputSpec(
-                    tuple(spec["shape"]), tuple(spec["mean"]), tuple(spec["std"]), spec["source"]
-                ),
-                space=metadata.get("space", "input"),
-            )
+            stated = json.loads(metadata["spec"])
+            shape, mean, std = (tuple(stated[name]) for name in ("shape", "mean", "std"))
+            spec = InputSpec(shape, mean, std, stated["source"])
+            impressions = cls(**tensors, spec=spec, space=metadata.get("space", "input"))
             rows = {len(tensor) for tensor in tensors.values()}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({error}). Copy or save it anew.") from error
@@ -117,20 +108,20 @@ def check_impressions(
     classes: int,
     forget: Sequence[int],
     active: Sequence[int] | None,
-) -> ClassImpressions:
-    """Returns ``impressions`` if a model can be unlearned with them.
+) -> ClassImpressions | None:
+    """Returns ``impressions``, as the user passed them, if a model can be unlearned with them.
 
     Args:
-        impressions: what the user passed.
-        spec: the images that the model expects.
-        space: the space that the impressions must be of.
-        classes: the number of the model's classes.
+        impressions: None if there are none.
+        spec, space, classes: the model's images, the space, and the number of the model's classes.
         forget: class indices; each needs an impression.
         active: classes that need one; None if those to forget and any other class suffice.
 
     Raises:
         ArgumentError: they are of another model or space, or a class has none.
     """
+    if impressions is None:
+        return None
     if not isinstance(impressions, ClassImpressions):
         raise ArgumentError(
             "impressions", f"got {impressions!r:.80}", "Pass what synthesize() returned, or None."

@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..models.wrapper import LogitsModel
 from ..runtime.fx_tracing import break_reference_cycles, trace
 from ..runtime.hooks import forward_hooks
-from ..runtime.precision import Precision, fp32_precision, has_bfloat16
+from ..runtime.torch_settings import Precision, fp32_precision, has_bfloat16
 from .depthwise import DepthwiseMode, is_depthwise_conv
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class InferenceCopy:
         channels_last: whether it takes images in channels-last layout.
         dtype: of convolutions and matrix products.
         folded: whether batch norms were folded away.
-        depthwise: whether depthwise convolutions run as `depthwise.depthwise`.
+        depthwise: whether it runs in a `DepthwiseMode`.
     """
 
     module: nn.Module
@@ -79,26 +79,27 @@ def inference_copy(
     """
     best = InferenceCopy(copy.deepcopy(model).requires_grad_(False), False, torch.float32, False)
     want = _logits_and_gradient(best, images)
+
+    def try_change(**changes: Any) -> InferenceCopy:
+        return keep_if_equivalent(replace(best, **changes), best, images, want)
+
     folded = fold_batch_norms(best.module, images)
     if folded is not None:
-        new = replace(best, module=folded, folded=True)
-        best = keep_if_equivalent(new, best, images, want)
+        best = try_change(module=folded, folded=True)
     pooled = pool_before_relu(best.module)
     if pooled is not None:
-        best = keep_if_equivalent(replace(best, module=pooled), best, images, want)
+        best = try_change(module=pooled)
     if images.ndim == 4:
         module = copy.deepcopy(best.module).to(memory_format=torch.channels_last)
-        new = replace(best, module=module, channels_last=True)
-        best = keep_if_equivalent(new, best, images, want)
+        best = try_change(module=module, channels_last=True)
     if images.device.type == "cpu" and any(map(is_depthwise_conv, best.module.modules())):
-        best = keep_if_equivalent(replace(best, depthwise=True), best, images, want)
+        best = try_change(depthwise=True)
     if precision == "bfloat16" or (precision == "auto" and has_bfloat16(images.device)):
         module = copy.deepcopy(best.module)
         for layer in module.modules():  # otherwise autocast would cast these weights at every step
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.to(torch.bfloat16)
-        new = replace(best, module=module, dtype=torch.bfloat16)
-        best = keep_if_equivalent(new, best, images, want)
+        best = try_change(module=module, dtype=torch.bfloat16)
     return best
 
 
@@ -111,8 +112,8 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module | None:
     """
     folded = copy.deepcopy(model)
     runs = Counter[nn.Module]()
-    outputs: dict[int, tuple[nn.Module, Tensor]] = {}
-    pairs: list[tuple[nn.Module, nn.Module, Tensor]] = []
+    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
+    pairs: list[tuple[nn.Conv2d, nn.Module, Tensor]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         runs[module] += 1
@@ -127,17 +128,14 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module | None:
     names = {module: name for name, module in folded.named_modules()}
     changed = False
     for conv, norm, x in pairs:
-        assert isinstance(conv, nn.Conv2d)
-        if runs[conv] != 1 or runs[norm] != 1 or not _is_norm_then_children(norm, x):
-            continue
-        folded.set_submodule(names[conv], fuse_conv_bn_eval(conv, _norm_alone(norm)))
-        folded.set_submodule(names[norm], nn.Sequential(*norm.children()))
-        changed = True
+        if runs[conv] == runs[norm] == 1 and _is_norm_then_children(norm, x):
+            folded.set_submodule(names[conv], fuse_conv_bn_eval(conv, _norm_alone(norm)))
+            folded.set_submodule(names[norm], nn.Sequential(*norm.children()))
+            changed = True
     return folded if changed else None
 
 
 def _norm_alone(norm: nn.Module) -> nn.BatchNorm2d:
-    """The batch norm of a layer that may do more."""
     assert isinstance(norm, nn.BatchNorm2d)
     alone = nn.BatchNorm2d(norm.num_features, norm.eps, affine=norm.affine)
     alone.load_state_dict(norm.state_dict(), strict=False)
@@ -209,47 +207,43 @@ def keep_if_equivalent(
 ) -> InferenceCopy:
     """``new`` if it runs and gives the logits and the input gradient of ``want``, else ``old``."""
     break_reference_cycles(new.module)
+    difference: object
     try:
-        logits, gradient = _logits_and_gradient(new, images)
+        got = _logits_and_gradient(new, images)
     except RuntimeError as error:  # such as x.view() on channels-last maps
-        _log.info("the synthesis runs without one speed-up: %s", error)
-        return old
-    compare = _differs_in_bfloat16 if new.dtype == torch.bfloat16 else _differs
-    difference = compare(logits, gradient, *want)
-    if difference:
-        _log.info("the synthesis runs without one speed-up: %s", difference)
-        return old
-    return new
+        difference = error
+    else:
+        difference = _difference(new.dtype, *got, *want)
+    if difference is None:
+        return new
+    _log.info("the synthesis runs without one speed-up: %s", difference)
+    return old
 
 
 def _relative_error(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp(min=1e-12))
 
 
-def _differs(logits: Tensor, gradient: Tensor, want: Tensor, want_gradient: Tensor) -> str | None:
-    """How a float32 copy differs from the model; None if it is the same function."""
-    errors = _relative_error(logits, want), _relative_error(gradient, want_gradient)
-    if not all(error <= 0.01 for error in errors):  # NaN too
-        return f"logits off by {errors[0]:.2g}, gradient by {errors[1]:.2g}"
-    return None
-
-
-def _differs_in_bfloat16(
-    logits: Tensor, gradient: Tensor, want: Tensor, want_gradient: Tensor
+def _difference(
+    dtype: torch.dtype, logits: Tensor, gradient: Tensor, want: Tensor, want_gradient: Tensor
 ) -> str | None:
-    """How a bfloat16 copy differs; None if it is accurate enough for the ascent.
+    """How a copy differs from the model, in words; None if it is accurate enough for the ascent.
 
-    The float32 copy has been compared before. Rounding changes logits by half a per cent, or by
-    6 % in EfficientNet-lite0; but it switches some relus on or off and so changes single elements
-    of the gradient by much more: by 30 % of its norm in ResNet-20, with a cosine of 0.91 to 0.97.
-    The ascent needs a direction, so each image's gradient has to point the same way and to be of
-    similar length.
+    In float32 it has to be the same function. In bfloat16, rounding changes logits by half a per
+    cent, or by 6 % in EfficientNet-lite0; but it switches some relus on or off and so changes
+    single elements of the gradient by much more: by 30 % of its norm in ResNet-20, with a cosine of
+    0.91 to 0.97. The ascent needs a direction, so each image's gradient has to point the same way
+    and to be of similar length.
     """
     error = _relative_error(logits, want)
+    if dtype != torch.bfloat16:
+        gradient_error = _relative_error(gradient, want_gradient)
+        if error <= 0.01 and gradient_error <= 0.01:  # False for NaN
+            return None
+        return f"logits off by {error:.2g}, gradient by {gradient_error:.2g}"
     got, right = gradient.flatten(1), want_gradient.flatten(1)
     cosine = float(F.cosine_similarity(got, right).min())
     lengths = (got.norm(dim=1) / right.norm(dim=1).clamp(min=1e-12)).aminmax()
-    good = error <= 0.1 and cosine >= 0.8 and lengths.min >= 0.5 and lengths.max <= 2
-    if not good:  # NaN too
-        return f"bfloat16 logits off by {error:.2g}, gradient's cosine {cosine:.2g}"
-    return None
+    if error <= 0.1 and cosine >= 0.8 and lengths.min >= 0.5 and lengths.max <= 2:
+        return None
+    return f"bfloat16 logits off by {error:.2g}, gradient's cosine {cosine:.2g}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..models.input_spec import InputSpec, noise_images
 from ..models.wrapper import LogitsModel
-from ..runtime.precision import Precision
+from ..runtime.torch_settings import Precision
 from ..splitting.batch_dim import BoundaryTensors
 from ..splitting.split import Split
 from .inference_copy import InferenceCopy, inference_copy
@@ -69,6 +69,10 @@ class SearchSpace:
     def start(self, noise: Tensor) -> Tensor:
         """Standard normal noise [N, *shape] -> starting points."""
         return torch.clamp(self.init_mean + self.init_std * noise, self.low, self.high)
+
+    def one_point(self) -> Tensor:
+        """The starting point without noise, [1, *shape], to measure or count with."""
+        return self.start(torch.zeros(1, *self.shape, device=self.low.device))
 
 
 def input_space(model: LogitsModel, spec: InputSpec, precision: Precision) -> SearchSpace:

@@ -18,18 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ..models.class_indices import check_classes
-from ..models.infer_spec import resolve_spec
-from ..models.input_spec import InputSpec
 from ..models.parameters import weights_hash
-from ..models.wrapper import count_classes, resolve_device, working_copy
+from ..models.prepare import prepare_model
 from ..runtime import memory
 from ..runtime.distributed import Ranks, make_shards, ranks_here
-from ..runtime.events import Callback, Stopped
-from ..runtime.flops import multiply_adds
-from ..runtime.precision import Precision
-from ..runtime.progress import Reporter
-from ..runtime.threads import threads_for
-from ..runtime.torch_defaults import torch_defaults
+from ..runtime.measuring import multiply_adds
+from ..runtime.progress import Callback, Reporter, Stopped
+from ..runtime.torch_settings import Precision, threads_for, torch_defaults
 from .ascent import Ascent, AscentResult
 from .ascent_settings import AscentSettings, BatchLimits
 from .batch_norm_prior import with_batch_norm_prior
@@ -84,29 +79,14 @@ def synthesize(
     settings = AscentSettings(
         per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm
     )
-    device = resolve_device(model, device)
-    spec = resolve_spec(model, input_shape, mean, std)
-    return synthesize_images(
-        model, classes, spec, device, settings, Reporter(progress, callback), cache
-    )
-
-
-def synthesize_images(
-    model: nn.Module,
-    classes: Any,
-    spec: InputSpec,
-    device: torch.device,
-    settings: AscentSettings,
-    report: Reporter,
-    cache: str | Path | None = None,
-) -> ClassImpressions:
-    """`synthesize` with resolved options; ``settings`` may have other `BatchLimits`."""
-    copied = working_copy(model, device)
-    count = count_classes(copied, spec, device)
-    chosen = list(range(count)) if classes is None else check_classes("classes", classes, count)
+    report = Reporter(progress, callback)
+    prepared = prepare_model(model, device, input_shape, mean, std)
+    chosen = list(range(prepared.classes))
+    if classes is not None:
+        chosen = check_classes("classes", classes, prepared.classes)
     with report:
-        space = input_space(copied, spec, settings.precision)
-        return ascend(copied, space, chosen, settings, report, cache)
+        space = input_space(prepared.model, prepared.spec, precision)
+        return ascend(prepared.model, space, chosen, settings, report, cache)
 
 
 def ascend(
@@ -144,7 +124,7 @@ def ascend(
     labels = torch.tensor(list(classes)).repeat_interleave(settings.per_class)
     number = torch.arange(settings.per_class).repeat(len(classes))
     shard_rows, width = batch_rows(space, settings.limits, 1 if ranks.single else ranks_here())
-    work = multiply_adds(space.exact, _start_of_one(space))
+    work = multiply_adds(space.exact, space.one_point())
     if ranks.single:
         shards = list(torch.arange(len(labels)).split(shard_rows))
     else:
@@ -182,7 +162,7 @@ def batch_rows(
         processes: how many share a CPU's memory.
     """
     limits = limits or BatchLimits()
-    start = _start_of_one(space)
+    start = space.one_point()
     with torch.no_grad():
         logits = space.exact(start).shape[1]
     values = limits.values * (limits.gpu_factor if start.device.type == "cuda" else 1)
@@ -195,19 +175,10 @@ def batch_rows(
     return limits.batches_per_shard * most, min(most, fit)
 
 
-def _start_of_one(space: SearchSpace) -> Tensor:
-    return space.start(torch.zeros(1, *space.shape, device=space.low.device))
-
-
 @dataclass
 class _Shard:
-    """A shard whose ascent has ended.
-
-    Attributes:
-        rows: int64 [N], the numbers of its impressions.
-        result: of the same N.
-        stopped: whether the callback ended the ascent early; then only impressions that had
-            reached their target are here.
+    """Impressions ``rows``, int64 [N], whose ascent has ended; ``stopped``: early, by the callback,
+    and only impressions that had reached their target are here.
     """
 
     rows: Tensor
@@ -228,11 +199,9 @@ class _ShardAscents:
     width: int
 
     def run(self, rows: Tensor, before: int) -> _Shard:
-        """Halves ``width``, for the shards to come too, whenever memory runs out.
+        """Runs the ascent of impressions ``rows``, which ``before`` others precede.
 
-        Args:
-            rows: the impressions of the shard.
-            before: how many impressions precede them, for the report.
+        Whenever memory runs out, it halves ``width``, for the shards to come too.
         """
         while True:
             init = None if self.init is None else self.init[rows]

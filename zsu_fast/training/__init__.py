@@ -2,6 +2,6 @@
 
 In: a split model, its impressions' features at the split, and the classes to forget. Out: the
 tail, trained in place, and a `Fit` that says how it went. Start with `fit_task.py` (what is
-trained, on which rows, with which loss), then `trainer.py` (the loop) and `train_step.py` (one
-step). `teacher.py` builds the rows, `losses.py` has the objectives, `loop.py` the settings.
+trained, on which rows, with which loss), then `trainer.py` (the loop and its settings) and
+`train_step.py` (one step). `teacher.py` builds the rows, `losses.py` has the objectives.
 """

@@ -7,7 +7,7 @@ step costs what the forgotten classes cost, however many classes there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,26 +53,13 @@ class ClassSubsetTail(nn.Module):
             full[name][self.classes] = value
 
 
-def parameter_names(tail: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
-    """The names of ``parameters`` in ``tail``."""
-    wanted = {id(p) for p in parameters}
-    return [n for n, p in tail.named_parameters() if id(p) in wanted]
-
-
 @torch.no_grad()
-def supports_subset(
-    tail: nn.Module, parameters: Sequence[nn.Parameter], features: tuple[Tensor, ...]
-) -> bool:
+def supports_subset(tail: nn.Module, names: Sequence[str], features: tuple[Tensor, ...]) -> bool:
     """Whether some classes' logits come out the same without the other classes' weights.
 
-    They don't if the logits are normalised or reshaped after the last layer.
-
-    Args:
-        tail: features -> logits [N, C].
-        parameters: each [C, ...].
-        features: each [N, ...]; the first rows are tried.
+    They don't if the logits are normalised or reshaped after the last layer. The first rows of
+    ``features``, each [N, ...], are tried; ``names`` are parameters of ``tail``, each [C, ...].
     """
-    names = parameter_names(tail, parameters)
     probe = tuple(f[:2] for f in features)
     full = tail(*probe)
     chosen = torch.arange(0, full.shape[1], max(1, full.shape[1] // 7), device=full.device)
@@ -83,16 +70,3 @@ def supports_subset(
     full = full[:, chosen]
     atol = 1e-4 * float(full.std())
     return subset.shape == full.shape and torch.allclose(subset, full, 1e-4, atol)
-
-
-def tiles(
-    tail: nn.Module,
-    names: Sequence[str],
-    classes: int,
-    features: tuple[Tensor, ...],
-    tile_classes: int,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yields the logits of all classes in tiles: (which classes, float32 [N, tile_classes])."""
-    for start in range(0, classes, tile_classes):
-        part = slice(start, min(start + tile_classes, classes))
-        yield part, ClassSubsetTail(tail, names, part, trainable=False)(*features)

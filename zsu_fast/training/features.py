@@ -3,33 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, check_int, is_number
-from .limits import MemoryLimits
+
+
+@dataclass(frozen=True)
+class MemoryLimits:
+    """Sizes above which features and logits are computed in parts or on demand.
+
+    Attributes:
+        feature_bytes: largest mixed feature set that is stored; the rows of a larger one are mixed
+            when they are selected.
+        teacher_bytes: largest set of teacher logits that is stored; beyond it, the original tail
+            computes the logits of the selected rows.
+        chunk_bytes: features sent through the tail at once where no gradient is needed.
+        tile_logits: logits, rows times classes, held at once where not all of them are stored.
+        tile_classes: classes computed at once if only the forgotten logits are trained.
+        subset_above: with more classes than this, only the forgotten logits are computed if only
+            they are trained.
+    """
+
+    feature_bytes: int = 128 * 1024**2
+    teacher_bytes: int = 512 * 1024**2
+    chunk_bytes: int = 32 * 1024**2
+    tile_logits: int = 8 * 1024**2
+    tile_classes: int = 8192
+    subset_above: int = 256
 
 
 @dataclass(frozen=True)
 class FeatureMixup:
     """Manifold mixup of stored rows: ``(1 - s) * mean + s * (w * a + (1 - w) * b)``.
 
-    Attributes:
-        first, second: int64 [N], indices of the rows a and b.
-        weight, scale: float32 [N], w and s; w = s = 1 gives row a itself.
-        means: mean of each feature tensor over the stored rows.
-        non_negative: for each feature tensor, whether mixed values are clamped at 0.
+    With w = s = 1, that is row a itself.
     """
 
-    first: Tensor
-    second: Tensor
-    weight: Tensor
-    scale: Tensor
-    means: tuple[Tensor, ...]
-    non_negative: tuple[bool, ...]
+    first: Tensor  # int64 [N], indices of the rows a
+    second: Tensor  # int64 [N], of the rows b
+    weight: Tensor  # float32 [N], w
+    scale: Tensor  # float32 [N], s
+    means: tuple[Tensor, ...]  # of each feature tensor, over the stored rows
+    non_negative: tuple[bool, ...]  # for each feature tensor, whether to clamp mixed values at 0
 
     def __len__(self) -> int:
         return len(self.first)
@@ -47,35 +66,29 @@ class FeatureMixup:
         return tuple(mixtures)
 
 
-@dataclass(frozen=True)
-class RetainedLogits:
-    """The teacher's retained logits of N rows, reduced to the two numbers `ForgetOnlyKL` needs.
+class RetainedLogits(NamedTuple):
+    """The teacher's retained logits of N rows, reduced to what `ForgetOnlyKL` needs."""
 
-    Attributes:
-        logsumexp, max: float32 [N].
-    """
-
-    logsumexp: Tensor
-    max: Tensor
-
-    def select(self, index: Tensor) -> RetainedLogits:
-        """The rows at ``index``, int64 [n]."""
-        return RetainedLogits(
-            self.logsumexp.index_select(0, index), self.max.index_select(0, index)
-        )
+    logsumexp: Tensor  # float32 [N]
+    max: Tensor  # float32 [N]
 
 
 @dataclass
 class FeatureSet:
     """Training or validation rows at the split, each with the original model's answer.
 
+    What is too large to store is computed when rows are selected.
+
     Attributes:
-        features: the tensors that cross the split, each [N, ...].
+        features: the tensors that cross the split, each [N, ...]; with ``mixup``, those that the
+            rows are mixed from.
         teacher: the original tail's logits, float32 [N, C]; [N, 0] if they are not stored.
         label: int64 [N], the class of an impression, or the teacher's top class of any other row.
         forgotten: bool [N], whether the label is to be forgotten.
         retained: the teacher's retained logits in short, if only the forgotten ones are trained.
         logit_std: standard deviation of the teacher's logits; None to compute it from ``teacher``.
+        mixup: mixes the selected rows; None if they are stored.
+        original: copy of the original tail, for the teacher's logits; None if they are stored.
         limits: bounds the size of `chunks`.
     """
 
@@ -85,81 +98,42 @@ class FeatureSet:
     forgotten: Tensor
     retained: RetainedLogits | None = None
     logit_std: float | None = None
-    limits: MemoryLimits = field(default_factory=MemoryLimits, kw_only=True)
+    mixup: FeatureMixup | None = None
+    original: nn.Module | None = None
+    limits: MemoryLimits = field(default_factory=MemoryLimits)
 
     def __len__(self) -> int:
         return len(self.label)
 
     def select(self, index: Tensor) -> FeatureSet:
         """The rows at ``index``, int64 [n], with everything stored."""
-        features = self.features_at(index)
-        return FeatureSet(
-            features,
-            self._teacher_at(index, features),
-            self.label.index_select(0, index),
-            self.forgotten.index_select(0, index),
-            None if self.retained is None else self.retained.select(index),
-        )
+        features, retained = self.features_at(index), self.retained
+        if self.original is None:
+            teacher = self.teacher.index_select(0, index)
+        else:
+            with torch.no_grad():
+                teacher = self.original(*features)
+        if retained is not None:
+            retained = RetainedLogits(*(values.index_select(0, index) for values in retained))
+        label, forgotten = (t.index_select(0, index) for t in (self.label, self.forgotten))
+        return FeatureSet(features, teacher, label, forgotten, retained)
 
     def features_at(self, index: Tensor) -> tuple[Tensor, ...]:
         """The features of the rows at ``index``, int64 [n]."""
+        if self.mixup is not None:
+            return self.mixup(self.features, index)
         return tuple(f.index_select(0, index) for f in self.features)
 
-    def _teacher_at(self, index: Tensor, _features: tuple[Tensor, ...]) -> Tensor:
-        return self.teacher.index_select(0, index)
-
-    def chunks(self, classes: int = 1) -> Iterator[Tensor]:
-        """Yields the indices of all rows in order, in chunks whose features and logits fit.
-
-        Args:
-            classes: logits per row that are held at once.
-        """
-        yield from chunk_indices(self.label, self.features, classes, self.limits)
+    def chunks(self, classes: int = 1) -> tuple[Tensor, ...]:
+        """Splits the indices of all rows so that features and ``classes`` logits fit the limits."""
+        row_bytes = sum(f[0].nbytes for f in self.features)
+        limits = self.limits
+        most = min(1024, limits.chunk_bytes // row_bytes, limits.tile_logits // classes)
+        return torch.arange(len(self), device=self.label.device).split(max(1, most))
 
     def teacher_std(self) -> float:
         """Standard deviation of the teacher's logits."""
         return float(self.teacher.std()) if self.logit_std is None else self.logit_std
-
-
-@dataclass
-class LazyFeatureSet(FeatureSet):
-    """A `FeatureSet` too large to store: rows are computed when they are selected.
-
-    Attributes:
-        mixup: mixes the rows from ``features``, which are then those of the impressions alone.
-        original: copy of the original tail, which computes the teacher's logits.
-    """
-
-    mixup: FeatureMixup | None = None
-    original: nn.Module | None = None
-
-    def features_at(self, index: Tensor) -> tuple[Tensor, ...]:
-        return features_at(self.features, self.mixup, index)
-
-    def _teacher_at(self, index: Tensor, features: tuple[Tensor, ...]) -> Tensor:
-        if self.original is None:
-            return super()._teacher_at(index, features)
-        with torch.no_grad():
-            logits: Tensor = self.original(*features)
-        return logits
-
-
-def features_at(
-    features: tuple[Tensor, ...], mixup: FeatureMixup | None, index: Tensor
-) -> tuple[Tensor, ...]:
-    """The rows at ``index``, int64 [n]: stored in ``features``, or mixed from them."""
-    if mixup is not None:
-        return mixup(features, index)
-    return tuple(f.index_select(0, index) for f in features)
-
-
-def chunk_indices(
-    rows: Tensor, features: tuple[Tensor, ...], classes: int, limits: MemoryLimits
-) -> tuple[Tensor, ...]:
-    """Splits the indices of ``rows``, [N, ...], so that features and logits stay in ``limits``."""
-    row_bytes = sum(f[0].numel() * f.element_size() for f in features)
-    most = min(1024, limits.chunk_bytes // row_bytes, limits.tile_logits // classes)
-    return torch.arange(len(rows), device=rows.device).split(max(1, most))
 
 
 @dataclass(frozen=True)
@@ -172,10 +146,8 @@ class FeatureSettings:
         margin: by how many logits forgotten classes are pushed below what the mask asks for. None
             for the mean logit margin of the impressions times ``2 log10(max(10, classes))``: twice
             it for 10 classes, six times for 1,000, where images differ more from impressions. That
-            is doubled if only the forgotten logits are trained, which costs the retained ones
-            nothing: with the masked objective, if the tail is the last layer alone and each logit
-            has weights of its own. So it does not apply to deeper tails or to the differential
-            objective.
+            is doubled if only the forgotten logits are trained (see `make_fit_task`), which costs
+            the retained ones nothing.
         limits: what is stored and what is computed again.
 
     Raises:
@@ -197,13 +169,7 @@ class FeatureSettings:
         return max(2048, 4 * impressions, 12 * classes) if self.mixtures is None else self.mixtures
 
     def margin_for(self, logit_margin: float, classes: int, forget_logits_only: bool) -> float:
-        """The margin for a model of ``classes``.
-
-        Args:
-            logit_margin: the mean `logit_margin` of the impressions.
-            classes: of the model.
-            forget_logits_only: whether only the forgotten logits are trained.
-        """
+        """The margin for a model of ``classes``; ``logit_margin`` is the impressions' mean."""
         if self.margin is not None:
             return self.margin
         factor = 4 if forget_logits_only else 2
@@ -219,11 +185,7 @@ def logit_margin(logits: Tensor, label: Tensor) -> Tensor:
 def held_out(label: Tensor) -> Tensor:
     """Selects impressions for validation: one in four of each class, none of fewer than four.
 
-    Args:
-        label: int64 [N].
-
-    Returns:
-        bool [N].
+    int64 [N], the labels -> bool [N].
     """
     held = torch.zeros(len(label), dtype=torch.bool, device=label.device)
     by_class = label.argsort(stable=True)

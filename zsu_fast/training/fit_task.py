@@ -10,39 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from ..models.wrapper import LogitsModel
-from ..runtime.flops import multiply_adds
+from ..runtime.measuring import multiply_adds
 from ..splitting.split import Split
-from .class_subset import ClassSubsetTail, parameter_names, supports_subset
+from .class_subset import ClassSubsetTail, supports_subset
 from .features import FeatureSet, FeatureSettings
-from .losses import ForgetOnlyKL, MaskedKL, Objective, ObjectiveSettings, ValidationLoss
+from .losses import ForgetOnlyKL, MaskedKL, Objective, ObjectiveSettings
 from .teacher import Teacher, train_val_sets
 
 
 @dataclass
 class FitTask:
-    """A tail to train: everything that `train_tail` needs but its settings.
+    """A tail to train: everything that `train_tail` needs but its settings."""
 
-    Attributes:
-        tail: features -> logits, in eval mode; trained in place.
-        parameters: those of its parameters that are trained.
-        train: the training rows.
-        validation: rows mixed from other impressions, or in other proportions.
-        objective: the training loss.
-        validation_loss: scores the validation rows, whatever the objective.
-        generator: draws the batches, on the CPU.
-        masks: factor on the gradient of each parameter, of its shape; None leaves it as it is.
-        fast_kernels: allow the fused AdamW kernel and products in bfloat16.
-    """
-
-    tail: nn.Module
-    parameters: list[nn.Parameter]
+    tail: nn.Module  # features -> logits, in eval mode; trained in place
+    parameters: list[nn.Parameter]  # those of its parameters that are trained
     train: FeatureSet
-    validation: FeatureSet
+    validation: FeatureSet  # rows mixed from other impressions, or in other proportions
     objective: Objective
-    validation_loss: ValidationLoss
-    generator: torch.Generator
-    masks: Sequence[Tensor | None] | None = None
-    fast_kernels: bool = True
+    validation_loss: MaskedKL  # scores the validation rows, whatever the objective
+    generator: torch.Generator  # draws the batches, on the CPU
+    masks: Sequence[Tensor | None] | None = None  # factor on the gradient of each parameter
+    fast_kernels: bool = True  # allow the fused AdamW kernel and products in bfloat16
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +52,7 @@ def make_fit_task(
     settings: FeatureSettings,
     seed: int,
 ) -> FitTask:
-    """Builds the training and validation rows from the impressions' features.
+    """Builds the rows from the impressions' features, and the loss.
 
     With the masked objective, only the forgotten logits are trained if the tail is the last layer
     alone and each logit has weights of its own; of many classes, only those logits are computed:
@@ -73,45 +61,32 @@ def make_fit_task(
     Args:
         model: the working copy that ``split`` shares its parameters with.
         split: where the tail starts.
-        features: of the impressions at the split, each [N, ...].
-        labels: int64 [N].
+        features, labels: of the impressions at the split, each [N, ...]; int64 [N].
         forget: bool [C].
-        objective: the training loss.
-        settings: number of mixtures, margin and memory limits.
+        objective, settings: the training loss; number of mixtures, margin and memory limits.
         seed: decides the mixtures and the batches.
     """
     generator = torch.Generator().manual_seed(seed)
-    parameters = trained_parameters(model, split)
-    classes = len(forget)
+    tail, parameters, classes = split.tail, trained_parameters(model, split), len(forget)
     forget_logits_only = (
         objective.name == "masked"
         and split.output_level
         and all(len(p) == classes for p in parameters)
     )
-    names: Sequence[str] = ()
-    if (
-        forget_logits_only
-        and classes > settings.limits.subset_above
-        and supports_subset(split.tail, parameters, features)
-    ):
-        names = parameter_names(split.tail, parameters)
-    teacher = Teacher(split.tail, forget, names, settings.limits)
+    names = []
+    if forget_logits_only and classes > settings.limits.subset_above:
+        trained = {id(p) for p in parameters}
+        names = [name for name, p in tail.named_parameters() if id(p) in trained]
+        if not supports_subset(tail, names, features):
+            names = []
+    teacher = Teacher(tail, forget, names, settings.limits)
     train, validation, logit_margin = train_val_sets(teacher, features, labels, settings, generator)
     margin = settings.margin_for(logit_margin, classes, forget_logits_only)
+    loss = MaskedKL(forget, margin, forget_logits_only)
     if names:
-        subset = ClassSubsetTail(split.tail, names, forget.nonzero()[:, 0], trainable=True)
-        loss = ForgetOnlyKL(forget, margin)
-        return FitTask(subset, list(subset.parameters()), train, validation, loss, loss, generator)
-    validation_loss = MaskedKL(forget, margin, forget_logits_only)
-    return FitTask(
-        split.tail,
-        parameters,
-        train,
-        validation,
-        objective.make(validation_loss),
-        validation_loss,
-        generator,
-    )
+        tail = ClassSubsetTail(tail, names, forget.nonzero()[:, 0], trainable=True)
+        parameters, loss = list(tail.parameters()), ForgetOnlyKL(forget, margin)
+    return FitTask(tail, parameters, train, validation, objective.make(loss), loss, generator)
 
 
 def trained_parameters(model: LogitsModel, split: Split) -> list[nn.Parameter]:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,43 +19,12 @@ ObjectiveName = Literal["masked", "differential"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
 
 
-class Objective(Protocol):
-    """A training loss.
+class Objective(ABC):
+    """A training loss; by default a function of the tail's logits, with a fused gradient.
 
     Attributes:
         learning_rate: None for one in proportion to the size of the trained weights.
     """
-
-    learning_rate: float | None
-
-    def gradients(
-        self, tail: nn.Module, parameters: Sequence[nn.Parameter], rows: FeatureSet
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Returns the loss of ``rows``, a scalar, and its gradient for each parameter."""
-        ...
-
-
-class ValidationLoss(Protocol):
-    """Scores a tail on validation rows.
-
-    Attributes:
-        forget: bool [C].
-        forget_logits_only: whether only the forgotten logits are trained.
-    """
-
-    forget: Tensor
-    forget_logits_only: bool
-
-    def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:
-        """Returns divergence (NaN if a logit is not finite), leak, and agreement.
-
-        See `ValidationResult`.
-        """
-        ...
-
-
-class LogitObjective(ABC):
-    """An `Objective` that is a function of the tail's logits, with a fused gradient."""
 
     learning_rate: float | None = None
 
@@ -66,13 +35,13 @@ class LogitObjective(ABC):
     def gradients(
         self, tail: nn.Module, parameters: Sequence[nn.Parameter], rows: FeatureSet
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Returns the loss of ``rows`` and its gradients, through the tail by autograd."""
+        """Returns the loss of ``rows``, a scalar, and its gradient for each parameter."""
         logits = tail(*rows.features)
         loss, dlogits = self(logits.detach(), rows)
         return loss, torch.autograd.grad(logits, list(parameters), dlogits)
 
 
-class Differential(LogitObjective):
+class Differential(Objective):
     """Signed cross-entropy: ``-w_f * CE_forget + w_r * CE_retain``, each a mean over its own rows.
 
     Section 4.3 of the paper, with the signs of its prose: ascend on the forgotten classes, descend
@@ -93,7 +62,7 @@ class Differential(LogitObjective):
         return losses.sum(), dlogits
 
 
-class MaskedKL(LogitObjective):
+class MaskedKL(Objective):
     """KL divergence from the teacher's softmax without the forgotten classes, renormalised.
 
     It is bounded below: 0 is the mask itself. The margin is added to the forgotten logits first,
@@ -110,18 +79,16 @@ class MaskedKL(LogitObjective):
     """
 
     def __init__(self, forget: Tensor, margin: float, forget_logits_only: bool = False) -> None:
-        self.forget, self.shift = forget, margin * forget.float()
+        self.forget, self.margin, self.shift = forget, margin, margin * forget.float()
         self.forget_logits_only = forget_logits_only
 
     def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
-        shifted = logits + self.shift
-        loss, dlogits = ops.masked_cross_entropy_and_grad(shifted, rows.teacher, self.forget, coef)
+        loss, dlogits = ops.masked_cross_entropy_and_grad(*self._operands(logits, rows))
         return loss, dlogits * self.forget if self.forget_logits_only else dlogits
 
     @torch.no_grad()
     def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:
-        """Returns divergence, leak and agreement of ``tail``: see `ValidationLoss.score`."""
+        """Divergence (NaN if a logit is not finite), leak, agreement: see `ValidationResult`."""
         divergence = leaks = agree = torch.zeros((), device=self.forget.device)
         for index in rows.chunks(len(self.forget)):
             part = rows.select(index)
@@ -146,8 +113,12 @@ class MaskedKL(LogitObjective):
 
         Differentiable, unlike a call.
         """
+        return ops.masked_cross_entropy(*self._operands(logits, rows))
+
+    def _operands(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits with the margin, the teacher's, the classes to mask, and the rows' weights."""
         coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
-        return ops.masked_cross_entropy(logits + self.shift, rows.teacher, self.forget, coef)
+        return logits + self.shift, rows.teacher, self.forget, coef
 
 
 class ForgetOnlyKL(MaskedKL):
@@ -162,23 +133,17 @@ class ForgetOnlyKL(MaskedKL):
     def __init__(self, forget: Tensor, margin: float) -> None:
         super().__init__(forget, margin, forget_logits_only=True)
         count = int(forget.sum())
-        self.is_retained = torch.arange(count + 1, device=forget.device) == count
-        self.margin = margin
+        self.is_forgotten = torch.arange(count + 1, device=forget.device) < count
 
     def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        joined, coef = self._join(logits, rows)
-        loss, dlogits = ops.masked_cross_entropy_and_grad(joined, joined, ~self.is_retained, coef)
+        loss, dlogits = ops.masked_cross_entropy_and_grad(*self._operands(logits, rows))
         return loss, dlogits[:, :-1]
 
-    def divergence(self, logits: Tensor, rows: FeatureSet) -> Tensor:
-        joined, coef = self._join(logits, rows)
-        return ops.masked_cross_entropy(joined, joined.detach(), ~self.is_retained, coef)
-
-    def _join(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        """Logits with the margin, the retained ones as the last column; and 1/N for each row."""
+    def _operands(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert rows.retained is not None
+        joined = torch.cat([logits + self.margin, rows.retained.logsumexp[:, None]], 1)
         coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
-        return torch.cat([logits + self.margin, rows.retained.logsumexp[:, None]], 1), coef
+        return joined, joined.detach(), self.is_forgotten, coef
 
     def answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         assert rows.retained is not None

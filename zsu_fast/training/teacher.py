@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .class_subset import tiles
+from .class_subset import ClassSubsetTail
 from .features import (
     FeatureMixup,
     FeatureSet,
     FeatureSettings,
-    LazyFeatureSet,
+    MemoryLimits,
     RetainedLogits,
-    chunk_indices,
-    features_at,
     held_out,
     logit_margin,
 )
-from .limits import MemoryLimits
 
 # Mixtures lie this many times as far from the mean as the impressions they are mixed from.
 _SCALE = (0.5, 4.0)
@@ -60,64 +57,57 @@ class Teacher:
             mixup: mixes the rows when they are selected.
             known: int64 [K], labels of the first K rows. Other rows get their top class.
         """
-        rows = features[0] if mixup is None else mixup.first
-        if (
-            not self.subset_parameters
-            and 4 * len(rows) * len(self.forget) <= self.limits.teacher_bytes
-        ):
-            parts = chunk_indices(rows, features, 1, self.limits)
-            teacher = torch.cat([self.tail(*features_at(features, mixup, p)) for p in parts])
-            label, retained, std, original = teacher.argmax(1), None, None, None
-        else:
-            teacher = torch.empty(len(rows), 0, device=self.forget.device)
-            label, retained, std = self._summarise(rows, features, mixup)
-            original = None
-            if not self.subset_parameters:
-                retained, original = None, copy.deepcopy(self.tail).requires_grad_(False)
-        if known is not None:
-            label[: len(known)] = known
-        forgotten = self.forget[label]
-        if mixup is None and original is None:
-            return FeatureSet(
-                features, teacher, label, forgotten, retained, std, limits=self.limits
-            )
-        return LazyFeatureSet(
-            features, teacher, label, forgotten, retained, std, mixup, original, limits=self.limits
+        count, device = len(features[0] if mixup is None else mixup), self.forget.device
+        label = torch.zeros(count, dtype=torch.int64, device=device)
+        nothing = torch.empty(count, 0, device=device)
+        rows = FeatureSet(
+            features, nothing, label, self.forget[label], mixup=mixup, limits=self.limits
         )
+        logit_bytes = 4 * count * len(self.forget)
+        if not self.subset_parameters and logit_bytes <= self.limits.teacher_bytes:
+            rows.teacher = torch.cat([self.tail(*rows.features_at(part)) for part in rows.chunks()])
+            rows.label = rows.teacher.argmax(1)
+        else:
+            retained = self._label_in_tiles(rows)
+            if self.subset_parameters:
+                rows.retained = retained
+            else:
+                rows.original = copy.deepcopy(self.tail).requires_grad_(False)
+        if known is not None:
+            rows.label[: len(known)] = known
+        rows.forgotten = self.forget[rows.label]
+        return rows
 
-    def _summarise(
-        self, rows: Tensor, features: tuple[Tensor, ...], mixup: FeatureMixup | None
-    ) -> tuple[Tensor, RetainedLogits, float]:
-        """Top class, retained logits in short, and standard deviation of all logits.
-
-        Computed in tiles, so that no tensor has rows times classes elements.
-        """
-        classes, device = len(self.forget), self.forget.device
-        label = torch.zeros(len(rows), dtype=torch.int64, device=device)
-        logsumexp = torch.full((len(rows),), -torch.inf, device=device)
+    def _label_in_tiles(self, rows: FeatureSet) -> RetainedLogits:
+        """Sets ``label`` and ``logit_std`` of ``rows``; no tensor has rows times classes values."""
+        count, classes = len(rows), len(self.forget)
+        logsumexp = torch.full((count,), -torch.inf, device=self.forget.device)
         maximum = logsumexp.clone()
-        moments = torch.zeros(2, dtype=torch.float64, device=device)
-        tile_classes = self.limits.tile_classes
-        width = min(classes, tile_classes) if self.subset_parameters else classes
-        for part in chunk_indices(rows, features, width, self.limits):
-            chunk = features_at(features, mixup, part)
-            top = torch.full((len(part),), -torch.inf, device=device)
-            tiled: Iterable[tuple[slice, Tensor]] = (
-                tiles(self.tail, self.subset_parameters, classes, chunk, tile_classes)
-                if self.subset_parameters
-                else [(slice(0, classes), self.tail(*chunk))]
-            )
-            for where, logits in tiled:
+        moments = torch.zeros(2, dtype=torch.float64, device=self.forget.device)
+        width = min(classes, self.limits.tile_classes) if self.subset_parameters else classes
+        for part in rows.chunks(width):
+            label, top = rows.label[part], torch.full_like(logsumexp[part], -torch.inf)
+            for where, logits in self._tiles(rows.features_at(part)):
                 value, at = logits.max(1)
-                label[part] = torch.where(value > top, at + where.start, label[part])
+                label = torch.where(value > top, at + where.start, label)
                 top = torch.maximum(top, value)
                 moments += torch.stack([logits.sum(), logits.square().sum()])
                 retained = logits.masked_fill(self.forget[where], -torch.inf)
                 logsumexp[part] = torch.logaddexp(logsumexp[part], retained.logsumexp(1))
                 maximum[part] = torch.maximum(maximum[part], retained.amax(1))
-        mean, square = (moments / (len(rows) * classes)).tolist()
-        std = math.sqrt(max(0.0, square - mean * mean))
-        return label, RetainedLogits(logsumexp, maximum), std
+            rows.label[part] = label
+        mean, square = (moments / (count * classes)).tolist()
+        rows.logit_std = math.sqrt(max(0.0, square - mean * mean))
+        return RetainedLogits(logsumexp, maximum)
+
+    def _tiles(self, features: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the logits of all classes in tiles: (which classes, float32 [N, classes])."""
+        classes, names = len(self.forget), self.subset_parameters
+        width = self.limits.tile_classes if names else classes
+        for start in range(0, classes, width):
+            where = slice(start, min(start + width, classes))
+            tail = ClassSubsetTail(self.tail, names, where, trainable=False) if names else self.tail
+            yield where, tail(*features)
 
     @torch.no_grad()
     def mean_logit_margin(self, rows: FeatureSet, count: int) -> float:
@@ -144,11 +134,7 @@ def train_val_sets(
 
     Validation rows are the held-out impressions and mixtures of them. If no class has enough
     impressions to hold any out (`held_out`), they are other mixtures of the training impressions.
-
-    Args:
-        teacher: labels the rows.
-        features, label, generator: as for `build_feature_set`, of all impressions.
-        settings: the number of mixtures.
+    For ``teacher``, ``features``, ``label`` and ``generator``, see `build_feature_set`.
     """
     held = held_out(label)
     count = int((~held).sum())
@@ -192,8 +178,7 @@ def build_feature_set(
     """
     mixup = _draw_mixup(features, teacher.forget[label], mixtures, generator, impressions)
     known = label if impressions else None
-    row_bytes = sum(f[0].numel() * f.element_size() for f in features)
-    if len(mixup) * row_bytes > teacher.limits.feature_bytes:
+    if len(mixup) * sum(f[0].nbytes for f in features) > teacher.limits.feature_bytes:
         return teacher.label(features, mixup, known)
     every = torch.arange(len(mixup), device=label.device)
     return teacher.label(mixup(features, every), known=known)
@@ -222,11 +207,7 @@ def _draw_mixup(
         itself, one = torch.arange(count), torch.ones(count)
         first, second = torch.cat([itself, first]), torch.cat([itself, second])
         weight, scale = torch.cat([one, weight]), torch.cat([one, scale])
-    return FeatureMixup(
-        first.to(device),
-        second.to(device),
-        weight.to(device),
-        scale.to(device),
-        tuple(f.mean(0) for f in features),
-        tuple(not bool((f < 0).any()) for f in features),
-    )
+    first, second, weight, scale = (t.to(device) for t in (first, second, weight, scale))
+    means = tuple(f.mean(0) for f in features)
+    non_negative = tuple(not bool((f < 0).any()) for f in features)
+    return FeatureMixup(first, second, weight, scale, means, non_negative)

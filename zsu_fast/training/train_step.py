@@ -9,15 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..runtime.cuda_graph import capture, warm_up
-from ..runtime.precision import fp32_precision, has_bfloat16
-from ..runtime.threads import SMALL
+from ..runtime.torch_settings import SMALL, fp32_precision, has_bfloat16
 from .fit_task import FitTask
 
 Loop = Literal["auto", "eager", "compiled", "graph"]
@@ -25,25 +24,9 @@ LOOPS: tuple[str, ...] = get_args(Loop)
 _log = logging.getLogger(__name__)
 
 
-class TrainStep(Protocol):
-    """Takes blocks of optimiser steps."""
-
-    name: str
-
-    def reset(self) -> None:
-        """Clears the optimiser's moments for a new attempt."""
-        ...
-
-    def run(self, index: Tensor, rates: list[float]) -> Tensor:
-        """Takes ``len(rates)`` steps on the rows ``index``, int64 [steps, batch].
-
-        Returns:
-            The last step's loss, a scalar on the device.
-        """
-        ...
-
-
-def make_train_step(loop: Loop, task: FitTask, scales: Sequence[float] | None = None) -> TrainStep:
+def make_train_step(
+    loop: Loop, task: FitTask, scales: Sequence[float] | None = None
+) -> EagerTrainStep:
     """Returns the train step called ``loop``.
 
     Args:
@@ -53,7 +36,7 @@ def make_train_step(loop: Loop, task: FitTask, scales: Sequence[float] | None = 
         scales: factor on the learning rate of each parameter; None for 1.
 
     Raises:
-        ArgumentError: "graph" without a GPU, or a tail that can't be captured.
+        ArgumentError: "graph" without a GPU; `GraphTrainStep.run` raises it if capture fails.
     """
     on_gpu = task.device.type == "cuda"
     if loop == "compiled":
@@ -66,21 +49,12 @@ def make_train_step(loop: Loop, task: FitTask, scales: Sequence[float] | None = 
         )
     if loop == "eager" or not on_gpu:
         return EagerTrainStep(task, scales)
-    try:
-        return GraphTrainStep(task, scales)
-    except RuntimeError as error:
-        if loop == "graph":
-            raise ArgumentError(
-                "loop", f"got 'graph', and capture failed: {error}", "Pass loop='auto'."
-            ) from error
-        _log.warning("the tail loop runs eagerly, its capture in a CUDA graph failed: %s", error)
-        return EagerTrainStep(task, scales)
+    return GraphTrainStep(task, scales, required=loop == "graph")
 
 
 class EagerTrainStep:
-    """One step after the other, in plain autograd."""
+    """Takes blocks of optimiser steps: one after the other, in plain autograd."""
 
-    name = "eager"
     capturable = False
 
     def __init__(self, task: FitTask, scales: Sequence[float] | None = None) -> None:
@@ -90,6 +64,7 @@ class EagerTrainStep:
         self.reset()
 
     def reset(self) -> None:
+        """Clears the optimiser's moments for a new attempt."""
         self.optimiser: Any = (
             _FusedAdam(self.parameters, self.scales)
             if self._fused()
@@ -98,24 +73,29 @@ class EagerTrainStep:
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameters by the factor on their learning rate, for torch.optim."""
-        by_scale: dict[float, list[nn.Parameter]] = {}
-        for parameter, scale in zip(self.parameters, self.scales, strict=True):
-            by_scale.setdefault(scale, []).append(parameter)
-        return [{"params": group, "scale": scale} for scale, group in by_scale.items()]
+        pairs = list(zip(self.parameters, self.scales, strict=True))
+        return [
+            {"params": [p for p, s in pairs if s == scale], "scale": scale}
+            for scale in dict.fromkeys(self.scales)
+        ]
 
-    def run(self, index: Tensor, rates: list[float]) -> Tensor:
+    def run(self, index: Tensor, rates: Sequence[float] | Tensor) -> Tensor:
+        """Takes ``len(rates)`` steps on the rows ``index``, int64 [steps, batch].
+
+        Returns:
+            The last step's loss, a scalar on the device.
+        """
         loss = torch.zeros((), device=self.device)
-        with self._precision(index.shape[1]):
+        work = self.row_work * index.shape[1]
+        with bf16_matmul(self.device, work) if self.task.fast_kernels else nullcontext():
             for batch, rate in zip(index.to(self.device), rates, strict=True):
-                for group in self.optimiser.param_groups:
-                    group["lr"] = rate * group["scale"]
+                self._set_rate(rate)
                 loss = self.step(batch)
         return loss
 
-    def _precision(self, batch: int) -> AbstractContextManager[None]:
-        if not self.task.fast_kernels:
-            return nullcontext()
-        return bf16_matmul(self.device, self.row_work * batch)
+    def _set_rate(self, rate: Any) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["scale"]
 
     def step(self, batch: Tensor) -> Tensor:
         """Takes one step on the rows ``batch``, int64 [B], without synchronising; the loss."""
@@ -135,9 +115,9 @@ class EagerTrainStep:
         return loss
 
     def _fused(self) -> bool:
-        kinds = {(p.device.type, p.dtype) for p in self.parameters}
-        supported = {("cpu", torch.float32), ("cuda", torch.float32)}
-        return self.task.fast_kernels and kinds <= supported
+        return self.task.fast_kernels and all(
+            p.dtype == torch.float32 and p.device.type in ("cpu", "cuda") for p in self.parameters
+        )
 
 
 class _FusedAdam:
@@ -153,17 +133,10 @@ class _FusedAdam:
         for scale in dict.fromkeys(scales):
             places = [i for i, s in enumerate(scales) if s == scale]
             values = [parameters[i].detach() for i in places]
-            self.param_groups.append(
-                {
-                    "scale": scale,
-                    "lr": 1e-3,
-                    "places": places,
-                    "params": values,
-                    "exp_avg": [torch.zeros_like(p) for p in values],
-                    "exp_avg_sq": [torch.zeros_like(p) for p in values],
-                    "steps": [torch.zeros((), device=p.device) for p in values],
-                }
-            )
+            group: dict[str, Any] = {"scale": scale, "lr": 1e-3, "places": places, "params": values}
+            group |= {n: [torch.zeros_like(p) for p in values] for n in ("exp_avg", "exp_avg_sq")}
+            group["steps"] = [torch.zeros((), device=p.device) for p in values]
+            self.param_groups.append(group)
 
     def step(self, grads: Sequence[Tensor]) -> None:
         for group in self.param_groups:
@@ -200,12 +173,9 @@ def bf16_matmul(device: torch.device, work: int) -> AbstractContextManager[None]
 class CompiledTrainStep(EagerTrainStep):
     """`EagerTrainStep` with the tail through torch.compile (default mode, static shapes)."""
 
-    name = "compiled"
-
     def __init__(self, task: FitTask, scales: Sequence[float] | None = None) -> None:
         super().__init__(task, scales)
-        compiled: Any = torch.compile(task.tail, dynamic=False)
-        self.tail = compiled
+        self.tail = cast(nn.Module, torch.compile(task.tail, dynamic=False))
 
 
 class GraphTrainStep(EagerTrainStep):
@@ -213,41 +183,52 @@ class GraphTrainStep(EagerTrainStep):
 
     Row indices, learning rates and losses go through buffers that the graph reads and writes;
     nothing in it depends on a value on the host. Blocks of another length than the first run
-    eagerly.
+    eagerly. If capture fails, all do, unless the graph is ``required``.
     """
 
-    name = "graph"
     capturable = True
 
-    def __init__(self, task: FitTask, scales: Sequence[float] | None = None) -> None:
-        self.graph: torch.cuda.CUDAGraph | None = None
+    def __init__(
+        self, task: FitTask, scales: Sequence[float] | None = None, required: bool = False
+    ) -> None:
+        self.required, self.capture_failed = required, False
         super().__init__(task, scales)
 
     def reset(self) -> None:
         super().reset()
         for group in self.optimiser.param_groups:
             group["lr"] = torch.zeros((), device=self.device)
-        self.graph = None
+        self.graph: torch.cuda.CUDAGraph | None = None
 
-    def run(self, index: Tensor, rates: list[float]) -> Tensor:
-        index = index.to(self.device)
-        rates_tensor = torch.tensor(rates, device=self.device)
-        if self.graph is None:
-            self.graph = self._capture(index, rates_tensor)
-        if index.shape != self.index.shape:
-            loss = torch.zeros((), device=self.device)
-            for batch, rate in zip(index, rates_tensor, strict=True):
-                self._set_rate(rate)
-                loss = self.step(batch)
-            return loss
+    def run(self, index: Tensor, rates: Sequence[float] | Tensor) -> Tensor:
+        index, rates = index.to(self.device), torch.as_tensor(rates, device=self.device)
+        if self.graph is None and not self.capture_failed:
+            self._try_capture(index, rates)
+        if self.graph is None or index.shape != self.index.shape:
+            return super().run(index, rates)
         self.index.copy_(index)
-        self.rates.copy_(rates_tensor)
+        self.rates.copy_(rates)
         self.graph.replay()
         return self.losses[-1]
 
-    def _set_rate(self, rate: Tensor) -> None:
+    def _set_rate(self, rate: Any) -> None:
         for group in self.optimiser.param_groups:
             group["lr"].copy_(rate * group["scale"])
+
+    def _try_capture(self, index: Tensor, rates: Tensor) -> None:
+        try:
+            self.graph = self._capture(index, rates)
+        except RuntimeError as error:
+            # an error within the block also ends the capture, which then raises another
+            cause = error.__context__ or error
+            if self.required:
+                raise ArgumentError(
+                    "loop", f"got 'graph', and capture failed: {cause}", "Pass loop='auto'."
+                ) from error
+            self.capture_failed = True
+            _log.warning(
+                "the tail loop runs eagerly, its capture in a CUDA graph failed: %s", cause
+            )
 
     def _capture(self, index: Tensor, rates: Tensor) -> torch.cuda.CUDAGraph:
         """Captures the steps of a block; parameters and optimiser stay as they are."""
@@ -264,13 +245,18 @@ class GraphTrainStep(EagerTrainStep):
                 self._set_rate(self.rates[at])
                 self.losses[at].copy_(self.step(self.index[at]))
 
-        warm_up(first_steps, self.device)
-        with torch.no_grad():  # undo the warm-up
-            for parameter, old in zip(self.parameters, before, strict=True):
-                parameter.copy_(old)
-            for state in self.optimiser.state.values():
-                for value in state.values():
-                    value.zero_()
-        for parameter in self.parameters:
-            parameter.grad = None
+        try:
+            warm_up(first_steps, self.device)
+        finally:
+            self._restore(before)
         return capture(block)
+
+    @torch.no_grad()
+    def _restore(self, parameters: list[Tensor]) -> None:
+        """Undoes the steps of the warm-up."""
+        for parameter, old in zip(self.parameters, parameters, strict=True):
+            parameter.copy_(old)
+            parameter.grad = None
+        for state in self.optimiser.state.values():
+            for value in state.values():
+                value.zero_()

@@ -1,7 +1,7 @@
-"""The training loop: optimiser steps on stored rows, validated on others, never left worse off.
+"""The training loop: optimiser steps on some rows, every few of them validated on others.
 
-Every few steps the tail is validated on rows that it is not trained on. When nothing improves any
-more, or values stop being finite, the attempt ends; the tail is left in the state to keep.
+When nothing improves any more, or values stop being finite, the attempt ends; the tail is left in
+the state to keep, which is never worse than the original.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from itertools import islice
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..runtime.events import Stopped
-from ..runtime.progress import Reporter
-from ..runtime.threads import threads_for
+from ..errors import ArgumentError, check_choice, check_flag, check_int, is_number
+from ..runtime.progress import Reporter, Stopped
+from ..runtime.torch_settings import threads_for
 from .fit_task import FitTask
-from .train_step import Loop, make_train_step
+from .train_step import LOOPS, Loop, make_train_step
 
 Keep = Literal["best", "last", "complete"]
 Ending = Literal["finished", "diverged", "stopped"]
 
+_LEAK_GOAL = 0.01  # no further attempt is made once the kept state leaks no more than this
 _GAIN = 0.01  # patience ends when the divergence falls by less than this share
+_STEP_WORK = 4_000_000_000  # multiply-adds of a step's forward pass by default
+# Bias step per optimiser step, as a fraction of the logits' standard deviation. At the weights'
+# learning rate biases barely move, yet only they affect images unlike any impression.
+_BIAS_STEP = 0.05
 
 
 @dataclass
@@ -85,8 +90,7 @@ class Schedule:
         patience: validations without a gain after which an attempt ends; None to take all steps.
         keep: "best": the state of least divergence over all attempts; "last": the last finite
             state, but only if it is better than the original when training is stopped from
-            outside; "complete": the last state of an attempt that does not diverge.
-        leak_goal: no further attempt is made once the kept state's leak is at most this.
+            outside; "complete": the last state of the first attempt that does not diverge.
         slower: factors on the learning rate of further attempts if the first one diverges.
         other: the same if the first one misses the goal otherwise.
     """
@@ -101,7 +105,6 @@ class Schedule:
     validations: int = 40
     patience: int | None = 8
     keep: Keep = "best"
-    leak_goal: float = 0.01
     slower: tuple[float, ...] = ()
     other: tuple[float, ...] = ()
 
@@ -113,18 +116,103 @@ class Schedule:
         """Whether the state of ``new`` replaces that of ``old`` after an attempt."""
         if self.keep == "complete":
             return ending != "diverged"
-        if self.keep == "last" and ending != "stopped":
-            return True
-        return _is_better(new, old)
+        return new.divergence < old.divergence or (self.keep == "last" and ending != "stopped")
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How the tail is trained.
+
+    Attributes:
+        steps: optimiser steps of one attempt, at most; None for 400, or one per class up to 2,000.
+            The learning rate falls to 0 over them along half a cosine.
+        batch: rows per step; None for 512, or fewer, but not below 64, if a step's forward pass
+            would take more than 4 billion multiply-adds.
+        learning_rate: None for the objective's own; if training fails at that, it is raised or
+            lowered, and training starts over.
+        early_stop: False takes all steps at a fixed rate and keeps the last finite state, as the
+            paper does.
+        loop: what takes the steps, see `make_train_step`.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    steps: int | None = None
+    batch: int | None = None
+    learning_rate: float | None = None
+    early_stop: bool = True
+    loop: Loop = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("loop", self.loop, LOOPS)
+        check_flag("early_stop", self.early_stop)
+        check_int("steps", self.steps, optional=True)
+        check_int("batch", self.batch, optional=True)
+        rate = self.learning_rate
+        if rate is not None and (not is_number(rate) or rate <= 0):
+            raise ArgumentError("learning_rate", f"got {rate!r}", "Pass a number above 0.")
+
+    def steps_for(self, classes: int) -> int:
+        """Steps of one attempt for a model of ``classes``."""
+        return max(400, min(classes, 2000)) if self.steps is None else self.steps
+
+    def batch_for(self, row_work: int) -> int:
+        """Rows per step for a tail of ``row_work`` multiply-adds per row."""
+        if self.batch is not None:
+            return self.batch
+        return max(64, min(512, _STEP_WORK // max(1, row_work)))
+
+    def schedule(self, task: FitTask) -> Schedule:
+        rate, scales = self._learning_rates(task)
+        retry = self.early_stop and self.learning_rate is None
+        return Schedule(
+            steps=self.steps_for(len(task.validation_loss.forget)),
+            batch=min(self.batch_for(task.row_work), len(task.train)),
+            learning_rate=rate,
+            scales=scales,
+            loop=self.loop,
+            cosine=self.early_stop,
+            patience=Schedule.patience if self.early_stop else None,
+            keep="best" if self.early_stop else "last",
+            slower=(0.3, 0.1, 0.03) if retry else (),
+            other=(3.0, 0.3, 0.1) if retry else (),
+        )
+
+    def _learning_rates(self, task: FitTask) -> tuple[float, list[float] | None]:
+        """The learning rate, and a factor on it for each parameter."""
+        rate = self.learning_rate or task.objective.learning_rate
+        if rate is not None:
+            return rate, None
+        rate = relative_learning_rate(task.parameters)
+        if not task.validation_loss.forget_logits_only:
+            return rate, None
+        bias_scale = _BIAS_STEP * task.train.teacher_std() / rate
+        return rate, [bias_scale if p.ndim == 1 else 1.0 for p in task.parameters]
+
+
+def train_tail(task: FitTask, settings: LoopSettings, report: Reporter) -> Fit:
+    """Trains the task's parameters in place by AdamW, without leaving the tail worse off.
+
+    ``report`` is called after every validation; see `Trainer`.
+    """
+    fit = Trainer(task, settings.schedule(task), report).run()
+    if fit.best is fit.history[0]:
+        fit.stopped += "; no state was better than the original"
+    return fit
+
+
+def relative_learning_rate(parameters: Sequence[nn.Parameter]) -> float:
+    """A learning rate at which Adam moves the average weight by 2 % per step."""
+    total = sum(float(p.detach().float().square().sum()) for p in parameters if p.ndim > 1)
+    count = sum(p.numel() for p in parameters if p.ndim > 1)
+    return min(max(0.02 * math.sqrt(total / count), 1e-5), 1e-2) if count and total else 1e-3
 
 
 class Trainer:
     """Trains a task's parameters in one or more attempts and leaves them in the state to keep.
 
-    Args:
-        task: what is trained; changed in place.
-        schedule: how.
-        report: called after every validation; a stop that it asks for ends training.
+    ``report`` is called after every validation; a stop that it asks for ends training.
     """
 
     def __init__(self, task: FitTask, schedule: Schedule, report: Reporter) -> None:
@@ -148,11 +236,9 @@ class Trainer:
                 rate = rates.popleft()
                 self._load(start)
                 ending = self._attempt(number, rate)
-                self._keep_candidate(rate, ending)
-                reached = self.fit.best is not first and (
-                    self.fit.best.leak <= self.schedule.leak_goal
-                )
-                if reached or ending == "stopped":
+                best = self.fit.best
+                goal = 1.0 if self.schedule.keep == "complete" else _LEAK_GOAL
+                if ending == "stopped" or (best is not first and best.leak <= goal):
                     break
                 if number == 0:  # too high a rate if it diverged, else more likely too low a one
                     diverged = ending == "diverged"
@@ -164,7 +250,6 @@ class Trainer:
         return self.fit
 
     def _attempt(self, number: int, rate: float) -> Ending:
-        """Trains at one learning rate."""
         self._candidate = None
         self._train_step.reset()
         if self.schedule.replacement:
@@ -174,6 +259,11 @@ class Trainer:
                 self.fit.stopped, ending = self._steps(number, rate)
             except Stopped as stop:
                 self.fit.stopped, ending = str(stop), "stopped"
+        assert self.fit.best is not None
+        if self._candidate is not None:
+            result, state = self._candidate
+            if self.schedule.keeps(result, self.fit.best, ending):
+                self.fit.best, self._best_state, self.fit.learning_rate = result, state, rate
         return ending
 
     def _steps(self, number: int, rate: float) -> tuple[str, Ending]:
@@ -190,42 +280,22 @@ class Trainer:
             self.fit.history.append(result)
             if not math.isfinite(result.divergence):
                 return f"non-finite values at step {block.stop}, rolled back", "diverged"
-            self._note(result)
-            self.report(
-                "fit", block.stop, steps, divergence=result.divergence, leak=result.leak,
-                agreement=result.agreement,
-            )  # fmt: skip
+            old = self._candidate
+            if old is None or schedule.keep != "best" or result.divergence < old[0].divergence:
+                self._candidate = result, self._state()
+            names = ("divergence", "leak", "agreement")
+            self.report("fit", block.stop, steps, **{n: getattr(result, n) for n in names})
             if result.divergence < lowest * (1 - _GAIN):
                 lowest, idle = result.divergence, 0
             else:
                 idle += 1
             if schedule.patience is not None and idle >= schedule.patience:
-                reason = (
-                    f"no gain on held-out impressions for {idle} checks, back to the best state"
-                )
-                return reason, "finished"
+                reason = f"no gain on held-out impressions for {idle} checks"
+                return f"{reason}, back to the best state", "finished"
         return f"all {steps} steps taken", "finished"
 
-    def _note(self, result: ValidationResult) -> None:
-        """Makes the current state the attempt's candidate, unless an earlier one is better."""
-        if (
-            self._candidate is None
-            or self.schedule.keep != "best"
-            or _is_better(result, self._candidate[0])
-        ):
-            self._candidate = result, self._state()
-
-    def _keep_candidate(self, rate: float, ending: Ending) -> None:
-        assert self.fit.best is not None
-        if self._candidate is None:
-            return
-        result, state = self._candidate
-        if self.schedule.keeps(result, self.fit.best, ending):
-            self.fit.best, self._best_state, self.fit.learning_rate = result, state, rate
-
     def _validate(self, step: int, attempt: int, rate: float, loss: float) -> ValidationResult:
-        task = self.task
-        score = task.validation_loss.score(task.tail, task.validation)
+        score = self.task.validation_loss.score(self.task.tail, self.task.validation)
         return ValidationResult(step, attempt, rate, loss, *score)
 
     def _state(self) -> list[Tensor]:
@@ -235,10 +305,6 @@ class Trainer:
         with torch.no_grad():
             for parameter, saved in zip(self.task.parameters, state, strict=True):
                 parameter.copy_(saved)
-
-
-def _is_better(new: ValidationResult, old: ValidationResult) -> bool:
-    return math.isfinite(new.divergence) and new.divergence < old.divergence
 
 
 def _epochs(rows: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

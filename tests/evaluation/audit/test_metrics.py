@@ -7,43 +7,43 @@ import math
 import pytest
 import torch
 
-from zsu_fast.evaluation.audit import divergences, drift, membership, probe, similarity
+from zsu_fast.evaluation.audit import features, outputs
 
 
 def test_cka_is_one_for_rotations_and_small_for_noise() -> None:
     x = torch.randn(500, 20)
     turn, _ = torch.linalg.qr(torch.randn(20, 20))
-    assert similarity.linear_cka(x, 3 * x @ turn + 5) == pytest.approx(1)
-    assert similarity.linear_cka(x, torch.randn(500, 20)) < 0.1
-    assert similarity.linear_cka(x[:2], x[:2]) is None
-    assert similarity.linear_cka(x, torch.ones(500, 3)) is None
+    assert features.linear_cka(x, 3 * x @ turn + 5) == pytest.approx(1)
+    assert features.linear_cka(x, torch.randn(500, 20)) < 0.1
+    assert features.linear_cka(x[:2], x[:2]) is None
+    assert features.linear_cka(x, torch.ones(500, 3)) is None
     wide = torch.randn(30, 400)  # fewer rows than columns: the other formula
     y = torch.randn(30, 5)
     a, b = (wide - wide.mean(0)).double(), (y - y.mean(0)).double()
     expected = (b.T @ a).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())
-    assert similarity.linear_cka(wide, y) == pytest.approx(float(expected))
+    assert features.linear_cka(wide, y) == pytest.approx(float(expected))
 
 
 def test_knn_votes_among_the_nearest() -> None:
     train = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9], [0, 1.1]])
     labels = torch.tensor([0, 0, 1, 1, 2])
     test = torch.tensor([[2.0, 0.1], [0.1, 3]])
-    assert similarity.knn_predictions(train, labels, test, 3, k=2).tolist() == [0, 1]
-    assert similarity.knn_predictions(train, labels, test, 3, k=1).tolist()[0] == 0
-    assert len(similarity.knn_predictions(train, labels, test, 3, k=99)) == 2
+    assert features.knn_predictions(train, labels, test, 3, k=2).tolist() == [0, 1]
+    assert features.knn_predictions(train, labels, test, 3, k=1).tolist()[0] == 0
+    assert len(features.knn_predictions(train, labels, test, 3, k=99)) == 2
 
 
 def test_auc_counts_pairs_and_halves_ties() -> None:
     inside, outside = torch.tensor([3.0, 1, 2]), torch.tensor([0.0, 2, 1])
     pairs = [(a > b) + 0.5 * (a == b) for a in inside for b in outside]
-    assert membership.auc(inside, outside) == pytest.approx(float(sum(pairs)) / 9)
-    assert membership.auc(torch.ones(4), torch.ones(7)) == 0.5
-    assert membership.auc(torch.ones(4), torch.zeros(7)) == 1
+    assert outputs.auc(inside, outside) == pytest.approx(float(sum(pairs)) / 9)
+    assert outputs.auc(torch.ones(4), torch.ones(7)) == 0.5
+    assert outputs.auc(torch.ones(4), torch.zeros(7)) == 1
 
 
 def test_membership_scores_survive_a_mask() -> None:
     logits = torch.tensor([[1.0, 2, -torch.inf], [0, 0, -torch.inf]])
-    found = membership.scores(logits, torch.tensor([1, 2]))
+    found = outputs.membership_scores(logits, torch.tensor([1, 2]))
     assert all(bool(v.isfinite().all()) for v in found.values())
     assert found["entropy"][1] == pytest.approx(-math.log(2))
     assert found["loss"][1] == -1e4
@@ -54,7 +54,7 @@ def test_a_model_that_memorised_its_images_gives_them_away() -> None:
     labels = torch.arange(200) % 4
     sure = torch.nn.functional.one_hot(labels, 4) * 9.0
     unsure = torch.randn(200, 4)
-    areas = membership.attack(sure, labels, unsure, labels)
+    areas = outputs.membership_attack(sure, labels, unsure, labels)
     assert min(areas.values()) > 0.95
 
 
@@ -62,21 +62,21 @@ def test_divergences_by_hand() -> None:
     p = torch.tensor([[0.0, math.log(3)]])  # 1/4, 3/4
     q = torch.tensor([[0.0, 0.0]])
     expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
-    assert divergences.kl(p, q) == pytest.approx(expected, rel=1e-5)
-    assert divergences.kl(p, p) == pytest.approx(0, abs=1e-7)
-    assert divergences.activation(p, q) == pytest.approx(math.sqrt(2) / 4)
-    assert divergences.js(p, q) == pytest.approx(divergences.js(q, p))
+    assert outputs.kl(p, q) == pytest.approx(expected, rel=1e-5)
+    assert outputs.kl(p, p) == pytest.approx(0, abs=1e-7)
+    assert outputs.activation_distance(p, q) == pytest.approx(math.sqrt(2) / 4)
+    assert outputs.js(p, q) == pytest.approx(outputs.js(q, p))
     apart = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-torch.inf, 0.0]])
-    assert divergences.js(*apart) == pytest.approx(math.log(2))
-    assert divergences.kl(*apart) == pytest.approx(-math.log(1e-12), rel=1e-4)
-    assert divergences.activation(*apart) == pytest.approx(math.sqrt(2))
+    assert outputs.js(*apart) == pytest.approx(math.log(2))
+    assert outputs.kl(*apart) == pytest.approx(-math.log(1e-12), rel=1e-4)
+    assert outputs.activation_distance(*apart) == pytest.approx(math.sqrt(2))
 
 
 def test_feature_drift() -> None:
     x = torch.randn(2000, 30)
-    assert drift.feature_drift(x, x) == 0
-    assert drift.feature_drift(torch.randn(2000, 30), x) == pytest.approx(2, abs=0.1)
-    assert drift.feature_drift(torch.zeros(5, 3), torch.zeros(5, 4)) is None
+    assert features.feature_drift(x, x) == 0
+    assert features.feature_drift(torch.randn(2000, 30), x) == pytest.approx(2, abs=0.1)
+    assert features.feature_drift(torch.zeros(5, 3), torch.zeros(5, 4)) is None
 
 
 def test_probe_finds_what_is_linear_and_nothing_in_noise() -> None:
@@ -85,8 +85,8 @@ def test_probe_finds_what_is_linear_and_nothing_in_noise() -> None:
     informative = torch.cat([x, 3.0 * torch.nn.functional.one_hot(labels, 3)], 1)
     half = torch.arange(600) < 300
 
-    def accuracy(features: torch.Tensor) -> float:
-        answers = probe.probe_predictions(features[half], labels[half], features[~half], 3)
+    def accuracy(rows: torch.Tensor) -> float:
+        answers = features.probe_predictions(rows[half], labels[half], rows[~half], 3)
         return float((answers == labels[~half]).float().mean())
 
     assert accuracy(informative) > 0.95
@@ -98,7 +98,7 @@ def test_probe_agrees_with_scikit_learn() -> None:
     labels = torch.arange(400) % 4
     x = torch.randn(400, 12) + 0.8 * torch.nn.functional.one_hot(labels, 12)
     x = (x - x.mean(0)) / x.std(0)
-    ours = probe.probe_predictions(x, labels, x, 4)
+    ours = features.probe_predictions(x, labels, x, 4)
     # sklearn: sum of losses + ||w||^2 / (2 C); ours: mean of losses + 1e-3 ||w||^2
     theirs = linear_model.LogisticRegression(C=1 / (2 * 1e-3 * 400), max_iter=200)
     expected = theirs.fit(x.numpy(), labels.numpy()).predict(x.numpy())
@@ -107,7 +107,7 @@ def test_probe_agrees_with_scikit_learn() -> None:
 
 def test_halves_divide_each_class() -> None:
     labels = torch.tensor([2, 0, 2, 2, 0, 1, 2])
-    a, b = probe.split_in_half(labels)
+    a, b = features.split_in_half(labels)
     assert (a ^ b).all()
     for half in (a, b):
         assert torch.bincount(labels[half], minlength=3).tolist() in ([1, 1, 2], [1, 0, 2])

@@ -9,9 +9,8 @@ import torch
 from support import SPEC, snapshot, tiny, tiny_data
 
 from zsu_fast.evaluation.audit.audited_model import audited_copy, variant
-from zsu_fast.evaluation.audit.names import TRAINED_WORDS
 from zsu_fast.evaluation.audit.relearning import RelearnTask, add_anamnesis_index, relearn
-from zsu_fast.evaluation.audit.result import Row
+from zsu_fast.evaluation.audit.result import TRAINED_WORDS, Row
 
 
 def test_relearning_ends_at_the_goal_and_starts_alike() -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from zsu_fast.evaluation.audit.checks import CHECKS, checks
-from zsu_fast.evaluation.audit.evidence import Evidence
-from zsu_fast.evaluation.audit.last_layer import LastLayer
-from zsu_fast.evaluation.audit.names import CheckName
-from zsu_fast.evaluation.audit.result import Row
+from zsu_fast.evaluation.audit.checks import CHECKS, Evidence, checks
+from zsu_fast.evaluation.audit.result import CheckName, Row
 from zsu_fast.evaluation.audit.verdict import sentences
+from zsu_fast.evaluation.audit.weights import LastLayer
 
 
 @pytest.mark.parametrize(

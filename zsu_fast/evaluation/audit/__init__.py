@@ -8,18 +8,9 @@ Out: an `Audit`. Read ``audit.py`` first, then ``metrics.py`` and ``checks.py``.
 
 from .audit import audit
 from .metrics import METRICS, Metric
-from .names import CheckName, FindingName
-from .result import Audit, Check, Finding, Layer, Row
+from .result import Audit, Check, CheckName, Finding, FindingName, Layer, Row
 
 __all__ = [
-    "METRICS",
-    "Audit",
-    "Check",
-    "CheckName",
-    "Finding",
-    "FindingName",
-    "Layer",
-    "Metric",
-    "Row",
+    "METRICS", "Audit", "Check", "CheckName", "Finding", "FindingName", "Layer", "Metric", "Row",
     "audit",
-]
+]  # fmt: skip

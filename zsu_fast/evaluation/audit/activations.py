@@ -1,14 +1,13 @@
 """One pass over images: every model's predictions and logits, and the inputs of its layers.
 
-The audit measures everything on images from here, so that a data set may be an iterator that is
-read once, and each backbone runs once per image.
+A data set may thus be an iterator that is read once, and each backbone runs once per image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,72 +56,69 @@ class Activations:
         return self.features[name][self.last_layer[name]]
 
 
-@dataclass
-class ActivationCollector:
-    """Feeds images to all models and collects `Activations`.
+@torch.no_grad()
+def collect_activations(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    models: list[AuditedModel],
+    variants: list[AuditedModel],
+    features_per_class: int,
+    images_per_class: dict[int, int] | None = None,
+) -> Activations:
+    """Runs every model on the batches and collects what the audit measures.
 
     Args:
+        batches: (images float [n, ...], labels int64 [n]).
         models: models whose logits and features are stored.
         variants: models of which only the predictions are stored.
         features_per_class: store the features of at most this many images per class.
         images_per_class: class -> store at most this many images.
     """
+    groups: dict[str, list[AuditedModel]] = {}
+    for audited in [*models, *variants]:
+        groups.setdefault(audited.backbone_hash, []).append(audited)
+    stored = {m.name for m in models}
+    logits: dict[str, list[Tensor]] = {name: [] for name in stored}
+    predictions: dict[str, list[Tensor]] = {m.name: [] for m in [*models, *variants]}
+    pooled: dict[str, dict[str, list[Tensor]]] = {key: {} for key in groups}
+    labels, feature_index, image_index, images = [], [], [], []
+    total = 0
+    feature_count: dict[int, int] = {}
+    image_count: dict[int, int] = {}
+    for batch, label in batches:
+        rows = _first_per_class(label, feature_count, lambda _c: features_per_class)
+        shown = _first_per_class(label, image_count, lambda c: (images_per_class or {}).get(c, 0))
+        x = batch.to(models[0].device)
+        for key, group in groups.items():
+            pooled_rows = rows if any(m.name in stored for m in group) else rows[:0]
+            with _collect_inputs(group[0], pooled[key], pooled_rows, len(label)):
+                features = group[0].split.backbone(x)
+                out = group[0].logits(features)
+            for audited in group:
+                if audited is not group[0]:
+                    out = audited.logits(features)
+                predictions[audited.name].append(out.argmax(1).cpu())
+                if audited.name in stored:
+                    logits[audited.name].append(out.float().cpu())
+        labels.append(label)
+        feature_index.append(total + rows)
+        image_index.append(total + shown)
+        images.append(batch[shown])
+        total += len(label)
+    joined = {key: _concatenate(layers) for key, layers in pooled.items()}
+    return Activations(
+        labels=torch.cat(labels),
+        logits=_concatenate(logits),
+        predictions=_concatenate(predictions),
+        feature_index=torch.cat(feature_index),
+        features={m.name: joined[m.backbone_hash] for m in models},
+        last_layer={m.name: groups[m.backbone_hash][0].layers[-1] for m in models},
+        image_index=torch.cat(image_index),
+        images=torch.cat(images),
+    )
 
-    models: list[AuditedModel]
-    variants: list[AuditedModel]
-    features_per_class: int
-    images_per_class: dict[int, int] = field(default_factory=dict)
 
-    @torch.no_grad()
-    def collect(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Activations:
-        """Runs every model on (images float [n, ...], labels int64 [n]) batches."""
-        groups: dict[str, list[AuditedModel]] = {}
-        for audited in [*self.models, *self.variants]:
-            groups.setdefault(audited.backbone_hash, []).append(audited)
-        stored = {m.name for m in self.models}
-        labels: list[Tensor] = []
-        logits: dict[str, list[Tensor]] = {name: [] for name in stored}
-        predictions: dict[str, list[Tensor]] = {m.name: [] for g in groups.values() for m in g}
-        pooled: dict[str, dict[str, list[Tensor]]] = {key: {} for key in groups}
-        feature_index, image_index, images = [], [], []
-        total = 0
-        feature_count: dict[int, int] = {}
-        image_count: dict[int, int] = {}
-        for batch, label in batches:
-            rows = _first_per_class(label, feature_count, lambda _c: self.features_per_class)
-            shown = _first_per_class(label, image_count, lambda c: self.images_per_class.get(c, 0))
-            x = batch.to(self.models[0].device)
-            for key, group in groups.items():
-                needs_features = any(m.name in stored for m in group) and len(rows) > 0
-                store = pooled[key] if needs_features else None
-                with _collect_inputs(group[0], store, rows, len(label)):
-                    features = group[0].split.backbone(x)
-                    out = group[0].logits(features)
-                for audited in group:
-                    if audited is not group[0]:
-                        out = audited.logits(features)
-                    predictions[audited.name].append(out.argmax(1).cpu())
-                    if audited.name in stored:
-                        logits[audited.name].append(out.float().cpu())
-            labels.append(label)
-            feature_index.append(total + rows)
-            image_index.append(total + shown)
-            images.append(batch[shown])
-            total += len(label)
-        joined = {
-            key: {layer: torch.cat(parts) for layer, parts in layers.items()}
-            for key, layers in pooled.items()
-        }
-        return Activations(
-            labels=torch.cat(labels),
-            logits={name: torch.cat(parts) for name, parts in logits.items()},
-            predictions={name: torch.cat(parts) for name, parts in predictions.items()},
-            feature_index=torch.cat(feature_index),
-            features={m.name: joined[m.backbone_hash] for m in self.models},
-            last_layer={m.name: groups[m.backbone_hash][0].layers[-1] for m in self.models},
-            image_index=torch.cat(image_index),
-            images=torch.cat(images),
-        )
+def _concatenate(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
 def normalised_batches(
@@ -131,10 +127,8 @@ def normalised_batches(
     """Yields normalised images, float32 on the CPU, and labels, int64, from the data of `audit`.
 
     Args:
-        data: see `labelled_batches`; images uint8 [N, channels, H, W] (0..255), or float as the
-            model takes them.
-        spec: normalises uint8 images.
-        classes: the number of logits.
+        data: see `labelled_batches`; uint8 images (0..255) are normalised, float ones are not.
+        spec, classes: the images that the model takes, and the number of logits.
         argument: the name of the argument, for error messages.
 
     Raises:
@@ -154,7 +148,7 @@ def normalised_batches(
 
 
 def sample_layers(layers: list[str]) -> list[str]:
-    """Returns at most eight of the layers, evenly spaced, including the last one."""
+    """Returns at most `_MAX_LAYERS` of the layers, evenly spaced, including the last one."""
     if len(layers) <= _MAX_LAYERS:
         return layers
     step = (len(layers) - 1) / (_MAX_LAYERS - 1)
@@ -177,32 +171,24 @@ def pool_features(x: Tensor, width: int) -> Tensor:
     return x.flatten(1)
 
 
-@contextmanager
 def _collect_inputs(
-    audited: AuditedModel, store: dict[str, list[Tensor]] | None, rows: Tensor, batch: int
-) -> Iterator[None]:
+    audited: AuditedModel, store: dict[str, list[Tensor]], rows: Tensor, batch: int
+) -> AbstractContextManager[None]:
     """Appends the pooled input of each sampled layer, for the batch's ``rows``, to ``store``."""
-    if store is None:
-        yield
-        return
-    last = audited.layers[-1]
-    module = audited.model.module
-    names = {module.get_submodule(name): name for name in sample_layers(audited.layers)}
+    layers = sample_layers(audited.layers) if len(rows) else []
+    names = {audited.model.module.get_submodule(layer): layer for layer in layers}
     done: set[str] = set()
 
     def hook(layer: nn.Module, args: Any, _kwargs: Any) -> None:
         name = names[layer]
-        if name in done or not args or not isinstance(args[0], Tensor):
-            return
-        if len(args[0]) != batch:  # dimension 0 is not the batch: windows, tokens
-            return
+        if name in done or not args or not isinstance(args[0], Tensor) or len(args[0]) != batch:
+            return  # another dimension 0 is not the batch: windows, tokens
         done.add(name)
         part = args[0][rows.to(args[0].device)]
-        pooled = pool_features(part, _LAST_WIDTH if name == last else _WIDTH)
+        pooled = pool_features(part, _LAST_WIDTH if name == audited.layers[-1] else _WIDTH)
         store.setdefault(name, []).append(pooled.cpu())
 
-    with forward_pre_hooks(names, hook):
-        yield
+    return forward_pre_hooks(names, hook)
 
 
 def _first_per_class(labels: Tensor, count: dict[int, int], limit: Callable[[int], int]) -> Tensor:

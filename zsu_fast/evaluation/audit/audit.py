@@ -11,38 +11,22 @@ import torch
 from torch import nn
 
 from ...errors import ArgumentError, ZsuFastError, check_int
-from ...models.class_indices import check_forget
 from ...models.infer_spec import resolve_spec
 from ...models.parameters import weights_hash
-from ...models.wrapper import count_classes, resolve_device
-from ...runtime.flops import multiply_adds
+from ...models.wrapper import resolve_device
 from ...runtime.progress import Reporter
-from ...runtime.threads import threads_for
-from ...runtime.torch_defaults import torch_defaults
-from ...synthesis.ascent_settings import AscentSettings
+from ...runtime.torch_settings import threads_for, torch_defaults
 from ...synthesis.impressions import ClassImpressions
-from ...synthesis.space import input_space
-from ...synthesis.synthesize import ascend
 from ..baselines import train_on_noise
 from . import data_free_metrics, data_metrics
-from .activations import ActivationCollector, Activations
-from .audited_model import AuditedModel, audited_copy, variant
-from .checks import checks
+from .activations import Activations, collect_activations
+from .audited_model import audited_copy, unmasked, variant
+from .checks import Evidence, checks
 from .context import AuditContext
-from .evidence import Evidence
-from .findings import findings
 from .metrics import METRICS
-from .names import GOLDEN, MASK, MODELS, ORIGINAL, RANDOM, UNLEARNED, UNMASK_PREFIXES
 from .relearning import GOAL, relearn_all
-from .result import Audit, Row
-from .unmask import unmasked
-from .verdict import sentences
-
-# Keeps the noise of the audit's impressions apart from that of runs, whose seeds are small.
-_HELD_OUT_SEED = 1_000_003
-# With more classes than this, impressions are drawn for a subset: this many forgotten and retained
-# classes, and at most this many impressions of each.
-_MANY_CLASSES, _FORGOTTEN, _RETAINED, _PER_CLASS = 50, 16, 32, 4
+from .result import GOLDEN, MASK, MODELS, ORIGINAL, RANDOM, UNLEARNED, UNMASK_PREFIXES, Audit, Row
+from .verdict import findings, sentences
 
 
 @torch_defaults()
@@ -102,17 +86,10 @@ def audit(
         "relearn_steps": relearn_steps, "seed": seed, "device": str(where),
         "relearn_goal": GOAL, "input": {"shape": spec.shape, "mean": spec.mean, "std": spec.std},
     }  # fmt: skip
-    context = _start(audited_copy(ORIGINAL, original, spec, where), forget, settings)
+    audited = audited_copy(ORIGINAL, original, spec, where)
+    context = AuditContext(audited, forget, settings)
     return _run(context, {ORIGINAL: original, UNLEARNED: unlearned, GOLDEN: golden},
                 data, train_data, impressions, progress)  # fmt: skip
-
-
-def _start(original: AuditedModel, forget: Any, settings: dict[str, Any]) -> AuditContext:
-    spec, device = original.spec, original.device
-    classes = count_classes(original.model, spec, device)
-    wanted = check_forget(forget, classes)
-    cost = multiply_adds(original.model, torch.zeros(1, *spec.shape, device=device))
-    return AuditContext(original, wanted, classes, spec, settings["seed"], cost, settings)
 
 
 def _run(
@@ -143,10 +120,9 @@ def _run(
             _add_baselines(context)
             _add_restored(context)
         with part("impressions"):
-            held_out = _held_out_impressions(context, impressions)
-            restored = list(context.restored.values())
-            collector = ActivationCollector(context.models, restored, len(held_out))
-            seen = collector.collect([(held_out.images, held_out.labels)])
+            held_out = data_free_metrics.held_out_impressions(context, impressions)
+            batch, restored = (held_out.images, held_out.labels), list(context.restored.values())
+            seen = collect_activations([batch], context.models, restored, len(held_out))
         with part("agreement and drift"):
             data_free_metrics.add_impression_metrics(context, seen)
             last_layer = data_free_metrics.inspect_last_layer(context, seen)
@@ -161,7 +137,7 @@ def _run(
         timings["total"] = time.perf_counter() - started
     rows = [context.rows[name] for name in MODELS if name in context.rows]
     retained = context.classes - len(context.forget)
-    evidence = Evidence(rows, last_layer, top_class.get(UNLEARNED, -1), retained)
+    evidence = Evidence(rows, last_layer, top_class, retained)
     found, tests = findings(evidence), checks(evidence)
     return Audit(
         sentences(evidence, found, tests), found, tests, rows, context.forget, context.classes,
@@ -176,7 +152,7 @@ def _measure_images(
     train_data: Any,
     part: Callable[[str], AbstractContextManager[None]],
 ) -> Activations:
-    """Adds all metrics that need labelled images; returns the activations on ``data``."""
+    """Adds the metrics on labelled images; returns the activations on ``data``."""
     with part("images"):
         images, split = data_metrics.collect_images(context, data, train_data)
         data_metrics.add_accuracies(context, images)
@@ -231,87 +207,47 @@ def _add_restored(context: AuditContext) -> None:
                 restored = unmasked(audited, context.original, rows, context.classes)
             except ZsuFastError as error:
                 keys = [f"{prefix}_{end}" for end in ("fa", "ra", "impressions_fa")]
-                keys.append(
-                    "resynthesis_unmasked_steps" if part == "rows" else f"{prefix}_impressions_ra"
-                )
+                rows_only, layer_only = "resynthesis_unmasked_steps", f"{prefix}_impressions_ra"
+                keys.append(rows_only if part == "rows" else layer_only)
                 context.rows[audited.name].missing |= dict.fromkeys(keys, str(error))
             else:
                 context.restored[audited.name, part] = restored
 
 
-def _held_out_impressions(
-    context: AuditContext, impressions: ClassImpressions | None
-) -> ClassImpressions:
-    """Checks the given impressions of the original, or synthesises some."""
-    if impressions is not None:
-        if (
-            impressions.space != "input"
-            or impressions.spec.shape != context.spec.shape
-            or not bool(context.forget_mask[impressions.labels].any())
-        ):
-            raise ArgumentError(
-                "impressions",
-                f"got {len(impressions)} of shape {impressions.spec.shape} in the space "
-                f"{impressions.space!r}",
-                f"Pass images of shape {context.spec.shape}, with forgotten classes among them.",
-            )
-        return impressions
-    per_class, classes = context.settings["impressions_per_class"], list(range(context.classes))
-    if context.classes > _MANY_CLASSES:
-        per_class = min(per_class, _PER_CLASS)
-        forgotten = context.subset(context.forget, _FORGOTTEN)
-        classes = sorted([*forgotten, *context.subset(context.retained, _RETAINED)])
-        context.notes.append(
-            f"impressions of {len(classes)} of {context.classes} classes, {per_class} per class"
-        )
-    settings = AscentSettings(per_class=per_class, seed=_HELD_OUT_SEED + context.seed)
-    space = input_space(context.original.model, context.spec, settings.precision)
-    found = ascend(context.original.model, space, classes, settings, Reporter(False))
-    context.counts["impressions"] = len(found)
-    if found.hit_rate < 0.5:
-        context.notes.append(
-            f"only {100 * found.hit_rate:.0f} % of the original's impressions reached their target "
-            f"confidence, so the metrics on them say little"
-        )
-    return found
-
-
-def _add_top_predictions(context: AuditContext, seen: Activations) -> dict[str, int]:
+def _add_top_predictions(context: AuditContext, seen: Activations) -> int:
     """Adds the share of each model's most frequent prediction on retained classes.
 
-    Returns:
-        model's name -> that class; empty without an image of a retained class.
+    Returns the unlearned model's prediction, or -1 without an image of a retained class.
     """
-    top: dict[str, int] = {}
+    top = -1
     retained = ~context.forget_mask[seen.labels]
-    if not bool(retained.any()):
-        return top
-    labels = seen.labels[retained]
-    weight = 1 / torch.bincount(labels, minlength=context.classes)[labels].double()
-    for audited in context.models:
-        predictions = seen.predictions[audited.name][retained]
-        total = torch.zeros(context.classes, dtype=torch.float64)
-        share = total.index_add_(0, predictions, weight) / weight.sum()
-        top[audited.name] = int(share.argmax())
-        context.rows[audited.name].put("top_answer", 100 * float(share.max()))
+    if bool(retained.any()):
+        labels = seen.labels[retained]
+        weight = 1 / torch.bincount(labels, minlength=context.classes)[labels].double()
+        for _, row in context.measured():
+            total = torch.zeros(context.classes, dtype=torch.float64)
+            total.index_add_(0, seen.predictions[row.name][retained], weight)
+            share = total / weight.sum()
+            top = int(share.argmax()) if row.name == UNLEARNED else top
+            row.put("top_answer", 100 * float(share.max()))
     return top
 
 
 def _explain_missing(context: AuditContext, data: bool, train_data: bool) -> None:
     """Gives a reason for each metric without a value."""
+    reasons = {}  # what a metric needs -> why it is missing
+    if not data:
+        reasons = dict.fromkeys(("data", "train_data", "golden"), "no images were given (data)")
+    else:
+        if not train_data:
+            reasons["train_data"] = (
+                "it compares training images with others, and only one set was given "
+                "(train_data is missing)"
+            )
+        if GOLDEN not in context.rows:
+            reasons["golden"] = "no golden model was given"
     for row in context.rows.values():
         for metric in METRICS:
-            if metric.key in row.values or metric.key in row.missing:
-                continue
-            if metric.needs and not data:
-                reason = "no images were given (data)"
-            elif metric.needs == "train_data" and not train_data:
-                reason = (
-                    "it compares training images with others, and only one set was given "
-                    "(train_data is missing)"
-                )
-            elif metric.needs == "golden" and GOLDEN not in context.rows:
-                reason = "no golden model was given"
-            else:
-                reason = "the given images do not allow it"
-            row.missing[metric.key] = reason
+            if metric.key not in row.values:
+                reason = reasons.get(metric.needs, "the given images do not allow it")
+                row.missing.setdefault(metric.key, reason)

@@ -1,8 +1,7 @@
 """A model under audit: a private copy, split before its last layer, and variants of it.
 
-Several audited models often share everything but the last layer: the original, its mask, an
-unlearned model whose last layer was trained. Such models have equal `AuditedModel.backbone_hash`,
-and their backbone runs once for all of them.
+Audited models that share everything but the last layer (the original, its mask, often the unlearned
+model) have one `AuditedModel.backbone_hash`, and their backbone runs once for all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class AuditedModel:
     """A model under audit.
 
     Attributes:
-        name: its name in tables, one of `names.MODELS` or a description of the variant.
+        name: its name in tables, one of `result.MODELS` or a description of the variant.
         model: a float32 copy in eval mode, independent of the user's model.
         layers: names of the modules with weights, in the order of the forward pass; the last one
             is the model's *last layer* (a Linear, or a convolution as in SqueezeNet).
@@ -51,9 +50,12 @@ class AuditedModel:
         """The last layer with weights."""
         return self.model.module.get_submodule(self.layers[-1])
 
+    def is_in_last_layer(self, name: str) -> bool:
+        """Whether the tensor of this name belongs to the last layer."""
+        return name.startswith(f"{self.layers[-1]}.")
+
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return next(self.model.parameters()).device
 
     @cached_property
@@ -61,7 +63,7 @@ class AuditedModel:
         """SHA-256 of everything before the last layer: equal for models with equal features."""
         digest = hashlib.sha256(type(self.model.module).__qualname__.encode())
         for name, tensor in sorted(state(self.model.module).items()):
-            if not name.startswith(f"{self.layers[-1]}."):
+            if not self.is_in_last_layer(name):
                 digest.update(f"|{name}|{tuple(tensor.shape)}|".encode())
                 flat = tensor.detach().cpu().contiguous().flatten()
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
@@ -79,7 +81,7 @@ class AuditedModel:
         """Returns each class's weights and bias in the last layer as one vector: [C, D].
 
         Raises:
-            ModelError: the last layer has no row for each of ``classes``.
+            ModelError: the last layer does not have one row per class.
         """
         parts = [p.detach().float().cpu() for p in self.last_layer.parameters()]
         if any(len(p) != classes for p in parts):
@@ -93,13 +95,7 @@ class AuditedModel:
 def audited_copy(
     name: str, model: nn.Module, spec: InputSpec, device: torch.device
 ) -> AuditedModel:
-    """Copies ``model`` and splits the copy before its last layer.
-
-    Args:
-        name: see `AuditedModel`.
-        model: any image classifier, or the result of `zsu_fast.mask`.
-        spec: the images it takes.
-        device: where to compute.
+    """Copies ``model``, also the result of `zsu_fast.mask`, and splits it before its last layer.
 
     Raises:
         ModelError: its weights or logits are NaN, or it can't be copied.
@@ -115,17 +111,55 @@ def audited_copy(
 def variant(audited: AuditedModel, name: str, copy_backbone: bool = False) -> AuditedModel:
     """Copies a model for changes to its last layer; the copy has no hidden classes.
 
-    Args:
-        audited: the model to copy.
-        name: the name of the copy.
-        copy_backbone: copy all weights; by default those before the last layer are shared.
+    It shares the weights before the last layer with ``audited``, unless ``copy_backbone``.
     """
-    module = audited.model.module
     memo = computed_tensors(audited.model)
     if not copy_backbone:
-        last = f"{audited.layers[-1]}."
-        memo |= {id(t): t for key, t in state(module).items() if not key.startswith(last)}
+        tensors = state(audited.model.module)
+        memo |= {id(t): t for key, t in tensors.items() if not audited.is_in_last_layer(key)}
     return _split(name, copy.deepcopy(audited.model, memo), audited.spec, [])
+
+
+def unmasked(
+    audited: AuditedModel, original: AuditedModel, rows: list[int] | None, classes: int
+) -> AuditedModel:
+    """Returns a variant of ``audited`` with rows of the original's last layer put back.
+
+    It is the exact opposite of a mask. If the model recognises the forgotten classes once their
+    rows are the original's, unlearning removed the classifier's access to the features, not the
+    features.
+
+    Args:
+        audited, original: models with last layers of one shape; both stay unchanged.
+        rows: the classes whose weights and biases are put back. None: all classes, which also
+            undoes a shuffled last layer and raised rows of *other* classes.
+        classes: the number of logits.
+
+    Raises:
+        ModelError: the last layers differ in shape, or do not have one row per class.
+    """
+    old = dict(original.last_layer.named_parameters())
+    shapes, wanted = (
+        {n: tuple(p.shape) for n, p in m.last_layer.named_parameters()} for m in (audited, original)
+    )
+    if shapes != wanted:
+        raise ModelError(
+            f"{audited.name}: its last layer {shapes} differs in shape from the original's",
+            "The un-mask test needs models of one architecture.",
+        )
+    if any(shape[0] != classes for shape in shapes.values()):
+        raise ModelError(
+            f"{audited.name}: its last layer {audited.layers[-1]!r} does not have one row for each "
+            f"of {classes} classes: {shapes}",
+            "The un-mask test needs a Linear or convolution with one output per class.",
+        )
+    part = "rows" if rows is not None else "last layer"
+    restored = variant(audited, f"{audited.name}, original {part} back")
+    index = torch.tensor(list(range(classes)) if rows is None else rows)
+    with torch.no_grad():
+        for name, parameter in restored.last_layer.named_parameters():
+            parameter[index] = old[name][index]
+    return restored
 
 
 def _finite_copy(model: nn.Module, device: torch.device) -> LogitsModel:

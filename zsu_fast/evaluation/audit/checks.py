@@ -1,20 +1,26 @@
-"""The checks of an unlearned model, each passed, failed, or unable to tell.
+"""The evidence of an audit, and the checks of the unlearned model: passed, failed, or can't tell.
 
-The golden model passes all of them: a check that fails a model which never saw the classes would
-test something else. To add one, write a function from `Evidence` to `Check` and append it to
-`CHECKS`.
+The golden model passes all checks: one that fails a model which never saw the classes would test
+something else. To add one, write a function from `Evidence` to `Check` and append it to `CHECKS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-from . import membership
-from .evidence import COLLAPSED, FORGOTTEN, UNCHANGED, Evidence, pct
-from .names import GOLDEN, MASK, ORIGINAL, CheckName
+from .outputs import MEMBERSHIP_SCORES
 from .relearning import MIN_INDEX
-from .result import Check
+from .result import GOLDEN, MASK, ORIGINAL, UNLEARNED, Check, CheckName, Row, Trained
+from .weights import LastLayer
 
+# Limits, in per cent. An FA of 5 % is half of guessing among ten classes.
+FORGOTTEN, UNMASK, COLLAPSED = 5.0, 10.0, 90.0
+# Features whose drift is below this are the original's.
+UNCHANGED = 1e-3
+# Above this CKA, features differ only by rotation and scale (by the order of units, say).
+ROTATED = 0.9995
 # RA may be this many points below the mask's.
 RETAIN_LOSS = 5.0
 # The share of the way from the original's to the golden model's level that features have to move.
@@ -23,9 +29,115 @@ MIN_WAY = 0.25
 MEMBERSHIP = 0.05
 
 
-def checks(e: Evidence) -> list[Check]:
-    """Runs all checks."""
-    return [check(e) for check in CHECKS]
+@dataclass(frozen=True)
+class UnmaskResult:
+    """The highest FA that parts of the original's last layer bring back.
+
+    Attributes:
+        fa: in per cent.
+        part: the restored part, in words.
+        measured_on: "images" or "impressions".
+    """
+
+    fa: float
+    part: str
+    measured_on: str
+
+    def __str__(self) -> str:
+        restored = f"with the original's {self.part} put back"
+        return f"{restored}, FA is {pct(self.fa)} on {self.measured_on}"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """An audit's numbers, for its checks and findings.
+
+    Attributes:
+        rows: the rows of the audit.
+        last_layer: the unlearned model's last layer compared with the original's.
+        top_class: the unlearned model's most frequent prediction on retained classes.
+        retained: the number of retained classes.
+    """
+
+    rows: list[Row]
+    last_layer: LastLayer
+    top_class: int
+    retained: int
+
+    def value(self, key: str, name: str = UNLEARNED) -> float | None:
+        """Returns a model's metric, or None."""
+        return next((row.get(key) for row in self.rows if row.name == name), None)
+
+    def reason(self, key: str, name: str = UNLEARNED) -> str:
+        """Returns why a model's metric is missing."""
+        for row in self.rows:
+            if row.name == name:
+                return row.missing.get(key, "it was not measured")
+        return f"no {name} model was given"
+
+    def fa(self, name: str = UNLEARNED) -> tuple[float | None, str]:
+        """Returns FA on images, or else on impressions, and which of them."""
+        value = self.value("fa", name)
+        if value is not None:
+            return value, "images"
+        return self.value("impressions_fa", name), "impressions"
+
+    def unmasked(self, name: str = UNLEARNED) -> UnmaskResult | None:
+        """Returns the highest FA that the original's last layer brings back.
+
+        Compares the rows of the forgotten classes alone with the whole layer, on images or else on
+        impressions. The whole layer counts only if the model works with it (RA at least half of the
+        original's): on unrelated features a last layer predicts anything.
+        """
+        for infix, measured_on in (("", "images"), ("impressions_", "impressions")):
+            found = []
+            rows = self.value(f"unmask_{infix}fa", name)
+            if rows is not None:
+                found.append(UnmaskResult(rows, "last-layer rows", measured_on))
+            whole = self.value(f"unmask_last_layer_{infix}fa", name)
+            ra = self.value(f"unmask_last_layer_{infix}ra", name)
+            original_ra = 100.0 if infix else self.value("ra", ORIGINAL)
+            if whole is not None and ra is not None and original_ra and ra >= original_ra / 2:
+                found.append(UnmaskResult(whole, "whole last layer", measured_on))
+            if found:
+                return max(found, key=lambda result: result.fa)
+        return None
+
+    @property
+    def unmask_limit(self) -> float:
+        """The highest un-mask FA that passes: 10 %, or more if the golden model's is higher."""
+        golden = self.unmasked(GOLDEN)
+        return UNMASK if golden is None else min(100.0, max(UNMASK, golden.fa + 5))
+
+    @property
+    def features_unchanged(self) -> bool:
+        """Whether the features of the forgotten classes are the original's."""
+        drift = self.value("drift_features_forget")
+        return self.value("drift_backbone") == 0 or (drift is not None and drift < UNCHANGED)
+
+    @property
+    def features_rotated(self) -> bool:
+        """Whether the features of the forgotten classes differ only by rotation and scale."""
+        cka = self.value("cka_impressions")
+        return cka is not None and cka > ROTATED
+
+    @property
+    def still_recognised(self) -> bool:
+        """Whether FA is at least 90 % of the original's."""
+        after, kind = self.fa()
+        before = self.value("fa" if kind == "images" else "impressions_fa", ORIGINAL)
+        return after is not None and before is not None and after >= 0.9 * before
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the model predicts one class for nearly all retained images, unlike the mask."""
+        share, masked = self.value("top_answer") or 0.0, self.value("top_answer", MASK) or 0.0
+        return self.retained >= 2 and share >= COLLAPSED > masked
+
+
+def pct(value: float | None) -> str:
+    """Formats a percentage with one decimal."""
+    return "unknown" if value is None else f"{value:.1f} %"
 
 
 def outputs(e: Evidence) -> Check:
@@ -70,8 +182,7 @@ def features_changed(e: Evidence) -> Check:
         return Check(name, False, says)
     drift, weights = e.value("drift_features_forget"), e.value("drift_backbone")
     if drift is not None:
-        says = f"drift {drift:.3g} on impressions (at least {UNCHANGED})"
-        return Check(name, True, says)
+        return Check(name, True, f"drift {drift:.3g} on impressions (at least {UNCHANGED})")
     if weights is not None:
         return Check(name, True, f"the weights before the last layer changed by {weights:.3g}")
     return Check(name, None, e.reason("drift_features_forget"))
@@ -98,23 +209,13 @@ def resynthesis(e: Evidence) -> Check:
     return Check(CheckName.RESYNTHESIS, hit <= limit, says)
 
 
-def linear_probe(e: Evidence) -> Check:
-    """A linear probe's accuracy moved towards the golden model's."""
-    return _separability(e, CheckName.PROBE, "probe_forget")
-
-
-def knn(e: Evidence) -> Check:
-    """The accuracy of k-NN moved towards the golden model's."""
-    return _separability(e, CheckName.KNN, "knn_forget")
-
-
-def _separability(e: Evidence, name: str, key: str) -> Check:
+def separability(e: Evidence, name: str, key: str) -> Check:
+    """The accuracy of a linear probe, or of k-NN, moved towards the golden model's."""
     after, before, golden = e.value(key), e.value(key, ORIGINAL), e.value(key, GOLDEN)
     if after is None or before is None:
         return Check(name, None, e.reason(key))
     if e.features_unchanged:
-        says = f"{pct(after)}; the features are the original's ({pct(before)})"
-        return Check(name, False, says)
+        return Check(name, False, f"{pct(after)}; the features are the original's ({pct(before)})")
     if golden is None:
         says = f"{pct(after)}, the original's {pct(before)}; the right level is unknown: "
         return Check(name, None, says + e.reason(key, GOLDEN))
@@ -135,7 +236,7 @@ def _separability(e: Evidence, name: str, key: str) -> Check:
 def membership_inference(e: Evidence) -> Check:
     """Membership attacks on forgotten classes do as well as on the golden model."""
     name, parts, passed = CheckName.MEMBERSHIP, [], True
-    for score in membership.SCORES:
+    for score in MEMBERSHIP_SCORES:
         key = f"mia_forget_{score}"
         auc, golden = e.value(key), e.value(key, GOLDEN)
         if auc is None:
@@ -148,18 +249,9 @@ def membership_inference(e: Evidence) -> Check:
     return Check(name, passed, f"AUC by {', '.join(parts)}, at most {MEMBERSHIP} apart")
 
 
-def relearn_last_layer(e: Evidence) -> Check:
-    """Relearning takes at least half of the golden model's steps on the last layer."""
-    name = CheckName.RELEARN_LAST_LAYER
-    return _relearning(e, name, "relearn_last_layer_steps", "ain_last_layer")
-
-
-def relearn_all_weights(e: Evidence) -> Check:
-    """Relearning takes at least half of the golden model's steps on all weights."""
-    return _relearning(e, CheckName.RELEARN_FULL, "relearn_full_steps", "ain_full")
-
-
-def _relearning(e: Evidence, name: str, steps_key: str, index_key: str) -> Check:
+def relearning(e: Evidence, name: str, trained: Trained) -> Check:
+    """Relearning takes at least half of the golden model's steps."""
+    steps_key, index_key = f"relearn_{trained}_steps", f"ain_{trained}"
     steps, index = e.value(steps_key), e.value(index_key)
     if steps is None:
         return Check(name, None, e.reason(steps_key))
@@ -167,14 +259,13 @@ def _relearning(e: Evidence, name: str, steps_key: str, index_key: str) -> Check
     if golden is not None and before is not None and before >= golden:
         says = f"the original takes {before:.0f} steps and the golden model {golden:.0f}"
         return Check(name, None, f"{says}, which tells nothing; raise relearn_steps and shots")
-    if index is None and golden is not None and steps >= golden:
+    if index is not None:
+        says = f"{steps:.0f} steps, {index:.2f} of the golden model's (at least {MIN_INDEX})"
+        return Check(name, index >= MIN_INDEX, says)
+    if golden is not None and steps >= golden:
         says = f"neither it nor the golden model relearned in {steps:.0f} steps"
         return Check(name, True, says)
-    if index is None:
-        says = f"{steps:.0f} steps, no Anamnesis Index: {e.reason(index_key)}"
-        return Check(name, None, says)
-    says = f"{steps:.0f} steps, {index:.2f} of the golden model's (at least {MIN_INDEX})"
-    return Check(name, index >= MIN_INDEX, says)
+    return Check(name, None, f"{steps:.0f} steps, no Anamnesis Index: {e.reason(index_key)}")
 
 
 def divergence(e: Evidence) -> Check:
@@ -183,24 +274,19 @@ def divergence(e: Evidence) -> Check:
     after, before = e.value(key), e.value(key, ORIGINAL)
     if after is None or before is None:
         return Check(name, None, e.reason(key))
-    says = (
-        f"JS divergence on forgotten classes is {after:.3f}, the original's {before:.3f} (at most "
-        f"half of that)"
-    )
-    return Check(name, after <= before / 2, says)
+    says = f"JS divergence on forgotten classes is {after:.3f}, the original's {before:.3f}"
+    return Check(name, after <= before / 2, f"{says} (at most half of that)")
 
 
 CHECKS: tuple[Callable[[Evidence], Check], ...] = (
-    outputs,
-    retained_classes,
-    unmask,
-    features_changed,
-    last_layer,
-    resynthesis,
-    linear_probe,
-    knn,
-    membership_inference,
-    relearn_last_layer,
-    relearn_all_weights,
-    divergence,
-)
+    outputs, retained_classes, unmask, features_changed, last_layer, resynthesis,
+    partial(separability, name=CheckName.PROBE, key="probe_forget"),
+    partial(separability, name=CheckName.KNN, key="knn_forget"), membership_inference,
+    partial(relearning, name=CheckName.RELEARN_LAST_LAYER, trained="last_layer"),
+    partial(relearning, name=CheckName.RELEARN_FULL, trained="full"), divergence,
+)  # fmt: skip
+
+
+def checks(e: Evidence) -> list[Check]:
+    """Runs all checks."""
+    return [check(e) for check in CHECKS]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...models.input_spec import InputSpec
+from ...models.class_indices import check_forget
+from ...models.wrapper import count_classes
+from ...runtime.measuring import multiply_adds
 from ...synthesis.impressions import ClassImpressions
 from ..accuracy import percentage
 from .activations import Activations
 from .audited_model import AuditedModel
-from .names import Restored
-from .result import Row
+from .result import Restored, Row
 
 
 @dataclass
@@ -24,26 +24,24 @@ class AuditContext:
 
     Attributes:
         original: the model before unlearning.
-        forget, classes: the classes that were to be forgotten, and the number of logits.
-        spec: the images the models take.
-        seed: determines everything random.
-        multiply_adds: of one image.
+        forget: the classes that were to be forgotten; checked here.
         settings: the caller's options.
         models: the models that get a row.
         restored: (model's name, part) -> the model with that part of the original's last layer
             put back.
         rows: model's name -> its results.
         notes, counts, pictures: see `Audit`.
-        device: the device of the original.
+        spec, device, classes: the original's images, its device, and its number of logits.
+        multiply_adds: of one image.
+        seed: determines everything random.
         forget_mask: bool [C], True for forgotten classes.
+
+    Raises:
+        ArgumentError: ``forget`` is not a set of class indices, or the model can't run the images.
     """
 
     original: AuditedModel
     forget: list[int]
-    classes: int
-    spec: InputSpec
-    seed: int
-    multiply_adds: int
     settings: dict[str, Any]
     models: list[AuditedModel] = field(default_factory=list)
     restored: dict[tuple[str, Restored], AuditedModel] = field(default_factory=dict)
@@ -54,7 +52,12 @@ class AuditContext:
 
     def __post_init__(self) -> None:
         self.add(self.original)
-        self.device = self.original.device
+        self.spec, self.device = self.original.spec, self.original.device
+        self.seed: int = self.settings["seed"]
+        self.classes = count_classes(self.original.model, self.spec, self.device)
+        self.forget = check_forget(self.forget, self.classes)
+        image = torch.zeros(1, *self.spec.shape, device=self.device)
+        self.multiply_adds = multiply_adds(self.original.model, image)
         self.forget_mask = torch.zeros(self.classes, dtype=torch.bool)
         self.forget_mask[self.forget] = True
 
@@ -67,6 +70,10 @@ class AuditContext:
         """Adds a model and an empty row for it."""
         self.models.append(audited)
         self.rows[audited.name] = Row(audited.name)
+
+    def measured(self) -> list[tuple[AuditedModel, Row]]:
+        """Returns the models with their rows."""
+        return [(audited, self.rows[audited.name]) for audited in self.models]
 
     def subset(self, classes: list[int], limit: int) -> list[int]:
         """Returns at most ``limit`` of ``classes``, drawn with the seed."""
@@ -92,24 +99,19 @@ class TrainTestSplit:
 
 
 def percent_true(values: Tensor, rows: Tensor) -> float | None:
-    """Returns how many of the selected ``values`` are True, in per cent; None without any.
-
-    Args:
-        values, rows: bool [N].
-    """
+    """Returns how many of ``values[rows]`` are True, in per cent, or None; both bool [N]."""
     return percentage(int((values & rows).sum()), int(rows.sum()))
 
 
 def confusion(
-    predictions: Tensor, labels: Tensor, forget: Sequence[int], limit: int = 5
+    predictions: Tensor, labels: Tensor, forget: list[int]
 ) -> dict[int, dict[int, float]]:
-    """Forgotten class -> its ``limit`` most frequent predictions -> per cent of its images."""
+    """Forgotten class -> its five most frequent predictions -> per cent of its images."""
     table: dict[int, dict[int, float]] = {}
     for c in forget:
         own = predictions[labels == c]
-        if not len(own):
-            continue
-        count = torch.bincount(own)
-        top = count.argsort(descending=True, stable=True)[:limit].tolist()
-        table[c] = {int(p): 100 * int(count[p]) / len(own) for p in top if int(count[p])}
+        if len(own):
+            count = torch.bincount(own)
+            top = count.argsort(descending=True, stable=True)[:5].tolist()
+            table[c] = {p: 100 * int(count[p]) / len(own) for p in top if int(count[p])}
     return table

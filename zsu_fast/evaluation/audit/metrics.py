@@ -39,8 +39,8 @@ _GOLDEN = "close to the golden model's value, which is not 0"
 _HELD_OUT = "impressions of the original that unlearning never saw"
 _BACK = "with all of the original's last layer put back"
 _PARTS = (("forget", "forgotten classes"), ("retain", "other classes"))
+_TRAINED = (("last_layer", "last layer"), ("full", "all weights"))
 METRICS: tuple[Metric, ...] = (
-    # --- outputs -----------------------------------------------------------------------------
     Metric("fa", "FA", "outputs",
            "correctly classified images of the forgotten classes / all of them",
            _PERCENT, "low; a mask reaches 0 at no cost", "the paper, section 5", "data"),
@@ -62,7 +62,6 @@ METRICS: tuple[Metric, ...] = (
            "other classes, each class with the same weight",
            "100 / classes to 100 %", "low; 100 % is a model that always predicts one class",
            "ours"),
-    # --- un-mask -----------------------------------------------------------------------------
     Metric("unmask_fa", "un-mask FA", "un-mask",
            "FA with the original's last-layer rows of the forgotten classes put back",
            _PERCENT, "low (10 % or less passes); the mask's is the original's FA", "ours", "data"),
@@ -82,7 +81,6 @@ METRICS: tuple[Metric, ...] = (
            "below half of the original's, the FA beside it means nothing", "ours"),
     Metric("unmask_last_layer_impressions_fa", "FA on impressions, last layer back", "un-mask",
            f"FA {_BACK}, on {_HELD_OUT}", _PERCENT, _GOLDEN, "ours"),
-    # --- agreement with the mask, on impressions ---------------------------------------------
     Metric("agreement_kl", "KL from the masked original", "agreement",
            f"mean KL(mask || model) of the softmaxes on {_HELD_OUT}, other classes",
            "0 to 27.6 nats", "low: the retained outputs are unchanged",
@@ -90,7 +88,6 @@ METRICS: tuple[Metric, ...] = (
     Metric("agreement_top1", "same prediction as the mask", "agreement",
            f"share of the mask's predictions that the model repeats on {_HELD_OUT}, other classes",
            _PERCENT, "high", "ours"),
-    # --- drift -------------------------------------------------------------------------------
     Metric("drift_backbone", "weight change before the last layer", "drift",
            "||W' - W|| / ||W|| over all parameters before the last layer",
            "0 and up", "0 means that the features are the original's", "ours"),
@@ -100,20 +97,18 @@ METRICS: tuple[Metric, ...] = (
     Metric("drift_retain_rows", "last layer's change, other rows", "drift",
            "||W' - W|| / ||W|| over weights and biases of the other classes' rows",
            "0 and up", "0 beside changed forgotten rows is typical of a mask", "ours"),
-    Metric("drift_features_forget", "feature change, forgotten classes", "drift",
-           "mean ||f' - f||^2 / mean ||f - mean f||^2 of the last layer's input on impressions "
-           "of the forgotten classes",
-           "0 and up; about 2 for unrelated features", "0 means that nothing inside changed",
-           "ours"),
-    Metric("drift_features_retain", "feature change, other classes", "drift",
-           "mean ||f' - f||^2 / mean ||f - mean f||^2 of the last layer's input on impressions "
-           "of the other classes",
-           "0 and up; about 2 for unrelated features", "low: small side effects", "ours"),
+    *(
+        Metric(f"drift_features_{part}", f"feature change, {words}", "drift",
+               f"mean ||f' - f||^2 / mean ||f - mean f||^2 of the last layer's input on "
+               f"impressions of the {words}", "0 and up; about 2 for unrelated features",
+               "0 means that nothing inside changed" if part == "forget"
+               else "low: small side effects", "ours")
+        for part, words in _PARTS
+    ),
     Metric("cka_impressions", "CKA with the original, impressions", "representation",
            "linear CKA of the last layer's input with the original's, impressions of the "
            "forgotten classes",
            "0 to 1", "1 means the same features up to rotation and scale", "1905.00414"),
-    # --- re-synthesis ------------------------------------------------------------------------
     Metric("resynthesis_hit", "reachable impressions", "re-synthesis",
            "ascents from noise towards forgotten classes that reach their target confidence "
            "(0.55 to 0.99) within 100 steps / all of them",
@@ -124,7 +119,6 @@ METRICS: tuple[Metric, ...] = (
     Metric("resynthesis_unmasked_steps", "steps to reach them, rows put back", "re-synthesis",
            "mean steps of these ascents with the original's rows of the forgotten classes put "
            "back", "1 to 100 steps", "descriptive: ascent reaches nearly any row", "ours"),
-    # --- features, with data -----------------------------------------------------------------
     Metric("probe_forget", "linear probe, forgotten classes", "probe",
            "accuracy on forgotten classes of a logistic regression for all classes, fitted to "
            "true labels on the last layer's input",
@@ -150,7 +144,6 @@ METRICS: tuple[Metric, ...] = (
             else ("high", "1905.00414")
         ]
     ),
-    # --- membership --------------------------------------------------------------------------
     *(
         Metric(f"mia_{part}_{score}", f"membership AUC, {words}, {score}", "membership",
                f"AUC of {formula}, telling training from held-out images of {words}",
@@ -162,7 +155,6 @@ METRICS: tuple[Metric, ...] = (
             ("loss", "minus the cross-entropy of the true class"),
         )
     ),
-    # --- relearning --------------------------------------------------------------------------
     Metric("relearn_last_layer_steps", "steps to relearn, last layer", "relearn",
            "Adam steps (1e-3, 32 shots each) on the last layer until FA on held-out images, mean "
            "of three measurements, is 80 % of the original's; forgotten rows start at the mean "
@@ -171,20 +163,19 @@ METRICS: tuple[Metric, ...] = (
     Metric("relearn_full_steps", "steps to relearn, all weights", "relearn",
            "Adam steps on all weights to the same FA", "1 to the step limit", _GOLDEN,
            "2201.05629, k-shot ours", "data"),
-    Metric("relearn_last_layer_fa", "FA after relearning, last layer", "relearn",
-           "FA at the end of relearning, mean of three measurements", _PERCENT, "descriptive",
-           "ours", "data"),
-    Metric("relearn_full_fa", "FA after relearning, all weights", "relearn",
-           "FA at the end of relearning, mean of three measurements", _PERCENT, "descriptive",
-           "ours", "data"),
+    *(
+        Metric(f"relearn_{trained}_fa", f"FA after relearning, {words}", "relearn",
+               "FA at the end of relearning, mean of three measurements", _PERCENT, "descriptive",
+               "ours", "data")
+        for trained, words in _TRAINED
+    ),
     *(
         Metric(f"ain_{trained}", f"Anamnesis Index, {words}", "relearn",
                "steps to relearn / the golden model's", "0 and up",
                "near 1; below 0.5 the model still holds the classes, far above 1 is suspicious",
                "2201.05629", "golden")
-        for trained, words in (("last_layer", "last layer"), ("full", "all weights"))
+        for trained, words in _TRAINED
     ),
-    # --- output distances --------------------------------------------------------------------
     *(
         Metric(f"{kind}_{other}_{part}", f"{title} to the {other}, {words}", "distances",
                f"mean {formula} of the softmaxes, images of {words}", values,

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...runtime.torch_defaults import torch_defaults
+from ...runtime.torch_settings import torch_defaults
 from ...splitting.batch_dim import BoundaryTensors
 from .audited_model import AuditedModel, variant
 from .context import AuditContext, TrainTestSplit
-from .names import GOLDEN, ORIGINAL, TRAINED_WORDS, Trained
+from .result import GOLDEN, ORIGINAL, TRAINED_WORDS, Trained
 
 # Adam's learning rate and the batch size; half of each batch is of forgotten classes.
 LEARNING_RATE, BATCH = 1e-3, 32
 # Multiply-adds per model above which relearning all weights is left out by default on a CPU.
 _MAX_CPU_MULTIPLY_ADDS = 2e12
-# FA that counts as relearned, as a share of the original's: alpha = 20 % in 2201.05629's terms.
+# FA that counts as relearned, as a share of the original's (alpha = 20 % in 2201.05629's terms).
 # At 0.5 to 0.7 the first steps, which all models need, hide the difference between a model that
 # saw the classes and one that did not; at 0.9 the original itself needs luck (on CIFAR-10).
 GOAL = 0.8
@@ -76,50 +76,40 @@ class RelearnResult:
 def relearn_all(context: AuditContext, split: TrainTestSplit, one_set: bool) -> None:
     """Adds relearn times and Anamnesis Indices to every row.
 
-    Args:
-        context: the audit.
-        split: images to relearn from and to measure on.
-        one_set: both parts are the same images, to be divided here.
+    If the split is of ``one_set``, the images of the forgotten classes are divided here.
     """
     task = _make_task(context, split, one_set)
     for trained in TRAINED_WORDS:
-        if isinstance(task, str):
-            _leave_out(context, trained, task)
-        elif trained == "full" and (cost := _cost_above_limit(context, task)):
-            _leave_out(
-                context,
-                trained,
-                f"it would take {cost:.1e} multiply-adds per model on a CPU; pass "
-                f"relearn_steps={DEFAULT_STEPS} to run it",
-            )
-        else:
+        reason = task if isinstance(task, str) else _too_costly(context, task, trained)
+        if isinstance(task, RelearnTask) and not reason:
             _relearn_models(context, task, trained)
+            continue
+        for _, row in context.measured():
+            for key in (f"relearn_{trained}_steps", f"relearn_{trained}_fa", f"ain_{trained}"):
+                row.put(key, None, reason)
 
 
-def _leave_out(context: AuditContext, trained: Trained, reason: str) -> None:
-    for audited in context.models:
-        for key in (f"relearn_{trained}_steps", f"relearn_{trained}_fa", f"ain_{trained}"):
-            context.rows[audited.name].put(key, None, reason)
-
-
-def _cost_above_limit(context: AuditContext, task: RelearnTask) -> float:
-    """Multiply-adds per model of training all weights, or 0 if that is affordable or asked for."""
-    if context.settings["relearn_steps"] is not None or context.device.type != "cpu":
-        return 0
+def _too_costly(context: AuditContext, task: RelearnTask, trained: Trained) -> str:
+    """Says why relearning is left out unless ``relearn_steps`` is set, or returns ""."""
     cost = 3 * context.multiply_adds * BATCH * task.max_steps
-    return cost if cost > _MAX_CPU_MULTIPLY_ADDS else 0
+    fast = trained == "last_layer" or context.device.type != "cpu" or cost <= _MAX_CPU_MULTIPLY_ADDS
+    if fast or context.settings["relearn_steps"] is not None:
+        return ""
+    return (
+        f"it would take {cost:.1e} multiply-adds per model on a CPU; pass "
+        f"relearn_steps={DEFAULT_STEPS} to run it"
+    )
 
 
 def _relearn_models(context: AuditContext, task: RelearnTask, trained: Trained) -> None:
     steps: dict[str, int | None] = {}
     memo: dict[str, RelearnResult] = {}
-    for audited in context.models:
-        row = context.rows[audited.name]
-        start = start_hash(audited, context.forget)  # a mask starts where the original does
+    for audited, row in context.measured():
+        start = _start_hash(audited, context.forget)  # a mask starts where the original does
         if start not in memo:
             memo[start] = relearn(audited, task, trained)
         result = memo[start]
-        steps[audited.name] = result.steps
+        steps[row.name] = result.steps
         row.relearning[trained] = result.curve
         row.put(f"relearn_{trained}_steps", result.steps or task.max_steps)
         row.put(f"relearn_{trained}_fa", result.accuracy)
@@ -131,11 +121,7 @@ def add_anamnesis_index(
 ) -> None:
     """Adds the ratio of each model's relearn time to the golden model's, if there is one.
 
-    Args:
-        context: the audit.
-        trained: the weights that were trained.
-        steps: model's name -> steps to relearn, None if it took more than ``max_steps``.
-        max_steps: the most steps of each model.
+    ``steps``: model's name -> steps to relearn, None if it took more than ``max_steps``.
     """
     if GOLDEN not in steps:
         return
@@ -147,13 +133,9 @@ def add_anamnesis_index(
         elif count is None and golden is None:
             row.put(key, None, f"neither it nor the golden model relearned in {max_steps} steps")
         elif golden is None and (count or max_steps) >= MIN_INDEX * max_steps:
-            row.put(
-                key,
-                None,
-                f"the golden model did not relearn in {max_steps} steps, so the index may lie on "
-                f"either side of {MIN_INDEX}; raise relearn_steps, and shots (from few images it "
-                f"may never learn)",
-            )
+            row.put(key, None, f"the golden model did not relearn in {max_steps} steps, so the "
+                               f"index may lie on either side of {MIN_INDEX}; raise relearn_steps, "
+                               f"and shots (from few images it may never learn)")  # fmt: skip
         else:
             row.put(key, (count or max_steps) / (golden or max_steps))
     if golden is None:
@@ -171,20 +153,18 @@ def _make_task(context: AuditContext, split: TrainTestSplit, one_set: bool) -> R
     classes = context.subset(context.forget, MAX_CLASSES)
     train, test = split.train, split.test
     labels, test_labels = train.labels[train.image_index], test.labels[test.image_index]
-    train_rows: list[Tensor] = []
-    test_rows: list[Tensor] = []
-    for c in labels.unique().tolist():
-        rows = (labels == c).nonzero()[:, 0]
-        if one_set and context.forget_mask[c]:
-            count = min(shots, len(rows) // 2)
-            train_rows.append(rows[:count])
-            test_rows.append(rows[count:])
-        else:
-            train_rows.append(rows[:shots])
+    empty = labels[:0]
+    train_rows, test_rows = [empty], [empty]
     if not one_set:
         test_rows = [context.forget_mask[test_labels].nonzero()[:, 0]]
-    shot_labels = labels[torch.cat(train_rows)] if train_rows else labels[:0]
-    tested = torch.cat(test_rows) if test_rows else labels[:0]
+    for c in labels.unique().tolist():
+        rows, count = (labels == c).nonzero()[:, 0], shots
+        if one_set and context.forget_mask[c]:
+            count = min(shots, len(rows) // 2)
+            test_rows.append(rows[count:])
+        train_rows.append(rows[:count])
+    chosen, tested = torch.cat(train_rows), torch.cat(test_rows)
+    shot_labels = labels[chosen]
     if not set(classes) <= set(shot_labels.tolist()) or not len(tested):
         return "too few images: it needs shots of each forgotten class and others to test on"
     evaluation = context.rows[ORIGINAL].evaluation
@@ -195,7 +175,7 @@ def _make_task(context: AuditContext, split: TrainTestSplit, one_set: bool) -> R
     per_class = torch.bincount(shot_labels)[torch.tensor(classes)]
     context.settings["shots_used"] = int(per_class.min())
     return RelearnTask(
-        images=train.images[torch.cat(train_rows)],
+        images=train.images[chosen],
         labels=shot_labels,
         test_images=test.images[tested],
         test_labels=test_labels[tested],
@@ -212,11 +192,6 @@ def relearn(audited: AuditedModel, task: RelearnTask, trained: Trained) -> Relea
     First the last layer's rows of the forgotten classes are set to the mean of the other rows, in
     every model alike: whoever relearns a model can reset these rows, and a bias of -1e9 must not
     pass for deep forgetting.
-
-    Args:
-        audited: stays unchanged.
-        task: shots, test images, goal.
-        trained: train the last layer alone ("last_layer") or all weights ("full").
     """
     model = variant(audited, audited.name, copy_backbone=True)
     _reset_rows(model.last_layer, task.forget)
@@ -230,15 +205,13 @@ def relearn(audited: AuditedModel, task: RelearnTask, trained: Trained) -> Relea
         return _train(model.split.tail, features(shots), features(test), parameters, task)
 
 
-def start_hash(audited: AuditedModel, forget: list[int]) -> str:
+def _start_hash(audited: AuditedModel, forget: list[int]) -> str:
     """A hash of the weights that relearning starts from: equal ones share one run."""
-    retained = []
+    digest = hashlib.sha256()
     for parameter in audited.last_layer.parameters():
-        rows = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
-        if len(parameter) > max(forget):
-            rows[forget] = False
-        retained.append(parameter.detach()[rows].cpu().contiguous().numpy().tobytes())
-    return audited.backbone_hash + hashlib.sha256(b"".join(retained)).hexdigest()
+        retained = parameter.detach()[_retained_rows(parameter, forget)]
+        digest.update(retained.cpu().contiguous().numpy().tobytes())
+    return audited.backbone_hash + digest.hexdigest()
 
 
 def _train(
@@ -257,11 +230,9 @@ def _train(
 
     @torch.no_grad()
     def accuracy() -> float:
-        correct = [
-            (model(*part).argmax(1) == own).float().sum()
-            for *part, own in zip(*[t.split(250) for t in (*test, test_labels)], strict=True)
-        ]
-        return 100 * float(sum(correct)) / len(test_labels)
+        batches = zip(*[t.split(250) for t in (*test, test_labels)], strict=True)
+        correct = sum((model(*part).argmax(1) == own).float().sum() for *part, own in batches)
+        return 100 * float(correct) / len(test_labels)
 
     def smoothed() -> float:
         """The mean of the last three measurements: a single one may pass the goal by chance."""
@@ -276,24 +247,25 @@ def _train(
         optimiser.zero_grad()
         F.cross_entropy(model(*[f[chosen] for f in shots]), labels[chosen]).backward()
         optimiser.step()
-        if _is_measured(step) or step == task.max_steps:
+        # after each of the first 10 steps, then every 10 % more, and at the end
+        if step <= 10 or step % (step // 10) == 0 or step == task.max_steps:
             curve.append((step, accuracy()))
             if smoothed() >= task.goal:
                 return RelearnResult(step, smoothed(), curve)
     return RelearnResult(None, smoothed(), curve)
 
 
-def _is_measured(step: int) -> bool:
-    """Whether FA is measured after this step: after each of the first 10, then every 10 % more."""
-    return step <= 10 or step % max(1, step // 10) == 0
-
-
 def _reset_rows(last_layer: nn.Module, forget: list[int]) -> None:
     """Sets the forgotten classes' weights and biases to the mean of the other classes'."""
     with torch.no_grad():
         for parameter in last_layer.parameters():
-            if len(parameter) <= max(forget):
-                continue  # not one row per class: stays as it is
-            retained = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
-            retained[forget] = False
+            retained = _retained_rows(parameter, forget)
             parameter[~retained] = parameter[retained].mean(0)
+
+
+def _retained_rows(parameter: Tensor, forget: list[int]) -> Tensor:
+    """Returns a bool mask of the rows to keep: all if the parameter has not one row per class."""
+    retained = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
+    if len(parameter) > max(forget):
+        retained[forget] = False
+    return retained

@@ -1,4 +1,4 @@
-"""The result of an audit: rows of metrics, checks, findings, and a verdict in words."""
+"""The result of an audit: rows of metrics, checks, findings, a verdict, and the names in them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,56 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...models import checkpoint
 from ...synthesis.impressions import ClassImpressions
 from ..accuracy import Evaluation
 from .metrics import BY_KEY, METRICS
+
+# The rows of an audit, in the order of its tables.
+MODELS = ("original", "mask", "random embeddings", "unlearned", "golden")
+ORIGINAL, MASK, RANDOM, UNLEARNED, GOLDEN = MODELS
+# What the un-mask test restores of the original's last layer: the rows of the forgotten classes, or
+# the whole layer.
+Restored = Literal["rows", "last layer"]
+# The prefix of the metrics with that part restored.
+UNMASK_PREFIXES: dict[Restored, str] = {"rows": "unmask", "last layer": "unmask_last_layer"}
+# The weights that relearning trains, and the words for them.
+Trained = Literal["last_layer", "full"]
+TRAINED_WORDS: dict[Trained, str] = {"last_layer": "last layer", "full": "all weights"}
+
+
+class FindingName:
+    """What an audit can recognise in an unlearned model."""
+
+    UNTOUCHED = "untouched"
+    ONE_CLASS = "one class only"
+    MASK = "mask"
+    SHUFFLED = "shuffled last layer"
+    NOISE = "noise in the last layer"
+    OUTPUT_LEVEL = "output level"
+    HIDDEN = "hidden by the last layer"
+    FEATURES_KEPT = "features kept"
+    DAMAGED = "damaged"
+    NOT_FORGOTTEN = "not forgotten"
+
+
+class CheckName:
+    """The tests that an unlearned model passes or fails."""
+
+    OUTPUTS = "outputs"
+    RETAINED = "retained classes"
+    UNMASK = "un-mask"
+    FEATURES = "features changed"
+    LAST_LAYER = "no trick in the last layer"
+    RESYNTHESIS = "re-synthesis"
+    PROBE = "linear probe"
+    KNN = "k-NN"
+    MEMBERSHIP = "membership inference"
+    RELEARN_LAST_LAYER = "relearning (last layer)"
+    RELEARN_FULL = "relearning (all weights)"
+    DIVERGENCE = "outputs like the golden model's"
 
 
 @dataclass
@@ -21,8 +65,7 @@ class Layer:
     Attributes:
         layer: the module's name; its features are its *input*.
         weights: ||W' - W|| / ||W|| of its own parameters; None if the original has no such layer.
-        features_forget, features_retain: `drift.feature_drift` on impressions; None if the shapes
-            differ.
+        features_forget, features_retain: `feature_drift` on impressions; None if shapes differ.
         probe_forget, probe_retain: accuracy of the linear probe, per cent; None without data.
     """
 
@@ -39,7 +82,7 @@ class Row:
     """All measurements of one model. Each metric has a value or a reason why it has none.
 
     Attributes:
-        name: one of `names.MODELS`.
+        name: one of `MODELS`.
         values: metric's key -> number.
         missing: metric's key -> why it could not be computed.
         evaluation: FA, RA, overall and per class; None without data.
@@ -72,7 +115,6 @@ class Row:
             self.missing.pop(key, None)
 
     def get(self, key: str) -> float | None:
-        """Returns the value, or None."""
         return self.values.get(key)
 
 
@@ -81,7 +123,7 @@ class Check:
     """One test of the unlearned model.
 
     Attributes:
-        name: one of `names.CheckName`.
+        name: one of `CheckName`.
         passed: True, False, or None if the test can't tell.
         says: the numbers and the limit, in words, or why the test can't tell.
     """
@@ -96,7 +138,7 @@ class Finding:
     """Something that the audit recognised in the unlearned model, such as a mask.
 
     Attributes:
-        name: one of `names.FindingName`.
+        name: one of `FindingName`.
         says: a sentence about it, without the full stop.
     """
 
@@ -148,10 +190,7 @@ class Audit:
         Raises:
             KeyError: there is none.
         """
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        return {row.name: row for row in self.rows}[name]
 
     def found(self, name: str) -> bool:
         """Whether there is a finding called ``name``."""
@@ -160,13 +199,10 @@ class Audit:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, with the definition of every metric."""
         skip = {"rows", "pictures", "impressions"}
-        plain = {
-            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in skip
-        }
+        plain = {name: getattr(self, name) for name in vars(self) if name not in skip}
         plain["passed"] = self.passed
-        plain["findings"] = [asdict(f) for f in self.findings]
-        plain["checks"] = [asdict(c) for c in self.checks]
-        plain["rows"] = [asdict(row) for row in self.rows]
+        for name in ("findings", "checks", "rows"):
+            plain[name] = [asdict(entry) for entry in getattr(self, name)]
         plain["metrics"] = [asdict(m) for m in METRICS]
         return plain
 
@@ -194,7 +230,7 @@ class Audit:
         return "\n".join(lines)
 
 
-# The metrics of the short table.
+# The metrics of the short table
 MAIN = (
     "fa", "ra", "overall", "impressions_fa", "unmask_fa", "unmask_last_layer_fa",
     "unmask_impressions_fa", "unmask_last_layer_impressions_fa", "agreement_kl",

@@ -16,6 +16,8 @@ _WIDTH, _HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 12, 40
 _DASHES = ("", "7 4", "2 3", "10 3 2 3", "4 2")
 
+Points = Sequence[tuple[float, float]]
+
 
 @dataclass(frozen=True)
 class Series:
@@ -23,7 +25,7 @@ class Series:
 
     name: str
     style: str
-    points: Sequence[tuple[float, float]]
+    points: Points
     number: int = 0
 
 
@@ -38,11 +40,10 @@ class _Axes:
     log_y: bool
 
     def x(self, value: float) -> float:
-        """Returns the horizontal position of a value."""
         return _LEFT + (value - self.left) / (self.right - self.left) * (_WIDTH - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
-        """Returns the vertical position of a value, clamped to the axis."""
+        """Clamps the value to the axis."""
         value = math.log10(value) if self.log_y else value
         share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
@@ -73,12 +74,15 @@ def lines(
     if not shown:
         return Markup("")
     axes = _fit_axes(shown, y_range, log_y, mark)
-    parts = [_open(title), *_y_axis(axes, y_label), *_x_axis(axes, x_label, x_names)]
-    if mark:
-        parts.append(_vertical_mark(axes.x(mark[0]), mark[1]))
-    for s in shown:
-        parts += _line(axes, s)
-    parts.append("</svg>")
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
+        f"<title>{escape(title)}</title>",
+        *_y_axis(axes, y_label),
+        *_x_axis(axes, x_label, x_names),
+        _vertical_mark(axes.x(mark[0]), mark[1]) if mark else "",
+        *(_line(axes, s) for s in shown),
+        "</svg>",
+    ]
     return Markup("".join(parts))
 
 
@@ -116,16 +120,11 @@ def _y_axis(axes: _Axes, label: str) -> list[str]:
 def _x_axis(axes: _Axes, label: str, names: Sequence[str] | None) -> list[str]:
     """The axis line, its values or names, and the label."""
     bottom = _HEIGHT - _BOTTOM
-    ticks: list[tuple[float, str, str]]  # (x, text, anchor)
+    ticks = [(tick, f"{tick:.4g}", "middle") for tick in _ticks(axes.left, axes.right, 5)]
     if names:
-        last = len(names) - 1
-        ticks = [
-            (i, name if len(name) <= 12 else "…" + name[-11:],
-             "middle" if 0 < i < last else ("start" if i == 0 else "end"))
-            for i, name in enumerate(names)
-        ]  # fmt: skip
-    else:
-        ticks = [(tick, f"{tick:.4g}", "middle") for tick in _ticks(axes.left, axes.right, 5)]
+        anchors = ["start", *["middle"] * (len(names) - 2), "end"]
+        short = [name if len(name) <= 12 else "…" + name[-11:] for name in names]
+        ticks = list(zip(range(len(names)), short, anchors, strict=False))
     parts = [
         f'<text x="{axes.x(x):.1f}" y="{bottom + 16}" text-anchor="{anchor}">{escape(text)}</text>'
         for x, text, anchor in ticks
@@ -147,31 +146,30 @@ def _vertical_mark(x: float, label: str) -> str:
     )
 
 
-def _line(axes: _Axes, series: Series) -> list[str]:
+def _line(axes: _Axes, series: Series) -> str:
     """The line, and about twelve markers on it."""
     points = [(axes.x(x), axes.y(y)) for x, y in series.points if math.isfinite(y)]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    dash = _DASHES[series.number % len(_DASHES)]
-    parts = [f'<polyline class="line {escape(series.style)}" points="{path}"'
-             + (f' stroke-dasharray="{dash}"' if dash else "") + "/>"]  # fmt: skip
     every = max(1, len(points) // 12)
-    parts += [
-        _marker(series.number, x, y, series.style)
-        for i, (x, y) in enumerate(points)
-        if i % every == 0 or i == len(points) - 1
-    ]
-    return parts
+    marked = [p for i, p in enumerate(points) if i % every == 0 or i == len(points) - 1]
+    return (
+        f'<polyline class="line {escape(series.style)}" points="{path}"{_dash(series.number)}/>'
+        + "".join(_marker(series.number, x, y, series.style) for x, y in marked)
+    )
 
 
 def key(number: int, style: str) -> Markup:
     """Draws a sample of the line for a legend."""
-    dash = _DASHES[number % len(_DASHES)]
     return Markup(
         f'<svg class="key" viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">'
-        f'<line class="line {escape(style)}" x1="1" x2="33" y1="6" y2="6"'
-        + (f' stroke-dasharray="{dash}"' if dash else "")
-        + f"/>{_marker(number, 17, 6, style)}</svg>"
+        f'<line class="line {escape(style)}" x1="1" x2="33" y1="6" y2="6"{_dash(number)}/>'
+        f"{_marker(number, 17, 6, style)}</svg>"
     )
+
+
+def _dash(number: int) -> str:
+    dash = _DASHES[number % len(_DASHES)]
+    return f' stroke-dasharray="{dash}"' if dash else ""
 
 
 def changes(values: Sequence[float], title: str, style: str) -> tuple[Markup, list[float]]:
@@ -179,8 +177,7 @@ def changes(values: Sequence[float], title: str, style: str) -> tuple[Markup, li
 
     Args:
         values: percentage points, -100 to 100, in the order of the bars.
-        title: for screen readers.
-        style: CSS class of the bars.
+        title, style: for screen readers, and the CSS class of the bars.
 
     Returns:
         The chart, and the lowest and highest value of its vertical axis; 0 lies between them.
@@ -207,13 +204,6 @@ def changes(values: Sequence[float], title: str, style: str) -> tuple[Markup, li
 def _round_up(value: float) -> float:
     """Returns 0, or the next of 1, 2, 5, 10, 20, 50, 100."""
     return next((s for s in (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0) if value <= s + 1e-9), 100.0)
-
-
-def _open(title: str) -> str:
-    return (
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
-        f"<title>{escape(title)}</title>"
-    )
 
 
 def _marker(number: int, x: float, y: float, style: str) -> str:

@@ -13,9 +13,9 @@ from markupsafe import Markup
 
 from ...models import checkpoint
 from ...synthesis.impressions import ClassImpressions
+from ..audit import Audit, Row
 from ..audit.metrics import BY_KEY, METRICS
-from ..audit.names import GOLDEN, MASK, ORIGINAL, RANDOM, TRAINED_WORDS, UNLEARNED
-from ..audit.result import MAIN, Audit, Row, show
+from ..audit.result import GOLDEN, MAIN, MASK, ORIGINAL, RANDOM, TRAINED_WORDS, UNLEARNED, show
 from . import charts
 from .pictures import gallery
 
@@ -58,24 +58,21 @@ def render(
         names: of the classes; None for their numbers.
     """
     environment = Environment(
-        loader=PackageLoader("zsu_fast.evaluation.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=PackageLoader("zsu_fast.evaluation.report", "."), autoescape=True,
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
 
     def name(c: int) -> str:
         return str(names[c]) if names is not None and c < len(names) else str(c)
 
     return environment.get_template("page.html.j2").render(
-        title=title, **_models(audit, name), **_run(record)
-    )
+        title=title, **_models(audit, name), curves=_curves(record), record=record,
+        record_json=json.dumps(record, indent=2) if record else "",
+    )  # fmt: skip
 
 
 def _models(audit: Audit, name: ClassName) -> dict[str, Any]:
     """The template's variables for the audit."""
-    present = [r.name for r in audit.rows]
     details = {"settings": audit.settings, "counts": audit.counts, "seconds": audit.timings}
     return {
         "audit": audit,
@@ -85,7 +82,7 @@ def _models(audit: Audit, name: ClassName) -> dict[str, Any]:
         "metrics": METRICS,
         "ordered": _rows(audit, *STYLES),
         "legend": [(n, charts.key(i, s)) for i, (n, s) in enumerate(STYLES.items())
-                   if n in present],
+                   if _rows(audit, n)],
         "bars": _bars(audit, name),
         "changes": _changes(audit, name),
         "no_classes": audit.row(UNLEARNED).missing.get("fa", ""),
@@ -97,15 +94,6 @@ def _models(audit: Audit, name: ClassName) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _run(record: dict[str, Any] | None) -> dict[str, Any]:
-    """The template's variables for the run."""
-    return {
-        "curves": _curves(record),
-        "record": record,
-        "record_json": json.dumps(record, indent=2) if record else "",
-    }
-
-
 def write_report(
     path: str | Path,
     audit: Audit,
@@ -115,21 +103,17 @@ def write_report(
     names: Sequence[str] | None = None,
     force: bool = False,
 ) -> list[Path]:
-    """Writes the page, and the audit as JSON beside it (same name, ``.json``).
+    """Writes the page, and the audit as JSON beside it (same name, ``.json``); returns both paths.
 
     Args:
         path: the HTML file.
         audit, title, record, names: see `render`.
         force: replace existing files.
 
-    Returns:
-        The two paths.
-
     Raises:
         OutputError: a file exists or can't be written; checked before writing either.
     """
-    page = Path(path)
-    data = page.with_suffix(".json")
+    page, data = Path(path), Path(path).with_suffix(".json")
     for target in (page, data):
         checkpoint.check_writable(target, force)
     html = render(audit, title=title, record=record, names=names).encode()
@@ -162,15 +146,12 @@ def _changes(audit: Audit, name: ClassName) -> list[dict[str, Any]]:
     if before is None or after is None or audit.classes <= _MAX_BARS:
         return []
     panels = []
-    for words, style, forgotten in (
-        ("forgotten classes", "lost", True),
-        ("other classes", "retained", False),
-    ):
-        delta = {
-            c: after.per_class[c] - before.per_class[c]
-            for c in before.per_class
-            if (c in audit.forget) == forgotten
-        }
+    forgotten = [c for c in before.per_class if c in audit.forget]
+    others = [c for c in before.per_class if c not in audit.forget]
+    for words, style, classes in (
+        ("forgotten classes", "lost", forgotten), ("other classes", "retained", others),
+    ):  # fmt: skip
+        delta = {c: after.per_class[c] - before.per_class[c] for c in classes}
         if not delta:
             continue
         order = sorted(delta, key=lambda c: (delta[c], c))
@@ -180,13 +161,9 @@ def _changes(audit: Audit, name: ClassName) -> list[dict[str, Any]]:
         levels = [(100 * (high - v) / (high - low), f"{v:+.0f}" if v else "0")
                   for v in dict.fromkeys((high, 0.0, low))]  # fmt: skip
         panels.append({
-            "words": words,
-            "count": len(values),
-            "mean": sum(values) / len(values),
-            "down": sum(v < 0 for v in values),
-            "up": sum(v > 0 for v in values),
-            "chart": chart,
-            "levels": levels,
+            "words": words, "chart": chart, "levels": levels,
+            "count": len(values), "mean": sum(values) / len(values),
+            "down": sum(v < 0 for v in values), "up": sum(v > 0 for v in values),
             "extremes": [(name(c), before.per_class[c], after.per_class[c], delta[c])
                          for c in (order if len(order) <= 8 else order[:5] + order[-3:])],
         })  # fmt: skip
@@ -195,39 +172,30 @@ def _changes(audit: Audit, name: ClassName) -> list[dict[str, Any]]:
 
 def _confusion(audit: Audit, name: ClassName) -> list[dict[str, Any]]:
     """Forgotten class -> each model's most frequent predictions."""
-    rows = _rows(audit, ORIGINAL, UNLEARNED, MASK, GOLDEN)
-    return [
-        {
-            "name": name(c),
-            "predictions": [
-                (
-                    r.name,
-                    [(name(p), p in audit.forget, share) for p, share in r.confusion[c].items()],
-                )
-                for r in rows
-                if c in r.confusion
-            ],
-        }
-        for c in audit.forget[:_MAX_CONFUSED]
-        if any(c in r.confusion for r in rows)
-    ]
+    tables = []
+    for c in audit.forget[:_MAX_CONFUSED]:
+        predictions = [
+            (r.name, [(name(p), p in audit.forget, share) for p, share in r.confusion[c].items()])
+            for r in _rows(audit, ORIGINAL, UNLEARNED, MASK, GOLDEN)
+            if c in r.confusion
+        ]
+        if predictions:
+            tables.append({"name": name(c), "predictions": predictions})
+    return tables
 
 
-def _series(row: Row, points: Sequence[tuple[float, float]]) -> charts.Series:
+def _series(row: Row, points: charts.Points) -> charts.Series:
     return charts.Series(row.name, STYLES[row.name], points, list(STYLES).index(row.name))
 
 
 def _layers(audit: Audit) -> dict[str, Any]:
     """A chart of probe accuracy by layer, and the drift of each layer."""
-    names = [layer.layer for layer in audit.row(ORIGINAL).layers]
-    series = []
-    for row in _rows(audit, ORIGINAL, UNLEARNED, GOLDEN):
-        points = [
-            (float(names.index(layer.layer)), layer.probe_forget)
-            for layer in row.layers
-            if layer.probe_forget is not None and layer.layer in names
-        ]
-        series.append(_series(row, points))
+    names = [entry.layer for entry in audit.row(ORIGINAL).layers]
+    series = [
+        _series(row, [(names.index(entry.layer), entry.probe_forget) for entry in row.layers
+                      if entry.probe_forget is not None and entry.layer in names])
+        for row in _rows(audit, ORIGINAL, UNLEARNED, GOLDEN)
+    ]  # fmt: skip
     title = "Accuracy of a linear probe on forgotten classes, by layer"
     chart = charts.lines(series, title, "input of layer", "accuracy, %", (0, 100), x_names=names)
     return {"chart": chart, "drift": audit.row(UNLEARNED).layers}
@@ -238,10 +206,9 @@ def _relearning(audit: Audit) -> list[tuple[str, Markup]]:
     figures = []
     for trained, words in TRAINED_WORDS.items():
         series = [_series(row, row.relearning.get(trained, [])) for row in audit.rows]
-        chart = charts.lines(series, f"FA while relearning, {words}", "steps", "FA, %", (0, 100))
-        if chart:
-            figures.append((words, chart))
-    return figures
+        title = f"FA while relearning, {words}"
+        figures.append((words, charts.lines(series, title, "steps", "FA, %", (0, 100))))
+    return [(words, chart) for words, chart in figures if chart]
 
 
 def _galleries(audit: Audit) -> list[tuple[str, Any]]:
@@ -252,12 +219,9 @@ def _galleries(audit: Audit) -> list[tuple[str, Any]]:
     for name in (UNLEARNED, GOLDEN):
         if name in audit.pictures:
             sources.append((f"the same ascent on the {name} model", audit.pictures[name]))
-    galleries = []
-    for words, impressions in sources:
-        pictures = gallery(impressions, audit.forget[:_PICTURED], _PER_CLASS)
-        if pictures:
-            galleries.append((words, pictures))
-    return galleries
+    classes = audit.forget[:_PICTURED]
+    galleries = ((words, gallery(found, classes, _PER_CLASS)) for words, found in sources)
+    return [(words, pictures) for words, pictures in galleries if pictures]
 
 
 def _curves(record: dict[str, Any] | None) -> list[tuple[str, Markup]]:
@@ -265,10 +229,10 @@ def _curves(record: dict[str, Any] | None) -> list[tuple[str, Markup]]:
     if not record or not record.get("fit", {}).get("history"):
         return []
     history, best = record["fit"]["history"], record["fit"].get("best")
-    mark = (float(best["step"]), "best") if best else None
+    mark = (best["step"], "best") if best else None
 
-    def points(key: str, scale: float = 1.0) -> list[tuple[float, float]]:
-        return [(float(c["step"]), scale * c[key]) for c in history if c.get(key) is not None]
+    def points(key: str, scale: float = 1.0) -> charts.Points:
+        return [(c["step"], scale * c[key]) for c in history if c.get(key) is not None]
 
     return [
         ("training loss and divergence from the mask", charts.lines(

@@ -54,8 +54,7 @@ def gallery(
     groups = []
     for c in classes:
         rows = (impressions.labels == c).nonzero()[:per_class, 0]
-        pictures = pixels(impressions.images[rows], impressions.spec)
-        if pictures is None:
+        if (pictures := pixels(impressions.images[rows], impressions.spec)) is None:
             continue
         texts = [
             f"class {c}, p = {float(impressions.confidence[i]):.2f} after "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...models.input_spec import InputSpec
 from ...models.wrapper import LogitsModel
-from ...runtime.flops import multiply_adds
+from ...runtime.measuring import multiply_adds
 from ...runtime.progress import Reporter
 from ...splitting.split import Split
 from ...synthesis.ascent_settings import AscentSettings
@@ -27,23 +27,14 @@ _SCENE_VALIDATION = 8  # one dead-leaves image in this many is held out
 
 @dataclass(frozen=True)
 class DeepInputs:
-    """What deep forgetting starts from.
+    """What deep forgetting starts from."""
 
-    Attributes:
-        model: the working copy that ``split`` shares its parameters with.
-        spec: of its images.
-        split: from `find_deep_split`.
-        impressions: of all classes.
-        forget: bool [C].
-        seed: of everything random.
-    """
-
-    model: LogitsModel
+    model: LogitsModel  # the working copy that `split` shares its parameters with
     spec: InputSpec
-    split: Split
-    impressions: ClassImpressions
-    forget: Tensor
-    seed: int
+    split: Split  # from `find_deep_split`
+    impressions: ClassImpressions  # of all classes
+    forget: Tensor  # bool [C]
+    seed: int  # of everything random
 
 
 def deep_train_val_sets(
@@ -61,9 +52,8 @@ def deep_train_val_sets(
     labels = inputs.impressions.labels.to(device)
     impressions = split.features(inputs.impressions.images.to(device))
     scenes = _dead_leaves_features(inputs, settings)
-    held = held_out(labels)
-    last = _SCENE_VALIDATION - 1
-    held_scenes = torch.arange(len(scenes[0]), device=device) % _SCENE_VALIDATION == last
+    held, place = held_out(labels), torch.arange(len(scenes[0]), device=device)
+    held_scenes = place % _SCENE_VALIDATION == _SCENE_VALIDATION - 1
     generator = torch.Generator().manual_seed(inputs.seed)
     teacher = Teacher(split.tail, inputs.forget)
 
@@ -71,22 +61,22 @@ def deep_train_val_sets(
         chosen = tuple(f[mine] for f in impressions)
         near = build_feature_set(teacher, chosen, labels[mine], mixtures, generator, itself)
         near = near.select(torch.arange(len(near), device=device))
-        return _concatenate(near, _label_scenes(inputs, tuple(f[mine_scenes] for f in scenes)))
+        far = tuple(f[mine_scenes] for f in scenes)
+        with torch.no_grad():
+            chunks = zip(*[f.split(_CHUNK) for f in far], strict=True)
+            logits = torch.cat([split.tail(*chunk) for chunk in chunks])
+        top = logits.argmax(1)
+        return FeatureSet(
+            tuple(torch.cat(pair) for pair in zip(near.features, far, strict=True)),
+            torch.cat([near.teacher, logits]),
+            torch.cat([near.label, top]),
+            torch.cat([near.forgotten, inputs.forget[top]]),
+        )
 
     train = rows(~held, ~held_scenes, settings.mixtures)
-    if bool(held.any()):
-        validation = rows(held, held_scenes, settings.mixtures // 4)
-    else:
-        validation = rows(~held, held_scenes, settings.mixtures // 4, itself=False)
+    some = bool(held.any())
+    validation = rows(held if some else ~held, held_scenes, settings.mixtures // 4, itself=some)
     return train, validation, int((~held).sum())
-
-
-def _label_scenes(inputs: DeepInputs, features: tuple[Tensor, ...]) -> FeatureSet:
-    with torch.no_grad():
-        chunks = zip(*[f.split(_CHUNK) for f in features], strict=True)
-        teacher = torch.cat([inputs.split.tail(*chunk) for chunk in chunks])
-    top = teacher.argmax(1)
-    return FeatureSet(features, teacher, top, inputs.forget[top])
 
 
 def _dead_leaves_features(inputs: DeepInputs, settings: DeepSettings) -> tuple[Tensor, ...]:
@@ -120,10 +110,7 @@ def _dead_leaves_features(inputs: DeepInputs, settings: DeepSettings) -> tuple[T
 def target_classes(classes: Tensor, forget: Tensor, most: int) -> list[int]:
     """Classes to optimise images for: all, or ``most``, half of them forgotten if there are enough.
 
-    Args:
-        classes: int64 [K], sorted.
-        forget: bool [C].
-        most: at most this many.
+    ``classes`` are sorted, int64 [K]; ``forget`` is bool [C].
     """
 
     def evenly(candidates: Tensor, count: int) -> Tensor:
@@ -135,13 +122,3 @@ def target_classes(classes: Tensor, forget: Tensor, most: int) -> list[int]:
     forgotten = evenly(classes[forget[classes]], most // 2)
     retained = evenly(classes[~forget[classes]], most - len(forgotten))
     return sorted([*forgotten.tolist(), *retained.tolist()])
-
-
-def _concatenate(first: FeatureSet, second: FeatureSet) -> FeatureSet:
-    pairs = zip(first.features, second.features, strict=True)
-    return FeatureSet(
-        tuple(torch.cat(pair) for pair in pairs),
-        torch.cat([first.teacher, second.teacher]),
-        torch.cat([first.label, second.label]),
-        torch.cat([first.forgotten, second.forgotten]),
-    )

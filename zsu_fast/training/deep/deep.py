@@ -14,18 +14,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.flops import multiply_adds
+from ...errors import ArgumentError
+from ...models.wrapper import LogitsModel
+from ...runtime.measuring import multiply_adds
 from ...runtime.progress import Reporter
+from ...splitting.layers import layer_names
+from ...splitting.split import Split, find_split
 from ..features import FeatureSettings, logit_margin
 from ..fit_task import FitTask, trained_parameters
-from ..loop import LoopSettings, relative_learning_rate
-from ..trainer import Schedule, Trainer
+from ..trainer import LoopSettings, Schedule, Trainer, relative_learning_rate
 from .data import DeepInputs, deep_train_val_sets
 from .losses import USABLE_ROOM, DeepObjective, room_above_floor
 from .settings import DeepSettings
 from .tail import DualClassifierTail
 
+# Share of the layers with weights that is trained beside the last one. Features of small images are
+# preserved on many scenes, those of large images on few.
+_SHARE, _SHARE_OF_LARGE = 0.3, 0.1
+_LARGE = 3 * 64 * 64  # an image of more values than this is large
 _PRUNED = 0.1  # a weight with at least this share of zeros is taken for pruned
+
+
+def find_deep_split(model: LogitsModel, at: str | int, images: Tensor) -> Split:
+    """Splits ``model`` before its last layers.
+
+    "auto" trains three in ten of the layers with weights beside the last one, or one in ten for
+    large images; at least one.
+
+    Args:
+        model: from `working_copy`.
+        at: "auto", or the module at which the tail starts.
+        images: some valid images, [N, ...].
+
+    Raises:
+        ArgumentError: nothing but the last layer would be trained.
+    """
+    names, reason = layer_names(model.module, images[:4]), "named by the caller"
+    if at == "auto":
+        share = _SHARE if images[0].numel() <= _LARGE else _SHARE_OF_LARGE
+        start = len(names) - 1 - max(1, round(share * len(names)))
+        if start < 0:
+            raise ArgumentError(
+                "depth",
+                "got 'deep', and the model has a single layer with weights: no features",
+                "Pass depth='output'.",
+            )
+        at, reason = names[start], f"deep: {len(names) - start} of {len(names)} layers"
+    split = find_split(model, at, images, torch.zeros(len(images), dtype=torch.int64))
+    if split.output_level:
+        raise ArgumentError(
+            "tail",
+            f"got {at!r} with depth='deep', and only the last layer follows it",
+            f"Name an earlier module, such as {names[max(0, len(names) - 2)]!r}, or leave it out.",
+        )
+    split.reason = reason
+    return split
 
 
 def forget_deeply(
@@ -41,7 +84,7 @@ def forget_deeply(
     farther from the impressions.
 
     Args:
-        inputs: the model, where it is split, its impressions, and the classes.
+        inputs: what it starts from.
         features: for the margin.
         loop: for its learning rate, if given, and its ``steps``, if fewer.
         settings: the constants of deep forgetting.
@@ -80,9 +123,8 @@ def _deep_task(
 ) -> tuple[FitTask, float, DeepObjective]:
     """Builds the task; returns it with the margin that ``features`` gives, and its objective."""
     forget = inputs.forget
-    tail = DualClassifierTail(
-        inputs.model, inputs.split, inputs.impressions.images[:4].to(forget.device)
-    )
+    images = inputs.impressions.images[:4].to(forget.device)
+    tail = DualClassifierTail(inputs.model, inputs.split, images)
     settings = settings.fit_to(len(tail.trained) + 1)
     train, validation, impressions = deep_train_val_sets(inputs, settings)
     margins = logit_margin(train.teacher[:impressions], train.label[:impressions])
@@ -90,17 +132,10 @@ def _deep_task(
     reachable = min(margin, USABLE_ROOM * room_above_floor(tail, train, forget))
     objective = DeepObjective(tail, train, forget, reachable, settings)
     parameters = trained_parameters(inputs.model, inputs.split)
-    task = FitTask(
-        tail,
-        parameters,
-        train,
-        validation,
-        objective,
-        objective,
-        torch.Generator().manual_seed(inputs.seed),
-        masks=[_unpruned(p) for p in parameters],
-        fast_kernels=False,  # they round differently; published results were measured without
-    )
+    masks = [_unpruned(p) for p in parameters]
+    generator = torch.Generator().manual_seed(inputs.seed)
+    task = FitTask(tail, parameters, train, validation, objective, objective, generator, masks)
+    task.fast_kernels = False  # they round differently; published results were measured without
     return task, margin, objective
 
 
@@ -118,7 +153,6 @@ def _schedule(
         validations=10,
         patience=None,
         keep="complete",
-        leak_goal=1.0,
         slower=(0.3, 0.3**2, 0.3**3),
     )
 

@@ -47,8 +47,8 @@ def room_above_floor(tail: DualClassifierTail, rows: FeatureSet, forget: Tensor)
     return max(0.0, room) if room < -_MINUS_INFINITY / 2 else math.inf
 
 
-class DeepObjective:
-    """The training loss of deep forgetting, and its validation.
+class DeepObjective(MaskedKL):
+    """`MaskedKL` with more terms: the training loss of deep forgetting, and its validation.
 
     With z the tail's logits, z' the frozen original last layer's logits on the tail's features h,
     and h_i the input of inner layer i of n (`DualClassifierTail`), the loss of a batch is::
@@ -79,9 +79,6 @@ class DeepObjective:
         settings: the weights.
     """
 
-    learning_rate: float | None = None
-    forget_logits_only = False
-
     def __init__(
         self,
         tail: DualClassifierTail,
@@ -90,13 +87,11 @@ class DeepObjective:
         margin: float,
         settings: DeepSettings,
     ) -> None:
-        self.tail, self.forget, self.settings = tail, forget, settings
-        self.margin, self.masked = margin, MaskedKL(forget, margin)
+        super().__init__(forget, margin)
+        self.tail, self.settings = tail, settings
         with torch.no_grad():
-            energy = torch.cat(
-                [part.features.square().flatten(1).mean(1) for part in self._outputs(rows)]
-            )
-        self.energy = energy.mean().clamp(min=1e-12)
+            parts = [part.features.square().flatten(1).mean(1) for part in self._outputs(rows)]
+        self.energy = torch.cat(parts).mean().clamp(min=1e-12)
 
     def gradients(
         self, tail: nn.Module, parameters: Sequence[nn.Parameter], rows: FeatureSet
@@ -109,26 +104,20 @@ class DeepObjective:
         """The loss of a batch, differentiable."""
         s = self.settings
         inner = [self.explained_variance(x, rows.teacher) for x in outputs.inside]
+        relative_energy = outputs.features.square().mean() / self.energy
         return (
-            self.masked.divergence(outputs.logits, rows)
-            + s.unmask * self.masked.divergence(outputs.unmasked, rows)
-            + (s.shrink_inside if inner else s.shrink) * self.relative_energy(outputs.features)
+            self.divergence(outputs.logits, rows)
+            + s.unmask * self.divergence(outputs.unmasked, rows)
+            + (s.shrink_inside if inner else s.shrink) * relative_energy
             + s.erase * self.explained_variance(outputs.features, rows.teacher)
             + s.inside * min(1, _FULL_WEIGHT / max(1, len(inner))) * sum(inner)
         )
 
-    def relative_energy(self, features: Tensor) -> Tensor:
-        """Mean square of ``features``, relative to that of the original features."""
-        return features.square().mean() / self.energy
-
     def explained_variance(self, features: Tensor, teacher: Tensor) -> Tensor:
         """Share of the forgotten logits' variance that ridge regression on ``features`` explains.
 
-        In the dual form, whose linear system is as large as the batch however wide the features.
-
-        Args:
-            features: [N, ...].
-            teacher: the original logits, [N, C].
+        In the dual form, whose linear system is as large as the batch however wide the features,
+        [N, ...], are; ``teacher`` holds the original logits, [N, C].
         """
         relative = teacher[:, self.forget] - teacher.mean(1, keepdim=True)
         target = relative - relative.mean(0)
@@ -160,19 +149,16 @@ class DeepObjective:
             float(self.explained_variance(torch.cat(column), rows.teacher))
             for column in zip(*parts, strict=True)
         ]
-        facts = {
-            "unmask_leak": float(self.forget[unmasked.argmax(1)].float().mean()),
-            "evidence": shares[0],
-        }
-        return facts | ({"evidence_inside": max(shares[1:])} if shares[1:] else {})
+        leak = float(self.forget[unmasked.argmax(1)].float().mean())
+        inside = {"evidence_inside": max(shares[1:])} if shares[1:] else {}
+        return {"unmask_leak": leak, "evidence": shares[0], **inside}
 
     @torch.no_grad()
     def score(self, _tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:
-        """Returns divergence, leak and agreement of the tail: see `ValidationLoss.score`."""
         logits = torch.cat([part.logits for part in self._outputs(rows)])
         finite = bool(logits.isfinite().all())
-        divergence = float(self.masked.divergence(logits, rows)) if finite else math.nan
-        leaked, same = self.masked.answers(logits, rows)
+        divergence = float(self.divergence(logits, rows)) if finite else math.nan
+        leaked, same = self.answers(logits, rows)
         retained = ~rows.forgotten
         agreement = float(same[retained].float().mean()) if bool(retained.any()) else 1.0
         return divergence, float(leaked.float().mean()), agreement

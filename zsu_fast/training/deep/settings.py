@@ -69,13 +69,9 @@ class DeepSettings:
     def scenes_for(
         self, values: int, classes: int, work: int, device: torch.device
     ) -> tuple[int, int]:
-        """Returns (scenes, pushed) within memory and time.
+        """Returns (scenes, pushed) within memory and time on ``device``.
 
-        Args:
-            values: feature values per scene.
-            classes: logits per scene.
-            work: multiply-adds per scene.
-            device: where they are computed.
+        A scene has ``values`` features and ``classes`` logits and takes ``work`` multiply-adds.
         """
         scenes = min(self.scenes, _SCENE_VALUES // values, _SCENE_LOGITS // classes)
         if device.type == "cpu":

@@ -19,19 +19,12 @@ from ...splitting.split import Split, split_at
 
 @dataclass
 class TailOutputs:
-    """The tail's outputs for a batch.
+    """The tail's outputs for a batch."""
 
-    Attributes:
-        logits: [N, C].
-        features: [N, ...], the input of the last layer.
-        unmasked: [N, C], the original last layer's logits on ``features``.
-        inside: [N, D] for each inner layer: its input, averaged over positions.
-    """
-
-    logits: Tensor
-    features: Tensor
-    unmasked: Tensor
-    inside: list[Tensor]
+    logits: Tensor  # [N, C]
+    features: Tensor  # [N, ...], the input of the last layer
+    unmasked: Tensor  # [N, C], the original last layer's logits on `features`
+    inside: list[Tensor]  # [N, D] for each inner layer: its input, averaged over positions
 
 
 class DualClassifierTail(nn.Module):

@@ -14,8 +14,8 @@ from torch import Tensor
 from zsu_fast import ArgumentError, Event
 from zsu_fast.runtime.progress import Reporter
 from zsu_fast.training.features import FeatureSet
-from zsu_fast.training.loop import LoopSettings, train_tail
 from zsu_fast.training.losses import Differential
+from zsu_fast.training.trainer import LoopSettings, train_tail
 
 
 def test_it_learns_and_leaves_the_best_state() -> None:

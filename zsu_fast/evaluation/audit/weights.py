@@ -1,12 +1,15 @@
-"""How the last layer was changed: not at all, by a mask, a shuffle, noise, or training."""
+"""Measures of weights: how far they moved, and how the last layer was changed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .audited_model import AuditedModel
 
 # Rows closer than this (relative) count as the same, and this cosine as the same direction.
 _SAME, _SAME_DIRECTION = 1e-3, 0.999
@@ -29,6 +32,38 @@ class LastLayer:
 
     change: Change
     says: str
+
+
+def layer_drift(audited: AuditedModel, original: AuditedModel, layer: str) -> float | None:
+    """||W' - W|| / ||W|| of a layer's parameters; None if a model lacks it or shapes differ."""
+    found = (
+        dict(m.model.module.named_modules()).get(layer, nn.Identity()) for m in (audited, original)
+    )
+    return _parameter_drift(*(dict(module.named_parameters()) for module in found))
+
+
+def backbone_drift(audited: AuditedModel, original: AuditedModel) -> float | None:
+    """||W' - W|| / ||W|| of all parameters before the last layer; None if shapes differ."""
+    if audited.backbone_hash == original.backbone_hash:
+        return 0.0
+    return _parameter_drift(*(
+        {n: p for n, p in m.model.module.named_parameters() if not m.is_in_last_layer(n)}
+        for m in (audited, original)
+    ))  # fmt: skip
+
+
+def _parameter_drift(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> float | None:
+    """||new - old|| / ||old|| over all tensors, in float64; None if names or shapes differ."""
+    if {n: p.shape for n, p in new.items()} != {n: p.shape for n, p in old.items()}:
+        return None
+    return relative_change(
+        *(torch.cat([part[n].detach().flatten().double() for n in old]) for part in (new, old))
+    )
+
+
+def relative_change(new: Tensor, old: Tensor) -> float:
+    """||new - old|| / ||old||."""
+    return float((new - old).norm() / old.norm().clamp(min=1e-30))
 
 
 def compare_last_layers(
@@ -57,20 +92,16 @@ def compare_last_layers(
     swaps = _swaps(new, old, moved)
     if swaps:
         examples = ", ".join(f"class {a} has the row of class {b}" for a, b in swaps[:4])
-        return LastLayer(
-            "shuffled",
-            f"{len(swaps)} classes have another class's row in the last layer ({examples})",
-        )
+        says = f"{len(swaps)} classes have another class's row in the last layer ({examples})"
+        return LastLayer("shuffled", says)
     width = features.shape[1]
     if torch.equal(new[:, :width], old[:, :width]):
         return LastLayer("masked", "only biases of the last layer were changed")
     aligned, chance = _aligned_share(new - old, old, features)
     noise = None
     if aligned is not None and aligned < chance + _ALIGNED:
-        noise = (
-            f"{100 * aligned:.0f} % of the change lies along features, {100 * chance:.0f} % by "
-            f"chance"
-        )
+        along = f"{100 * aligned:.0f} % of the change lies along features"
+        noise = f"{along}, {100 * chance:.0f} % by chance"
     forget_mask = torch.zeros(len(old), dtype=torch.bool)
     forget_mask[forget] = True
     if not bool((moved[~forget_mask] > _SAME).any()):
@@ -88,17 +119,13 @@ def _compare_forgotten_rows(
 
     Args:
         new, old: these rows, with ``width`` weights each.
-        width: the number of features.
         noise: the numbers in words if the change has no direction, else None.
         has_aligned_share: whether the direction of the change is known.
     """
     several = bool(((new != old).sum(1) > 1).all())  # a mask by the bias alone changes one number
     if noise is not None and several:
-        return LastLayer(
-            "noise",
-            f"random numbers were added to the last layer's rows of the forgotten classes "
-            f"({noise})",
-        )
+        says = "random numbers were added to the last layer's rows of the forgotten classes"
+        return LastLayer("noise", f"{says} ({noise})")
     emptied = bool(new[:, :width].norm() <= _SAME * old.norm())
     if emptied or not several or not has_aligned_share:
         return LastLayer(
@@ -106,10 +133,8 @@ def _compare_forgotten_rows(
             "the last layer's rows of the forgotten classes were overwritten, and all other rows "
             "are the original's",
         )
-    return LastLayer(
-        "trained",
-        "only the last layer was changed, and in it only the rows of the forgotten classes",
-    )
+    says = "only the last layer was changed, and in it only the rows of the forgotten classes"
+    return LastLayer("trained", says)
 
 
 def _swaps(new: Tensor, old: Tensor, moved: Tensor) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from zsu_fast.evaluation.audit.last_layer import compare_last_layers
+from zsu_fast.evaluation.audit.weights import compare_last_layers
 
 
 def rows(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

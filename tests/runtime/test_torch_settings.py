@@ -10,8 +10,8 @@ from support import QUICK, tiny
 
 import zsu_fast
 from zsu_fast.models import zoo
-from zsu_fast.runtime.flops import multiply_adds
-from zsu_fast.runtime.threads import SMALL, threads_for
+from zsu_fast.runtime.measuring import multiply_adds
+from zsu_fast.runtime.torch_settings import SMALL, threads_for
 
 CPU = torch.device("cpu")
 
