@@ -179,6 +179,25 @@ def test_links_to_files_of_the_repository() -> None:
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
+def test_paths_named_in_the_documentation_exist() -> None:
+    for path in PAGES:
+        text = path.read_text()
+        folders = "zsu_fast|csrc|tests|benchmarks|examples|docs"
+        for name in re.findall(rf"`((?:{folders})/[\w./-]+)[`: ]", text):
+            assert (ROOT / name).exists(), f"{path.name}: there is no {name}"
+
+
+def test_the_changelog_names_modules_that_exist() -> None:
+    page = (ROOT / "CHANGELOG.md").read_text()
+    for _, now in table_rows(page, "### Modules"):
+        room = ""
+        for name in re.findall(r"`([a-z_.]+)`", now):
+            module = room + name if name.startswith(".") else name
+            room = module.rpartition(".")[0]
+            path = ROOT / "zsu_fast" / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or path.is_dir(), f"no zsu_fast.{module}"
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
