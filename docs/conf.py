@@ -31,6 +31,7 @@ python_maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # "Attributes:" of a class must not repeat its documented members
+napoleon_use_rtype = False  # the signature has the type, see _as_written
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
@@ -55,5 +56,20 @@ def _underline_title(_app: object, docname: str, source: list[str]) -> None:
         source[0] = title.sub(lambda m: f"{m[1]}{m[2]}\n{'=' * len(m[2])}\n", source[0], count=1)
 
 
+def _as_written(
+    _app: object, _what: str, _name: str, _obj: object, _options: object, lines: list[str]
+) -> None:
+    """Undoes what napoleon reads into "Returns: a copy: ..." and "Attributes: mean, std: ..."."""
+    text = "\n".join(lines)
+    text = re.sub(r"^:returns: (\*?)(.+?)\1 -- ", r":returns: \2: ", text, flags=re.M)
+    several = re.compile(r"^:ivar (\w+(?:, \w+)+):((?:.*)(?:\n(?: .*)?)*)", re.M)
+    text = several.sub(
+        lambda m: "\n".join(f":ivar {name}:{m[2].rstrip()}" for name in m[1].split(", ")) + "\n",
+        text,
+    )
+    lines[:] = text.split("\n")
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", _underline_title)
+    app.connect("autodoc-process-docstring", _as_written, priority=600)  # after napoleon

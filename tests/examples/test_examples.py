@@ -1,6 +1,6 @@
 """Every example prints what its docstring says.
 
-`requests.py`, whose name hides a library's, runs in a process of its own, as a user starts it, and
+`requests.py`, whose name hides a library's, runs in a separate process, as a user starts it, and
 so do two ranks. The others run in this process, which saves importing torch each time.
 """
 
