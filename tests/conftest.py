@@ -16,6 +16,12 @@ from torch import Tensor
 from zsu_fast.models import zoo
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # What a run tells its user is no error; in pyproject.toml this would import torch before the
+    # number of threads is set.
+    config.addinivalue_line("filterwarnings", "ignore::zsu_fast.UnlearningWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if (SHARED / "load.py").is_file():
         return

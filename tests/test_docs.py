@@ -212,15 +212,15 @@ def table_rows(page: str, heading: str) -> list[list[str]]:
 
 def test_the_options_page_has_every_option_with_its_default() -> None:
     page = (ROOT / "docs" / "options.md").read_text()
-    told = {}
+    listed = {}
     for heading in ("## Everyday options", "## Expert options"):
         for names, default, *_ in table_rows(page, heading):
             for name in re.findall(r"`(\w+)`", names):
-                assert name not in told, f"{name} is there twice"
-                told[name] = default
+                assert name not in listed, f"{name} is there twice"
+                listed[name] = default
     parameters = inspect.signature(zsu_fast.ZeroShotUnlearner).parameters.values()
     wanted = {p.name: f"`{p.default!r}`" for p in parameters if p.kind is p.KEYWORD_ONLY}
-    assert told == wanted
+    assert listed == wanted
 
 
 def test_the_api_page_has_every_public_name() -> None:
@@ -242,9 +242,9 @@ def test_the_evidence_page_has_every_check_and_finding() -> None:
         ("## What the audit recognises", FindingName),
     ):
         section = page.partition(f"\n{heading}\n")[2].partition("\n## ")[0]
-        told = [line.split(" | ")[0].strip("| ") for line in section.splitlines() if "|" in line]
+        listed = [line.split(" | ")[0].strip("| ") for line in section.splitlines() if "|" in line]
         wanted = [value for name, value in vars(names).items() if name.isupper()]
-        assert sorted(told[2:]) == sorted(wanted)
+        assert sorted(listed[2:]) == sorted(wanted)
 
 
 def test_the_results_page_names_every_file() -> None:
@@ -272,9 +272,9 @@ def test_the_file_formats_page_has_every_field(
         assert [key for key in names if f"| `{key}` |" not in section] == []
     entry = json.loads(Path("ledger.jsonl").read_text())
     formats.append(entry["format"])
-    told = [n for row in table_rows(page, "## Ledger") for n in re.findall(r"`(\w+)`", row[0])]
-    assert told == list(entry)
+    listed = [n for row in table_rows(page, "## Ledger") for n in re.findall(r"`(\w+)`", row[0])]
+    assert listed == list(entry)
     assert [key for key in entry["metrics"] if f"`{key}`" not in page] == []
     assert [name for name in formats if f"`{name}`" not in page] == []
-    told = [n for row in table_rows(page, "## Record") for n in re.findall(r"`(\w+)`", row[0])]
-    assert sorted(told) == sorted(f.name for f in fields(Record) if f.name != "_clock")
+    listed = [n for row in table_rows(page, "## Record") for n in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(listed) == sorted(f.name for f in fields(Record) if f.name != "_clock")

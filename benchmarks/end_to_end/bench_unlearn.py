@@ -504,23 +504,23 @@ def tables(report: Report) -> list[str]:
 
 def verdicts(report: Report) -> list[str]:
     """The bars, each met or missed."""
-    told = []
+    lines = []
     for name, bar in BARS.items():
         gain = report.seconds(name) / report.seconds(OURS)
         (fa, ra), (our_fa, our_ra) = report.quality(name), report.quality(OURS)
         met = "met" if gain >= bar else "MISSED"
         same = "same quality" if same_quality(report, name) else "NOT the same quality"
-        told.append(
+        lines.append(
             f"- {report.case.model}, {name[:3]}: {gain:.2f}x, bar {bar:g}x: {met}; {same} "
             f"(FA {fa:.2f} and {our_fa:.2f}, RA {ra:.2f} and {our_ra:.2f})"
         )
         if gain < bar and name == C:
             verdict = "met" if report.library >= 0.85 else "MISSED"
-            told.append(
+            lines.append(
                 f"  - instead, library layers at least 85 % of what is left: "
                 f"{100 * report.library:.0f} % of operator time: {verdict}"
             )
-    return told
+    return lines
 
 
 def write(reports: list[Report]) -> None:
@@ -557,7 +557,7 @@ def write(reports: list[Report]) -> None:
         f"(an image is kept as it was at its target confidence, else nothing is forgotten), then "
         f"{EPOCHS} epochs of masked KL on the impressions in batches of {BATCH} through the whole "
         f"model, head frozen (the paper has 100; of 10 to 100 these are the fewest with our RA); "
-        f"they are told which layers to train. All calls are run whole, nothing is scaled. "
+        f"they are given the layers to train. All calls are run whole, nothing is scaled. "
         f"(c) is our schedule in plain torch, without the package "
         f"(`examples/unlearn_in_plain_torch.py`): autograd `kl_div`, Adam by hand, AdamW unfused, "
         f"float32, contiguous. Peak MB: growth of a fresh process over its size before the call, "

@@ -69,7 +69,7 @@ def main() -> None:
     for number in range(SETS):
         forget = sorted(random.Random(number).sample(having, FORGET))
         retained = [c for c in having if c not in set(forget)]
-        gone = torch.isin(labels, torch.tensor(forget))
+        forgotten = torch.isin(labels, torch.tensor(forget))
         run.forget_mask.zero_()
         run.forget_mask[forget] = True
         samples = {("original", 0): None, ("none", 0): [], ("all", len(retained)): retained}
@@ -91,8 +91,8 @@ def main() -> None:
                 for parameter, old in zip(parameters, start, strict=True):
                     parameter.copy_(old)
             score = (
-                100 * float(right[gone].float().mean()),
-                100 * float(right[~gone].float().mean()),
+                100 * float(right[forgotten].float().mean()),
+                100 * float(right[~forgotten].float().mean()),
             )
             found.setdefault(key, []).append(score)
             print(number, *key, *score, flush=True)

@@ -188,7 +188,7 @@ def test_tail_epoch(table: Table, name: str, width: int) -> None:
     epoch = medians["ours"] * EPOCH_ROWS / ROWS
     flops = 2 * 2 * EPOCH_ROWS * width * 1000
     peak = flops / (medians["floor: 2 products a step"] * EPOCH_ROWS / ROWS)
-    told = (
+    note = (
         f"{name}, tail epoch: ours {epoch:.3f} s; {medians['eager'] / medians['ours']:.1f}x eager "
         f"at the same batch ({medians['eager'] / medians['ours, all logits']:.2f}x with all "
         f"logits), {medians['eager, batch 16'] / medians['ours']:.0f}x at the published batch of "
@@ -196,10 +196,10 @@ def test_tail_epoch(table: Table, name: str, width: int) -> None:
         f"{peak / 1e9:.0f} GFLOP/s here."
     )
     if name == "resnet50":
-        told += (
+        note += (
             f" Published, on a GPU: {PUBLISHED} s, that is {PUBLISHED / epoch:.2f}x ours (bar 50x)."
         )
-    table.notes.append(told)
+    table.notes.append(note)
 
 
 def scale(table: Table, first: int, factor: float) -> None:

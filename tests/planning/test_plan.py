@@ -166,9 +166,9 @@ def test_a_model_of_one_layer() -> None:
 
 def test_the_command_prints_the_plan() -> None:
     arguments = ["plan", "lenet5", "--forget", "1", "--impressions-per-class", "4"]
-    told = CliRunner().invoke(app, [*arguments, "--json"])
-    assert told.exit_code == 0, told.output
-    facts = json.loads(told.stdout)
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
     assert facts["impressions"] == 40
     assert facts["seconds"]["total"] > 0
     shown = CliRunner().invoke(app, [*arguments, "--hardware", "h100", "--within", "60"])

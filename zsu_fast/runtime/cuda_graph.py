@@ -18,7 +18,10 @@ def warm_up(run: Callable[[], None], device: torch.device) -> None:
 
 def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Returns a graph that replays the kernels of ``run``; call `warm_up` first."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    finally:  # a capture that fails would leave its own stream as the current one
+        torch.cuda.set_stream(stream)
     return graph

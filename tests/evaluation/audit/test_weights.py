@@ -1,4 +1,4 @@
-"""Changes of the last layer are told apart: masks, shuffles, noise, training."""
+"""Changes of the last layer are distinguished: masks, shuffles, noise, training."""
 
 from __future__ import annotations
 

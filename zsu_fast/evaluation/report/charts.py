@@ -1,7 +1,7 @@
 """Charts as inline SVG: sized by their container, coloured by the page's style sheet.
 
 Colours are CSS classes (``original``, ``unlearned``, ...), so that light and dark pages differ in
-style alone. Each series also has its own dash and marker, to be told apart without colours.
+style alone. Each series also has its own dash and marker, to be distinguished without colours.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def forget_deeply(
     settings: DeepSettings,
     report: Reporter,
 ) -> dict[str, Any]:
-    """Trains the tail in place until the classes are gone from its features.
+    """Trains the tail in place until its features no longer show the classes.
 
     The last layer is then still to be fitted as in output-level forgetting, whose rows reach
     farther from the impressions.
