@@ -6,7 +6,7 @@
 Inside a process group every rank makes the same call: the ranks share the synthesis of the
 impressions, and all get the same weights. The second command runs the same script in one process.
 
-Takes about 5 seconds on one CPU core per rank. Two ranks print::
+Takes about 5 seconds on one CPU core per rank. Two ranks print, if they are equally fast::
 
     impressions per rank: [160, 160]
     FA 0.00 % of 800 images of the forgotten classes, RA 99.58 % of 1200 others, ...

@@ -94,18 +94,23 @@ def test_own_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_torchrun_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:
-    check_torchrun(run("torchrun.py", capsys), shares=[320])
+    assert torchrun_shares(run("torchrun.py", capsys)) == [320]
 
 
 def test_torchrun_on_two_ranks(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     printed = python(*launcher, EXAMPLES / "torchrun.py", folder=tmp_path)
-    check_torchrun(printed, shares=[160, 160])
+    shares = torchrun_shares(printed)  # ranks claim shards one by one, the faster one more
+    assert len(shares) == 2
+    assert sum(shares) == 320
+    assert min(shares) > 0
 
 
-def check_torchrun(printed: str, shares: list[int]) -> None:
-    assert printed.count(f"impressions per rank: {shares}\n") == 1
+def torchrun_shares(printed: str) -> list[int]:
+    """Impressions per rank, after a check of the rest."""
     assert accuracies(printed) == {"": LENET["unlearned"]}
+    (line,) = re.findall(r"^impressions per rank: \[([\d, ]+)\]$", printed, re.MULTILINE)
+    return [int(share) for share in line.split(",")]
 
 
 def test_plain_torch(capsys: pytest.CaptureFixture[str]) -> None:
