@@ -92,7 +92,7 @@ def ladder() -> dict[str, Levers]:
         "batched": "(b) + all impressions in one batch",
         "stop": "+ confidence stop (batch ends with its last row)",
         "compact": "+ compaction: finished rows leave the batch",
-        "cached": "+ cached head, mixtures, stop rule",
+        "cached": "+ cached backbone, mixtures, stop rule",
         "input_only": "+ no weight gradients",
         "folded": "+ folded batch norms",
         "pooled": "+ pooling before relu",
@@ -200,7 +200,7 @@ def fixed_ascent(run: ZeroShotUnlearner, batched: bool, steps: int) -> Any:
 
 
 def whole_model_epochs(run: ZeroShotUnlearner, layers: list[str]) -> nn.Module:
-    """Epochs through the whole model, head frozen, on the impressions alone; masked KL."""
+    """Epochs through the whole model, backbone frozen, on the impressions alone; masked KL."""
     assert run.impressions is not None
     images, label = run.impressions.images, run.impressions.labels
     model = run.work
@@ -536,7 +536,7 @@ def write(reports: list[Report]) -> None:
                 row = [
                     run.model,
                     run.contender,
-                    run.options.seed,
+                    run.seed,
                     *figures,
                     report.load,
                     *facts.values(),
@@ -556,7 +556,7 @@ def write(reports: list[Report]) -> None:
         f"{ASCENT_STEPS} Adam steps for every impression by `loss.backward()` into all parameters "
         f"(an image is kept as it was at its target confidence, else nothing is forgotten), then "
         f"{EPOCHS} epochs of masked KL on the impressions in batches of {BATCH} through the whole "
-        f"model, head frozen (the paper has 100; of 10 to 100 these are the fewest with our RA); "
+        f"model, backbone frozen (the paper has 100; of 10 to 100 these are the fewest with our RA); "
         f"they are given the layers to train. All calls are run whole, nothing is scaled. "
         f"(c) is our schedule in plain torch, without the package "
         f"(`examples/unlearn_in_plain_torch.py`): autograd `kl_div`, Adam by hand, AdamW unfused, "
