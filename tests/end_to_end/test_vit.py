@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -29,19 +28,9 @@ def vit() -> nn.Module:
     return zoo.load("vit_cifar")
 
 
-@functools.lru_cache(maxsize=1)
-def impressions() -> ClassImpressions:
-    """As many as `unlearn` synthesises by default."""
-    return synthesize(vit(), per_class=32, progress=False)
-
-
-def few_impressions() -> ClassImpressions:
-    """Eight of each class."""
-    few = copy.copy(impressions())
-    every_fourth = torch.arange(len(few)) % 4 == 0
-    for name in ("images", "labels", "confidence", "target", "steps", "hit"):
-        setattr(few, name, getattr(few, name)[every_fourth])
-    return few
+@functools.lru_cache(maxsize=2)
+def impressions(per_class: int = 8) -> ClassImpressions:
+    return synthesize(vit(), per_class=per_class, progress=False)
 
 
 # --- the model ---------------------------------------------------------------------------------
@@ -159,20 +148,20 @@ def test_impressions_reach_their_confidence_through_the_patch_embedding() -> Non
 def test_a_named_tail_is_all_that_changes(tail: str) -> None:
     model = vit()
     with untouched(model):
-        result = unlearn(model, FORGET, tail=tail, impressions=few_impressions(), **QUICK)
+        result = unlearn(model, FORGET, tail=tail, impressions=impressions(), **QUICK)
     changed = changed_tensors(model, result)
     starts = LAST_BLOCK if tail == "blocks.3" else ("head.",)
     assert changed == {n for n in model.state_dict() if n.startswith(starts)}
-    assert_never_predicted(result, few_impressions())
+    assert_never_predicted(result, impressions())
 
 
 def test_the_tail_is_found() -> None:
-    unlearner = ZeroShotUnlearner(vit(), FORGET, impressions=few_impressions(), **QUICK)
+    unlearner = ZeroShotUnlearner(vit(), FORGET, impressions=impressions(), **QUICK)
     result = unlearner.run()
     assert unlearner.split_point.name in layer_names(vit(), torch.zeros(1, 3, 32, 32))
     assert "first responsive layer" in unlearner.split_point.reason
     assert changed_tensors(vit(), result) == set(unlearner.split_point.parameters)
-    assert_never_predicted(result, few_impressions())
+    assert_never_predicted(result, impressions())
 
 
 def assert_never_predicted(model: nn.Module, data: ClassImpressions) -> None:
@@ -197,7 +186,7 @@ def test_it_forgets_cifar10_classes(
     forget: list[int], features_and_labels: tuple[Tensor, Tensor]
 ) -> None:
     model = vit()
-    unlearned = unlearn(model, forget, impressions=impressions(), progress=False)
+    unlearned = unlearn(model, forget, impressions=impressions(32), progress=False)
     assert changed_tensors(model, unlearned) == {"head.weight", "head.bias"}  # features are equal
     baseline = evaluate(mask(model.head, forget), features_and_labels, forget)
     result = evaluate(unlearned.head, features_and_labels, forget)
