@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: one thread in each
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -31,8 +32,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``pytest -n``: workers take neighbouring tests, which share their fixtures."""
+    if config.option.dist != "load":  # the user chose another mode
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
-def _same_numbers_every_time() -> None:
+def _seed_the_global_generator() -> None:
     torch.manual_seed(0)
 
 

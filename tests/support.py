@@ -22,7 +22,8 @@ from zsu_fast.models.parameters import weights_hash
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPEC = InputSpec((3, 8, 8), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "the tests")
-# Options for `unlearn` that forget classes of the tiny model in a fraction of a second.
+FORGET = [1, 3]
+# Options with which `unlearn` runs on the tiny model in a fraction of a second.
 QUICK: dict[str, Any] = {
     "impressions_per_class": 8,
     "steps": 150,
@@ -83,9 +84,15 @@ def tiny() -> nn.Module:
     return copy.deepcopy(_trained())
 
 
+@functools.lru_cache(maxsize=1)
+def unlearned_tiny() -> nn.Module:
+    """The trained TinyNet without the classes FORGET; shared, so copy it before changing it."""
+    return zsu_fast.unlearn(tiny(), FORGET, **QUICK)
+
+
 @dataclass
 class Answer:
-    """An output object with logits, as transformers returns it."""
+    """An output object with logits, as in transformers."""
 
     logits: Tensor
     loss: None = None
@@ -148,6 +155,20 @@ def changed_tensors(before: nn.Module, after: nn.Module) -> set[str]:
 
 def same_bits(a: nn.Module, b: nn.Module) -> bool:
     return not changed_tensors(a, b)
+
+
+def last_layer_inputs(model: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """What the last layer, named ``layer``, gets of ``images``: [N, ...] -> [N, features].
+
+    Models that differ in the last layer alone share them: one pass of the backbone serves all.
+    """
+    headless = copy.deepcopy(model).eval()
+    headless.set_submodule(layer, nn.Identity())
+    with torch.no_grad():
+        features = torch.cat([headless(part) for part in images.split(500)])
+        logits = model.get_submodule(layer)(features[:50])
+        assert torch.allclose(logits, model(images[:50]), atol=1e-5)
+    return features
 
 
 def assert_forgets(model: nn.Module, forget: list[int], most: float = 2, least: float = 95) -> None:

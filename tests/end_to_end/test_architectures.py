@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from zsu_fast import ClassImpressions, InputSpec, ZeroShotUnlearner
+from zsu_fast.models.infer_spec import resolve_spec
 from zsu_fast.models.input_spec import IMAGENET_MEAN, IMAGENET_STD
 from zsu_fast.models.wrapper import pick_logits
 
@@ -62,12 +63,17 @@ def transformers(name: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, where to split it, and whether noise replaces its impressions to save time."""
+    """A model and where to split it.
+
+    To save time, noise may replace the impressions, or the images may have fewer pixels than those
+    inferred.
+    """
 
     build: Callable[[str], nn.Module]
     name: str
     tail: str | int = "auto"
     noise: bool = False
+    side: int | None = None
 
     def __str__(self) -> str:
         return f"{self.build.__name__}-{self.name}-{self.tail}"
@@ -75,15 +81,15 @@ class Case:
 
 CASES = [
     Case(torchvision, "alexnet"),
-    Case(torchvision, "vgg16_bn", "last", noise=True),
+    Case(torchvision, "vgg11_bn", "last", noise=True),
     Case(torchvision, "resnet18", 4),
     Case(torchvision, "resnet50", "layer4.2", noise=True),
     Case(torchvision, "mobilenet_v3_large", "last"),
     Case(torchvision, "mobilenet_v3_small", 3),
     Case(torchvision, "efficientnet_b0", "features.8"),
     Case(torchvision, "convnext_tiny", "features.7.2", noise=True),
-    Case(torchvision, "vit_b_16", "encoder.layers.encoder_layer_11", noise=True),
-    Case(torchvision, "swin_t", "features.7.1"),
+    Case(torchvision, "vit_b_32", "encoder.layers.encoder_layer_11", noise=True),
+    Case(torchvision, "swin_t", "features.7.1", side=96),
     Case(timm, "vit_tiny_patch16_224", "blocks.11"),
     Case(timm, "regnety_002"),
     Case(timm, "tf_efficientnet_lite0", "conv_head"),
@@ -102,8 +108,12 @@ def test_one_call_unlearns(case: Case) -> None:
     model = case.build(case.name).train()  # dropout and stochastic depth must have no effect
     before = copy.deepcopy(model)
     options = QUICK | {"impressions": noise() if case.noise else None}
+    shape = (3, 224, 224)
+    if case.side is not None:
+        assert resolve_spec(model).shape == shape
+        shape = options["input_shape"] = (3, case.side, case.side)
     runner = ZeroShotUnlearner(model, FORGET, tail=case.tail, **options)
-    assert runner.spec.shape == (3, 224, 224)
+    assert runner.spec.shape == shape
     assert runner.classes == CLASSES
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

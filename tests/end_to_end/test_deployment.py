@@ -99,17 +99,17 @@ def test_compile(model: nn.Module, images: Tensor) -> None:
 
 
 def _check_lenet(deployed: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """FA and RA of the 2,000 embedded MNIST images, against the float32 model's."""
+    """Compares FA and RA on the 2,000 embedded MNIST images with those of the float32 model."""
     images, labels = mnist_test()
     expected = zsu_fast.evaluate(_lenet(), (images, labels), FORGET)
-    got = zsu_fast.evaluate(deployed, (images.to(dtype), labels), FORGET)
+    actual = zsu_fast.evaluate(deployed, (images.to(dtype), labels), FORGET)
     assert expected.forget_accuracy is not None
     assert expected.retain_accuracy is not None
-    assert got.forget_accuracy is not None
-    assert got.retain_accuracy is not None
+    assert actual.forget_accuracy is not None
+    assert actual.retain_accuracy is not None
     assert expected.forget_accuracy <= 0.2
-    assert got.forget_accuracy <= 0.5, str(got)
-    assert got.retain_accuracy >= expected.retain_accuracy - 0.3, str(got)
+    assert actual.forget_accuracy <= 0.5, str(actual)
+    assert actual.retain_accuracy >= expected.retain_accuracy - 0.3, str(actual)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -171,7 +171,7 @@ def test_save_pretrained(tmp_path: Path) -> None:
 
 
 def test_unlearned_is_a_plain_model(model: nn.Module) -> None:
-    """The result has none of the package's hooks, wrappers or attributes."""
+    """The result has no hooks, wrappers or attributes of this package."""
     assert type(model) is TinyNet
     assert vars(model).keys() == vars(TinyNet()).keys()
     for module in model.modules():

@@ -102,7 +102,7 @@ def test_a_model_is_served_in_another_thread() -> None:
 
 
 class _Slow(nn.Module):
-    """Waits in its forward pass, so that a trace is open for as long."""
+    """Waits in its forward pass, which keeps a trace open."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,13 +177,13 @@ def finished_run() -> FinishedRun:
     return run, result
 
 
-@pytest.mark.parametrize("what", ["weights", "pt", "delta", "impressions", "ledger"])
+@pytest.mark.parametrize("kind", ["weights", "pt", "delta", "impressions", "ledger"])
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
 def test_a_full_disk_leaves_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished_run: FinishedRun, what: str, call: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished_run: FinishedRun, kind: str, call: str
 ) -> None:
     result, unlearned = finished_run
-    path = tmp_path / f"x.{'pt' if what == 'pt' else 'safetensors'}"
+    path = tmp_path / f"x.{'pt' if kind == 'pt' else 'safetensors'}"
     write: dict[str, Callable[[], Any]] = {
         "weights": lambda: checkpoint.save_weights(path, unlearned),
         "pt": lambda: checkpoint.save_weights(path, unlearned),
@@ -209,10 +209,10 @@ def test_a_full_disk_leaves_no_file(
         monkeypatch.setattr(os, "replace", full)
         monkeypatch.setattr(os, "link", full)
     with pytest.raises(OutputError, match=r"can't be written"):
-        write[what]()
+        write[kind]()
     monkeypatch.undo()
     assert {p.name for p in tmp_path.iterdir()} <= {f"{path.name}.lock"}
-    write[what]()
+    write[kind]()
     assert path.is_file()
 
 
@@ -281,7 +281,7 @@ def test_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """Three kills here; the script makes 50 by default."""
+    """Three kills here; the script kills 50 times by default."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.stress.kill_and_resume", "--kills", "3", "--folder",
          str(tmp_path)],
@@ -295,7 +295,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 
 def test_memory_stays_flat() -> None:
-    """32 calls here; ``benchmarks/stress/memory_flat.py`` makes 200."""
+    """32 calls here, 200 in ``benchmarks/stress/memory_flat.py``."""
     model = tiny()
     options = FAST | {"tail": "last", "steps": 5, "max_steps": 5, "restarts": 0}
     process = psutil.Process()

@@ -1,4 +1,4 @@
-"""The whole package on a GPU: every stage and loop, with the weights and digits that ship."""
+"""The whole package on a GPU: every stage and loop, with the embedded weights and digits."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def assert_forgets(model: nn.Module, digits: tuple[Tensor, Tensor], slack: float = 0.2) -> None:
-    got = zsu_fast.evaluate(model, digits, FORGET)
+    measured = zsu_fast.evaluate(model, digits, FORGET)
     masked = zsu_fast.evaluate(zsu_fast.mask(zoo.load("lenet5").cuda(), FORGET), digits, FORGET)
-    assert got.forget_accuracy == 0
-    assert got.retain_accuracy >= masked.retain_accuracy - slack
+    assert measured.forget_accuracy == 0
+    assert measured.retain_accuracy >= masked.retain_accuracy - slack
 
 
 def lenet5() -> nn.Module:
@@ -69,9 +69,9 @@ def test_it_forgets(digits: tuple[Tensor, Tensor], loop: Any) -> None:
 )  # fmt: skip
 def test_options(digits: tuple[Tensor, Tensor], options: dict[str, Any]) -> None:
     result = zsu_fast.unlearn(lenet5(), FORGET, progress=False, **options)
-    got = zsu_fast.evaluate(result, digits, FORGET)
-    assert got.forget_accuracy <= 2
-    assert got.retain_accuracy >= 97
+    measured = zsu_fast.evaluate(result, digits, FORGET)
+    assert measured.forget_accuracy <= 2
+    assert measured.retain_accuracy >= 97
 
 
 def test_a_model_on_the_cpu_returns_there(digits: tuple[Tensor, Tensor]) -> None:
@@ -140,21 +140,21 @@ def test_out_of_memory_halves_the_batch() -> None:
     def step(self: Any, batch: Any) -> None:
         if len(batch.index) > 100:
             failed.append(len(batch.index))
-            raise torch.OutOfMemoryError("CUDA out of memory, says the test")
+            raise torch.OutOfMemoryError("CUDA out of memory")
         real(self, batch)
 
     with mock.patch.object(ascent.Ascent, "step", step):
-        got = synthesised()
+        impressions = synthesised()
     assert failed
-    assert bool(got.hit.all())
+    assert bool(impressions.hit.all())
 
 
 def test_deep(digits: tuple[Tensor, Tensor]) -> None:
     original = lenet5()
     deep = zsu_fast.unlearn(original, FORGET, depth="deep", progress=False)
-    got = zsu_fast.evaluate(deep, digits, FORGET)
-    assert got.forget_accuracy <= 1
-    assert got.retain_accuracy >= 95
+    measured = zsu_fast.evaluate(deep, digits, FORGET)
+    assert measured.forget_accuracy <= 1
+    assert measured.retain_accuracy >= 95
 
 
 def test_karpathynet_and_a_transformer() -> None:

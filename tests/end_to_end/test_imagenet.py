@@ -69,20 +69,20 @@ def picture(path: Path, height: int, width: int) -> None:
     image.fromarray(pixels).save(path)
 
 
-def test_a_folder_is_resized_and_cropped_as_the_spec_says(tmp_path: Path) -> None:
+def test_a_folder_is_resized_and_cropped_by_the_spec(tmp_path: Path) -> None:
     functional = pytest.importorskip("torchvision.transforms.functional")
     image = pytest.importorskip("PIL.Image")
     picture(tmp_path / "a" / "1.png", 90, 60)
     for resize, kind in (((48,), "bicubic"), ((40, 40), "bilinear"), (None, "bilinear")):
         spec = InputSpec((3, 32, 32), (0.5,) * 3, (0.25,) * 3, "a test", resize, kind)
-        (got,), _ = next(iter(image_folder(tmp_path, spec)))
+        (actual,), _ = next(iter(image_folder(tmp_path, spec)))
         shorter = 37 if resize is None else resize[0]  # 32 * 256 / 224
         size = (shorter, shorter) if resize == (40, 40) else (shorter, int(shorter * 1.5))
         with image.open(tmp_path / "a" / "1.png") as opened:
             method = {"bicubic": image.BICUBIC, "bilinear": image.BILINEAR}[kind]
             small = opened.resize(size, method)
         expected = functional.center_crop(functional.to_tensor(small), [32, 32])
-        assert torch.allclose(got, (expected - 0.5) / 0.25, atol=1e-5), (resize, kind)
+        assert torch.allclose(actual, (expected - 0.5) / 0.25, atol=1e-5), (resize, kind)
 
 
 def test_grey_images_for_a_grey_model(tmp_path: Path) -> None:

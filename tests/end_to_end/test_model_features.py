@@ -7,13 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from support import QUICK, SPEC, TinyNet, assert_forgets, changed_tensors, tiny, train, untouched
+from support import (
+    FORGET,
+    QUICK,
+    SPEC,
+    TinyNet,
+    assert_forgets,
+    changed_tensors,
+    tiny,
+    train,
+    untouched,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from zsu_fast import ZeroShotUnlearner
-
-FORGET = [1, 3]
 
 
 def run(model: nn.Module, **options: Any) -> tuple[ZeroShotUnlearner, nn.Module]:

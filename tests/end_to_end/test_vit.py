@@ -1,14 +1,13 @@
-"""A trained Vision Transformer: attention, splits, impressions, and what it forgets."""
+"""A trained Vision Transformer: attention, splits, impressions, unlearning."""
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import changed_tensors, untouched
+from support import changed_tensors, last_layer_inputs, untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,34 +28,35 @@ def vit() -> nn.Module:
     return zoo.load("vit_cifar")
 
 
-@functools.lru_cache(maxsize=1)
-def impressions() -> ClassImpressions:
-    return synthesize(vit(), per_class=8, progress=False)
+@functools.lru_cache(maxsize=2)
+def impressions(per_class: int = 8) -> ClassImpressions:
+    return synthesize(vit(), per_class=per_class, progress=False)
 
 
 # --- the model ---------------------------------------------------------------------------------
 
 
-def test_attention_equals_torchs() -> None:
+def test_attention_equals_that_of_torch() -> None:
     attention, tokens = zoo.Attention(24, 3).eval(), torch.randn(2, 7, 24, requires_grad=True)
-    theirs = nn.MultiheadAttention(24, 3, batch_first=True).eval()
+    reference = nn.MultiheadAttention(24, 3, batch_first=True).eval()
     with torch.no_grad():
-        theirs.in_proj_weight.copy_(attention.qkv.weight)
-        theirs.in_proj_bias.copy_(attention.qkv.bias)
-        theirs.out_proj.load_state_dict(attention.proj.state_dict())
-    ours, other = attention(tokens), theirs(tokens, tokens, tokens, need_weights=False)[0]
-    assert torch.allclose(ours, other, atol=1e-6)
-    weight = torch.randn_like(ours)
-    gradients = [torch.autograd.grad((y * weight).sum(), tokens)[0] for y in (ours, other)]
+        reference.in_proj_weight.copy_(attention.qkv.weight)
+        reference.in_proj_bias.copy_(attention.qkv.bias)
+        reference.out_proj.load_state_dict(attention.proj.state_dict())
+    actual = attention(tokens)
+    expected = reference(tokens, tokens, tokens, need_weights=False)[0]
+    assert torch.allclose(actual, expected, atol=1e-6)
+    weight = torch.randn_like(actual)
+    gradients = [torch.autograd.grad((y * weight).sum(), tokens)[0] for y in (actual, expected)]
     assert torch.allclose(*gradients, atol=1e-6)
 
 
-def test_a_block_equals_torchs_pre_norm_encoder_layer() -> None:
+def test_a_block_equals_the_pre_norm_encoder_layer_of_torch() -> None:
     block = zoo.TransformerBlock(24, 3, 48).eval()
-    theirs = nn.TransformerEncoderLayer(
+    reference = nn.TransformerEncoderLayer(
         24, 3, 48, activation=F.gelu, batch_first=True, norm_first=True
     ).eval()
-    own = {
+    state = {
         "self_attn.in_proj_weight": block.attn.qkv.weight,
         "self_attn.in_proj_bias": block.attn.qkv.bias,
     }
@@ -66,33 +66,32 @@ def test_a_block_equals_torchs_pre_norm_encoder_layer() -> None:
     )  # fmt: skip
     for name, module in pairs:
         nn.init.normal_(module.bias)
-        own |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
-    theirs.load_state_dict(own)
+        state |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+    reference.load_state_dict(state)
     tokens = torch.randn(2, 7, 24)
     with torch.no_grad():
-        assert torch.allclose(block(tokens), theirs(tokens), atol=1e-5)
+        assert torch.allclose(block(tokens), reference(tokens), atol=1e-5)
 
 
 def test_patches_positions_and_class_token_matter() -> None:
     model, image = vit(), torch.randn(1, 3, 32, 32, requires_grad=True)
     patches = model.patch_embed(image)
     assert patches.shape == (1, 64, 96)
-    far = patches[0, 63].sum()  # the last patch: bottom right
-    (gradient,) = torch.autograd.grad(far, image)
+    (gradient,) = torch.autograd.grad(patches[0, 63].sum(), image)  # the bottom right patch
     assert gradient[0, :, 24:, 24:].any()
-    assert not gradient[0, :, :16, :16].any()  # a patch depends on its neighbourhood only ...
+    assert not gradient[0, :, :16, :16].any()  # a patch depends on its neighbourhood only
     (gradient,) = torch.autograd.grad(model(image)[0, 0], image)
-    assert gradient.abs().amax((0, 1)).gt(0).all()  # ... the logits on every pixel
+    assert gradient.abs().amax((0, 1)).gt(0).all()  # a logit depends on every pixel
     with torch.no_grad():
-        moved = model(image.roll(16, 3))
-        assert not torch.allclose(model(image), moved, atol=1e-2)
+        rolled = model(image.roll(16, 3))
+        assert not torch.allclose(model(image), rolled, atol=1e-2)
         assert not torch.equal(model.cls_token, torch.zeros_like(model.cls_token))
 
 
 # --- splits ------------------------------------------------------------------------------------
 
 
-def test_splits_anywhere_are_exact_graphs() -> None:
+def test_every_split_is_exact_and_by_fx() -> None:
     model, images = vit(), torch.randn(3, 3, 32, 32)
     layers = layer_names(model, images)
     assert len(layers) == 2 + 4 * 4 + 1
@@ -134,10 +133,10 @@ def test_impressions_reach_their_confidence_through_the_patch_embedding() -> Non
     assert result.hit_rate == 1
     with torch.no_grad():
         exact = vit()(result.images).softmax(1)
-    own = exact.gather(1, result.labels[:, None])[:, 0]
-    assert torch.allclose(own, result.confidence, atol=1e-5)  # the exact model's confidence
+    confidence = exact.gather(1, result.labels[:, None])[:, 0]
+    assert torch.allclose(confidence, result.confidence, atol=1e-5)  # of the float32 model
     assert (exact.argmax(1) == result.labels).all()
-    assert (own - result.target).min() > -0.1  # the ascent may run in bfloat16
+    assert (confidence - result.target).min() > -0.1  # the ascent may run in bfloat16
     low, high = result.spec.low.view(-1, 1, 1), result.spec.high.view(-1, 1, 1)
     assert ((result.images >= low - 1e-5) & (result.images <= high + 1e-5)).all()
 
@@ -166,7 +165,7 @@ def test_the_tail_is_found() -> None:
 
 
 def assert_never_predicted(model: nn.Module, data: ClassImpressions) -> None:
-    """No impression of a forgotten class is assigned one; most others keep their class."""
+    """No impression of a forgotten class is classified as one; most others keep their class."""
     with torch.no_grad():
         predicted = model(data.images).argmax(1)
     forgotten = torch.isin(data.labels, torch.tensor(FORGET))
@@ -175,30 +174,21 @@ def assert_never_predicted(model: nn.Module, data: ClassImpressions) -> None:
 
 
 @pytest.fixture(scope="module")
-def impression_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The impressions do not depend on the classes to forget: synthesise them once."""
-    return tmp_path_factory.mktemp("impressions")
-
-
-@pytest.fixture(scope="module")
-def original_logits(cifar10: tuple[Tensor, Tensor]) -> Tensor:
-    """The original's logits of 4,000 test images: all that its masks need."""
+def features_and_labels(cifar10: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The inputs of the last layer for 4,000 test images, float32 [4000, 96], and the labels."""
     images = vit().input_spec.normalise(cifar10[0][:4000])
-    with torch.no_grad():
-        return torch.cat([vit()(part) for part in images.split(500)])
+    return last_layer_inputs(vit(), "head", images), cifar10[1][:4000]
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize("forget", [[3, 4, 8], [0, 9], [5]])
 def test_it_forgets_cifar10_classes(
-    forget: list[int],
-    cifar10: tuple[Tensor, Tensor],
-    original_logits: Tensor,
-    impression_cache: Path,
+    forget: list[int], features_and_labels: tuple[Tensor, Tensor]
 ) -> None:
-    model, labels = vit(), cifar10[1][:4000]
-    data = (model.input_spec.normalise(cifar10[0][:4000]), labels)
-    baseline = evaluate(mask(nn.Identity(), forget), (original_logits, labels), forget)
-    result = evaluate(unlearn(model, forget, cache=impression_cache, progress=False), data, forget)
+    model = vit()
+    unlearned = unlearn(model, forget, impressions=impressions(32), progress=False)
+    assert changed_tensors(model, unlearned) == {"head.weight", "head.bias"}  # features are equal
+    baseline = evaluate(mask(model.head, forget), features_and_labels, forget)
+    result = evaluate(unlearned.head, features_and_labels, forget)
     assert result.forget_accuracy <= 0.5, str(result)
     assert result.retain_accuracy >= baseline.retain_accuracy - 1, str(result)
