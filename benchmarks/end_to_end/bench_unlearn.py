@@ -556,7 +556,7 @@ def write(reports: list[Report]) -> None:
         f"{ASCENT_STEPS} Adam steps for every impression by `loss.backward()` into all parameters "
         f"(an image is kept as it was at its target confidence, else nothing is forgotten), then "
         f"{EPOCHS} epochs of masked KL on the impressions in batches of {BATCH} through the whole "
-        f"model, backbone frozen (the paper has 100; of 10 to 100 these are the fewest with our RA); "
+        f"model, backbone frozen (the paper has 100; of 10 to 100 the fewest with our RA); "
         f"they are given the layers to train. All calls are run whole, nothing is scaled. "
         f"(c) is our schedule in plain torch, without the package "
         f"(`examples/unlearn_in_plain_torch.py`): autograd `kl_div`, Adam by hand, AdamW unfused, "
