@@ -211,7 +211,6 @@ TIED = QUICK | {"input_shape": (1, 4, 4), "impressions_per_class": 4}
 
 
 @pytest.mark.parametrize("tail", ["auto", "last"])
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_the_tail_includes_both_layers_with_tied_weights(tail: str) -> None:
     model = tied_net()
     runner = ZeroShotUnlearner(model, FORGET, tail=tail, **TIED)
