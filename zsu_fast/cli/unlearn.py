@@ -69,9 +69,7 @@ class OutputOptions:
                 undo.callback(self.delta.unlink, missing_ok=True)
             if self.record is not None:
                 content = record.to_json().encode()
-                checkpoint.write_atomically(
-                    self.record, lambda file: file.write(content), self.force
-                )
+                checkpoint.write_atomically(self.record, lambda f: f.write(content), self.force)
                 undo.callback(self.record.unlink, missing_ok=True)
             yield
             undo.pop_all()
