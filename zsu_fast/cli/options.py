@@ -121,11 +121,10 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        arguments = {
-            name: declared[name].annotation(**{option: values.pop(option) for option in options})
-            for name, options in groups.items()
-        }
-        command(**arguments, **values)
+        for name, options in groups.items():
+            chosen = {option: values.pop(option) for option in options}
+            values[name] = declared[name].annotation(**chosen)
+        command(**values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}

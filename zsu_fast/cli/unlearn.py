@@ -175,7 +175,7 @@ def unlearn(
         if entry is None:
             with write(run.record):
                 pass
-        verdict = [] if paths.report is None else _write_report(paths, base, loaded, run, progress)
+        verdict = _write_report(paths, base, loaded, run, progress)
         (_print_json if as_json else _print)(paths, run, verdict, entry)
 
 
@@ -183,7 +183,9 @@ def _write_report(
     paths: OutputOptions, base: nn.Module, result: nn.Module, run: ZeroShotUnlearner,
     progress: bool | None,
 ) -> list[str]:  # fmt: skip
-    """Audits the run and writes the report; returns the verdict."""
+    """Audits the run and writes the report, if one was requested; returns the verdict."""
+    if paths.report is None:
+        return []
     spec, data = run.spec, paths.report_data
     images = None if data is None else read_images(data, spec)
     found = audit(
@@ -192,7 +194,6 @@ def _write_report(
     )  # fmt: skip
     record, names = run.record.to_dict(), class_names(images)
     title = f"{record['model']}: what was forgotten"
-    assert paths.report is not None
     write_report(paths.report, found, title=title, record=record, names=names, force=paths.force)
     return found.verdict
 
