@@ -9,42 +9,23 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
+from ..errors import LedgerError, shorten
 from ..evaluation.accuracy import evaluate as measure
 from ..models import checkpoint
 from ..models.delta import apply_delta
 from ..models.infer_spec import resolve_spec
+from ..models.loading import load_model
 from ..models.parameters import weights_hash
 from ..planning.plan import plan as make_plan
+from ..provenance.ledger import Entry, Ledger, verify as find_problems
 from ..runtime.accelerators import ACCELERATORS
 from ..runtime.doctor import doctor as examine, render
+from . import options, output
 from .audit import audit
 from .demo import run as run_demo
 from .inputs import parse_classes, parse_tail, read_images
-from .ledger import app as ledger_app
-from .options import (
-    AsJson,
-    Device,
-    Force,
-    Forget,
-    ImageOptions,
-    ImpressionOptions,
-    ModelOptions,
-    Out,
-    Seed,
-    Tail,
-    expand_options,
-)
-from .output import (
-    print_accuracies,
-    print_json,
-    print_level,
-    print_sentences,
-    print_split,
-    print_written,
-    progress_bar,
-    report_errors,
-)
 from .unlearn import unlearn
 
 app = typer.Typer(
@@ -61,37 +42,33 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for the model, the record and the report.")
     ] = Path("zsu-fast-demo"),
-    seed: Seed = 0,
-    force: Force = False,
-    as_json: AsJson = False,
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Unlearns the digits 1, 2, 3, 4 in a LeNet5, offline; tests it on 2,000 real images."""
-    with report_errors(as_json):
-        rows, facts = run_demo(out, seed=seed, force=force, progress=progress_bar(as_json))
+    with output.report_errors(as_json):
+        rows, facts = run_demo(out, seed=seed, force=force, progress=False if as_json else None)
         if as_json:
             table = [{"name": r.name, "seconds": r.seconds, **r.evaluation.to_dict()} for r in rows]
-            print_json({"rows": table, **facts})
+            output.print_json({"rows": table, **facts})
             return
         console = Console()
-        print_accuracies(
-            console,
-            "LeNet5 on MNIST, forgetting 1, 2, 3, 4",
-            [(r.name, r.evaluation, r.seconds) for r in rows],
-        )
-        print_split(console, facts["record"])
-        print_level(console, facts["record"])
-        print_sentences(console, facts["verdict"])
+        output.print_accuracies(console, "LeNet5 on MNIST, forgetting 1, 2, 3, 4", rows)
+        output.print_split(console, facts["record"])
+        output.print_level(console, facts["record"])
+        output.print_sentences(console, facts["verdict"])
         for name, path in facts["written"].items():
             console.print(f"{name}: {path}", soft_wrap=True, highlight=False)
 
 
 @app.command()
-@expand_options
+@options.expand_options
 def plan(
-    model: ModelOptions,
-    forget: Forget,
-    impressions: ImpressionOptions,
-    images: ImageOptions,
+    model: options.ModelOptions,
+    forget: options.Forget,
+    impressions: options.ImpressionOptions,
+    images: options.ImageOptions,
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -102,26 +79,20 @@ def plan(
         float | None,
         typer.Option(help="Seconds the run may take; the plan says how many GPUs that needs."),
     ] = None,
-    tail: Tail = "auto",
-    seed: Seed = 0,
-    device: Device = None,
-    as_json: AsJson = False,
+    tail: options.Tail = "auto",
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Estimates what unlearning will cost: seconds, peak memory, GPUs. Takes some seconds."""
-    with report_errors(as_json):
+    with output.report_errors(as_json):
         expected = make_plan(
-            model.load(),
-            parse_classes(forget),
-            hardware=hardware,
-            within=within,
-            tail=parse_tail(tail),
-            **asdict(impressions),
-            **images.arguments(),
-            seed=seed,
-            device=device,
-        )
+            model.load(), parse_classes(forget), hardware=hardware, within=within,
+            tail=parse_tail(tail), **asdict(impressions), **images.arguments(),
+            seed=seed, device=device,
+        )  # fmt: skip
         if as_json:
-            print_json(expected.to_dict())
+            output.print_json(expected.to_dict())
         else:
             typer.echo(expected.render())
 
@@ -130,37 +101,37 @@ app.command()(unlearn)
 
 
 @app.command()
-@expand_options
+@options.expand_options
 def apply(
-    model: ModelOptions,
+    model: options.ModelOptions,
     delta: Annotated[
         Path, typer.Argument(help="A file written by unlearn --delta.", show_default=False)
     ],
-    out: Out,
-    force: Force = False,
-    as_json: AsJson = False,
+    out: Annotated[Path, options.OUT],
+    force: options.Force = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Applies a delta to the weights it was computed from: the unlearned model, bit for bit."""
-    with report_errors(as_json):
+    with output.report_errors(as_json):
         checkpoint.check_writable(out, force)
         base = model.load()
         result = apply_delta(base, delta)
         hashes = {"weights_before": weights_hash(base), "weights_after": weights_hash(result)}
         checkpoint.save_weights(out, result, hashes, force)
         if as_json:
-            print_json({"out": str(out), **hashes})
+            output.print_json({"out": str(out), **hashes})
         else:
-            print_written(Console(), [out])
+            output.print_written(Console(), [out])
 
 
 app.command()(audit)
 
 
 @app.command()
-@expand_options
+@options.expand_options
 def evaluate(
-    model: ModelOptions,
-    forget: Forget,
+    model: options.ModelOptions,
+    forget: options.Forget,
     data: Annotated[
         str,
         typer.Option(
@@ -169,12 +140,12 @@ def evaluate(
             show_default=False,
         ),
     ],
-    images: ImageOptions,
-    device: Device = None,
-    as_json: AsJson = False,
+    images: options.ImageOptions,
+    device: options.Device = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measures FA, RA and overall accuracy on labelled images."""
-    with report_errors(as_json):
+    with output.report_errors(as_json):
         loaded = model.load()
         spec = resolve_spec(loaded, **images.arguments())
         if device is not None:
@@ -183,22 +154,84 @@ def evaluate(
         result = measure(loaded, read_images(data, spec), parse_classes(forget))
         seconds = time.perf_counter() - started
         if as_json:
-            print_json(result.to_dict())
+            output.print_json(result.to_dict())
         else:
-            print_accuracies(Console(), model.model, [(model.model, result, seconds)])
+            output.print_accuracies(Console(), model.model, [(model.model, result, seconds)])
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(as_json: options.AsJson = False) -> None:
     """Shows which parts of this installation are available, and why the others are not."""
     facts = examine()
     if as_json:
-        print_json(facts)
+        output.print_json(facts)
     else:
         typer.echo(render(facts))
 
 
+ledger_app = typer.Typer(help="The ledger of requests to forget.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
+LedgerFile = Annotated[Path, typer.Argument(help="The ledger.", show_default=False)]
+
+
+@ledger_app.command()
+def verify(
+    path: LedgerFile,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="Hash of the last entry, stored elsewhere: reveals whether entries were cut off."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"The model in use. {options.MODEL_HELP}")
+    ] = None,
+    weights: options.Weights = None,
+    classes: options.Classes = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Checks every entry and the chain; exits with 2 if something is wrong."""
+    with output.report_errors(as_json):
+        used = None if model is None else load_model(model, weights, classes)
+        problems = find_problems(path, head, used)
+        if problems:
+            raise LedgerError(f"ledger: {path} is not what was written: {'; '.join(problems)}.")
+        ledger = Ledger(path)
+        entries = ledger.entries()
+        if as_json:
+            facts = {"entries": len(entries), "head": ledger.head, "forgotten": ledger.forgotten()}
+            output.print_json(facts)
+        else:
+            typer.echo(f"{len(entries)} entries, all intact. Head: {ledger.head}")
+
+
+@ledger_app.command()
+def show(path: LedgerFile, as_json: options.AsJson = False) -> None:
+    """Lists the requests."""
+    with output.report_errors(as_json):
+        entries = Ledger(path).entries()
+        if as_json:
+            output.print_json(entries)
+        else:
+            Console().print(_table(path, entries))
+
+
+def _table(path: Path, entries: list[Entry]) -> Table:
+    names = ("number", "request", "time", "forget", "forgotten before", "weights", "leak %")
+    table = Table(*names, title=output.escape(str(path)))
+    for entry in entries:
+        leak = entry["metrics"].get("leak")
+        before, after = (output.escape(entry[key][:8]) for key in ("hash_before", "hash_after"))
+        table.add_row(
+            str(entry["number"]),
+            output.escape(entry["request"]),
+            output.escape(entry["time"]),
+            shorten(entry["forget"], 12),
+            shorten(entry["forgotten"], 12),
+            f"{before} to {after}",
+            f"{100 * leak:.2f}" if isinstance(leak, float) else "-",
+        )
+    return table
 
 
 def main() -> None:

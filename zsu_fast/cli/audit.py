@@ -1,4 +1,4 @@
-"""The command ``zsu-fast audit``, and the audit that ``zsu-fast unlearn --report`` makes."""
+"""The command ``zsu-fast audit``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from torch import nn
+from rich.table import Column, Table
 
 from ..evaluation.audit import audit as run_audit
 from ..evaluation.audit.metrics import BY_KEY
@@ -18,20 +17,9 @@ from ..evaluation.audit.result import MAIN, Audit, show
 from ..evaluation.report.page import write_report
 from ..models import checkpoint
 from ..models.infer_spec import resolve_spec
-from ..unlearner import ZeroShotUnlearner
+from . import options
 from .inputs import parse_classes, read_images
-from .options import (
-    AsJson,
-    Device,
-    Force,
-    Forget,
-    ImageOptions,
-    ModelOptions,
-    Report,
-    Seed,
-    expand_options,
-)
-from .output import print_json, print_sentences, print_written, progress_bar, report_errors
+from .output import print_json, print_sentences, print_written, report_errors
 
 
 @dataclass(frozen=True)
@@ -54,44 +42,37 @@ class DataOptions:
     ] = None
 
 
-@expand_options
+@options.expand_options
 def audit(
-    model: ModelOptions,
+    model: options.ModelOptions,
     unlearned: Annotated[
         str, typer.Option(help="Weights file of the unlearned model.", show_default=False)
     ],
-    forget: Forget,
+    forget: options.Forget,
     use: DataOptions,
-    images: ImageOptions,
-    report: Report = None,
-    seed: Seed = 0,
-    device: Device = None,
-    force: Force = False,
-    as_json: AsJson = False,
+    images: options.ImageOptions,
+    report: options.Report = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Tests what an unlearned model has forgotten, and what it only hides."""
     with report_errors(as_json):
-        check_report(report, force)
+        check_writable(force, report)
         original = model.load()
         spec = resolve_spec(original, **images.arguments())
         data = None if use.data is None else read_images(use.data, spec)
         result = run_audit(
-            original,
-            model.load(unlearned),
-            parse_classes(forget),
-            data,
+            original, model.load(unlearned), parse_classes(forget), data,
             None if use.golden is None else model.load(use.golden),
             train_data=None if use.train_data is None else read_images(use.train_data, spec),
-            shots=use.shots,
-            relearn_steps=use.relearn_steps,
-            **images.arguments(),
-            seed=seed,
-            device=device,
-            progress=progress_bar(as_json),
-        )
+            shots=use.shots, relearn_steps=use.relearn_steps, **images.arguments(),
+            seed=seed, device=device, progress=False if as_json else None,
+        )  # fmt: skip
         if report is not None:
             title = f"{model.model}: what was forgotten"
-            write_report(report, result, title=title, names=_class_names(data), force=force)
+            write_report(report, result, title=title, names=class_names(data), force=force)
         if as_json:
             print_json(result.to_dict())
             return
@@ -101,60 +82,14 @@ def audit(
             print_written(console, [report])
 
 
-def check_report(path: Path | None, force: bool) -> None:
-    """Raises before the work if the page, or the JSON file beside it, can't be written.
-
-    Raises:
-        OutputError: one of them exists (without ``force``) or can't be written.
-    """
-    if path is not None:
-        checkpoint.check_writable(path, force)
-        checkpoint.check_writable(path.with_suffix(".json"), force)
+def check_writable(force: bool, report: Path | None, *others: Path | None) -> None:
+    """Raises `OutputError` before the work if a file, or the report's JSON, can't be written."""
+    for path in (*others, report, report and report.with_suffix(".json")):
+        if path is not None:
+            checkpoint.check_writable(path, force)
 
 
-def audit_run(
-    path: Path,
-    original: nn.Module,
-    unlearned: nn.Module,
-    run: ZeroShotUnlearner,
-    data: str | None,
-    force: bool,
-    progress: bool | None,
-) -> list[str]:
-    """Audits a finished run and writes the report.
-
-    Args:
-        path: of the page.
-        original, unlearned: the model before and after the run.
-        run: the finished run.
-        data: labelled images as `read_images` takes them, or None.
-        force: replace existing files.
-        progress: show a progress bar.
-
-    Returns:
-        The verdict's sentences.
-    """
-    spec = run.spec
-    images = None if data is None else read_images(data, spec)
-    result = run_audit(
-        original,
-        unlearned,
-        run.forget,
-        images,
-        input_shape=spec.shape,
-        mean=spec.mean,
-        std=spec.std,
-        seed=run.options.seed,
-        device=run.device,
-        progress=progress,
-    )
-    record = run.record.to_dict()
-    title = f"{record['model']}: what was forgotten"
-    write_report(path, result, title=title, record=record, names=_class_names(images), force=force)
-    return list(result.verdict)
-
-
-def _class_names(data: Any) -> Sequence[str] | None:
+def class_names(data: Any) -> Sequence[str] | None:
     """The names of the sub-folders, or of a data set that knows its classes' names."""
     names = getattr(getattr(data, "dataset", data), "classes", None)
     return names if isinstance(names, list | tuple) else None
@@ -166,16 +101,12 @@ def _print(console: Console, result: Audit) -> None:
     console.print(first, style="bold green" if result.passed else "bold red", markup=False)
     print_sentences(console, others)
     words = {True: "passed", False: "failed", None: "can't tell"}
-    table = Table(title="tests")
-    for name in ("test", "result", "why"):
-        table.add_column(name)
+    table = Table("test", "result", "why", title="tests")
     for check in result.checks:
         table.add_row(check.name, words[check.passed], check.says)
     console.print(table)
-    table = Table(title="models")
-    table.add_column("")
-    for row in result.rows:
-        table.add_column(row.name, justify="right")
+    names = [Column(row.name, justify="right") for row in result.rows]
+    table = Table("", *names, title="models")
     for key in MAIN:
         if any(key in row.values for row in result.rows):
             table.add_row(BY_KEY[key].title, *[show(row.get(key)) for row in result.rows])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,17 +15,13 @@ from ..evaluation.accuracy import Evaluation, evaluate, mask
 from ..evaluation.audit import audit
 from ..evaluation.report.page import write_report
 from ..models import checkpoint, zoo
-from ..runtime.progress import Callback
 from ..unlearner import ZeroShotUnlearner
 
 FORGET = [1, 2, 3, 4]
-FILES = (
-    "lenet5_unlearned.safetensors", "record.json", "report.html", "report.json",
-)  # fmt: skip
+FILES = ("lenet5_unlearned.safetensors", "record.json", "report.html", "report.json")
 
 
-@dataclass(frozen=True)
-class DemoRow:
+class DemoRow(NamedTuple):
     """A row of the demo's table; ``seconds`` is None for the original."""
 
     name: str
@@ -46,20 +41,14 @@ def mnist_test() -> tuple[Tensor, Tensor]:
 
 
 def run(
-    out: str | Path,
-    *,
-    seed: int = 0,
-    force: bool = False,
-    progress: bool | None = None,
-    callback: Callback | None = None,
+    out: str | Path, *, seed: int = 0, force: bool = False, progress: bool | None = None
 ) -> tuple[list[DemoRow], dict[str, Any]]:
     """Unlearns {1, 2, 3, 4} in the LeNet5 that ships, and writes the result into a folder.
 
     Args:
         out: the folder, created if necessary; receives the model, the record and the report.
-        seed: seed of the run.
+        seed, progress: of the run and the audit.
         force: replace files of an earlier demo.
-        progress, callback: see `Reporter`.
 
     Returns:
         The table (original, mask, unlearned), and a dict with the run's record, the audit's
@@ -79,7 +68,7 @@ def run(
     seconds = time.perf_counter() - started
     rows.append(DemoRow("mask", evaluate(masked, data, FORGET), seconds))
     started = time.perf_counter()
-    run = ZeroShotUnlearner(model, FORGET, seed=seed, progress=progress, callback=callback)
+    run = ZeroShotUnlearner(model, FORGET, seed=seed, progress=progress)
     unlearned = run.run()
     seconds = time.perf_counter() - started
     rows.append(DemoRow("unlearned", evaluate(unlearned, data, FORGET), seconds))

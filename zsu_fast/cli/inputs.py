@@ -51,20 +51,16 @@ def parse_numbers(name: str, text: str | None, kind: type[int] | type[float]) ->
 
 
 def parse_tail(text: str) -> str | int:
-    """Reads a number of layers, or else the name of a module."""
     return int(text) if text.isdigit() else text
 
 
 def read_images(source: str, spec: InputSpec) -> Any:
-    """Reads labelled images for `evaluate` and `audit`.
+    """Reads labelled images as two tensors, or as a data loader of such pairs.
 
     Args:
         source: "demo" (2,000 MNIST images), an .npz file with uint8 ``images`` [N, C, H, W] and
-            ``labels`` [N], or a folder with one sub-folder per class.
+            ``labels`` [N], or a folder as for `image_folder`.
         spec: describes the images that the model expects.
-
-    Returns:
-        Images and labels as two tensors, or a data loader of such pairs.
 
     Raises:
         ArgumentError: ``source`` is none of these, or can't be read.
@@ -89,16 +85,13 @@ def read_images(source: str, spec: InputSpec) -> Any:
 
 
 def image_folder(path: Path, spec: InputSpec, classes: int | None = None, workers: int = 0) -> Any:
-    """Reads a folder with one sub-folder per class; classes are numbered in sorted order.
+    """Returns a data loader, of batches of 64, for a folder with one sub-folder per class.
 
     Args:
-        path: the folder.
+        path: the folder; its sub-folders are numbered in sorted order.
         spec: how to resize, crop and normalise the images.
         classes: the number of sub-folders expected; None for any.
         workers: processes that read images.
-
-    Returns:
-        A data loader of batches of 64.
 
     Raises:
         ArgumentError: there are no sub-folders, or another number of them, or no images, or

@@ -1,7 +1,7 @@
-"""Command-line options that several commands share, each declared once.
+"""Command-line options that several commands share.
 
-Typer reads a command's options from the signature of a function. The commands of this package
-take related options as one dataclass instead, and `expand_options` translates between the two.
+Typer reads options from a function's signature. Here commands take related options as one
+dataclass, and `expand_options` translates between the two.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from torch import nn
@@ -23,7 +23,6 @@ MODEL_HELP = (
     "A zoo name (lenet5, karpathynet, resnet20_cifar, ...), a torchvision or timm name "
     "(torchvision:resnet50, timm:...), hf:folder (transformers), or package.module:factory."
 )
-Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Weights = Annotated[
     str | None,
     typer.Option(
@@ -45,9 +44,7 @@ Tail = Annotated[
     str,
     typer.Option(help="auto, last, the name of a module, or how many of the last layers to train."),
 ]
-Out = Annotated[
-    Path, typer.Option(help="The .safetensors, .pt or .pth file to write.", show_default=False)
-]
+OUT = typer.Option(help="The .safetensors, .pt or .pth file to write.", show_default=False)
 Report = Annotated[
     Path | None,
     typer.Option(help="Write an HTML report here, and its figures as .json beside it."),
@@ -62,7 +59,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 class ModelOptions:
     """Which model, and which weights."""
 
-    model: Model
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
     weights: Weights = None
     classes: Classes = None
 
@@ -109,41 +106,25 @@ class ImpressionOptions:
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Shows Typer each field of a dataclass parameter as an option of its own.
-
-    Args:
-        command: its parameters are options or dataclasses of options, annotated for Typer.
-
-    Returns:
-        The same command with one keyword parameter per option.
-    """
-    groups: dict[str, Any] = {}
-    parameters: list[inspect.Parameter] = []
-    hints = get_type_hints(command, include_extras=True)
-    for name, parameter in inspect.signature(command).parameters.items():
-        if not is_dataclass(hints[name]):
-            flat = parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[name])
-            parameters.append(flat)
-            continue
-        groups[name] = hints[name]
-        options = get_type_hints(hints[name], include_extras=True)
-        parameters += [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if field.default is MISSING else field.default,
-                annotation=options[field.name],
-            )
-            for field in fields(hints[name])
-        ]
+    """Replaces parameters that are dataclasses by one keyword parameter per field, for Typer."""
+    declared = inspect.signature(command, eval_str=True).parameters
+    groups = {
+        name: inspect.signature(parameter.annotation, eval_str=True).parameters
+        for name, parameter in declared.items()
+        if isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation)
+    }
+    parameters = [
+        option.replace(kind=option.KEYWORD_ONLY)
+        for name, parameter in declared.items()
+        for option in groups.get(name, {name: parameter}).values()
+    ]
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        arguments = {
-            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
-            for name, group in groups.items()
-        }
-        command(**arguments, **values)
+        for name, options in groups.items():
+            chosen = {option: values.pop(option) for option in options}
+            values[name] = declared[name].annotation(**chosen)
+        command(**values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}

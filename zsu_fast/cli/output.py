@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..errors import ZsuFastError
 from ..evaluation.accuracy import Evaluation
@@ -45,11 +45,6 @@ def report_errors(as_json: bool, quiet: bool = False) -> Iterator[None]:
                 console.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
 
 
-def progress_bar(as_json: bool) -> bool | None:
-    """The ``progress`` option: off for JSON, else on where stderr is a terminal."""
-    return False if as_json else None
-
-
 def escape(text: str) -> str:
     """Protects square brackets from rich's markup."""
     return text.replace("[", r"\[")
@@ -66,12 +61,10 @@ def print_sentences(console: Console, sentences: Iterable[str]) -> None:
 
 
 def print_written(console: Console, paths: Iterable[Path]) -> None:
-    written = ", ".join(map(str, paths))
-    console.print(f"Written: {written}", soft_wrap=True, highlight=False)
+    console.print("Written:", ", ".join(map(str, paths)), soft_wrap=True, highlight=False)
 
 
 def print_split(console: Console, record: dict[str, Any]) -> None:
-    """Says where the model was split."""
     console.print(f"Tail: {record['split']['at']} ({record['split']['reason']}).")
 
 
@@ -90,10 +83,8 @@ def print_accuracies(
     console: Console, title: str, rows: Sequence[tuple[str, Evaluation, float | None]]
 ) -> None:
     """Prints a table of (model, its accuracies, seconds or None), and what it counts."""
-    table = Table(title=title)
-    table.add_column("model")
-    for name in ("FA %", "RA %", "overall %", "seconds"):
-        table.add_column(name, justify="right")
+    numbers = [Column(name, justify="right") for name in ("FA %", "RA %", "overall %", "seconds")]
+    table = Table("model", *numbers, title=title)
     for name, result, seconds in rows:
         figures = (
             result.forget_accuracy, result.retain_accuracy, result.overall_accuracy, seconds,

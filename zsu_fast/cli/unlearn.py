@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +15,8 @@ from rich.console import Console
 from torch import nn
 
 from ..errors import ArgumentError
+from ..evaluation.audit import audit
+from ..evaluation.report.page import write_report
 from ..models import checkpoint
 from ..models.delta import save_delta
 from ..models.parameters import UNCOPYABLE, deep_copy
@@ -20,66 +25,61 @@ from ..provenance.ledger import Entry, Ledger
 from ..provenance.record import Record
 from ..runtime import distributed
 from ..unlearner import ZeroShotUnlearner
-from .audit import audit_run, check_report
-from .inputs import parse_classes, parse_tail
-from .options import (
-    AsJson,
-    Device,
-    Force,
-    Forget,
-    ImageOptions,
-    ImpressionOptions,
-    ModelOptions,
-    Report,
-    Seed,
-    Tail,
-    expand_options,
-)
-from .output import (
-    print_json,
-    print_level,
-    print_sentences,
-    print_split,
-    print_written,
-    progress_bar,
-    report_errors,
-)
+from . import options, output
+from .audit import check_writable, class_names
+from .inputs import parse_classes, parse_tail, read_images
 
 
 @dataclass(frozen=True)
 class OutputOptions:
     """Which files to write."""
 
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The .safetensors, .pt or .pth file to write.", show_default=False),
-    ] = None
+    out: Annotated[Path | None, options.OUT] = None
     delta: Annotated[
         Path | None, typer.Option(help="Write only the changed weights here, for `apply`.")
     ] = None
     record: Annotated[Path | None, typer.Option(help="Write the run's record (JSON) here.")] = None
-    report: Report = None
+    report: options.Report = None
     report_data: Annotated[
         str | None,
         typer.Option(help="Labelled images for the report only; formats as for evaluate --data."),
     ] = None
-    force: Force = False
+    force: options.Force = False
 
     def check(self) -> None:
         """Raises before the work if there is nothing to write, or no way to write it."""
         if self.out is None and self.delta is None:
             raise ArgumentError("out", "neither --out nor --delta was given", "Name a file.")
-        for path in (self.out, self.delta, self.record):
-            if path is not None:
-                checkpoint.check_writable(path, self.force)
-        check_report(self.report, self.force)
+        check_writable(self.force, self.report, self.out, self.delta, self.record)
+
+    @contextmanager
+    def written(self, base: nn.Module, result: nn.Module, record: Record) -> Iterator[None]:
+        """Writes the files; removes them again if one of them, or the block, fails."""
+        with ExitStack() as undo:
+            if self.out is not None:
+                metadata = {
+                    "zsu_fast.forget": json.dumps(record.forget),
+                    "weights_before": record.weights_before,
+                    "weights_after": record.weights_after,
+                }
+                checkpoint.save_weights(self.out, result, metadata, self.force)
+                undo.callback(self.out.unlink, missing_ok=True)
+            if self.delta is not None:
+                save_delta(base, result, self.delta, self.force)
+                undo.callback(self.delta.unlink, missing_ok=True)
+            if self.record is not None:
+                content = record.to_json().encode()
+                checkpoint.write_atomically(self.record, lambda f: f.write(content), self.force)
+                undo.callback(self.record.unlink, missing_ok=True)
+            yield
+            undo.pop_all()
 
 
 @dataclass(frozen=True)
 class MethodOptions:
     """How to unlearn."""
 
-    tail: Tail = "auto"
+    tail: options.Tail = "auto"
     depth: Annotated[
         str,
         typer.Option(help="output, or deep: the features forget too, which costs some RA."),
@@ -93,71 +93,17 @@ class MethodOptions:
         return chosen | paper_preset() if self.paper else chosen
 
 
-@dataclass
-class ResultFiles:
-    """The files of a finished run: written all, or none.
-
-    Attributes:
-        options: their paths.
-        base: the model before.
-        result: the model that the run changes in place.
-        written: what has been written.
-    """
-
-    options: OutputOptions
-    base: nn.Module
-    result: nn.Module
-    written: list[Path] = field(default_factory=list)
-
-    def write(self, record: Record) -> None:
-        out, delta, record_file = self.options.out, self.options.delta, self.options.record
-        force = self.options.force
-        try:
-            if out is not None:
-                metadata = {
-                    "zsu_fast.forget": json.dumps(record.forget),
-                    "weights_before": record.weights_before,
-                    "weights_after": record.weights_after,
-                }
-                checkpoint.save_weights(out, self.result, metadata, force)
-                self.written.append(out)
-            if delta is not None:
-                save_delta(self.base, self.result, delta, force)
-                self.written.append(delta)
-            if record_file is not None:
-                content = record.to_json().encode()
-                checkpoint.write_atomically(record_file, lambda file: file.write(content), force)
-                self.written.append(record_file)
-        except BaseException:
-            self.remove()
-            raise
-
-    def remove(self) -> None:
-        while self.written:
-            self.written.pop().unlink(missing_ok=True)
-
-
 @dataclass(frozen=True, kw_only=True)
 class LedgerAfterFiles(Ledger):
-    """A ledger that writes the run's files before its entry, so that neither exists alone.
+    """A ledger that writes the run's files before its entry, so that neither exists alone."""
 
-    Attributes:
-        files: removed again if the entry can't be written.
-        appended: the entry, once it is written.
-    """
-
-    files: ResultFiles
+    write: Callable[[Record], AbstractContextManager[None]]
     appended: list[Entry] = field(default_factory=list)
 
     def append(self, record: Record) -> Entry:
-        self.files.write(record)
-        try:
-            entry = super().append(record)
-        except BaseException:
-            self.files.remove()
-            raise
-        self.appended.append(entry)
-        return entry
+        with self.write(record):
+            self.appended.append(super().append(record))
+        return self.appended[-1]
 
 
 @dataclass(frozen=True)
@@ -179,95 +125,94 @@ class RequestOptions:
         typer.Option("--other-base", help="The model is not the result of the last entry."),
     ] = False
 
-    def open_ledger(self, files: ResultFiles) -> LedgerAfterFiles | None:
-        """The ledger, if one was named."""
-        if self.ledger is None:
-            return None
-        return LedgerAfterFiles(self.ledger, self.request, self.new_base, files=files)
 
-
-@expand_options
+@options.expand_options
 def unlearn(
-    model: ModelOptions,
-    forget: Forget,
-    output: OutputOptions,
+    model: options.ModelOptions,
+    forget: options.Forget,
+    paths: OutputOptions,
     request: RequestOptions,
     method: MethodOptions,
-    impressions: ImpressionOptions,
-    images: ImageOptions,
-    seed: Seed = 0,
-    device: Device = None,
-    as_json: AsJson = False,
+    impressions: options.ImpressionOptions,
+    images: options.ImageOptions,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Makes a model forget classes; writes the new weights, or only those that changed.
 
     Under torchrun, all processes synthesise the impressions together.
     """
     with (
-        report_errors(as_json),
+        output.report_errors(as_json),
         distributed.launched(device) as ranks,
-        report_errors(as_json, quiet=not ranks.is_main),
+        output.report_errors(as_json, quiet=not ranks.is_main),
         ranks.all_or_none(),
     ):
+        progress = False if as_json else None
         if ranks.is_main:
-            output.check()
+            paths.check()
         loaded = model.load()
         # the run changes `loaded` in place; the delta and the report need the model before it
-        needs_base = ranks.is_main and (output.delta is not None or output.report is not None)
+        needs_base = ranks.is_main and (paths.delta is not None or paths.report is not None)
         base = deep_copy(loaded, UNCOPYABLE) if needs_base else loaded
-        files = ResultFiles(output, base, loaded)
-        ledger = request.open_ledger(files)
+        write = partial(paths.written, base, loaded)
+        ledger = None
+        if request.ledger is not None:
+            ledger = LedgerAfterFiles(
+                request.ledger, request.request, request.new_base, write=write
+            )
         run = ZeroShotUnlearner(
-            loaded,
-            parse_classes(forget),
+            loaded, parse_classes(forget), ledger=ledger,
             forgotten=None if request.forgotten is None else parse_classes(request.forgotten),
-            ledger=ledger,
-            **method.arguments(),
-            **asdict(impressions),
-            **images.arguments(),
-            seed=seed,
-            device=device,
-            inplace=True,
-            progress=progress_bar(as_json),
-        )
+            **method.arguments(), **asdict(impressions), **images.arguments(),
+            seed=seed, device=device, inplace=True, progress=progress,
+        )  # fmt: skip
         run.run()
         if not ranks.is_main:
             return
-        if ledger is None:
-            files.write(run.record)
-        verdict: list[str] = []
-        if output.report is not None:
-            verdict = audit_run(
-                output.report, base, loaded, run, output.report_data, output.force,
-                progress_bar(as_json),
-            )  # fmt: skip
-        entry = ledger.appended[0] if ledger is not None else None
-        if as_json:
-            print_json(_summary(output, run.record, verdict, entry))
-        else:
-            _print(files, run, verdict, entry)
+        entry = None if ledger is None else ledger.appended[0]
+        if entry is None:
+            with write(run.record):
+                pass
+        verdict = _write_report(paths, base, loaded, run, progress)
+        (_print_json if as_json else _print)(paths, run, verdict, entry)
 
 
-def _summary(
-    output: OutputOptions, record: Record, verdict: list[str], entry: Entry | None
-) -> dict[str, Any]:
-    """The result as plain values, for JSON."""
-    summary: dict[str, Any] = {
-        "out": None if output.out is None else str(output.out),
-        "record": record.to_dict(),
-        "verdict": verdict,
-    }
-    if output.delta is not None:
-        summary["delta"] = str(output.delta)
+def _write_report(
+    paths: OutputOptions, base: nn.Module, result: nn.Module, run: ZeroShotUnlearner,
+    progress: bool | None,
+) -> list[str]:  # fmt: skip
+    """Audits the run and writes the report, if one was requested; returns the verdict."""
+    if paths.report is None:
+        return []
+    spec, data = run.spec, paths.report_data
+    images = None if data is None else read_images(data, spec)
+    found = audit(
+        base, result, run.forget, images, input_shape=spec.shape, mean=spec.mean, std=spec.std,
+        seed=run.options.seed, device=run.device, progress=progress,
+    )  # fmt: skip
+    record, names = run.record.to_dict(), class_names(images)
+    title = f"{record['model']}: what was forgotten"
+    write_report(paths.report, found, title=title, record=record, names=names, force=paths.force)
+    return found.verdict
+
+
+def _print_json(
+    paths: OutputOptions, run: ZeroShotUnlearner, verdict: list[str], entry: Entry | None
+) -> None:
+    out = None if paths.out is None else str(paths.out)
+    summary: dict[str, Any] = {"out": out, "record": run.record.to_dict(), "verdict": verdict}
+    if paths.delta is not None:
+        summary["delta"] = str(paths.delta)
     if entry is not None:
         summary["ledger"] = {"request": entry["request"], "head": entry["hash"]}
-    return summary
+    output.print_json(summary)
 
 
 def _print(
-    files: ResultFiles, run: ZeroShotUnlearner, verdict: list[str], entry: Entry | None
+    paths: OutputOptions, run: ZeroShotUnlearner, verdict: list[str], entry: Entry | None
 ) -> None:
-    """The result as text, for people."""
     console = Console()
     facts = run.record.to_dict()
     best, total = facts["fit"]["best"], facts["timings"]["total"]
@@ -276,14 +221,14 @@ def _print(
         f"Impressions: {facts['impressions']['count']}, "
         f"{100 * facts['impressions']['hit_rate']:.1f} % reached their confidence."
     )
-    print_split(console, facts)
+    output.print_split(console, facts)
     console.print(
         f"On held-out rows, {100 * best['leak']:.2f} % are still assigned a forgotten class; "
         f"{100 * best['agreement']:.2f} % of the others agree with the masked original."
     )
-    print_level(console, facts)
-    print_sentences(console, verdict)
+    output.print_level(console, facts)
+    output.print_sentences(console, verdict)
     if entry is not None:
         console.print(f"Request {entry['request']}, ledger head {entry['hash']}.")
-    report = [] if files.options.report is None else [files.options.report]
-    print_written(console, [*files.written, *report])
+    files = (paths.out, paths.delta, paths.record, paths.report)
+    output.print_written(console, [path for path in files if path is not None])

@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..runtime.hooks import forward_hooks
 from .input_spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec, stated_shape, stated_spec
 from .parameters import UNCOPYABLE, deep_copy, unwrap
-from .wrapper import grey_images, pick_logits
+from .wrapper import pick_logits
 
 # Largest normalised pixel; its square is still finite.
 _LARGEST_PIXEL = 1e6
@@ -159,7 +159,7 @@ def _last_map_width(model: nn.Module, shape: Sequence[int], batch: int) -> int:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     with forward_hooks(layers, note):
-        rows = len(pick_logits(model(grey_images(shape, batch, device))))
+        rows = len(pick_logits(model(torch.zeros(batch, *shape, device=device))))
     if rows != batch:  # x.view(-1, 400) of a larger map moves pixels into the batch
         raise ValueError(f"{rows} rows of output for {batch} images")
     return width

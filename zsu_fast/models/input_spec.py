@@ -123,14 +123,9 @@ def stated_shape(model: nn.Module) -> tuple[tuple[int, ...], str] | None:
 def torchvision_spec(transforms: Any) -> InputSpec:
     """Reads ``weights.transforms()`` of a torchvision weights entry."""
     crop = transforms.crop_size[0]
-    return InputSpec(
-        (3, crop, crop),
-        tuple(transforms.mean),
-        tuple(transforms.std),
-        "stated by torchvision's weights",
-        tuple(transforms.resize_size),
-        transforms.interpolation.value,
-    )
+    mean, std, resize = map(tuple, (transforms.mean, transforms.std, transforms.resize_size))
+    source, mode = "stated by torchvision's weights", transforms.interpolation.value
+    return InputSpec((3, crop, crop), mean, std, source, resize, mode)
 
 
 def _from_torchvision(model: nn.Module) -> InputSpec | None:
@@ -162,15 +157,9 @@ def _from_timm(model: nn.Module) -> InputSpec | None:
     shape = tuple(config["input_size"])
     sides = tuple(int(side / config["crop_pct"]) for side in shape[-2:])
     resize = sides if config["crop_mode"] == "squash" else (min(sides),)
-    mode = config["interpolation"]
-    return InputSpec(
-        shape,
-        tuple(config["mean"]),
-        tuple(config["std"]),
-        "stated by the model's pretrained_cfg",
-        resize,
-        mode if mode in _PILLOW_FILTERS else "bilinear",
-    )
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    mode = config["interpolation"] if config["interpolation"] in _PILLOW_FILTERS else "bilinear"
+    return InputSpec(shape, mean, std, "stated by the model's pretrained_cfg", resize, mode)
 
 
 def _from_transformers(model: nn.Module) -> InputSpec | None:
@@ -227,14 +216,8 @@ def processor_spec(
         resize = (int(edge / processor["crop_pct"]),) if int(edge) < 384 else crop
     if stated is not None and stated[0][1:] != crop:
         raise ValueError(f"it makes images of {crop}, the model's config says {stated[0][1:]}")
-    return InputSpec(
-        (len(mean), *crop),
-        mean,
-        std,
-        "stated by the model's image processor",
-        resize,
-        _PILLOW_FILTERS[int(processor.get("resample", 2))],
-    )
+    source, mode = "stated by the model's image processor", int(processor.get("resample", 2))
+    return InputSpec((len(mean), *crop), mean, std, source, resize, _PILLOW_FILTERS[mode])
 
 
 def _sides(size: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ No function here changes the model that it is given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,12 +89,12 @@ def count_classes(model: LogitsModel, spec: InputSpec, device: torch.device) -> 
         ModelError: it can't run a batch, or does not return finite logits [N, C >= 2].
     """
     try:
-        logits = model(grey_images(spec.shape, 2, device))
+        logits = model(torch.zeros(2, *spec.shape, device=device))
     except ModelError:
         raise
     except Exception as error:
         try:
-            model(grey_images(spec.shape, 1, device))
+            model(torch.zeros(1, *spec.shape, device=device))
         except Exception:  # noqa: BLE001  reports any error in the user's code
             raise ArgumentError(
                 "input_shape",
@@ -152,8 +151,3 @@ def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch
     if chosen.type == "meta":
         raise ArgumentError("device", "got 'meta', which holds no numbers", "Pass 'cpu' or 'cuda'.")
     return chosen
-
-
-def grey_images(shape: Sequence[int], batch: int, device: torch.device) -> Tensor:
-    """Normalised images of the mean colour: zeros [batch, *shape]."""
-    return torch.zeros(batch, *shape, device=device)
