@@ -81,14 +81,14 @@ class Case:
 
 CASES = [
     Case(torchvision, "alexnet"),
-    Case(torchvision, "vgg11_bn", "last", noise=True),
+    Case(torchvision, "vgg16_bn", "last", noise=True),
     Case(torchvision, "resnet18", 4),
     Case(torchvision, "resnet50", "layer4.2", noise=True),
     Case(torchvision, "mobilenet_v3_large", "last"),
     Case(torchvision, "mobilenet_v3_small", 3),
     Case(torchvision, "efficientnet_b0", "features.8"),
     Case(torchvision, "convnext_tiny", "features.7.2", noise=True),
-    Case(torchvision, "vit_b_32", "encoder.layers.encoder_layer_11", noise=True),
+    Case(torchvision, "vit_b_16", "encoder.layers.encoder_layer_11", noise=True),
     Case(torchvision, "swin_t", "features.7.1", side=96),
     Case(timm, "vit_tiny_patch16_224", "blocks.11"),
     Case(timm, "regnety_002"),
