@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from feature_case import FORGET, case
 from torch import Tensor, nn
 
 from zsu_fast import ArgumentError
@@ -17,23 +18,6 @@ from zsu_fast.training.features import (
     logit_margin,
 )
 from zsu_fast.training.teacher import Teacher, build_feature_set
-
-FORGET = torch.tensor([False, True, False, True])
-
-
-def case(
-    count: int = 12, mixtures: int = 200, seed: int = 0
-) -> tuple[nn.Module, Tensor, FeatureSet]:
-    """A linear tail, the features of impressions, and rows made of them."""
-    tail = nn.Linear(6, 4)
-    features = torch.rand(count, 6) + 0.1
-    label = torch.arange(count) % 4
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        tail,
-        features,
-        build_feature_set(Teacher(tail, FORGET), (features,), label, mixtures, generator),
-    )
 
 
 def test_selected_rows_belong_together() -> None:
