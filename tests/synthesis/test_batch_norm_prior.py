@@ -59,7 +59,7 @@ def test_the_distance_is_that_of_the_batch() -> None:
         want = (features.mean(1) - model.bn.running_mean).norm() + (
             features.var(1, unbiased=False) - model.bn.running_var
         ).norm()
-        assert float(watched.distance()) == pytest.approx(float(want), rel=1e-5)
+        assert watched.distance().item() == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_the_distance_falls() -> None:
