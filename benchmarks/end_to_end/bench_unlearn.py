@@ -307,10 +307,11 @@ def plain_ascent_step_(
 
 def plain_tail_step(self: Any, picked: Tensor) -> Tensor:
     """A tail step in plain autograd."""
+    rows, objective = self.task.train, self.task.objective
     if not hasattr(self, "wanted"):
-        self.wanted = self.rows.teacher.masked_fill(self.objective.forget, -torch.inf).softmax(1)
-    features = [f[picked] for f in self.rows.features]
-    log_p = (self.tail(*features) + self.objective.shift).log_softmax(1)
+        self.wanted = rows.teacher.masked_fill(objective.forget, -torch.inf).softmax(1)
+    features = [f[picked] for f in rows.features]
+    log_p = (self.tail(*features) + objective.shift).log_softmax(1)
     loss = F.kl_div(log_p, self.wanted[picked], reduction="batchmean")
     self.optimiser.zero_grad()
     loss.backward()
