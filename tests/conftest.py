@@ -18,6 +18,7 @@ from zsu_fast.models import zoo
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_warn_always(True)  # else a warning is an error in the first test that meets it only
     # What a run tells its user is no error; in pyproject.toml this would import torch before the
     # number of threads is set.
     config.addinivalue_line("filterwarnings", "ignore::zsu_fast.UnlearningWarning")
