@@ -28,7 +28,7 @@ _ALONE = (
     "std", "device", "cache", "inplace",
 )  # fmt: skip
 # What ranks may pass differently: it does not change the result.
-_PER_RANK = ("device", "cache", "inplace")
+PER_RANK = ("device", "cache", "inplace")
 
 
 @dataclass
@@ -100,11 +100,6 @@ class Options:
     @property
     def seed(self) -> int:
         return self.ascent.seed
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """The options that every rank has to pass alike."""
-        return {name: value for name, value in self.given.items() if name not in _PER_RANK}
 
     def set_per_class(self, classes: int) -> None:
         """Sets the impressions per class, unless given, to what suits that many classes."""

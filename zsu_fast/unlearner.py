@@ -23,7 +23,7 @@ from .models.class_indices import check_forget, check_forgotten
 from .models.input_spec import noise_images
 from .models.parameters import deep_copy, replace_parameters, restored_on_failure
 from .models.prepare import prepare_model
-from .options import Options
+from .options import PER_RANK, Options
 from .provenance.ledger import Ledger, as_ledger
 from .provenance.record import Record
 from .runtime.distributed import all_or_none, join
@@ -319,7 +319,8 @@ class ZeroShotUnlearner:
         if self.ledger is not None:
             self.ledger.check(before)
         call = {"model": before, "forget": self.forget, "forgotten": self.forgotten}
-        self.ranks.check_same(options.shared | call)
+        same = {k: v for k, v in self.record.settings.items() if k not in PER_RANK}
+        self.ranks.check_same(same | call)
 
     def _deepen(self, split: Split, impressions: ClassImpressions) -> Split:
         """Trains the layers ahead of the last; returns the split that is fitted afterwards."""

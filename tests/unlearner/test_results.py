@@ -255,6 +255,15 @@ def test_every_form_of_classes_gives_the_same_result(forget: Any) -> None:
     assert same_bits(unlearn(tiny(), forget, **QUICK), unlearned_tiny())
 
 
+@pytest.mark.parametrize("array", [np.asarray, lambda v: torch.from_numpy(np.asarray(v))])
+def test_arrays_as_options_give_the_same_result(array: Any) -> None:
+    options: dict[str, Any] = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    options |= {"input_shape": [3, 8, 8], "weights": [0.9, 0.1], "objective": "differential"}
+    want = unlearn(tiny(), FORGET, **QUICK | options)
+    arrays = {k: v if k == "objective" else array(v) for k, v in options.items()}
+    assert same_bits(unlearn(tiny(), FORGET, **QUICK | arrays), want)
+
+
 def test_one_class_as_an_int() -> None:
     assert_forgets(unlearn(tiny(), 2, **QUICK), [2])
 

@@ -183,4 +183,4 @@ class ObjectiveSettings:
 
     def make(self, validation_loss: MaskedKL) -> Objective:
         """Returns the objective; "masked" is ``validation_loss`` itself."""
-        return validation_loss if self.name == "masked" else Differential(*self.weights)
+        return validation_loss if self.name == "masked" else Differential(*map(float, self.weights))
