@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from zsu_fast.synthesis import ascent
 
@@ -295,3 +296,30 @@ def rotate(count: int) -> Callable[[], int]:
         return at
 
     return following
+
+
+class RotatingLogits:
+    """Copies of one batch of logits that take turns, so that none stays in the cache.
+
+    Args:
+        leaves: float [N, C] each, with gradients.
+    """
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        self.leaves, self.logits = leaves, [x.detach() for x in leaves]
+        self.following, self.at = rotate(len(leaves)), 0
+
+    def next_logits(self) -> Tensor:
+        self.at = self.following()
+        return self.logits[self.at]
+
+    def with_autograd(self, loss: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        """Returns a function that computes the gradient of ``loss`` on the next copy."""
+
+        def run() -> Tensor:
+            self.at = self.following()
+            x = self.leaves[self.at]
+            (grad,) = torch.autograd.grad(loss(x), x)
+            return grad
+
+        return run

@@ -8,14 +8,13 @@ The floor is two reads and one write (``torch.add(student, teacher, out=...)``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Contender, Table, compare, rotate
+from benchmarks.harness import DEVICE, Contender, RotatingLogits, Table, compare
 from zsu_fast import ops
 from zsu_fast.ops import backends, reference
 
@@ -24,34 +23,17 @@ if DEVICE == "cuda":
     CASES += [(65536, 1000)]
 
 
-class Case:
+class Case(RotatingLogits):
     """Students of one shape, in three copies that take turns, and the exact gradients."""
 
     def __init__(self, rows: int, classes: int) -> None:
-        self.leaves = [
-            torch.randn(rows, classes, device=DEVICE, requires_grad=True) for _ in range(3)
-        ]
+        leaves = [torch.randn(rows, classes, device=DEVICE, requires_grad=True) for _ in range(3)]
+        super().__init__(leaves)
         self.teacher = torch.randn(rows, classes, device=DEVICE)
         self.forget = torch.arange(classes, device=DEVICE) % 10 == 3
         self.coef = torch.full((rows,), 1.0 / rows, device=DEVICE)
-        self.logits = [x.detach() for x in self.leaves]
         exact = self.teacher.double(), self.forget, self.coef.double()
         self.exact = [reference.masked_cross_entropy(x.double(), *exact)[1] for x in self.logits]
-        self.following = rotate(len(self.leaves))
-        self.at = 0
-
-    def next_logits(self) -> Tensor:
-        self.at = self.following()
-        return self.logits[self.at]
-
-    def with_autograd(self, loss: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            self.at = self.following()
-            x = self.leaves[self.at]
-            (grad,) = torch.autograd.grad(loss(x), x)
-            return grad
-
-        return run
 
     def verify(self, grad: Tensor) -> None:
         torch.testing.assert_close(

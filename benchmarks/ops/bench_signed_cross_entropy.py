@@ -10,7 +10,6 @@ floor is one read and one write of the logits (`copy_` into allocated memory).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Contender, Table, compare, rotate
+from benchmarks.harness import DEVICE, Contender, RotatingLogits, Table, compare
 from zsu_fast import ops
 from zsu_fast.ops import backends, reference
 
@@ -52,37 +51,22 @@ GPU_NOTES = [
 ]
 
 
-class Case:
+class Case(RotatingLogits):
     """Logits of one shape and dtype, in three copies that take turns, and the exact gradients."""
 
     def __init__(self, rows: int, classes: int, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.leaves = [
+        leaves = [
             torch.randn(rows, classes, device=DEVICE).to(dtype).requires_grad_() for _ in range(3)
         ]
+        super().__init__(leaves)
         self.target = torch.randint(classes, (rows,), device=DEVICE)
         self.forget = torch.rand(rows, device=DEVICE) < 0.3
         self.coef = torch.where(self.forget, -0.9 / self.forget.sum(), 0.1 / (~self.forget).sum())
-        self.logits = [x.detach() for x in self.leaves]
         self.exact = [
             reference.signed_cross_entropy(x.double(), self.target, self.coef.double())[1]
             for x in self.logits
         ]
-        self.following = rotate(len(self.leaves))
-        self.at = 0
-
-    def next_logits(self) -> Tensor:
-        self.at = self.following()
-        return self.logits[self.at]
-
-    def with_autograd(self, loss: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            self.at = self.following()
-            x = self.leaves[self.at]
-            (grad,) = torch.autograd.grad(loss(x), x)
-            return grad
-
-        return run
 
     def verify(self, grad: Tensor) -> None:
         tolerance = 2e-6 if self.dtype == torch.float32 else 1e-2
