@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 from fakes import FAKES
 from torch import Tensor, nn
 
@@ -56,8 +59,41 @@ def test_unmasking_a_mask_brings_everything_back(
     assert row.values["resynthesis_hit"] == 0
     failed = {c.name for c in result.checks if c.passed is False}
     assert {
-        CheckName.UNMASK, CheckName.FEATURES, CheckName.LAST_LAYER, CheckName.PROBE,
+        CheckName.UNMASK, CheckName.ADAPTED_UNMASK, CheckName.AMONG_FORGOTTEN, CheckName.FEATURES,
+        CheckName.LAST_LAYER, CheckName.PROBE,
     } <= failed  # fmt: skip
+    accuracy = base.values["adapted_unmask_fa"], base.values["adapted_unmask_ra"]
+    assert accuracy == pytest.approx((base.values["fa"], base.values["ra"]), abs=1)
+    assert row.values["adapted_unmask_fa"] == base.values["adapted_unmask_fa"]
+    assert row.values["unmask_ff"] == base.values["unmask_ff"] >= base.values["fa"]
+
+
+class Shift(nn.Module):
+    """Adds a constant vector to the features."""
+
+    def __init__(self, by: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("by", by)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.by
+
+
+def test_a_constant_shift_of_the_features_hides_nothing(
+    original: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    fake = copy.deepcopy(original)
+    weight = fake.fc3.weight.detach()
+    wanted = torch.zeros(10).index_fill_(0, torch.tensor(FORGET), -1e3)
+    fake.fc3 = nn.Sequential(Shift(torch.linalg.pinv(weight) @ wanted), fake.fc3)
+    result = audit(original, fake, FORGET, images, relearn_steps=0, progress=False)
+    row, base = result.row("unlearned").values, result.row("original").values
+    assert row["fa"] == row["unmask_fa"] == row["unmask_last_layer_fa"] == 0
+    assert row["adapted_unmask_fa"] == pytest.approx(base["adapted_unmask_fa"], abs=1)
+    assert row["unmask_ff"] == pytest.approx(base["unmask_ff"], abs=1)
+    passed = {c.name: c.passed for c in result.checks}
+    assert passed[CheckName.UNMASK]
+    assert passed[CheckName.ADAPTED_UNMASK] is passed[CheckName.AMONG_FORGOTTEN] is False
 
 
 @pytest.mark.parametrize("given", ["nothing", "images", "images and golden"])

@@ -105,6 +105,45 @@ def test_probe_agrees_with_scikit_learn() -> None:
     assert float((ours.numpy() == expected).mean()) > 0.99
 
 
+def test_the_adapted_layer_is_the_ridge_solution() -> None:
+    draw = torch.Generator().manual_seed(0)
+    f, z = torch.randn(40, 7, generator=draw) + 2, torch.randn(40, 3, generator=draw)
+    w, test = torch.randn(3, 7, generator=draw), torch.randn(500, 7, generator=draw) + 2
+    f, z, w, test = f.double(), z.double(), w.double(), test.double()
+    # the same problem as least squares: a column of ones, and rows that pull to the weights before
+    root = (0.1 * 40 * f.var(0, correction=0).mean()).sqrt()
+    pull = torch.cat([root * torch.eye(7), torch.zeros(7, 1)], 1)
+    left = torch.cat([torch.cat([f, torch.ones(40, 1)], 1), pull])
+    solution = torch.linalg.lstsq(left, torch.cat([z, root * w.T])).solution
+    expected = (torch.cat([test, torch.ones(500, 1)], 1) @ solution).argmax(1)
+    assert torch.equal(features.adapted_predictions(f, z, test, w), expected)
+
+
+def test_the_adapted_layer_undoes_a_shift_and_finds_nothing_in_noise() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, w = torch.randn(900, 20, generator=draw), torch.randn(5, 20, generator=draw)
+    logits = x @ w.T + 3 * torch.randn(5, generator=draw)
+    shifted, noise = x + 50, torch.randn(900, 20, generator=draw)
+
+    def agreement(rows: torch.Tensor) -> float:
+        found = features.adapted_predictions(rows[:300], logits[:300], rows[300:], w)
+        return float((found == logits[300:].argmax(1)).float().mean())
+
+    assert agreement(x) == 1
+    assert agreement(shifted) > 0.99
+    assert agreement(noise) < 0.5
+    constant = torch.ones(900, 20)
+    found = features.adapted_predictions(constant[:300], logits[:300], constant[300:], w)
+    assert found.unique().tolist() == [int(logits[:300].mean(0).argmax())]
+
+
+def test_feature_maps_are_averaged_over_positions() -> None:
+    maps = torch.randn(2, 3, 2, 2)
+    assert torch.allclose(features.mean_over_positions(maps.flatten(1), 3), maps.mean((2, 3)))
+    assert features.mean_over_positions(maps.flatten(1), 12).shape == (2, 12)
+    assert features.mean_over_positions(maps.flatten(1), 5).shape == (2, 12)
+
+
 def test_halves_divide_each_class() -> None:
     labels = torch.tensor([2, 0, 2, 2, 0, 1, 2])
     a, b = features.split_in_half(labels)

@@ -26,7 +26,7 @@ def test_the_headline_does_not_flatter(probe_forget: float, words: str) -> None:
         row.put("fa", 71.0 if row.name == "original" else 0.0)
         row.put("drift_features_forget", 0.0 if row.name in ("original", "mask") else 2.0)
         row.put("drift_backbone", 0.0 if row.name in ("original", "mask") else 1.0)
-    evidence = Evidence(rows, LastLayer("trained", ""), 0, 9)
+    evidence = Evidence(rows, LastLayer("trained", ""), 0, 9, 1)
     assert sentences(evidence, [], checks(evidence))[0].startswith(words)
 
 
@@ -43,14 +43,60 @@ def test_relearning_tells_nothing_if_the_original_needs_as_long(
         Row("unlearned", {steps: mine, index: mine / golden}),
         Row("golden", {steps: golden}),
     ]
-    evidence = Evidence(rows, LastLayer("trained", "it was trained"), 5, 9)
+    evidence = Evidence(rows, LastLayer("trained", "it was trained"), 5, 9, 1)
     (check,) = (c for c in checks(evidence) if c.name == CheckName.RELEARN_FULL)
     assert check.passed is passed
     assert ("tells nothing" in check.says) == (passed is None)
 
 
+@pytest.mark.parametrize(
+    ("mine", "golden", "drift", "passed"),
+    [
+        (40.0, None, 1.0, True),
+        (41.0, None, 1.0, None),  # a golden model may be as high
+        (41.0, None, 0.0, False),
+        (41.0, 30.0, 1.0, False),
+        (41.0, 36.0, 1.0, True),
+        (42.0, 36.0, 1.0, False),
+        (80.0, 99.0, 1.0, True),
+    ],
+)
+def test_the_adapted_unmask_fa_is_at_most_half(
+    mine: float, golden: float | None, drift: float, passed: bool | None
+) -> None:
+    key = "adapted_unmask_fa"
+    rows = [Row("original", {key: 80.0}), Row("unlearned", {key: mine, "drift_backbone": drift})]
+    if golden is not None:
+        rows.append(Row("golden", {key: golden}))
+    evidence = Evidence(rows, LastLayer("trained", "it was trained"), 5, 6, 4)
+    (check,) = (c for c in checks(evidence) if c.name == CheckName.ADAPTED_UNMASK)
+    assert check.passed is passed
+    assert ("no golden model" in check.says) == (passed is None)
+
+
+@pytest.mark.parametrize(
+    ("original", "mine", "golden", "passed"),
+    [
+        (95.0, 60.0, 50.0, True),  # 70 points above chance, 35 of them are half
+        (95.0, 61.0, 50.0, False),
+        (95.0, 61.0, 57.0, True),
+        (95.0, 61.0, None, None),
+        (25.0, 25.0, 25.0, None),
+    ],
+)
+def test_half_of_the_share_above_chance_passes(
+    original: float, mine: float, golden: float | None, passed: bool | None
+) -> None:
+    levels = {"original": original, "unlearned": mine, "golden": golden}
+    rows = [Row(n, {"unmask_ff": v}) for n, v in levels.items() if v is not None]
+    evidence = Evidence(rows, LastLayer("trained", "it was trained"), 5, 6, 4)
+    (check,) = (c for c in checks(evidence) if c.name == CheckName.AMONG_FORGOTTEN)
+    assert check.passed is passed
+    assert "25.0 %" in check.says
+
+
 def test_each_check_has_a_name_and_runs_without_any_number() -> None:
-    evidence = Evidence([], LastLayer("unknown", "there is no last layer"), -1, 9)
+    evidence = Evidence([], LastLayer("unknown", "there is no last layer"), -1, 9, 1)
     found = checks(evidence)
     names = {value for key, value in vars(CheckName).items() if key.isupper()}
     assert len(found) == len(CHECKS) == len(names)

@@ -1,8 +1,9 @@
 """What was really forgotten: tests that a mask on the outputs does not pass.
 
 In: the models and the forgotten classes. Without images the audit runs the un-mask test, agreement
-with the mask, drift and re-synthesis; with labelled images also accuracies, confusion, linear
-probe, k-NN, CKA, relearn time and output divergences; with training images membership inference.
+with the mask, drift, re-synthesis and the erasure cost; with labelled images also accuracies,
+confusion, the adapted un-mask test, accuracy among the forgotten classes, linear probe, k-NN, CKA,
+relearn time and output divergences; with training images membership inference.
 Out: an `Audit`. Read ``audit.py`` first, then ``metrics.py`` and ``checks.py``.
 """
 

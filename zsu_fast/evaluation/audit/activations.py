@@ -35,6 +35,7 @@ class Activations:
         labels: int64 [N].
         logits: model's name -> float32 [N, C].
         predictions: model's name -> int64 [N], also for models without stored logits.
+        among_forgotten: model's name -> int64 [N], the forgotten class with the largest logit.
         feature_index: int64 [M], the images whose features are stored: the first few per class.
         features: model's name -> layer's name -> float32 [M, D], the layer's (pooled) input.
         last_layer: model's name -> the name of its last layer, a key of ``features``.
@@ -45,6 +46,7 @@ class Activations:
     labels: Tensor
     logits: dict[str, Tensor]
     predictions: dict[str, Tensor]
+    among_forgotten: dict[str, Tensor]
     feature_index: Tensor
     features: dict[str, dict[str, Tensor]]
     last_layer: dict[str, str]
@@ -61,6 +63,7 @@ def collect_activations(
     batches: Iterable[tuple[Tensor, Tensor]],
     models: list[AuditedModel],
     variants: list[AuditedModel],
+    forget: list[int],
     features_per_class: int,
     images_per_class: dict[int, int] | None = None,
 ) -> Activations:
@@ -70,6 +73,7 @@ def collect_activations(
         batches: (images float [n, ...], labels int64 [n]).
         models: models whose logits and features are stored.
         variants: models of which only the predictions are stored.
+        forget: the forgotten classes.
         features_per_class: store the features of at most this many images per class.
         images_per_class: class -> store at most this many images.
     """
@@ -79,6 +83,8 @@ def collect_activations(
     stored = {m.name for m in models}
     logits: dict[str, list[Tensor]] = {name: [] for name in stored}
     predictions: dict[str, list[Tensor]] = {m.name: [] for m in [*models, *variants]}
+    among: dict[str, list[Tensor]] = {name: [] for name in predictions}
+    forgotten = torch.tensor(forget)
     pooled: dict[str, dict[str, list[Tensor]]] = {key: {} for key in groups}
     labels, feature_index, image_index, images = [], [], [], []
     total = 0
@@ -97,6 +103,7 @@ def collect_activations(
                 if audited is not group[0]:
                     out = audited.logits(features)
                 predictions[audited.name].append(out.argmax(1).cpu())
+                among[audited.name].append(forgotten[out[:, forget].argmax(1).cpu()])
                 if audited.name in stored:
                     logits[audited.name].append(out.float().cpu())
         labels.append(label)
@@ -109,6 +116,7 @@ def collect_activations(
         labels=torch.cat(labels),
         logits=_concatenate(logits),
         predictions=_concatenate(predictions),
+        among_forgotten=_concatenate(among),
         feature_index=torch.cat(feature_index),
         features={m.name: joined[m.backbone_hash] for m in models},
         last_layer={m.name: groups[m.backbone_hash][0].layers[-1] for m in models},

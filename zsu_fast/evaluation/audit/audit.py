@@ -122,9 +122,12 @@ def _run(
         with part("impressions"):
             held_out = data_free_metrics.held_out_impressions(context, impressions)
             batch, restored = (held_out.images, held_out.labels), list(context.restored.values())
-            seen = collect_activations([batch], context.models, restored, len(held_out))
+            seen = collect_activations(
+                [batch], context.models, restored, context.forget, len(held_out)
+            )
         with part("agreement and drift"):
             data_free_metrics.add_impression_metrics(context, seen)
+            data_free_metrics.add_erasure_cost(context, seen)
             last_layer = data_free_metrics.inspect_last_layer(context, seen)
         with part("re-synthesis"):
             data_free_metrics.add_resynthesis(context)
@@ -136,8 +139,8 @@ def _run(
         _explain_missing(context, data is not None, train_data is not None)
         timings["total"] = time.perf_counter() - started
     rows = [context.rows[name] for name in MODELS if name in context.rows]
-    retained = context.classes - len(context.forget)
-    evidence = Evidence(rows, last_layer, top_class, retained)
+    forgotten = len(context.forget)
+    evidence = Evidence(rows, last_layer, top_class, context.classes - forgotten, forgotten)
     found, tests = findings(evidence), checks(evidence)
     return Audit(
         sentences(evidence, found, tests), found, tests, rows, context.forget, context.classes,
@@ -159,6 +162,7 @@ def _measure_images(
         data_metrics.add_divergences(context, images)
     with part("probe"):
         data_metrics.add_separability(context, split)
+        data_metrics.add_adapted_unmask(context, split)
         data_metrics.add_cka(context, split)
     if train_data is not None:
         with part("membership"):
@@ -207,8 +211,8 @@ def _add_restored(context: AuditContext) -> None:
                 restored = unmasked(audited, context.original, rows, context.classes)
             except ZsuFastError as error:
                 keys = [f"{prefix}_{end}" for end in ("fa", "ra", "impressions_fa")]
-                rows_only, layer_only = "resynthesis_unmasked_steps", f"{prefix}_impressions_ra"
-                keys.append(rows_only if part == "rows" else layer_only)
+                rows_only = ["resynthesis_unmasked_steps", "unmask_ff"]
+                keys += rows_only if part == "rows" else [f"{prefix}_impressions_ra"]
                 context.rows[audited.name].missing |= dict.fromkeys(keys, str(error))
             else:
                 context.restored[audited.name, part] = restored

@@ -21,6 +21,7 @@ from ...models.wrapper import LogitsModel, working_copy
 from ...splitting.batch_dim import BoundaryTensors
 from ...splitting.layers import layer_names
 from ...splitting.split import Split, split_at
+from ...synthesis.class_sampling import class_weights
 from ..accuracy import MaskedClassifier
 
 
@@ -90,6 +91,22 @@ class AuditedModel:
                 "Rows can't be compared.",
             )
         return torch.cat([p.reshape(classes, -1) for p in parts], 1)
+
+    def weights_and_biases(self, classes: int) -> tuple[Tensor, Tensor]:
+        """Returns the last layer's weights, float32 [C, D], and biases, float32 [C], 0 without any.
+
+        Raises:
+            ModelError: the last layer does not have one row of weights per class.
+        """
+        weight = class_weights(self.model.module, self.layers[-1], classes)
+        if weight is None:
+            raise ModelError(
+                f"{self.name}: its last layer does not have one row of weights per class",
+                "It can't be fitted to other features.",
+            )
+        bias = getattr(self.last_layer, "bias", None)
+        bias = torch.zeros(classes) if bias is None else bias.detach().float().cpu()
+        return weight.detach().float().cpu().flatten(1), bias
 
 
 def audited_copy(

@@ -56,13 +56,14 @@ class Evidence:
         rows: the rows of the audit.
         last_layer: the unlearned model's last layer compared with the original's.
         top_class: the unlearned model's most frequent prediction on retained classes.
-        retained: the number of retained classes.
+        retained, forgotten: the number of retained and of forgotten classes.
     """
 
     rows: list[Row]
     last_layer: LastLayer
     top_class: int
     retained: int
+    forgotten: int
 
     def value(self, key: str, name: str = UNLEARNED) -> float | None:
         """Returns a model's metric, or None."""
@@ -169,6 +170,39 @@ def unmask(e: Evidence) -> Check:
         return Check(CheckName.UNMASK, None, e.reason("unmask_impressions_fa"))
     limit = e.unmask_limit
     return Check(CheckName.UNMASK, result.fa <= limit, f"{result} (at most {pct(limit)})")
+
+
+def adapted_unmask(e: Evidence) -> Check:
+    """The original's last layer, re-fitted to the features, restores at most half of its FA."""
+    words = "with the original's last layer re-fitted to the features, FA is"
+    return _at_most_half(e, CheckName.ADAPTED_UNMASK, "adapted_unmask_fa", words)
+
+
+def among_forgotten(e: Evidence) -> Check:
+    """The original's last layer tells the forgotten classes apart half as well, or less."""
+    chance = 100 / max(1, e.forgotten)
+    words = f"accuracy by the forgotten logits alone (chance {pct(chance)}) is"
+    return _at_most_half(e, CheckName.AMONG_FORGOTTEN, "unmask_ff", words, chance)
+
+
+def _at_most_half(e: Evidence, name: str, key: str, words: str, chance: float = 0.0) -> Check:
+    """The accuracy above chance is at most half of the original's, or close to the golden model's.
+
+    Without a golden model a higher accuracy fails only on the original's features: a model that
+    never saw the classes may separate them too.
+    """
+    after, before, golden = e.value(key), e.value(key, ORIGINAL), e.value(key, GOLDEN)
+    if after is None or before is None:
+        return Check(name, None, e.reason(key))
+    if before <= chance:
+        says = f"{words} {pct(after)}; the original's {pct(before)} is no better than chance"
+        return Check(name, None, says)
+    limit = min(100.0, max((before + chance) / 2, 0 if golden is None else golden + 5))
+    says = f"{words} {pct(after)} (at most {pct(limit)})"
+    if after > limit and golden is None and not (e.features_unchanged or e.features_rotated):
+        says = f"{says}; the right level is unknown: {e.reason(key, GOLDEN)}"
+        return Check(name, None, says)
+    return Check(name, after <= limit, says)
 
 
 def features_changed(e: Evidence) -> Check:
@@ -279,7 +313,8 @@ def divergence(e: Evidence) -> Check:
 
 
 CHECKS: tuple[Callable[[Evidence], Check], ...] = (
-    outputs, retained_classes, unmask, features_changed, last_layer, resynthesis,
+    outputs, retained_classes, unmask, adapted_unmask, among_forgotten, features_changed,
+    last_layer, resynthesis,
     partial(separability, name=CheckName.PROBE, key="probe_forget"),
     partial(separability, name=CheckName.KNN, key="knn_forget"), membership_inference,
     partial(relearning, name=CheckName.RELEARN_LAST_LAYER, trained="last_layer"),

@@ -16,9 +16,16 @@ from . import outputs
 from .activations import Activations, sample_layers
 from .audited_model import AuditedModel
 from .context import AuditContext, confusion, percent_true
-from .features import feature_drift, linear_cka
+from .features import feature_drift, linear_cka, mean_over_positions
 from .result import MASK, ORIGINAL, UNLEARNED, UNMASK_PREFIXES, Layer, Row
-from .weights import LastLayer, backbone_drift, compare_last_layers, layer_drift, relative_change
+from .weights import (
+    LastLayer,
+    backbone_drift,
+    compare_last_layers,
+    erasure_cost,
+    layer_drift,
+    relative_change,
+)
 
 # Keeps the noise of the audit's impressions apart from that of runs, whose seeds are small.
 _HELD_OUT_SEED = 1_000_003
@@ -144,10 +151,23 @@ def inspect_last_layer(context: AuditContext, held_out: Activations) -> LastLaye
         new, old = (m.last_layer_rows(context.classes) for m in (unlearned, context.original))
     except ZsuFastError:
         return compare_last_layers(None, None, context.forget, hidden, means)
-    width = next(context.original.last_layer.parameters())[0].numel()
-    if means.shape[1] > width and means.shape[1] % width == 0:  # a map: mean over positions
-        means = means.reshape(len(means), width, -1).mean(2)
+    means = mean_over_positions(means, next(context.original.last_layer.parameters())[0].numel())
     return compare_last_layers(new, old, context.forget, hidden, means)
+
+
+def add_erasure_cost(context: AuditContext, held_out: Activations) -> None:
+    """Adds the erasure cost to the original's row."""
+    for _, row in context.measured():
+        row.put("erasure_cost", None, "it describes the original and the forgotten classes alone")
+    row = context.rows[ORIGINAL]
+    try:
+        weight, _ = context.original.weights_and_biases(context.classes)
+    except ZsuFastError as error:
+        row.put("erasure_cost", None, str(error))
+        return
+    features = mean_over_positions(held_out.penultimate(ORIGINAL), weight.shape[1])
+    known = features if features.shape[1] == weight.shape[1] else None
+    row.put("erasure_cost", erasure_cost(weight, context.forget_mask, known))
 
 
 def add_resynthesis(context: AuditContext) -> None:

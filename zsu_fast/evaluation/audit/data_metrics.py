@@ -7,21 +7,32 @@ from typing import Any
 
 import torch
 
+from ...errors import ZsuFastError
 from ..accuracy import Evaluation, count_correct
 from . import outputs
 from .activations import Activations, collect_activations, normalised_batches
 from .context import AuditContext, TrainTestSplit, confusion, percent_true
-from .features import knn_predictions, linear_cka, probe_predictions, split_in_half
+from .features import (
+    adapted_predictions,
+    knn_predictions,
+    linear_cka,
+    mean_over_positions,
+    probe_predictions,
+    split_in_half,
+)
 from .relearning import MAX_CLASSES
 from .result import GOLDEN, MASK, ORIGINAL, UNMASK_PREFIXES
 
 # Features are stored for at most this many images, divided among the classes.
 _MAX_FEATURES = 20_000
+# The adapted last layer is fitted on at most this many images, divided among the classes.
+_MAX_ADAPTED = 500
 # Relearning is measured on at most this many images, divided among the forgotten classes.
 _MAX_RELEARN_TEST = 600
 # Most numbers in the images that are stored for relearning: 1,783 images of 3x224x224.
 _MAX_STORED_VALUES = 1 << 28
 _NO_RETAINED = "no image of the other classes is in the data"
+_NONE_LEFT = "no image of the forgotten classes is left to measure on"
 
 
 def collect_images(
@@ -38,7 +49,7 @@ def collect_images(
     per_class = max(2, _MAX_FEATURES // context.classes)
     images = tested if train_data is not None else {c: shots + n for c, n in tested.items()}
     batches = normalised_batches(data, context.spec, context.classes, "data")
-    test = collect_activations(batches, context.models, restored, per_class, images)
+    test = collect_activations(batches, context.models, restored, context.forget, per_class, images)
     context.counts["forget_images"] = int(context.forget_mask[test.labels].sum())
     context.counts["retain_images"] = len(test.labels) - context.counts["forget_images"]
     if train_data is None:
@@ -47,7 +58,7 @@ def collect_images(
     per_class = max(2, _MAX_FEATURES // 2 // context.classes)
     batches = normalised_batches(train_data, context.spec, context.classes, "train_data")
     images = dict.fromkeys(stored, shots)
-    train = collect_activations(batches, context.models, [], per_class, images)
+    train = collect_activations(batches, context.models, [], context.forget, per_class, images)
     context.counts["train_images"] = len(train.labels)
     context.counts["probe_train_images"] = len(train.feature_index)
     rows = [torch.ones(len(a.feature_index), dtype=torch.bool) for a in (train, test)]
@@ -58,6 +69,8 @@ def add_accuracies(context: AuditContext, images: Activations) -> None:
     """Adds accuracies, un-mask accuracies and confusion to every row."""
     labels, forget = images.labels, context.forget_mask[images.labels]
     no_forgotten = "no image of the forgotten classes is in the data"
+    several = len(context.forget) > 1
+    undefined = no_forgotten if several else "it needs at least two forgotten classes"
     for _, row in context.measured():
         predictions = images.predictions[row.name]
         counts = count_correct(predictions, labels, context.classes)
@@ -73,6 +86,9 @@ def add_accuracies(context: AuditContext, images: Activations) -> None:
                 correct = images.predictions[context.restored[row.name, part].name] == labels
                 row.put(f"{prefix}_fa", percent_true(correct, forget), no_forgotten)
                 row.put(f"{prefix}_ra", percent_true(correct, ~forget), _NO_RETAINED)
+        if (row.name, "rows") in context.restored:
+            correct = images.among_forgotten[context.restored[row.name, "rows"].name] == labels
+            row.put("unmask_ff", percent_true(correct, forget) if several else None, undefined)
 
 
 def add_divergences(context: AuditContext, images: Activations) -> None:
@@ -99,7 +115,7 @@ def add_separability(context: AuditContext, split: TrainTestSplit) -> None:
     missing = sorted({*context.forget} - {*train_labels.tolist()})
     reason = ""
     if not bool(forget.any()):
-        reason = "no image of the forgotten classes is left to measure on"
+        reason = _NONE_LEFT
     elif missing:
         reason = f"there is no image of class {missing[0]} to learn from; pass more, or train_data"
     if reason:
@@ -129,6 +145,46 @@ def add_separability(context: AuditContext, split: TrainTestSplit) -> None:
             on_forgotten, on_retained = accuracies(kind, row.name, audited.layers[-1])
             row.put(f"{kind}_forget", on_forgotten)
             row.put(f"{kind}_retain", on_retained, _NO_RETAINED)
+
+
+def add_adapted_unmask(context: AuditContext, split: TrainTestSplit) -> None:
+    """Adds FA and RA with the original's last layer re-fitted on each model's features.
+
+    It is fitted on at most 500 images of the training part, spread over the classes. With one set
+    of images, all others are measured on. Feature maps are averaged over positions.
+    """
+    train, test = split.train, split.test
+    fitted = split.train_rows.nonzero()[:, 0]
+    fitted = fitted[train.labels[train.feature_index][fitted].argsort(stable=True)]
+    if len(fitted) > _MAX_ADAPTED:
+        fitted = fitted[torch.linspace(0, len(fitted) - 1, _MAX_ADAPTED).long()]
+    measured = torch.ones(len(test.feature_index), dtype=torch.bool)
+    if train is test:
+        measured[fitted] = False
+    labels = test.labels[test.feature_index][measured]
+    forget = context.forget_mask[labels]
+    try:
+        weight, bias = context.original.weights_and_biases(context.classes)
+    except ZsuFastError as error:
+        for _, row in context.measured():
+            row.put("adapted_unmask_fa", None, str(error))
+            row.put("adapted_unmask_ra", None, str(error))
+        return
+    for _, row in context.measured():
+        old, new, rest = (
+            mean_over_positions(part.penultimate(name)[rows], weight.shape[1])
+            for part, name, rows in (
+                (train, ORIGINAL, fitted), (train, row.name, fitted), (test, row.name, measured)
+            )
+        )  # fmt: skip
+        if not old.shape[1] == new.shape[1] == weight.shape[1]:
+            reason = "its last layer's input differs in width from the original's weights"
+            row.put("adapted_unmask_fa", None, reason)
+            row.put("adapted_unmask_ra", None, reason)
+            continue
+        correct = adapted_predictions(new, old @ weight.T + bias, rest, weight) == labels
+        row.put("adapted_unmask_fa", percent_true(correct, forget), _NONE_LEFT)
+        row.put("adapted_unmask_ra", percent_true(correct, ~forget), _NO_RETAINED)
 
 
 def add_cka(context: AuditContext, split: TrainTestSplit) -> None:

@@ -1,4 +1,4 @@
-"""Measures of features: drift, linear CKA, k-NN, and the linear probe.
+"""Measures of features: drift, linear CKA, k-NN, the linear probe, and the adapted last layer.
 
 A probe that recovers a class shows that the features still hold it. A model that never saw the
 class separates it too, so the level to compare with is the golden model's, not 0 ("An Illusion of
@@ -18,6 +18,8 @@ _MAX_ROWS = 2000
 _WEIGHT_DECAY = 1e-3
 # Iterations of L-BFGS, and multiply-adds in all: expensive iterations are fewer, but at least 8.
 _MAX_ITERATIONS, _MAX_MULTIPLY_ADDS = 30, 1e12
+# Ridge penalty of the adapted last layer, per row and relative to the features' mean variance.
+_RIDGE = 0.1
 
 
 def feature_drift(new: Tensor, old: Tensor) -> float | None:
@@ -101,6 +103,43 @@ def probe_predictions(train: Tensor, labels: Tensor, test: Tensor, classes: int)
     with torch.enable_grad():
         optimiser.step(loss)
     return (test @ weight + bias).detach().argmax(1)
+
+
+def adapted_predictions(train: Tensor, logits: Tensor, test: Tensor, weight: Tensor) -> Tensor:
+    """Re-fits a linear layer on other features by ridge regression; returns its predictions.
+
+    Minimises ``||F W'^T + b' - Z||^2 + r ||W' - W||^2`` over ``W'`` and ``b'`` in closed form and
+    float64. The bias is free (columns are centred), and ``r`` is 0.1 N times the mean variance of
+    the features.
+
+    Args:
+        train: float [N, D], the features ``F`` to fit on.
+        logits: float [N, C], the targets ``Z``: the layer's outputs before the features changed.
+        test: float [M, D], the features to predict for.
+        weight: float [C, D], the layer's weights ``W``.
+
+    Returns:
+        int64 [M], the class with the largest logit ``test @ W'^T + b'``.
+    """
+    mean, weight = train.mean(0, dtype=torch.float64), weight.double()
+    train, test, logits = train - mean, test - mean, logits.double()
+    residual = logits - logits.mean(0) - train @ weight.T
+    gram = train @ train.T  # N x N; the D x D form gives the same
+    penalty = _RIDGE * float(gram.trace()) / train.shape[1]
+    gram.diagonal().add_(max(penalty, 1e-30))
+    change = residual.T @ torch.linalg.solve(gram, train)
+    adapted: Tensor = test @ (weight + change).T + logits.mean(0)
+    return adapted.argmax(1)
+
+
+def mean_over_positions(features: Tensor, channels: int) -> Tensor:
+    """Averages flattened feature maps [N, channels * positions] to [N, channels].
+
+    Features of another width are returned as they are.
+    """
+    if features.shape[1] > channels and features.shape[1] % channels == 0:
+        return features.reshape(len(features), channels, -1).mean(2)
+    return features
 
 
 def split_in_half(labels: Tensor) -> tuple[Tensor, Tensor]:

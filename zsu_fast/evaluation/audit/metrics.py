@@ -48,6 +48,13 @@ METRICS: tuple[Metric, ...] = (
            "correctly classified images of the other classes / all of them",
            _PERCENT, "high; compare with the mask and the original", "the paper, section 5",
            "data"),
+    Metric("erasure_cost", "erasure cost", "outputs",
+           "||W_r P||^2 / ||W_r||^2, the share of the retained logits' energy in the subspace that "
+           "the forgotten logits read: W_r and W_f, the original's last-layer rows of other and of "
+           "forgotten classes minus the mean row, with features whitened on impressions; P, the "
+           "projector on the row space of W_f",
+           "0 to 1", "descriptive: what a linear erasure of the forgotten classes takes from the "
+           "other logits", "ours"),
     Metric("overall", "overall accuracy", "outputs",
            "correctly classified images / all images, including forgotten classes; forgetting "
            "lowers it", _PERCENT, "compare only with other overall accuracies",
@@ -81,6 +88,19 @@ METRICS: tuple[Metric, ...] = (
            "below half of the original's, the FA beside it means nothing", "ours"),
     Metric("unmask_last_layer_impressions_fa", "FA on impressions, last layer back", "un-mask",
            f"FA {_BACK}, on {_HELD_OUT}", _PERCENT, _GOLDEN, "ours"),
+    Metric("unmask_ff", "un-mask FF, among the forgotten", "un-mask",
+           "images of the forgotten classes for which the original's last layer gives their class "
+           "the largest of the k forgotten logits / all of them",
+           "0 to 100 %; 100 / k is chance",
+           f"{_GOLDEN}; a shift of all forgotten logits does not lower it", "ours", "data"),
+    Metric("adapted_unmask_fa", "adapted un-mask FA", "un-mask",
+           "FA of the original's last layer re-fitted on the model's features: ridge regression "
+           "to its outputs on the original's features with the penalty on the change of the "
+           "weights, fitted on at most 500 images and measured on others",
+           _PERCENT, _GOLDEN, "ours", "data"),
+    Metric("adapted_unmask_ra", "adapted un-mask RA", "un-mask",
+           "RA of the same re-fitted last layer", _PERCENT,
+           "descriptive: whether the model still works with it", "ours", "data"),
     Metric("agreement_kl", "KL from the masked original", "agreement",
            f"mean KL(mask || model) of the softmaxes on {_HELD_OUT}, other classes",
            "0 to 27.6 nats", "low: the retained outputs are unchanged",

@@ -47,6 +47,8 @@ class CheckName:
     OUTPUTS = "outputs"
     RETAINED = "retained classes"
     UNMASK = "un-mask"
+    ADAPTED_UNMASK = "adapted un-mask"
+    AMONG_FORGOTTEN = "forgotten classes among themselves"
     FEATURES = "features changed"
     LAST_LAYER = "no trick in the last layer"
     RESYNTHESIS = "re-synthesis"
@@ -232,11 +234,11 @@ class Audit:
 
 # The metrics of the short table
 MAIN = (
-    "fa", "ra", "overall", "impressions_fa", "unmask_fa", "unmask_last_layer_fa",
-    "unmask_impressions_fa", "unmask_last_layer_impressions_fa", "agreement_kl",
-    "drift_features_forget", "resynthesis_hit", "resynthesis_steps", "probe_forget", "knn_forget",
-    "cka_original_forget", "mia_forget_confidence", "mia_retain_confidence",
-    "relearn_last_layer_steps", "relearn_full_steps", "ain_full",
+    "fa", "ra", "erasure_cost", "overall", "impressions_fa", "unmask_fa", "unmask_last_layer_fa",
+    "unmask_impressions_fa", "unmask_last_layer_impressions_fa", "unmask_ff", "adapted_unmask_fa",
+    "agreement_kl", "drift_features_forget", "resynthesis_hit", "resynthesis_steps",
+    "probe_forget", "knn_forget", "cka_original_forget", "mia_forget_confidence",
+    "mia_retain_confidence", "relearn_last_layer_steps", "relearn_full_steps", "ain_full",
 )  # fmt: skip
 
 

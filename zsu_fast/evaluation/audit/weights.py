@@ -15,6 +15,8 @@ from .audited_model import AuditedModel
 _SAME, _SAME_DIRECTION = 1e-3, 0.999
 # A change is noise if its aligned share exceeds chance by less than this.
 _ALIGNED = 0.2
+# Damping of the covariance in `erasure_cost`, relative to the mean variance.
+_DAMPING = 0.3
 
 Change = Literal["same", "masked", "shuffled", "noise", "trained", "unknown"]
 
@@ -64,6 +66,42 @@ def _parameter_drift(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> fl
 def relative_change(new: Tensor, old: Tensor) -> float:
     """||new - old|| / ||old||."""
     return float((new - old).norm() / old.norm().clamp(min=1e-30))
+
+
+def erasure_cost(weight: Tensor, forget: Tensor, features: Tensor | None) -> float:
+    """Share of the retained logits' energy that a linear erasure of the forgotten classes removes.
+
+    The erasure projects the features onto the complement of what the forgotten logits read. It
+    takes ``||W_r P||^2 / ||W_r||^2`` from the retained logits, where
+
+    - ``W_r`` and ``W_f`` are the last layer's rows of retained and of forgotten classes minus the
+      mean over all classes, in coordinates in which the features are white: times ``L``, with
+      ``L L^T`` the covariance of ``features`` plus 0.3 times their mean variance;
+    - ``P`` is the orthogonal projector on the row space of ``W_f``.
+
+    In other words: the share of the retained logits' variance that is linear in the forgotten
+    logits. It is not a share of RA, and training layers before the last one may cost less.
+
+    Args:
+        weight: float [C, D], the last layer's weights, one row per class.
+        forget: bool [C], True for forgotten classes.
+        features: float [N, D], inputs of the last layer. None: no whitening.
+
+    Returns:
+        0 (nothing is lost) to 1 (all is lost, as with as many forgotten classes as features).
+    """
+    rows = weight.double()
+    rows = rows - rows.mean(0)
+    if features is not None:
+        centred = features.double() - features.mean(0, dtype=torch.float64)
+        covariance = centred.T @ centred / len(centred)
+        damping = _DAMPING * float(covariance.diagonal().mean())
+        covariance.diagonal().add_(max(damping, 1e-30))
+        rows = rows @ torch.linalg.cholesky(covariance)
+    _, sizes, axes = torch.linalg.svd(rows[forget], full_matrices=False)
+    retained, axes = rows[~forget], axes[sizes > 1e-6 * sizes[0]]
+    energy = retained.square().sum().clamp(min=1e-30)
+    return float((retained @ axes.T).square().sum() / energy)
 
 
 def compare_last_layers(
