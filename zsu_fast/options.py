@@ -76,6 +76,13 @@ class Options:
 
         check_int("impressions_per_class", keywords["impressions_per_class"], optional=True)
         per_class = keywords["impressions_per_class"] or 1  # None: see `set_per_class`
+        keywords = dict(keywords)
+        if keywords["depth"] is None:
+            last = keywords["tail"] in ("last", 1) and not isinstance(keywords["tail"], bool)
+            output = last or keywords["objective"] == "differential"
+            keywords["depth"] = "output" if output else "deep"
+        if keywords["space"] is None:
+            keywords["space"] = "tail-input"
         grouped = (*_ALONE, *_ASCENT, *_FEATURES, *_LOOP, "objective", "weights")
         return cls(
             given=those(grouped),
@@ -89,7 +96,7 @@ class Options:
     def __post_init__(self) -> None:
         check_flag("inplace", self.inplace)
         check_choice("space", self.space, SPACES)
-        check_depth(self.depth, self.objective.name, self.space)
+        check_depth(self.depth, self.objective.name)
         if isinstance(self.tail, bool) or not isinstance(self.tail, str | int):
             raise ArgumentError(
                 "tail",
@@ -100,6 +107,11 @@ class Options:
     @property
     def seed(self) -> int:
         return self.ascent.seed
+
+    def deep_settings(self, classes: int) -> DeepSettings:
+        """The settings of deep forgetting, with the impressions per class if they are given."""
+        per_class = self.impressions_per_class
+        return self.deep if per_class is None else replace(self.deep, inverted=per_class * classes)
 
     def set_per_class(self, classes: int) -> None:
         """Sets the impressions per class, unless given, to what suits that many classes."""
@@ -126,4 +138,6 @@ def paper_preset() -> dict[str, Any]:
         "mixtures": 0,
         "early_stop": False,
         "tail": "last",
+        "depth": "output",
+        "space": "input",
     }

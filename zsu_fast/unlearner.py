@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, UnlearningWarning
+from .errors import ArgumentError, ModelError, UnlearningWarning
 from .models.class_indices import check_forget, check_forgotten
 from .models.input_spec import noise_images
 from .models.parameters import deep_copy, replace_parameters, restored_on_failure
@@ -35,9 +35,10 @@ from .synthesis.impressions import ClassImpressions, check_impressions
 from .synthesis.space import SearchSpace, SpaceName, input_space, tail_input_space
 from .synthesis.synthesize import ascend, synthesize
 from .training.class_subset import ClassSubsetTail
-from .training.deep.data import DeepInputs
-from .training.deep.deep import find_deep_split, forget_deeply
+from .training.deep.deep import DeepFailed, forget_deeply
+from .training.deep.rows import RowSource
 from .training.deep.settings import Depth
+from .training.deep.split import find_deep_split
 from .training.fit_task import FitTask, make_fit_task, trained_parameters
 from .training.losses import ObjectiveName
 from .training.train_step import Loop
@@ -73,17 +74,23 @@ class ZeroShotUnlearner:
         forgotten: classes that earlier calls removed from ``model`` (given like ``forget``); they
             stay forgotten. None: those in the ledger, or none.
         ledger: a `Ledger`, or the path of one; the run becomes its next entry.
-        tail: where the tail starts: "auto" (the first responsive layer, see `find_split`), "last"
-            (the last layer with weights), a module's name, or k (the last k layers with weights).
-        depth: "output" (only the outputs forget), or "deep" (the features forget too: slower, and
-            accuracy on the retained classes drops a little; see `forget_deeply`).
+        tail: where the tail starts: "auto" (see `find_deep_split`; with depth="output" the last
+            layer, or with space="input" the first responsive one, see `find_split`), "last" (the
+            last layer with weights), a module's name, or k (the last k layers with weights).
+        depth: "deep" (the features forget too, so that the original last layer put back brings
+            nothing back; accuracy on the retained classes drops a little, see `forget_deeply`), or
+            "output" (only the last layer changes: quick, and as easily undone as a mask). None:
+            "deep", or "output" with tail="last" or objective="differential". Where deep forgetting
+            is not possible or fails its checks, the run falls back to "output" and warns.
         objective: "masked" (match the original model with the forgotten classes removed; bounded)
             or "differential" (the paper's signed cross-entropy).
         impressions: `ClassImpressions` to use; None synthesises them.
         space: "input" synthesises images; "tail-input" synthesises what the backbone passes to the
-            tail, which is far cheaper because the backbone never runs on it.
-        impressions_per_class: None: 32, or fewer for many classes. With 4 or more, one in four is
-            held out for validation; with fewer, fresh mixtures serve instead.
+            tail, which is far cheaper because the backbone never runs on it. None: that of
+            ``impressions``, or "tail-input".
+        impressions_per_class: None: 32, or fewer for many classes; `DeepSettings` for deep
+            forgetting with space="tail-input". With 4 or more, one in four is held out for
+            validation; with fewer, fresh mixtures serve instead.
         retain_sample: number of retained classes to synthesise, besides the forgotten ones: half
             are the nearest by last-layer weights, half are drawn at random. None: all of them, or
             1,024 if there are more than 4,096.
@@ -121,10 +128,10 @@ class ZeroShotUnlearner:
         forgotten: Any = None,
         ledger: Ledger | str | Path | None = None,
         tail: str | int = "auto",
-        depth: Depth = "output",
+        depth: Depth | None = None,
         objective: ObjectiveName = "masked",
         impressions: ClassImpressions | None = None,
-        space: SpaceName = "input",
+        space: SpaceName | None = None,
         impressions_per_class: int | None = None,
         retain_sample: int | None = None,
         confidence: tuple[float, float] | None = (0.55, 0.99),
@@ -154,11 +161,14 @@ class ZeroShotUnlearner:
         distributed: bool | None = None,
     ) -> None:
         keywords = locals()
+        if space is None and isinstance(impressions, ClassImpressions):
+            keywords["space"] = impressions.space
         self.ranks = join(distributed)
         with self.ranks.all_or_none():
             self.options = Options.from_keywords(keywords)
             self.report = Reporter(progress, callback, self.ranks, quiet=not self.ranks.is_main)
             self.split_point: Split | None = None
+            self.rows: RowSource | None = None
             self.result: Fit | None = None
             self._prepare(model, forget, forgotten, ledger)
             sampled = len(self.active_classes) < self.classes - len(self.forgotten)
@@ -180,13 +190,20 @@ class ZeroShotUnlearner:
     @all_or_none
     def synthesise(self) -> ClassImpressions:
         """Synthesises impressions of the classes to forget and of retained ones."""
-        space = self.search_space()
-        with self._stage("synthesise"):
-            self.impressions = ascend(
-                self.work, space, self.active_classes, self.options.ascent, self.report,
-                self.options.cache, ranks=self.ranks,
-            )  # fmt: skip
-        missing = len({*self.active_classes}.difference(self.impressions.labels.tolist()))
+        needed = {*self.active_classes}
+        rows = self._row_source() if self.options.space == "tail-input" else None
+        if rows is not None:
+            needed = {*self.forget}  # of many classes, some have no row
+            with self._stage("synthesise"):
+                self.impressions = rows.invert(self.active_classes, self.report)
+        else:
+            space = self.search_space()
+            with self._stage("synthesise"):
+                self.impressions = ascend(
+                    self.work, space, self.active_classes, self.options.ascent, self.report,
+                    self.options.cache, ranks=self.ranks,
+                )  # fmt: skip
+        missing = len(needed.difference(self.impressions.labels.tolist()))
         if missing:
             got = f"it stopped the synthesis before {missing} classes had an impression"
             raise ArgumentError("callback", got, "Let it run until each class has one.")
@@ -196,6 +213,15 @@ class ZeroShotUnlearner:
     @all_or_none
     def split(self) -> Split:
         """Splits the model at ``tail``; with space="tail-input", "auto" means "last"."""
+        if (rows := self._row_source()) is not None:
+            self.split_point = rows.deep.split
+        else:
+            self.split_point = self._output_split()
+        split = self.split_point
+        self.ranks.check_same({"tail": split.name, "parameters": split.parameters})
+        return split
+
+    def _output_split(self) -> Split:
         if self.options.space == "tail-input":
             at = "last" if self.options.tail == "auto" else self.options.tail
             images, labels = noise_images(self.spec, 4), torch.arange(4)
@@ -203,26 +229,46 @@ class ZeroShotUnlearner:
             impressions = self._synthesised()
             at, images, labels = self.options.tail, impressions.images, impressions.labels
         with self._stage("split"):
-            images, labels = images.to(self.device), labels.to(self.device)
-            if self.options.depth == "deep":
-                self.split_point = find_deep_split(self.work, at, images)
-            else:
-                self.split_point = find_split(self.work, at, images, labels)
-        split = self.split_point
-        self.ranks.check_same({"tail": split.name, "parameters": split.parameters})
-        return split
+            return find_split(self.work, at, images.to(self.device), labels.to(self.device))
+
+    def _row_source(self) -> RowSource | None:
+        """Where the rows of deep forgetting come from; None at the output level."""
+        options = self.options
+        if self.rows is None and options.depth == "deep":
+            try:
+                with self._stage("deep split"):
+                    deep = find_deep_split(self.work, options.tail, self.spec)
+            except (ArgumentError, ModelError) as error:
+                if isinstance(error, ArgumentError) and error.argument == "tail":
+                    raise
+                self._fall_back(str(error))
+                return None
+            self.rows = RowSource(
+                self.work, deep, self.spec, self.forget_mask, options.deep_settings(
+                    len(self.active_classes)), options.seed, options.cache,
+            )  # fmt: skip
+        return self.rows if options.depth == "deep" else None
+
+    def _fall_back(self, reason: str) -> None:
+        """Goes on at the output level."""
+        self.options.depth = "output"
+        self.record.depth |= {"level": "output", "fallback": reason}
 
     @torch_defaults()
     @all_or_none
     def fit(self) -> Fit:
         """Trains the tail on the impressions; with depth="deep", the layers before it first."""
         split = self.split_point or self.split()
-        if self.options.depth == "deep":
+        impressions = self._synthesised()
+        features: tuple[Tensor, ...] | None = None
+        if (rows := self._row_source()) is not None:
             with self._stage("deepen"):
-                split = self._deepen(split, self._synthesised())
+                split = self._deepen(rows, impressions)
+            features = (rows.deep.last_features(self.work, impressions.images.to(self.device)),)
         with self._stage("fit"):
-            impressions = self._synthesised()
-            task = self.fit_task(split, self.features_of(split, impressions), impressions)
+            if features is None:
+                features = self.features_of(split, impressions)
+            task = self.fit_task(split, features, impressions)
             self.result = train_tail(task, self.options.loop, self.report)
             if isinstance(task.tail, ClassSubsetTail):
                 task.tail.write_back()
@@ -313,7 +359,7 @@ class ZeroShotUnlearner:
         self.record = Record.begin(
             model, self.spec, self.forget, self.classes, options.given, self.device
         )
-        self.record.depth["depth"] = options.depth
+        self.record.depth |= {"depth": options.depth, "level": options.depth}
         self.record.forgotten = self.forgotten
         before = self.record.weights_before
         if self.ledger is not None:
@@ -322,20 +368,24 @@ class ZeroShotUnlearner:
         same = {k: v for k, v in self.record.settings.items() if k not in PER_RANK}
         self.ranks.check_same(same | call)
 
-    def _deepen(self, split: Split, impressions: ClassImpressions) -> Split:
+    def _deepen(self, rows: RowSource, impressions: ClassImpressions) -> Split:
         """Trains the layers ahead of the last; returns the split that is fitted afterwards."""
         options = self.options
-        inputs = DeepInputs(
-            self.work, self.spec, split, impressions, self.forget_mask, options.seed
-        )
-        facts = forget_deeply(inputs, options.features, options.loop, options.deep, self.report)
-        self.record.depth |= facts
+        try:
+            facts = forget_deeply(
+                self.work, rows.deep, rows.scenes, impressions, self.forget_mask,
+                options.features, options.loop, rows.settings, options.seed, self.report,
+            )  # fmt: skip
+        except DeepFailed as error:
+            self._fall_back(str(error))
+            self.split_point = rows.deep.last
+            return rows.deep.last
+        self.record.depth |= facts | {"level": "deep"}
         # logits have collapsed by now: keep the margin computed from the original
-        options.features = replace(options.features, margin=self.record.depth["margin"])
+        options.features = replace(options.features, margin=facts["margin"])
         self.ranks.exchange()  # a new stage: a stop request must not carry over into the fit
-        self.ranks.copy_from_main(trained_parameters(self.work, split))
-        images, labels = impressions.images.to(self.device), impressions.labels.to(self.device)
-        return find_split(self.work, "last", images, labels)
+        self.ranks.copy_from_main(trained_parameters(self.work, rows.deep.split))
+        return rows.deep.last
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

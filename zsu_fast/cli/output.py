@@ -69,14 +69,15 @@ def print_split(console: Console, record: dict[str, Any]) -> None:
 
 
 def print_level(console: Console, record: dict[str, Any]) -> None:
-    """Says which layers were trained, and what that means if it was only the last one."""
+    """Says at which level the model forgot, and which layers were trained."""
+    level = record["depth"].get("level", "output")
+    trained = ", ".join(record["split"]["trained"])
+    console.print(f"Level: {level}. Trained: {trained}.", soft_wrap=True, highlight=False)
     if record["split"]["output_level"]:
         console.print(
-            "Output-level forgetting: only the last layer was trained, so the features of the "
-            "forgotten classes are still inside."
+            "Only the last layer was trained, so the features of the forgotten classes are still "
+            "inside."
         )
-    else:
-        console.print(f"Trained: {', '.join(record['split']['trained'])}.")
 
 
 def print_accuracies(

@@ -81,9 +81,12 @@ class MethodOptions:
 
     tail: options.Tail = "auto"
     depth: Annotated[
-        str,
-        typer.Option(help="output, or deep: the features forget too, which costs some RA."),
-    ] = "output"
+        str | None,
+        typer.Option(
+            help="deep: the features forget too; output: only the last layer changes, which is "
+            "quick and as easily undone as a mask. Default: deep."
+        ),
+    ] = None
     objective: Annotated[str, typer.Option(help="masked or differential.")] = "masked"
     paper: Annotated[bool, typer.Option("--paper", help="Use the published recipe.")] = False
 

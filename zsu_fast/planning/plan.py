@@ -107,7 +107,8 @@ def plan(
             that the run would use here.
         within: the time the run may take, in seconds, to learn how many GPUs it needs: only the
             synthesis is divided among them.
-        **options: of `ZeroShotUnlearner`; depth="deep" can't be planned.
+        **options: of `ZeroShotUnlearner`; what is planned is depth="output", and depth="deep" is
+            refused.
 
     Raises:
         ArgumentError: an argument can't be used.
@@ -119,6 +120,7 @@ def plan(
         raise ArgumentError(
             "depth", f"got {options['depth']!r}", "Only depth='output' can be planned."
         )
+    options = options | {"depth": "output"}
     memory = PeakMemory(resolve_device(model, options.get("device")))
     pilot = Pilot(model, forget, options, memory).run_stages()
     if card is None:

@@ -38,8 +38,9 @@ class Record:
         weights_before, weights_after: `weights_hash` of the model.
         impressions: their count and number of classes, the rule that chose the classes, hit rate
             (also of the worst class), mean confidence, steps.
-        depth: "output" or "deep"; after a deep run, also its validation before and after
-            (`forget_deeply`).
+        depth: ``depth``, what was asked for, "deep" or "output"; ``level``, what was reached;
+            ``fallback``, why that is "output" instead; after deep forgetting, also what
+            `forget_deeply` returns.
         split: where and why, the trained parameters, whether only outputs can forget.
         fit: why it stopped, the learning rate, the best validation, the history.
         timings: seconds per stage, and in total.
@@ -142,28 +143,23 @@ class Record:
                 f"mean and std of the images are a guess ({self.input['source']}): pass mean= and "
                 f"std= as in the model's training."
             )
-        if self.split.get("output_level"):
+        if "fallback" in self.depth:
             notes.append(
-                f"only the last layer ({', '.join(self.split['trained'])}) was trained: the "
-                f"outputs forget, but the features of the forgotten classes are still inside. Name "
-                f"an earlier module by tail= to train more."
+                f"level: output. Deep forgetting was not possible, so only the outputs forget: "
+                f"{self.depth['fallback']}"
+            )
+        elif self.split.get("output_level"):
+            notes.append(
+                f"level: output. Only the last layer ({', '.join(self.split['trained'])}) was "
+                f"trained: the outputs forget, but the features of the forgotten classes are still "
+                f"inside, and the original last layer brings them back. Pass depth='deep' to train "
+                f"the layers before it too."
             )
         if empty := [c for c, rate in rates.items() if rate == 0]:
             notes.append(
                 f"no impression reached its confidence for class {shorten(empty)}: the model may "
                 f"never predict it, or input_shape, mean and std are wrong. Raise max_steps if "
                 f"they are right."
-            )
-        if "given up" in self.depth.get("stopped", ""):
-            notes.append(
-                f"the features are unchanged, only the outputs forget: "
-                f"{self.depth['stopped']}. Leave learning_rate out, or pass a smaller one."
-            )
-        per_class = self.impressions["count"] / self.impressions["classes"]
-        if self.depth.get("depth") == "deep" and per_class < 4:
-            notes.append(
-                f"depth='deep' had {per_class:.3g} impressions per class: RA may fall by ten "
-                f"points or more (EfficientNet-lite0: 12). Measure it; depth='output' preserves it."
             )
         if fit.best is None or fit.best.leak > 0.01:
             leak = 100 * fit.best.leak if fit.best else 100

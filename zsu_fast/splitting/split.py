@@ -190,6 +190,39 @@ def split_at(model: LogitsModel, name: str, images: Tensor, reason: str) -> Spli
     return Split(backbone, tail, name, reason, parameters, output_level=len(layers) == 1)
 
 
+def resplit(
+    model: LogitsModel, tail: nn.Module, name: str, points: Tensor
+) -> tuple[nn.Module, nn.Module]:
+    """Splits a tail once more, at the module ``name`` of the same model.
+
+    Args:
+        model: the model that ``tail`` is a part of.
+        tail: points [N, D] -> logits.
+        name: as for `split_at`.
+        points: two or more, to check the split with.
+
+    Returns:
+        The part up to ``name``, points -> the tuple of boundary tensors; and the rest.
+
+    Raises:
+        ArgumentError, ModelError: as for `split_at`.
+    """
+    backbone, rest, _ = _checked_split(_TailAsModel(model, tail), name, points)
+    return backbone, rest
+
+
+class _TailAsModel(LogitsModel):
+    """A tail with the names of the whole model's modules."""
+
+    def __init__(self, model: LogitsModel, tail: nn.Module) -> None:
+        super().__init__(model.module)
+        self.tail = tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.tail(x)
+        return logits
+
+
 def _checked_split(
     model: LogitsModel, name: str, images: Tensor
 ) -> tuple[nn.Module, nn.Module, BoundaryTensors]:

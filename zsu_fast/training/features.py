@@ -87,6 +87,7 @@ class FeatureSet:
         forgotten: bool [N], whether the label is to be forgotten.
         retained: the teacher's retained logits in short, if only the forgotten ones are trained.
         logit_std: standard deviation of the teacher's logits; None to compute it from ``teacher``.
+        scene: float32 [N], 1 for the row of a drawn scene, else 0; None if no row is one.
         mixup: mixes the selected rows; None if they are stored.
         original: copy of the original tail, for the teacher's logits; None if they are stored.
         limits: bounds the size of `chunks`.
@@ -98,6 +99,7 @@ class FeatureSet:
     forgotten: Tensor
     retained: RetainedLogits | None = None
     logit_std: float | None = None
+    scene: Tensor | None = None
     mixup: FeatureMixup | None = None
     original: nn.Module | None = None
     limits: MemoryLimits = field(default_factory=MemoryLimits)
@@ -116,7 +118,8 @@ class FeatureSet:
         if retained is not None:
             retained = RetainedLogits(*(values.index_select(0, index) for values in retained))
         label, forgotten = (t.index_select(0, index) for t in (self.label, self.forgotten))
-        return FeatureSet(features, teacher, label, forgotten, retained)
+        scene = None if self.scene is None else self.scene.index_select(0, index)
+        return FeatureSet(features, teacher, label, forgotten, retained, scene=scene)
 
     def features_at(self, index: Tensor) -> tuple[Tensor, ...]:
         """The features of the rows at ``index``, int64 [n]."""

@@ -30,7 +30,9 @@ class FitTask:
     validation_loss: MaskedKL  # scores the validation rows, whatever the objective
     generator: torch.Generator  # draws the batches, on the CPU
     masks: Sequence[Tensor | None] | None = None  # factor on the gradient of each parameter
-    fast_kernels: bool = True  # allow the fused AdamW kernel and products in bfloat16
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    sampling: Tensor | None = None  # float32 [N], how often each row is drawn; None for equally
+    bf16_matmul: bool = True  # allow products in bfloat16
 
     @property
     def device(self) -> torch.device:

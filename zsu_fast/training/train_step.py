@@ -66,9 +66,11 @@ class EagerTrainStep:
     def reset(self) -> None:
         """Clears the optimiser's moments for a new attempt."""
         self.optimiser: Any = (
-            _FusedAdam(self.parameters, self.scales)
+            _FusedAdam(self.parameters, self.scales, self.task.betas)
             if self._fused()
-            else torch.optim.AdamW(self._groups(), weight_decay=0.0, capturable=self.capturable)
+            else torch.optim.AdamW(
+                self._groups(), betas=self.task.betas, weight_decay=0.0, capturable=self.capturable
+            )
         )
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -87,7 +89,7 @@ class EagerTrainStep:
         """
         loss = torch.zeros((), device=self.device)
         work = self.row_work * index.shape[1]
-        with bf16_matmul(self.device, work) if self.task.fast_kernels else nullcontext():
+        with bf16_matmul(self.device, work) if self.task.bf16_matmul else nullcontext():
             for batch, rate in zip(index.to(self.device), rates, strict=True):
                 self._set_rate(rate)
                 loss = self.step(batch)
@@ -115,7 +117,7 @@ class EagerTrainStep:
         return loss
 
     def _fused(self) -> bool:
-        return self.task.fast_kernels and all(
+        return all(
             p.dtype == torch.float32 and p.device.type in ("cpu", "cuda") for p in self.parameters
         )
 
@@ -128,7 +130,13 @@ class _FusedAdam:
     captured.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], scales: list[float]) -> None:
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        scales: list[float],
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        self.betas = betas
         self.param_groups: list[dict[str, Any]] = []  # as in torch.optim
         for scale in dict.fromkeys(scales):
             places = [i for i, s in enumerate(scales) if s == scale]
@@ -143,8 +151,8 @@ class _FusedAdam:
             torch._foreach_add_(group["steps"], 1)
             torch._fused_adamw_(
                 group["params"], [grads[i] for i in group["places"]], group["exp_avg"],
-                group["exp_avg_sq"], [], group["steps"], lr=group["lr"], beta1=0.9, beta2=0.999,
-                weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
+                group["exp_avg_sq"], [], group["steps"], lr=group["lr"], beta1=self.betas[0],
+                beta2=self.betas[1], weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
             )  # fmt: skip
 
     @property

@@ -84,8 +84,8 @@ class Schedule:
         scales: factor on the learning rate of each parameter; None for 1.
         loop: what takes the steps, see `make_train_step`.
         cosine: whether the learning rate falls to 0 along half a cosine, or stays as it is.
-        replacement: draw batches with replacement, the same in every attempt, instead of every row
-            once per epoch.
+        replacement: draw batches with replacement, by the task's ``sampling`` and the same in
+            every attempt, instead of every row once per epoch.
         validations: per full attempt.
         patience: validations without a gain after which an attempt ends; None to take all steps.
         keep: "best": the state of least divergence over all attempts; "last": the last finite
@@ -219,9 +219,13 @@ class Trainer:
         self.task, self.schedule, self.report = task, schedule, report
         self.fit = Fit()
         self._train_step = make_train_step(schedule.loop, task, schedule.scales)
-        draw = _with_replacement if schedule.replacement else _epochs
         self._seed = task.generator.get_state()
-        self._batches = draw(len(task.train), schedule.batch, task.generator)
+        rows, batch = len(task.train), schedule.batch
+        self._batches = (
+            _with_replacement(rows, batch, task.generator, task.sampling)
+            if schedule.replacement
+            else _epochs(rows, batch, task.generator)
+        )
         self._candidate: tuple[ValidationResult, list[Tensor]] | None = None
 
     def run(self) -> Fit:
@@ -315,7 +319,10 @@ def _epochs(rows: int, batch: int, generator: torch.Generator) -> Iterator[Tenso
             yield order[at : at + batch]
 
 
-def _with_replacement(rows: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yields batches of row indices, int64 [batch]."""
+def _with_replacement(
+    rows: int, batch: int, generator: torch.Generator, sampling: Tensor | None
+) -> Iterator[Tensor]:
+    """Yields batches of row indices, int64 [batch], drawn in proportion to ``sampling``."""
+    weights = torch.ones(rows) if sampling is None else sampling
     while True:
-        yield torch.randint(rows, (batch,), generator=generator)
+        yield torch.multinomial(weights, batch, replacement=True, generator=generator)

@@ -1,156 +1,255 @@
 """Deep forgetting: the classes leave the features, not only the outputs.
 
-The last layer *and* some layers before it are trained on `DeepObjective`. Training preserves
-features only where it sees them, and impressions are unlike any real image: so most rows are
-*dead-leaves images* (`synthesis.dead_leaves`), some as drawn and some optimised for a class by a
-few ascent steps, beside the impressions and mixtures of them.
+The layers ahead of the last one are trained *through* the frozen original last layer, on scenes and
+inverted rows (`rows`). The last layer is then fitted to the new features as in output-level
+forgetting.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError
 from ...models.wrapper import LogitsModel
 from ...runtime.measuring import multiply_adds
 from ...runtime.progress import Reporter
-from ...splitting.layers import layer_names
-from ...splitting.split import Split, find_split
-from ..features import FeatureSettings, logit_margin
-from ..fit_task import FitTask, trained_parameters
+from ...splitting.batch_dim import BoundaryTensors
+from ...synthesis.impressions import ClassImpressions
+from ..features import FeatureSet, FeatureSettings, logit_margin
+from ..fit_task import FitTask
 from ..trainer import LoopSettings, Schedule, Trainer, relative_learning_rate
-from .data import DeepInputs, deep_train_val_sets
 from .losses import USABLE_ROOM, DeepObjective, room_above_floor
+from .rows import Scenes
 from .settings import DeepSettings
-from .tail import DualClassifierTail
+from .split import DeepSplit
+from .tail import FrozenClassifierTail
 
-# Share of the layers with weights that is trained beside the last one. Features of small images are
-# preserved on many scenes, those of large images on few.
-_SHARE, _SHARE_OF_LARGE = 0.3, 0.1
-_LARGE = 3 * 64 * 64  # an image of more values than this is large
 _PRUNED = 0.1  # a weight with at least this share of zeros is taken for pruned
+_VALIDATION = 8, 4  # one scene, and one inverted row, in this many is held out
+# Deep forgetting has failed if held-out inverted rows still leak more than this share of what they
+# did, or if the original last layer agrees with itself on less than that share of the scenes.
+_MOST_LEAK, _LEAST_AGREEMENT = 0.8, 0.5
 
 
-def find_deep_split(model: LogitsModel, at: str | int, images: Tensor) -> Split:
-    """Splits ``model`` before its last layers.
+class DeepFailed(Exception):
+    """The data-free checks say that the features still hold the classes, or are damaged."""
 
-    "auto" trains three in ten of the layers with weights beside the last one, or one in ten for
-    large images; at least one.
 
-    Args:
-        model: from `working_copy`.
-        at: "auto", or the module at which the tail starts.
-        images: some valid images, [N, ...].
+@dataclass(frozen=True)
+class DeepRows:
+    """Rows at the split, each with the original's logits: scenes, then inverted rows."""
 
-    Raises:
-        ArgumentError: nothing but the last layer would be trained.
-    """
-    names, reason = layer_names(model.module, images[:4]), "named by the caller"
-    if at == "auto":
-        share = _SHARE if images[0].numel() <= _LARGE else _SHARE_OF_LARGE
-        start = len(names) - 1 - max(1, round(share * len(names)))
-        if start < 0:
-            raise ArgumentError(
-                "depth",
-                "got 'deep', and the model has a single layer with weights: no features",
-                "Pass depth='output'.",
-            )
-        at, reason = names[start], f"deep: {len(names) - start} of {len(names)} layers"
-    split = find_split(model, at, images, torch.zeros(len(images), dtype=torch.int64))
-    if split.output_level:
-        raise ArgumentError(
-            "tail",
-            f"got {at!r} with depth='deep', and only the last layer follows it",
-            f"Name an earlier module, such as {names[max(0, len(names) - 2)]!r}, or leave it out.",
-        )
-    split.reason = reason
-    return split
+    rows: FeatureSet
+    held: Tensor  # bool [N], for validation
+
+    @classmethod
+    @torch.no_grad()
+    def label(
+        cls,
+        tail: FrozenClassifierTail,
+        scenes: BoundaryTensors,
+        inverted: BoundaryTensors,
+        labels: Tensor,
+        forget: Tensor,
+    ) -> DeepRows:
+        """Labels the rows by the original tail; ``labels`` are those of the inverted rows."""
+        features = tuple(torch.cat(pair) for pair in zip(scenes, inverted, strict=True))
+        count, total = len(scenes[0]), len(features[0])
+        scene = (torch.arange(total, device=forget.device) < count).float()
+        empty = torch.empty(total, 0, device=forget.device)
+        rows = FeatureSet(features, empty, empty, empty)
+        rows.teacher = torch.cat([part.logits for part in tail.chunks(rows)])
+        rows.label = torch.cat([rows.teacher[:count].argmax(1), labels.to(forget.device)])
+        rows.forgotten, rows.scene = forget[rows.label], scene
+        place = torch.arange(total, device=forget.device)
+        every = torch.where(scene > 0, *_VALIDATION)
+        return cls(rows, place % every == every - 1)
+
+    def select(self, which: Tensor) -> FeatureSet:
+        return self.rows.select(which.nonzero()[:, 0])
 
 
 def forget_deeply(
-    inputs: DeepInputs,
+    model: LogitsModel,
+    deep: DeepSplit,
+    scenes: Scenes,
+    impressions: ClassImpressions,
+    forget: Tensor,
     features: FeatureSettings,
     loop: LoopSettings,
     settings: DeepSettings,
+    seed: int,
     report: Reporter,
 ) -> dict[str, Any]:
-    """Trains the tail in place until its features no longer show the classes.
-
-    The last layer is then still to be fitted as in output-level forgetting, whose rows reach
-    farther from the impressions.
+    """Trains the layers of ``deep`` in place until their features no longer show the classes.
 
     Args:
-        inputs: what it starts from.
-        features: for the margin.
+        model: the working copy that ``deep`` shares its parameters with.
+        deep: what is trained.
+        scenes: from `draw_scenes`.
+        impressions: inverted rows (`invert_rows`), or images.
+        forget: bool [C].
+        features: for the margin of the last layer's fit.
         loop: for its learning rate, if given, and its ``steps``, if fewer.
         settings: the constants of deep forgetting.
+        seed: of the batches.
         report: called after every validation; a stop that it asks for keeps the current state.
 
     Returns:
-        For the record: ``stopped``, ``learning_rate``, ``history`` (`Fit`); ``rows`` and
-        ``held_out``, the number of training and validation rows; ``margin``, and
-        ``margin_asked``, which is smaller if logits have a lower bound; and, each ``before`` and
-        ``after``, `DeepObjective.measure`.
+        For the record: ``layers``, ``stopped``, ``learning_rate``, ``history`` (`Fit`); ``rows``
+        and ``held_out``, the number of training and validation rows; ``margin`` of the last layer's
+        fit and ``margin_asked`` here; ``factor``, by which the change was multiplied, and
+        ``factors``, the leak and agreement at each that was tried; and, each ``before`` and
+        ``after``: ``unmask_leak``, the share of held-out inverted rows of forgotten classes that
+        the original last layer still assigns to one, ``agreement``, the share of held-out scenes
+        whose masked answer stays, and ``evidence``, `DeepObjective.evidence`.
 
     Raises:
-        ModelError: the model's last layer takes more than one tensor from the others.
+        DeepFailed: the checks say so; the parameters are as they were.
     """
-    task, margin, objective = _deep_task(inputs, features, settings)
-    schedule = _schedule(task, inputs, loop, objective.settings)
-    before = objective.measure(task.train, task.validation)
-    fit = Trainer(task, schedule, report).run()
-    if fit.best is fit.history[0]:
-        fit.stopped += " to the start; given up"
-    after = objective.measure(task.train, task.validation)
-    return {
+    device = forget.device
+    labels = impressions.labels.to(device)
+    points = impressions.images.to(device)
+    with torch.no_grad():
+        inverted = (
+            deep.features(points)
+            if impressions.space == "tail-input"
+            else deep.image_features(points)
+        )
+    tail = FrozenClassifierTail(model, deep)
+    data = DeepRows.label(tail, scenes.features, inverted, labels, forget)
+    train, validation = data.select(~data.held), data.select(data.held)
+    margins = logit_margin(data.rows.teacher[-len(labels) :], labels)
+    margin = features.margin_for(float(margins.mean()), len(forget), forget_logits_only=False)
+    reachable = min(settings.margin, USABLE_ROOM * room_above_floor(tail, train, forget))
+    objective = DeepObjective(tail, train, forget, reachable, settings)
+    named = dict(model.module.named_parameters())
+    parameters = [named[name] for name in deep.parameters]
+    assert train.scene is not None
+    count = train.scene.sum()
+    share = settings.inverted_share
+    weights = torch.where(
+        train.scene > 0, (1 - share) / count, share / (len(train) - count).clamp(min=1)
+    )
+    task = FitTask(
+        tail, parameters, train, validation, objective, objective,
+        torch.Generator().manual_seed(seed), [_unpruned(p) for p in parameters],
+        betas=settings.betas, sampling=weights.cpu(), bf16_matmul=False,
+    )  # fmt: skip
+    before = [p.detach().clone() for p in parameters]
+    checks = _Checks(tail, objective, validation)
+    facts: dict[str, Any] = {name: {"before": v} for name, v in checks.measure().items()}
+    facts["evidence"] = {"before": objective.evidence(train)}
+    try:
+        fit = Trainer(task, _schedule(task, deep, loop, settings), report).run()
+        if fit.best is fit.history[0]:
+            raise DeepFailed(f"{fit.stopped} to the start; given up")
+        facts["factor"], facts["factors"] = _extrapolate(checks, parameters, before, settings)
+        for name, value in checks.measure().items():
+            facts[name]["after"] = value
+        leak = facts["unmask_leak"]
+        if leak["after"] > _MOST_LEAK * leak["before"] and leak["after"] > settings.leak:
+            raise DeepFailed(
+                f"the original last layer still assigns {leak['after']:.0%} of the held-out rows "
+                f"of forgotten classes to one, {leak['before']:.0%} before"
+            )
+        if facts["agreement"]["after"] < _LEAST_AGREEMENT:
+            raise DeepFailed(
+                f"on held-out scenes, only {facts['agreement']['after']:.0%} of the answers stayed"
+            )
+    except BaseException:
+        _load(parameters, before)
+        raise
+    facts["evidence"]["after"] = objective.evidence(train)
+    facts |= {
+        "layers": deep.parameters,
+        "inverted_at": deep.early.name,
+        "drawn_as": list(deep.shape),
         "stopped": fit.stopped,
         "learning_rate": fit.learning_rate,
         "margin": margin,
         "margin_asked": objective.margin,
         "history": [asdict(result) for result in fit.history],
-        "rows": len(task.train),
-        "held_out": len(task.validation),
-        **{k: {"before": before[k], "after": after[k]} for k in before},
+        "rows": len(train),
+        "held_out": len(validation),
     }
+    return facts
 
 
-def _deep_task(
-    inputs: DeepInputs, features: FeatureSettings, settings: DeepSettings
-) -> tuple[FitTask, float, DeepObjective]:
-    """Builds the task; returns it with the margin that ``features`` gives, and its objective."""
-    forget = inputs.forget
-    images = inputs.impressions.images[:4].to(forget.device)
-    tail = DualClassifierTail(inputs.model, inputs.split, images)
-    settings = settings.fit_to(len(tail.trained) + 1)
-    train, validation, impressions = deep_train_val_sets(inputs, settings)
-    margins = logit_margin(train.teacher[:impressions], train.label[:impressions])
-    margin = features.margin_for(float(margins.mean()), len(forget), forget_logits_only=False)
-    reachable = min(margin, USABLE_ROOM * room_above_floor(tail, train, forget))
-    objective = DeepObjective(tail, train, forget, reachable, settings)
-    parameters = trained_parameters(inputs.model, inputs.split)
-    masks = [_unpruned(p) for p in parameters]
-    generator = torch.Generator().manual_seed(inputs.seed)
-    task = FitTask(tail, parameters, train, validation, objective, objective, generator, masks)
-    task.fast_kernels = False  # they round differently; published results were measured without
-    return task, margin, objective
+@dataclass(frozen=True)
+class _Checks:
+    """Data-free measurements on held-out rows, with the original last layer."""
+
+    tail: FrozenClassifierTail
+    objective: DeepObjective
+    validation: FeatureSet
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """``unmask_leak`` and ``agreement``, see `forget_deeply`."""
+        rows = self.validation
+        assert rows.scene is not None
+        logits = torch.cat([part.logits for part in self.tail.chunks(rows)])
+        leaked, _ = self.objective.answers(logits, rows)
+        masked = logits.masked_fill(self.objective.forget, -torch.inf).argmax(1)
+        teacher = rows.teacher.masked_fill(self.objective.forget, -torch.inf).argmax(1)
+        inverted, scene = (rows.scene == 0) & rows.forgotten, rows.scene > 0
+        return {
+            "unmask_leak": _mean(leaked[inverted]),
+            "agreement": _mean((masked == teacher)[scene & ~rows.forgotten]),
+        }
+
+
+def _mean(which: Tensor) -> float:
+    return float(which.float().mean()) if len(which) else 0.0
+
+
+@torch.no_grad()
+def _extrapolate(
+    checks: _Checks, parameters: list[Any], before: list[Tensor], settings: DeepSettings
+) -> tuple[float, list[dict[str, float]]]:
+    """Multiplies the change of the parameters by the first factor that leaves no leak.
+
+    A moderate run that is extrapolated costs less retained accuracy than a longer one. If each
+    factor leaks, the one that leaks least is taken.
+    """
+    after = [p.detach().clone() for p in parameters]
+    tried: list[dict[str, float]] = []
+    for factor in settings.factors:
+        _load(parameters, [a.lerp(b, factor) for a, b in zip(before, after, strict=True)])
+        tried.append({"factor": factor, **checks.measure()})
+        if tried[-1]["unmask_leak"] <= settings.leak:
+            return factor, tried
+    best = min(tried, key=lambda result: result["unmask_leak"])["factor"]
+    _load(parameters, [a.lerp(b, best) for a, b in zip(before, after, strict=True)])
+    return best, tried
+
+
+@torch.no_grad()
+def _load(parameters: list[Any], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _schedule(
-    task: FitTask, inputs: DeepInputs, loop: LoopSettings, settings: DeepSettings
+    task: FitTask, deep: DeepSplit, loop: LoopSettings, settings: DeepSettings
 ) -> Schedule:
     """All steps in one attempt; if that diverges, three more, each at a lower learning rate."""
     one_row = task.train.features_at(task.train.label.new_zeros(1))
-    row_work = multiply_adds(inputs.split.tail, *one_row)
+    work = multiply_adds(deep.split.tail, *one_row)
+    steps, batch = settings.schedule_for(work, task.device)
+    batch = loop.batch or batch
+    rate = relative_learning_rate(task.parameters) * settings.rate / 0.02
     return Schedule(
-        steps=min(settings.steps_for(row_work, task.device), loop.steps or settings.steps),
-        batch=min(settings.batch, len(task.train)),
-        learning_rate=loop.learning_rate or relative_learning_rate(task.parameters),
+        steps=min(steps, loop.steps or steps),
+        batch=min(batch, len(task.train)),
+        learning_rate=loop.learning_rate or rate,
+        loop=loop.loop,
         replacement=True,
-        validations=10,
+        validations=4,
         patience=None,
         keep="complete",
         slower=(0.3, 0.3**2, 0.3**3),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -11,94 +11,85 @@ from ...errors import ArgumentError, check_choice
 
 Depth = Literal["output", "deep"]
 DEPTHS: tuple[str, ...] = get_args(Depth)
-_SCENE_VALUES = 256 * 1024 * 1024  # features at the split that are stored for scenes: 1 GB
-_SCENE_LOGITS = 128 * 1024 * 1024  # logits stored for scenes: 1,342 scenes for 100,000 classes
-_SCENE_WORK = 1e12  # multiply-adds for all scenes on a CPU: 2,500 of 224 pixels, small network
-_WORK = 5e12  # multiply-adds of all steps' forward passes on a CPU: minutes on one thread
-_FEWEST_SCENES = 256  # even if they cost more than that
-_FEWEST_STEPS = 100  # likewise
+# Multiply-adds of forward passes on a CPU, minutes on one thread each: of the backbone on all
+# scenes, of all ascent steps of the inverted rows, of all optimiser steps, and of one of them.
+_SCENE_WORK, _ASCENT_WORK, _FIT_WORK, _STEP_WORK = 1e12, 5e12, 5e12, 2e10
+_VALUES = 64 * 1024 * 1024  # features, or logits, that are stored for a kind of rows: 256 MB
+_FEWEST_SCENES, _FEWEST_INVERTED, _FEWEST_STEPS, _SMALLEST_BATCH = 512, 256, 100, 64
 
 
 @dataclass(frozen=True)
 class DeepSettings:
     """Constants of deep forgetting, chosen on training images (benchmarks/results).
 
-    A *scene* is a dead-leaves image: overlapping shapes of random size, place and colour.
+    A *scene* is a dead-leaves image: overlapping shapes of random size, place and colour. An
+    *inverted row* is a row of boundary tensors that ascent steps have optimised for a class.
 
     Attributes:
-        scenes: number of scenes, at most.
-        scenes_per_layer: scenes for each trained layer, since a deeper tail has more to preserve;
-            fewer, but at least 256, if they cost much.
-        pushed: number of additional scenes that a few ascent steps optimise for a class; reduced in
-            proportion to ``scenes``, but at least 256.
-        mixtures: rows mixed from impressions at the split (`build_feature_set`), for models of
-            inputs that are no photographs.
-        steps, batch: optimiser steps, at most, and rows in each.
-        steps_per_layer: steps for each trained layer; fewer, but at least 100, if they would keep
-            a CPU busy for long.
-        unmask, shrink, erase, inside: weights of the loss's terms, see `DeepObjective`.
-        shrink_inside: replaces ``shrink`` if there are inner layers: that term and ``inside`` both
-            cost retained accuracy.
-        ridge: of the ridge regression, relative to the features' mean variance.
+        scenes: number of scenes; fewer, but at least 512, if they cost much.
+        inverted: number of inverted rows; more if there are many classes (`inverted_for`).
+        ascent_steps: most steps that an inverted row takes.
+        ascent_step: length of the first of them, in standard deviations of the rows.
+        statistics: weight of the distance from the BatchNorm statistics in the ascent.
+        steps, batch: optimiser steps, and rows in each; fewer if they cost much.
+        inverted_share: share of inverted rows in a batch.
+        rate: learning rate, as a share of the weights' root mean square.
+        betas: of AdamW.
+        margin: in logits, see `DeepObjective`; smaller if logits have a lower bound.
+        keep, erase, ridge: of the loss, see `DeepObjective`.
+        factors: by which the change of the weights is multiplied: the first one at which the
+            held-out inverted rows leak no more than ``leak``.
+        leak: share of held-out inverted rows.
     """
 
-    scenes: int = 12000
-    scenes_per_layer: int = 2000
-    pushed: int = 3000
-    mixtures: int = 512
-    steps: int = 1500
-    steps_per_layer: int = 300
+    scenes: int = 6144
+    inverted: int = 1024
+    ascent_steps: int = 15
+    ascent_step: float = 0.3
+    statistics: float = 2.5
+    steps: int = 200
     batch: int = 256
-    unmask: float = 0.3
-    shrink: float = 0.15
-    shrink_inside: float = 0.1
-    erase: float = 0.35
-    inside: float = 0.25
+    inverted_share: float = 1 / 9
+    rate: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.99)
+    margin: float = 4.0
+    keep: float = 8.0
+    erase: float = 2.0
     ridge: float = 0.1
+    factors: tuple[float, ...] = (1.0, 1.1, 1.25, 1.4, 1.6)
+    leak: float = 0.02
 
-    def fit_to(self, layers: int) -> DeepSettings:
-        """The settings for ``layers`` trained layers."""
-        scenes = min(self.scenes, self.scenes_per_layer * layers)
-        return replace(
-            self,
-            scenes=scenes,
-            pushed=self.pushed * scenes // self.scenes,
-            steps=min(self.steps, self.steps_per_layer * layers),
-        )
-
-    def scenes_for(
-        self, values: int, classes: int, work: int, device: torch.device
-    ) -> tuple[int, int]:
-        """Returns (scenes, pushed) within memory and time on ``device``.
-
-        A scene has ``values`` features and ``classes`` logits and takes ``work`` multiply-adds.
-        """
-        scenes = min(self.scenes, _SCENE_VALUES // values, _SCENE_LOGITS // classes)
+    def scenes_for(self, values: int, classes: int, work: int, device: torch.device) -> int:
+        """Scenes within memory and time; each has ``values`` features and takes ``work``."""
+        count = min(self.scenes, _VALUES // values, _VALUES // classes)
         if device.type == "cpu":
-            scenes = min(scenes, int(_SCENE_WORK / max(1, work)))
-        pushed = self.pushed * scenes // self.scenes
-        return max(_FEWEST_SCENES, scenes), max(_FEWEST_SCENES, pushed)
+            count = min(count, int(_SCENE_WORK / max(1, work)))
+        return max(_FEWEST_SCENES, count)
 
-    def steps_for(self, row_work: int, device: torch.device) -> int:
-        """Optimiser steps if a row takes ``row_work`` multiply-adds in the trained layers."""
+    def inverted_for(self, values: int, classes: int, work: int, device: torch.device) -> int:
+        """Inverted rows: nearly two per class, within memory and time."""
+        count = max(self.inverted, classes * 9 // 5)
+        count = min(count, _VALUES // values, _VALUES // classes)
+        if device.type == "cpu":
+            count = min(count, int(_ASCENT_WORK / (self.ascent_steps * max(1, work))))
+        return max(_FEWEST_INVERTED, count)
+
+    def schedule_for(self, work: int, device: torch.device) -> tuple[int, int]:
+        """Optimiser steps and batch, if a row's forward pass takes ``work`` multiply-adds."""
         if device.type != "cpu":
-            return self.steps
-        affordable = int(_WORK / (self.batch * max(1, row_work)))
-        return min(self.steps, max(_FEWEST_STEPS, affordable))
+            return self.steps, self.batch
+        batch = min(self.batch, max(_SMALLEST_BATCH, int(_STEP_WORK / max(1, work))))
+        steps = min(self.steps, max(_FEWEST_STEPS, int(_FIT_WORK / (batch * max(1, work)))))
+        return steps, batch
 
 
-def check_depth(depth: str, objective: str, space: str) -> None:
-    """Raises unless ``depth`` is known and goes with ``objective`` and ``space``.
+def check_depth(depth: str, objective: str) -> None:
+    """Raises unless ``depth`` is known and goes with ``objective``.
 
     Raises:
-        ArgumentError: there is no such depth, or depth="deep" with another objective than "masked"
-            or another space than "input".
+        ArgumentError: there is no such depth, or depth="deep" with another objective than "masked".
     """
     check_choice("depth", depth, DEPTHS)
-    if depth == "deep" and space != "input":
-        raise ArgumentError(
-            "space", f"got {space!r} with depth='deep', which needs images", "Pass space='input'."
-        )
     if depth == "deep" and objective != "masked":
         raise ArgumentError(
             "objective",
