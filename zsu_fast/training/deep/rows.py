@@ -98,7 +98,8 @@ class RowSource:
         stored = deep.features(flatten(boundary))
         values = max(sum(t.numel() for t in tensors) for tensors in (boundary, stored))
         work = multiply_adds(deep.early.backbone, image)
-        count = self.settings.scenes_for(values, len(self.forget), work, device)
+        pixels = image[0].numel() // image.shape[1]
+        count = self.settings.scenes_for(pixels, values, len(self.forget), work, device)
         parts = [p for p in (deep.early.backbone, deep.middle) if p is not None]
         norms = [norm for part in parts for norm in _batch_norms(part)]
         features, starts, drawn = [], [], 0

@@ -15,6 +15,7 @@ DEPTHS: tuple[str, ...] = get_args(Depth)
 # scenes, of all ascent steps of the inverted rows, of all optimiser steps, and of one of them.
 _SCENE_WORK, _ASCENT_WORK, _FIT_WORK, _STEP_WORK = 1e12, 5e12, 5e12, 2e10
 _VALUES = 64 * 1024 * 1024  # features, or logits, that are stored for a kind of rows: 256 MB
+_SMALL = 64 * 64  # pixels of an image
 _FEWEST_SCENES, _FEWEST_INVERTED, _FEWEST_STEPS, _SMALLEST_BATCH = 512, 256, 100, 64
 
 
@@ -27,6 +28,7 @@ class DeepSettings:
 
     Attributes:
         scenes: number of scenes; fewer, but at least 512, if they cost much.
+        large_scenes: the same for images of more than 64 pixels.
         inverted: number of inverted rows; more if there are many classes (`inverted_for`).
         ascent_steps: most steps that an inverted row takes.
         ascent_step: length of the first of them, in standard deviations of the rows.
@@ -43,6 +45,7 @@ class DeepSettings:
     """
 
     scenes: int = 6144
+    large_scenes: int = 2560
     inverted: int = 1024
     ascent_steps: int = 15
     ascent_step: float = 0.3
@@ -59,9 +62,12 @@ class DeepSettings:
     factors: tuple[float, ...] = (1.0, 1.1, 1.25, 1.4, 1.6)
     leak: float = 0.02
 
-    def scenes_for(self, values: int, classes: int, work: int, device: torch.device) -> int:
+    def scenes_for(
+        self, pixels: int, values: int, classes: int, work: int, device: torch.device
+    ) -> int:
         """Scenes within memory and time; each has ``values`` features and takes ``work``."""
-        count = min(self.scenes, _VALUES // values, _VALUES // classes)
+        count = self.scenes if pixels <= _SMALL else self.large_scenes
+        count = min(count, _VALUES // values, _VALUES // classes)
         if device.type == "cpu":
             count = min(count, int(_SCENE_WORK / max(1, work)))
         return max(_FEWEST_SCENES, count)
