@@ -34,6 +34,7 @@ from ...synthesis.impressions import ClassImpressions
 from .settings import DeepSettings
 from .split import DeepSplit, flatten
 
+_BATCH = 64  # scenes that share the statistics of a batch, and of which there is a multiple
 _CHUNK = 128  # inverted rows that share the BatchNorm statistics of a batch
 _CONFIDENCE = (0.3, 0.99)  # each inverted row stops at a probability drawn from this range
 
@@ -102,20 +103,33 @@ class RowSource:
         count = self.settings.scenes_for(pixels, values, len(self.forget), work, device)
         parts = [p for p in (deep.early.backbone, deep.middle) if p is not None]
         norms = [norm for part in parts for norm in _batch_norms(part)]
+        layout = self._memory_format(image)
         features, starts, drawn = [], [], 0
         generator = torch.Generator().manual_seed(self.seed)
         for chunk in dead_leaves_chunks(count, deep.shape, self.seed):
             chunk = _stretch_contrast(chunk, generator) if len(deep.shape) == 3 else chunk
             images = (low + chunk * (high - low)).to(device)
             first = drawn < count // 2
-            with _batch_statistics(norms if first and len(chunk) > 1 else []):
-                points = flatten(deep.early.features(images))
-                features.append(deep.features(points))
-            if first or not norms:
-                starts.append(points)
+            with _batch_statistics(norms if first else []):
+                for batch in images.split(_BATCH):
+                    boundary = deep.early.backbone(batch.contiguous(memory_format=layout))
+                    points = flatten(boundary)
+                    features.append(deep.features(points))
+                    if first or not norms:
+                        starts.append(points)
             drawn += len(chunk)
         columns = tuple(torch.cat(column) for column in zip(*features, strict=True))
         return Scenes(columns, torch.cat(starts))
+
+    def _memory_format(self, image: Tensor) -> torch.memory_format:
+        """Channels-last if the backbone takes it: convolutions on a CPU are faster then."""
+        if image.ndim != 4:
+            return torch.contiguous_format
+        try:
+            self.deep.early.backbone(image.contiguous(memory_format=torch.channels_last))
+        except RuntimeError:  # such as x.view() on channels-last maps
+            return torch.contiguous_format
+        return torch.channels_last
 
     def invert(self, classes: Sequence[int], report: Reporter) -> ClassImpressions:
         """Optimises boundary tensors of the early split for ``classes``.

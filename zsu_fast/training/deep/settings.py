@@ -65,12 +65,15 @@ class DeepSettings:
     def scenes_for(
         self, pixels: int, values: int, classes: int, work: int, device: torch.device
     ) -> int:
-        """Scenes within memory and time; each has ``values`` features and takes ``work``."""
+        """Scenes within memory and time, a multiple of 512.
+
+        Each has ``values`` features and takes ``work`` multiply-adds.
+        """
         count = self.scenes if pixels <= _SMALL else self.large_scenes
         count = min(count, _VALUES // values, _VALUES // classes)
         if device.type == "cpu":
             count = min(count, int(_SCENE_WORK / max(1, work)))
-        return max(_FEWEST_SCENES, count)
+        return max(_FEWEST_SCENES, count // _FEWEST_SCENES * _FEWEST_SCENES)
 
     def inverted_for(self, values: int, classes: int, work: int, device: torch.device) -> int:
         """Inverted rows: nearly two per class, within memory and time."""
