@@ -2,9 +2,10 @@
 Class impressions, before and after
 ===================================
 
-A LeNet5 trained on MNIST forgets the digits 1, 2, 3 and 4. No training image is used: the network
-learns from *class impressions*, images synthesised from the network itself. This page shows them,
-what the network answers before and after, and what is still inside.
+A LeNet5 trained on MNIST forgets the digits 1, 2, 3 and 4 at the output level. No training image is
+used: the network learns from *class impressions*, images synthesised from the network itself. This
+page shows them, what the network answers before and after, and what is still inside. By default,
+layers ahead of the last one are trained too, and nothing is synthesised that could be shown.
 
 Running it takes about 5 seconds on one CPU core. The 2,000 MNIST test images ship with the
 package and are used for measuring only.
@@ -30,7 +31,7 @@ images, labels = mnist_test()
 # as confident as a target drawn from 0.55 to 0.99. To us most of them are noise; the network sees
 # a digit in every one. Each column below is a class.
 
-unlearner = zsu_fast.ZeroShotUnlearner(model, FORGET, seed=0)
+unlearner = zsu_fast.ZeroShotUnlearner(model, FORGET, depth="output", space="input", seed=0)
 impressions = unlearner.synthesise()
 rows = 4
 
@@ -105,7 +106,7 @@ plt.show()
 #
 # Only the last layer has changed, so its inputs are the same as ever: the forgotten digits still
 # form separate clusters, and putting the original last layer back would recover them. With
-# ``depth="deep"`` the features change too (see ``deep.py``).
+# ``depth="deep"``, the default, the features change too (see ``deep.py``).
 
 
 def features(network: nn.Module) -> Tensor:

@@ -5,6 +5,8 @@
 
 Inside a process group every rank makes the same call: the ranks share the synthesis of the
 impressions, and all get the same weights. The second command runs the same script in one process.
+The work is shared at the output level only: with ``depth="deep"``, the default, every rank draws
+and inverts all rows by itself.
 
 Takes about 5 seconds on one CPU core per rank. Two ranks print, if they are equally fast::
 
@@ -31,7 +33,9 @@ def main() -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
-    unlearner = zsu_fast.ZeroShotUnlearner(load_model("lenet5"), FORGET)
+    unlearner = zsu_fast.ZeroShotUnlearner(
+        load_model("lenet5"), FORGET, depth="output", space="input"
+    )
     unlearned = unlearner.run()
 
     if not launched or dist.get_rank() == 0:

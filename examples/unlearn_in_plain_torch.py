@@ -1,8 +1,9 @@
 """Forget classes without data: the whole algorithm in plain PyTorch, in little over 100 lines.
 
-``unlearn`` below does what ``zsu_fast.unlearn`` does where the last layer alone is trained, with
-nothing but torch. The package adds other splits, `depth="deep"`, faster kernels, and retries for
-impressions and learning rates that fail. Runs on a CPU.
+``unlearn`` below does what ``zsu_fast.unlearn(..., depth="output", space="input")`` does where the
+last layer alone is trained, with nothing but torch. The package adds other splits, deep forgetting
+(its default), faster kernels, and retries for impressions and learning rates that fail. Runs on a
+CPU.
 
 Run as a script, it takes about 5 seconds and prints the accuracy of LeNet5 on 2,000 MNIST test
 images, before and after it forgets the digits 1 to 4::
