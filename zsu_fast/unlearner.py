@@ -239,7 +239,7 @@ class ZeroShotUnlearner:
                 with self._stage("deep split"):
                     deep = find_deep_split(self.work, options.tail, self.spec)
             except (ArgumentError, ModelError) as error:
-                if isinstance(error, ArgumentError) and error.argument == "tail":
+                if isinstance(error, ArgumentError) and options.tail != "auto":
                     raise
                 self._fall_back(str(error))
                 return None
@@ -370,21 +370,23 @@ class ZeroShotUnlearner:
 
     def _deepen(self, rows: RowSource, impressions: ClassImpressions) -> Split:
         """Trains the layers ahead of the last; returns the split that is fitted afterwards."""
-        options = self.options
+        options, failure = self.options, ""
         try:
             facts = forget_deeply(
                 self.work, rows.deep, rows.scenes, impressions, self.forget_mask,
                 options.features, options.loop, rows.settings, options.seed, self.report,
             )  # fmt: skip
         except DeepFailed as error:
-            self._fall_back(str(error))
-            self.split_point = rows.deep.last
-            return rows.deep.last
-        self.record.depth |= facts | {"level": "deep"}
-        # logits have collapsed by now: keep the margin computed from the original
-        options.features = replace(options.features, margin=facts["margin"])
+            failure, facts = str(error), error.facts
         self.ranks.exchange()  # a new stage: a stop request must not carry over into the fit
+        failure, facts = self.ranks.broadcast_object((failure, facts))
         self.ranks.copy_from_main(trained_parameters(self.work, rows.deep.split))
+        self.record.depth |= facts
+        if failure:
+            self._fall_back(failure)
+            self.split_point = rows.deep.last
+        else:  # logits have collapsed by now: keep the margin computed from the original
+            options.features = replace(options.features, margin=facts["margin"])
         return rows.deep.last
 
     @contextmanager

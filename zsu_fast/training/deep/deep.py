@@ -35,7 +35,15 @@ _MOST_LEAK, _LEAST_AGREEMENT = 0.8, 0.5
 
 
 class DeepFailed(Exception):
-    """The data-free checks say that the features still hold the classes, or are damaged."""
+    """The data-free checks say that the features still hold the classes, or are damaged.
+
+    Attributes:
+        facts: what was measured, for the record.
+    """
+
+    def __init__(self, reason: str, facts: dict[str, Any]) -> None:
+        super().__init__(reason)
+        self.facts = facts
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ def forget_deeply(
     try:
         fit = Trainer(task, _schedule(task, deep, loop, settings), report).run()
         if fit.best is fit.history[0]:
-            raise DeepFailed(f"{fit.stopped} to the start; given up")
+            raise DeepFailed(f"{fit.stopped} to the start; given up", facts)
         facts["factor"], facts["factors"] = _extrapolate(checks, parameters, before, settings)
         for name, value in checks.measure().items():
             facts[name]["after"] = value
@@ -154,11 +162,13 @@ def forget_deeply(
         if leak["after"] > _MOST_LEAK * leak["before"] and leak["after"] > settings.leak:
             raise DeepFailed(
                 f"the original last layer still assigns {leak['after']:.0%} of the held-out rows "
-                f"of forgotten classes to one, {leak['before']:.0%} before"
+                f"of forgotten classes to one, {leak['before']:.0%} before",
+                facts,
             )
         if facts["agreement"]["after"] < _LEAST_AGREEMENT:
             raise DeepFailed(
-                f"on held-out scenes, only {facts['agreement']['after']:.0%} of the answers stayed"
+                f"on held-out scenes, only {facts['agreement']['after']:.0%} of the answers stayed",
+                facts,
             )
     except BaseException:
         _load(parameters, before)

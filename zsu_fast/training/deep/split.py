@@ -115,7 +115,8 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
         raise ArgumentError(
             "tail",
             f"got {at!r} with depth='deep', and only the last layer follows it",
-            f"Name an earlier module, such as {names[max(0, len(names) - 2)]!r}, or leave it out.",
+            f"Name an earlier module, such as {names[max(0, len(names) - 2)]!r}, leave it out, or "
+            f"pass depth='output'.",
         )
     early = _early_split(model, first, names, images) or whole
     with torch.no_grad():
@@ -141,6 +142,12 @@ def _first_trained(
             "depth",
             "got 'deep', and the model has a single layer with weights: no features",
             "Pass depth='output'.",
+        )
+    if at in ("last", 1):
+        raise ArgumentError(
+            "tail",
+            f"got {at!r} with depth='deep', and only the last layer follows it",
+            "Leave tail out, or pass depth='output'.",
         )
     if isinstance(at, str) and at != "auto":
         return at, "named by the caller"
