@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ from .split import DeepSplit, flatten
 
 _BATCH = 64  # scenes that share the statistics of a batch, and of which there is a multiple
 _CHUNK = 128  # inverted rows that share the BatchNorm statistics of a batch
+_ROW_SETTINGS = (  # those that the rows depend on
+    "scenes", "large_scenes", "inverted", "ascent_steps", "ascent_step", "statistics",
+)  # fmt: skip
 _CONFIDENCE = (0.3, 0.99)  # each inverted row stops at a probability drawn from this range
 
 
@@ -197,7 +200,7 @@ class RowSource:
             "weights": weights_hash(self.model),
             "split": [deep.early.name, deep.split.name, list(deep.shape)],
             "spec": [spec.shape, spec.mean, spec.std],
-            "settings": asdict(self.settings),
+            "settings": [getattr(self.settings, name) for name in _ROW_SETTINGS],
             "seed": self.seed,
             "torch": torch.__version__,
             "device": self.forget.device.type,
