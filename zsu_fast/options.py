@@ -108,10 +108,12 @@ class Options:
     def seed(self) -> int:
         return self.ascent.seed
 
-    def deep_settings(self, classes: int) -> DeepSettings:
-        """The settings of deep forgetting, with the impressions per class if they are given."""
-        per_class = self.impressions_per_class
-        return self.deep if per_class is None else replace(self.deep, inverted=per_class * classes)
+    def deep_settings(self, classes: int, active: int) -> DeepSettings:
+        """The settings of deep forgetting for a model of ``classes``, ``active`` of them with rows;
+        with the impressions per class if they are given.
+        """
+        settings, per_class = self.deep.for_classes(classes), self.impressions_per_class
+        return settings if per_class is None else replace(settings, inverted=per_class * active)
 
     def set_per_class(self, classes: int) -> None:
         """Sets the impressions per class, unless given, to what suits that many classes."""

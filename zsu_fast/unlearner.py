@@ -245,7 +245,7 @@ class ZeroShotUnlearner:
                 return None
             self.rows = RowSource(
                 self.work, deep, self.spec, self.forget_mask, options.deep_settings(
-                    len(self.active_classes)), options.seed, options.cache,
+                    self.classes, len(self.active_classes)), options.seed, options.cache,
             )  # fmt: skip
         return self.rows if options.depth == "deep" else None
 

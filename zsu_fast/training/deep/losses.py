@@ -97,8 +97,10 @@ class DeepObjective(MaskedKL):
         forgotten = rows.teacher.softmax(1)[:, self.forget].sum(1)
         change = self._retained(outputs.logits) - self._retained(rows.teacher)
         kept = ((1 - forgotten) * change.square().mean(1)).mean() / self.size
-        explained = self.explained_variance(outputs.features, rows)
-        return self.divergence(outputs.logits, rows) + s.keep * kept + s.erase * explained
+        loss = self.divergence(outputs.logits, rows) + s.keep * kept
+        if s.erase:
+            loss = loss + s.erase * self.explained_variance(outputs.features, rows)
+        return loss
 
     def _retained(self, logits: Tensor) -> Tensor:
         """The retained logits, centred per row."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -59,8 +59,19 @@ class DeepSettings:
     keep: float = 8.0
     erase: float = 2.0
     ridge: float = 0.1
-    factors: tuple[float, ...] = (1.0, 1.1, 1.25, 1.4, 1.6)
-    leak: float = 0.02
+    factors: tuple[float, ...] = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0)
+    leak: float = 0.04
+
+    def for_classes(self, classes: int) -> DeepSettings:
+        """The settings for a model of that many classes.
+
+        With more classes than rows in a batch, half of the rows are inverted ones, which alone
+        reach every class; the change of retained logits weighs half as much; and nothing is erased:
+        on the wider features of such models, a regression on a batch explains everything.
+        """
+        if classes <= self.batch:
+            return self
+        return replace(self, inverted_share=0.5, keep=self.keep / 2, erase=0.0)
 
     def scenes_for(
         self, pixels: int, values: int, classes: int, work: int, device: torch.device
