@@ -264,7 +264,8 @@ class ZeroShotUnlearner:
         if (rows := self._row_source()) is not None:
             with self._stage("deepen"):
                 split = self._deepen(rows, impressions)
-            features = (rows.deep.last_features(self.work, impressions.images.to(self.device)),)
+            points, images = impressions.images.to(self.device), impressions.space == "input"
+            features = (rows.deep.last_features(self.work, points, images),)
         with self._stage("fit"):
             if features is None:
                 features = self.features_of(split, impressions)

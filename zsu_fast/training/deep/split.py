@@ -62,7 +62,7 @@ class DeepSplit:
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @torch.no_grad()
-    def last_features(self, model: LogitsModel, points: Tensor) -> Tensor:
+    def last_features(self, model: LogitsModel, points: Tensor, images: bool) -> Tensor:
         """What the last layer of ``model`` takes: early points [N, D], or images -> [N, ...]."""
         last, inputs = model.module.get_submodule(self.last.name), []
 
@@ -71,7 +71,7 @@ class DeepSplit:
 
         with forward_pre_hooks((last,), note):
             for part in points.split(256):
-                (self.early.tail(*self.flat.split(part)) if part.ndim == 2 else model(part))
+                model(part) if images else self.flat(part)
         return torch.cat(inputs)
 
 
