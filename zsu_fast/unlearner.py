@@ -172,6 +172,8 @@ class ZeroShotUnlearner:
             self.result: Fit | None = None
             self._prepare(model, forget, forgotten, ledger)
             sampled = len(self.active_classes) < self.classes - len(self.forgotten)
+            if self.options.depth == "deep" and self.options.space == "tail-input":
+                sampled = True  # inverted rows: of many classes, some retained one has none
             self.impressions = check_impressions(
                 impressions, self.spec, self.options.space, self.classes, self.forget,
                 None if sampled else self.active_classes,
