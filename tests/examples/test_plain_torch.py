@@ -22,7 +22,11 @@ def unlearn_zoo_model(name: str, forget: list[int]) -> Models:
     model, spec = zoo.load(name), zoo.ZOO[name].spec
     with untouched(model):
         plain = unlearn(model, forget, mean=spec.mean, std=spec.std, shape=spec.shape)
-    return model, plain, zsu_fast.unlearn(model, forget, progress=False)
+    return (
+        model,
+        plain,
+        zsu_fast.unlearn(model, forget, depth="output", space="input", progress=False),
+    )
 
 
 @pytest.fixture(scope="module")
