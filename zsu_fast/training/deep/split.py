@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -214,10 +215,12 @@ def _modules_ahead(names: Sequence[str], start: int) -> Iterator[str]:
 def _reduced(model: LogitsModel, images: Tensor) -> Tensor:
     """``images`` at 128 pixels if they are large and the model runs on such ones, else as given.
 
-    A model whose adaptive pooling would have to enlarge its maps keeps the full size.
+    A model whose adaptive pooling would have to enlarge its maps keeps the full size. A copy is
+    tried: some, such as transformers' Swin, adapt to small images for good.
     """
     if images.ndim != 4 or min(images.shape[2:]) <= _LARGE:
         return images
+    model = copy.deepcopy(model)
     factor = _REDUCED / min(images.shape[2:])
     size = [32 * max(1, round(side * factor / 32)) for side in images.shape[2:]]
     enlarged = False
