@@ -64,7 +64,7 @@ def hardly_any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_FEWEST_SCENES", "_FEWEST_INVERTED", "_SMALLEST_BATCH"):
         monkeypatch.setattr(settings, name, 16)
     rows = settings.DeepSettings(
-        scenes=16, inverted=16, ascent_steps=1, steps=2, batch=8, leak=1.0, factors=(1.0,)
+        scenes=16, inverted=16, ascent_steps=1, steps=2, batch=8, rate=1e-6, leak=1.0
     )
     monkeypatch.setattr(Options, "deep_settings", lambda *_: rows)
 

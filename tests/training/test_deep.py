@@ -332,6 +332,16 @@ def test_the_change_is_multiplied_by_the_first_factor_that_leaves_no_leak() -> N
     assert float(change.abs().max()) > 1e-3
 
 
+def test_scenes_of_forgotten_classes_alone_are_no_failure() -> None:
+    """No scene says then whether the answers of retained classes stay."""
+    model = tiny()
+    with torch.no_grad():
+        model.fc2.bias[FORGET[0]] += 100
+    run, _ = deep_run(model, settings=replace(FEW_ROWS, leak=1.0))
+    assert "fallback" not in run.record.depth
+    assert run.record.depth["agreement"] == {"before": 1.0, "after": 1.0}
+
+
 # --- fallbacks -------------------------------------------------------------------------------
 
 
