@@ -11,10 +11,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: one thread 
 
 import pytest
 import torch
-from support import SHARED, shared_loader
+from support import FEW_ROWS, SHARED, shared_loader
 from torch import Tensor
 
 from zsu_fast.models import zoo
+from zsu_fast.options import Options
+from zsu_fast.training.deep import settings
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,6 +50,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _seed_the_global_generator() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deep forgetting by `unlearn` and by commands has the fewest rows that there are."""
+    monkeypatch.setattr(Options, "deep_settings", lambda *_: FEW_ROWS)
+
+
+@pytest.fixture
+def hardly_any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... and fewer still, for the mechanics on large models, whose features are then useless."""
+    for name in ("_FEWEST_SCENES", "_FEWEST_INVERTED", "_SMALLEST_BATCH"):
+        monkeypatch.setattr(settings, name, 16)
+    rows = settings.DeepSettings(
+        scenes=16, inverted=16, ascent_steps=1, steps=2, batch=8, rate=1e-6, leak=1.0
+    )
+    monkeypatch.setattr(Options, "deep_settings", lambda *_: rows)
 
 
 @pytest.fixture(scope="session")

@@ -20,10 +20,11 @@ from zsu_fast.synthesis import ascent
 from zsu_fast.training import train_step
 
 GPU = torch.device("cuda", 0)
-# ops that may read a tensor of the other device: copies, and indices on the CPU
+# ops that may read a tensor of the other device: copies, and indices on the CPU; index_add is the
+# derivative of index_select, for which autograd makes zeros where the memory really is
 MIXING = {
     "aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put", "aten::index_put_",
-    "aten::_index_put_impl_",
+    "aten::_index_put_impl_", "aten::index_add",
 }  # fmt: skip
 
 
@@ -67,6 +68,10 @@ class GpuTensor(Tensor):
         kwargs = {k: v for k, v in kwargs.items() if k != "device"}
         return torch.Tensor.to(self, *rest, **kwargs) if rest or kwargs else self
 
+    def quantile(self, q: float) -> Tensor:
+        """torch makes a tensor of ``q`` where the memory really is."""
+        return GpuTensor(self.inner.quantile(q))
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -96,7 +101,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     ours = [t for t in tensors if isinstance(t, GpuTensor)]
     others = [t for t in tensors if not isinstance(t, GpuTensor)]
-    indexed = name.startswith("aten::index") and not isinstance(args[0], GpuTensor)
+    indexed = name.startswith("aten::index") and name != "aten::index_add"
+    indexed = indexed and not isinstance(args[0], GpuTensor)
     if ours and (indexed or (name not in MIXING and any(t.ndim for t in others))):
         shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in others]
         raise DeviceMixError(f"{name} of {shapes[0]} on the GPU and {shapes[1]} on the CPU")

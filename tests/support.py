@@ -19,18 +19,23 @@ from torch import Tensor, nn
 import zsu_fast
 from zsu_fast.models.input_spec import InputSpec
 from zsu_fast.models.parameters import weights_hash
+from zsu_fast.training.deep.settings import DeepSettings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPEC = InputSpec((3, 8, 8), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "the tests")
 FORGET = [1, 3]
-# Options with which `unlearn` runs on the tiny model in a fraction of a second.
-QUICK: dict[str, Any] = {
+# Options with which `unlearn` runs on the tiny model in a fraction of a second: by default, that is
+# deep, and at the output level from images.
+QUICK_DEEP: dict[str, Any] = {
     "impressions_per_class": 8,
     "steps": 150,
     "mixtures": 256,
     "batch": 128,
     "progress": False,
 }
+QUICK: dict[str, Any] = QUICK_DEEP | {"depth": "output", "space": "input"}
+# Of deep forgetting: the fewest rows that there are, and few steps.
+FEW_ROWS = DeepSettings(scenes=512, inverted=256, steps=60, batch=64)
 
 
 class TinyNet(nn.Module):
@@ -88,6 +93,19 @@ def tiny() -> nn.Module:
 def unlearned_tiny() -> nn.Module:
     """The trained TinyNet without the classes FORGET; shared, so copy it before changing it."""
     return zsu_fast.unlearn(tiny(), FORGET, **QUICK)
+
+
+def deep_run(
+    model: nn.Module | None = None,
+    forget: Any = FORGET,
+    settings: DeepSettings = FEW_ROWS,
+    **options: Any,
+) -> tuple[zsu_fast.ZeroShotUnlearner, nn.Module]:
+    """A finished run of the default depth; by default on the tiny model."""
+    given = QUICK_DEEP | {"input_shape": SPEC.shape, "mean": SPEC.mean, "std": SPEC.std} | options
+    run = zsu_fast.ZeroShotUnlearner(tiny() if model is None else model, forget, **given)
+    run.options.deep = settings
+    return run, run.run()
 
 
 @dataclass

@@ -172,6 +172,8 @@ class ZeroShotUnlearner:
             self.result: Fit | None = None
             self._prepare(model, forget, forgotten, ledger)
             sampled = len(self.active_classes) < self.classes - len(self.forgotten)
+            if self.options.depth == "deep" and self.options.space == "tail-input":
+                sampled = True  # inverted rows: of many classes, some retained one has none
             self.impressions = check_impressions(
                 impressions, self.spec, self.options.space, self.classes, self.forget,
                 None if sampled else self.active_classes,
@@ -264,7 +266,8 @@ class ZeroShotUnlearner:
         if (rows := self._row_source()) is not None:
             with self._stage("deepen"):
                 split = self._deepen(rows, impressions)
-            features = (rows.deep.last_features(self.work, impressions.images.to(self.device)),)
+            points, images = impressions.images.to(self.device), impressions.space == "input"
+            features = (rows.deep.last_features(self.work, points, images),)
         with self._stage("fit"):
             if features is None:
                 features = self.features_of(split, impressions)

@@ -50,7 +50,7 @@ def test_demo_forgets_and_writes_model_record_and_report(demo_run: DemoRun) -> N
     assert rows["original"]["forget_accuracy"] > 98
     assert rows["mask"]["forget_accuracy"] == 0
     assert rows["unlearned"]["forget_accuracy"] <= 0.2
-    assert rows["unlearned"]["retain_accuracy"] >= rows["mask"]["retain_accuracy"] - 0.3
+    assert rows["unlearned"]["retain_accuracy"] >= rows["mask"]["retain_accuracy"] - 1
     assert rows["unlearned"]["seconds"] > 0
     assert sorted(p.name for p in demo_run.folder.iterdir()) == sorted(FILES)
     saved = zoo.build("lenet5")
@@ -66,7 +66,8 @@ def test_demo_prints_a_table(
     monkeypatch.setattr("zsu_fast.cli.app.run_demo", lambda *_, **__: demo_run.result)
     text = call("demo", "--out", str(tmp_path))
     assert "unlearned" in text
-    assert "Output-level forgetting" in text
+    assert demo_run.printed["record"]["depth"]["level"] == "deep"
+    assert demo_run.printed["verdict"][0] in " ".join(text.split())
     assert "report: " in text
 
 

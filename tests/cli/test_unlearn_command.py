@@ -23,7 +23,7 @@ def test_unlearn_writes_weights_that_load_and_a_record(tmp_path: Path) -> None:
     text = call("unlearn", "lenet5", "--forget", "1-3,9", "--out", str(out),
                 "--record", str(record), *QUICK)  # fmt: skip
     assert "Forgot 4 of 10 classes" in text
-    assert "Output-level" in text
+    assert "Level: output. Trained: fc3.weight, fc3.bias." in text
     facts = json.loads(record.read_text())
     assert facts["forget"] == [1, 2, 3, 9]
     assert facts["weights_before"] == weights_hash(zoo.load("lenet5"))
@@ -63,12 +63,44 @@ def test_unlearn_takes_a_factory_weights_a_file_of_classes_and_pth(tmp_path: Pat
 
 def test_quiet_where_output_is_no_terminal(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "zsu_fast", "unlearn", "lenet5", "--forget", "1", "--json"]
+    output_level = [*QUICK, "--tail", "fc2", "--depth", "output"]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "o.safetensors"), *QUICK, "--tail", "fc2"],
+        [*command, "--out", str(tmp_path / "o.safetensors"), *output_level],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     json.loads(done.stdout)
     assert done.stderr == ""
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_unlearn_is_deep_by_default(tmp_path: Path) -> None:
+    out, record = tmp_path / "out.safetensors", tmp_path / "record.json"
+    text = call("unlearn", "lenet5", "--forget", "1-3,9", "--out", str(out),
+                "--record", str(record))  # fmt: skip
+    trained = [f"{layer}.{name}" for layer in ("fc1", "fc2", "fc3") for name in ("weight", "bias")]
+    assert f"Level: deep. Trained: {', '.join(trained)}." in text
+    assert "still inside" not in text
+    facts = json.loads(record.read_text())
+    assert (facts["depth"]["depth"], facts["depth"]["level"]) == ("deep", "deep")
+    assert facts["depth"]["unmask_leak"]["after"] <= 0.02
+    model, before = zoo.build("lenet5"), zoo.load("lenet5").state_dict()
+    checkpoint.load_into(model, out)
+    assert facts["weights_after"] == weights_hash(model)
+    changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+    assert changed == set(trained)
+    score = zsu_fast.evaluate(model, mnist_test(), [1, 2, 3, 9])
+    assert score.forget_accuracy is not None
+    assert score.retain_accuracy is not None
+    assert score.forget_accuracy < 2
+    assert score.retain_accuracy > 95
+
+
+def test_the_published_recipe_is_output_level() -> None:
+    from zsu_fast.cli.unlearn import MethodOptions
+
+    assert MethodOptions().arguments()["depth"] is None
+    assert MethodOptions(depth="output").arguments()["depth"] == "output"
+    assert MethodOptions(paper=True).arguments()["depth"] == "output"
 
 
 @pytest.mark.parametrize(

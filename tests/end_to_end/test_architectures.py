@@ -32,6 +32,8 @@ QUICK: dict[str, Any] = {
     "mixtures": 4,
     "learning_rate": 1e-3,
     "precision": "float32",
+    "depth": "output",
+    "space": "input",
     "progress": False,
 }
 
@@ -103,6 +105,15 @@ CASES = [
 ]
 
 
+DEEP = [
+    Case(torchvision, "squeezenet1_1"),
+    Case(torchvision, "resnet18"),
+    Case(timm, "vit_tiny_patch16_224"),
+    Case(transformers, "ResNet"),
+    Case(transformers, "Swin"),
+]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_call_unlearns(case: Case) -> None:
     model = case.build(case.name).train()  # dropout and stochastic depth must have no effect
@@ -114,6 +125,23 @@ def test_one_call_unlearns(case: Case) -> None:
         shape = options["input_shape"] = (3, case.side, case.side)
     runner = ZeroShotUnlearner(model, FORGET, tail=case.tail, **options)
     assert runner.spec.shape == shape
+    assert_unlearns(runner, model, before)
+
+
+@pytest.mark.usefixtures("hardly_any_rows")
+@pytest.mark.parametrize("case", DEEP, ids=str)
+def test_one_call_unlearns_deeply_by_default(case: Case) -> None:
+    model = case.build(case.name).train()
+    before = copy.deepcopy(model)
+    options = {k: v for k, v in QUICK.items() if k not in ("depth", "space", "learning_rate")}
+    runner = ZeroShotUnlearner(model, FORGET, **options)
+    assert_unlearns(runner, model, before)
+    assert runner.record.depth["level"] == "deep", runner.record.depth["fallback"]
+    assert runner.record.depth["drawn_as"] in ([3, 128, 128], [3, 224, 224])
+
+
+def assert_unlearns(runner: ZeroShotUnlearner, model: nn.Module, before: nn.Module) -> None:
+    """The run changes a copy of ``model``, of which ``before`` is another copy."""
     assert runner.classes == CLASSES
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -122,7 +150,7 @@ def test_one_call_unlearns(case: Case) -> None:
     assert set(runner.record.warnings) <= messages
     assert runner.split_point is not None
     assert (
-        any("only the last layer" in note for note in messages) == runner.split_point.output_level
+        any("Only the last layer" in note for note in messages) == runner.split_point.output_level
     )
     if runner.record.impressions["worst_class_hit_rate"] == 0:
         assert any("no impression reached its confidence" in note for note in messages)

@@ -27,7 +27,7 @@ def _unlearned() -> nn.Module:
 
 @functools.lru_cache(maxsize=1)
 def _lenet() -> nn.Module:
-    return zsu_fast.unlearn(zoo.load("lenet5"), FORGET, progress=False)
+    return zsu_fast.unlearn(zoo.load("lenet5"), FORGET, depth="output", progress=False)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ pytestmark = [
 ]
 
 FORGET = [1, 2, 3, 4]
+OUTPUT: dict[str, Any] = {"depth": "output", "space": "input", "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def lenet5() -> nn.Module:
 def test_it_forgets(digits: tuple[Tensor, Tensor], loop: Any) -> None:
     model = lenet5()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    run = ZeroShotUnlearner(model, FORGET, loop=loop, progress=False)
+    run = ZeroShotUnlearner(model, FORGET, loop=loop, **OUTPUT)
     result = run.run()
     assert {p.device.type for p in result.parameters()} == {"cuda"}
     assert_forgets(result, digits)
@@ -68,20 +69,21 @@ def test_it_forgets(digits: tuple[Tensor, Tensor], loop: Any) -> None:
     ids=str,
 )  # fmt: skip
 def test_options(digits: tuple[Tensor, Tensor], options: dict[str, Any]) -> None:
-    result = zsu_fast.unlearn(lenet5(), FORGET, progress=False, **options)
+    result = zsu_fast.unlearn(lenet5(), FORGET, **OUTPUT | options)
     measured = zsu_fast.evaluate(result, digits, FORGET)
     assert measured.forget_accuracy <= 2
     assert measured.retain_accuracy >= 97
 
 
 def test_a_model_on_the_cpu_returns_there(digits: tuple[Tensor, Tensor]) -> None:
-    result = zsu_fast.unlearn(zoo.load("lenet5"), FORGET, device="cuda", progress=False)
+    result = zsu_fast.unlearn(zoo.load("lenet5"), FORGET, device="cuda", **OUTPUT)
     assert {p.device.type for p in result.parameters()} == {"cpu"}
     assert_forgets(result.cuda(), digits)
 
 
-def test_two_runs_give_the_same_bits() -> None:
-    first, second = (zsu_fast.unlearn(lenet5(), FORGET, progress=False) for _ in range(2))
+@pytest.mark.parametrize("options", [OUTPUT, {"progress": False}], ids=["output", "default"])
+def test_two_runs_give_the_same_bits(options: dict[str, Any]) -> None:
+    first, second = (zsu_fast.unlearn(lenet5(), FORGET, **options) for _ in range(2))
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -151,7 +153,7 @@ def test_out_of_memory_halves_the_batch() -> None:
 
 def test_deep(digits: tuple[Tensor, Tensor]) -> None:
     original = lenet5()
-    deep = zsu_fast.unlearn(original, FORGET, depth="deep", progress=False)
+    deep = zsu_fast.unlearn(original, FORGET, progress=False)
     measured = zsu_fast.evaluate(deep, digits, FORGET)
     assert measured.forget_accuracy <= 1
     assert measured.retain_accuracy >= 95
@@ -162,14 +164,14 @@ def test_karpathynet_and_a_transformer() -> None:
     assert {p.device.type for p in result.parameters()} == {"cuda"}
     quick: Any = {"impressions_per_class": 4, "max_steps": 20, "restarts": 0, "progress": False}
     model = zoo.build("vit_cifar").cuda()
-    result = zsu_fast.unlearn(model, [3], tail=2, **quick)
+    result = zsu_fast.unlearn(model, [3], tail=2, depth="output", space="input", **quick)
     images = torch.rand(16, 3, 32, 32, device="cuda")
     assert not bool((result(images).argmax(1) == 3).any())
 
 
 def test_audit(digits: tuple[Tensor, Tensor]) -> None:
     original = lenet5()
-    unlearned = zsu_fast.unlearn(original, FORGET, progress=False)
+    unlearned = zsu_fast.unlearn(original, FORGET, **OUTPUT)
     part = tuple(t[::4] for t in digits)
     result = zsu_fast.audit(original, unlearned, FORGET, part, progress=False)
     on_cpu = zsu_fast.audit(

@@ -20,7 +20,8 @@ from zsu_fast.splitting.split import split_at
 
 FORGET = [3, 4, 8]
 LAST_BLOCK = ("blocks.3.", "norm.", "head.")
-QUICK: dict[str, Any] = {"steps": 40, "batch": 64, "mixtures": 256, "progress": False}
+OUTPUT: dict[str, Any] = {"depth": "output", "progress": False}
+QUICK: dict[str, Any] = OUTPUT | {"steps": 40, "batch": 64, "mixtures": 256}
 
 
 @functools.lru_cache(maxsize=1)
@@ -186,7 +187,7 @@ def test_it_forgets_cifar10_classes(
     forget: list[int], features_and_labels: tuple[Tensor, Tensor]
 ) -> None:
     model = vit()
-    unlearned = unlearn(model, forget, impressions=impressions(32), progress=False)
+    unlearned = unlearn(model, forget, impressions=impressions(32), **OUTPUT)
     assert changed_tensors(model, unlearned) == {"head.weight", "head.bias"}  # features are equal
     baseline = evaluate(mask(model.head, forget), features_and_labels, forget)
     result = evaluate(unlearned.head, features_and_labels, forget)

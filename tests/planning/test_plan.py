@@ -23,7 +23,7 @@ from zsu_fast.runtime.measuring import PeakMemory
 
 OPTIONS: dict[str, Any] = {
     "input_shape": SPEC.shape, "mean": SPEC.mean, "std": SPEC.std, "impressions_per_class": 8,
-    "mixtures": 256, "steps": 100,
+    "mixtures": 256, "steps": 100, "depth": "output", "space": "input",
 }  # fmt: skip
 STAGES = ["prepare", "synthesise", "split", "fit", "apply"]
 
@@ -122,9 +122,15 @@ def test_a_sample_is_planned_as_such() -> None:
 
 
 def test_the_space_at_the_cut_is_planned_too() -> None:
-    got = zsu_fast.plan(tiny(), [1], space="tail-input", **OPTIONS)
+    got = zsu_fast.plan(tiny(), [1], **OPTIONS | {"space": "tail-input"})
     assert got.tail == "fc2"
     assert got.total > 0
+
+
+def test_what_is_planned_is_the_output_level() -> None:
+    options = {k: v for k, v in OPTIONS.items() if k not in ("depth", "space")}
+    for given in (options, options | {"depth": None}):
+        assert zsu_fast.plan(tiny(), [1], **given).tail == "fc2"
 
 
 def test_planning_leaves_the_model_alone() -> None:

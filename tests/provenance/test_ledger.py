@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from support import QUICK, same_bits, tiny, untouched
+from support import QUICK, assert_forgets, deep_run, same_bits, tiny, untouched
 
 import zsu_fast
 from zsu_fast import ArgumentError, Ledger, LedgerError, OutputError
@@ -73,6 +73,18 @@ def test_successive_requests(path: Path) -> None:
     assert Ledger(path).forgotten() == [1, 3]
     assert Ledger(path).head == two["hash"]
     assert len(verify(path, model=first)) == 1
+
+
+def test_deep_requests_follow_each_other(path: Path) -> None:
+    run, first = deep_run(tiny(), [1], ledger=path)
+    again, second = deep_run(first, [3], ledger=path)
+    assert [r.record.depth["level"] for r in (run, again)] == ["deep", "deep"]
+    assert again.record.forgotten == [1]
+    assert_forgets(second, [1, 3])
+    assert verify(path, model=second) == []
+    assert Ledger(path).forgotten() == [1, 3]
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [e["hash_after"] for e in entries] == [weights_hash(m) for m in (first, second)]
 
 
 def test_another_base_needs_other_base(path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_good_run_has_no_warnings() -> None:
 
 
 def test_output_level_forgetting_warns() -> None:
-    with pytest.warns(zsu_fast.UnlearningWarning, match="only the last layer"):
+    with pytest.warns(zsu_fast.UnlearningWarning, match="level: output. Only the last layer"):
         zsu_fast.unlearn(stating(), [1, 3], tail="last", **QUICK)
     (note,) = run(stating(), tail="last")[0].record.warnings
     assert "(fc2.weight, fc2.bias) was trained" in note

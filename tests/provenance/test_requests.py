@@ -46,7 +46,9 @@ def test_what_was_forgotten_stays_forgotten() -> None:
 
 
 def test_tail_inputs_are_not_synthesised_for_forgotten_classes() -> None:
-    run = ZeroShotUnlearner(tiny(), 0, forgotten=[3], space="tail-input", tail="last", **QUICK)
+    run = ZeroShotUnlearner(
+        tiny(), 0, forgotten=[3], tail="last", **QUICK | {"space": "tail-input"}
+    )
     assert run.synthesise().labels.unique().tolist() == [0, 1, 2, 4]
     run.run()
     assert run.result is not None
@@ -56,7 +58,8 @@ def test_tail_inputs_are_not_synthesised_for_forgotten_classes() -> None:
 
 def test_impressions_reach_every_remaining_class() -> None:
     """After forgetting, other logits may lead so far that raising one logit is not enough."""
-    first = zsu_fast.unlearn(zoo.load("lenet5"), 3, impressions_per_class=8, progress=False)
+    options: dict[str, Any] = {"depth": "output", "space": "input", "progress": False}
+    first = zsu_fast.unlearn(zoo.load("lenet5"), 3, impressions_per_class=8, **options)
     remaining = [c for c in range(10) if c != 3]
     restarted = zsu_fast.synthesize(first, remaining, per_class=4, progress=False)
     assert restarted.hit_rate == 1.0

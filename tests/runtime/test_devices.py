@@ -39,13 +39,15 @@ def test_the_fake_gpu_raises_where_a_real_one_does() -> None:
 @pytest.mark.parametrize(
     "options",
     [{}, {"tail": 2}, {"space": "tail-input"}, {"objective": "differential"},
-     {"batch_norm": 1e-3}, {"forgotten": [2]}, {"inplace": True}],
+     {"batch_norm": 1e-3}, {"forgotten": [2]}, {"inplace": True},
+     {"depth": None, "space": None}, {"depth": None}],
     ids=str,
 )  # fmt: skip
+@pytest.mark.usefixtures("few_rows")
 def test_unlearning_stays_on_the_device(options: dict[str, Any]) -> None:
     with on_fake_gpu():
         model = tiny().to("cuda")
-        result = zsu_fast.unlearn(model, [1], **QUICK, **options)
+        result = zsu_fast.unlearn(model, [1], **QUICK | options)
         assert all(isinstance(p.data, GpuTensor) for p in result.parameters())
 
 

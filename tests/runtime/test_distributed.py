@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support import QUICK, SPEC, TinyNet, snapshot, tiny, tiny_data
+from support import QUICK, SPEC, TinyNet, deep_run, snapshot, tiny, tiny_data
 from torch import nn
 
 import zsu_fast
@@ -328,6 +328,19 @@ def torchrun(ranks: int, *arguments: str, **environment: str) -> subprocess.Comp
         capture_output=True, text=True, check=False, timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )  # fmt: skip
+
+
+def test_deep_forgetting_gives_every_rank_the_weights_of_one(tmp_path: Path) -> None:
+    def action(_: int) -> Any:
+        run, result = deep_run()
+        return run.record.to_dict(), weights_hash(result)
+
+    alone = action(0)
+    for record, weights in on_ranks(2, tmp_path, action):
+        assert record["depth"]["level"] == "deep"
+        assert record["distributed"]["ranks"] == 2
+        assert record["depth"]["unmask_leak"] == alone[0]["depth"]["unmask_leak"]
+        assert weights == record["weights_after"] == alone[1]
 
 
 def test_the_command_under_torchrun(tmp_path: Path) -> None:

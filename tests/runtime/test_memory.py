@@ -188,11 +188,14 @@ def test_other_errors_pass_through_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 # --- after a call ----------------------------------------------------------------------------
 
 
-def test_a_call_leaves_no_reference_cycles() -> None:
+@pytest.mark.usefixtures("hardly_any_rows")
+@pytest.mark.parametrize("depth", ["output", "deep"])
+def test_a_call_leaves_no_reference_cycles(depth: str) -> None:
     """They would keep copies of the model alive until the garbage collector runs."""
     model = zoo.build("resnet20_cifar").eval()
     options: dict[str, Any] = {
         "impressions_per_class": 4, "steps": 2, "max_steps": 2, "restarts": 0, "progress": False,
+        "depth": depth, "space": "input" if depth == "output" else None,
     }  # fmt: skip
     zsu_fast.unlearn(model, 1, **options)  # torch sets up its global state
     gc.collect()

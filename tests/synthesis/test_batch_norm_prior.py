@@ -108,4 +108,4 @@ def test_refused_weights(value: Any) -> None:
 
 def test_points_that_are_no_images() -> None:
     with pytest.raises(ArgumentError, match=r"batch_norm: got 0\.1 for points of shape .* images"):
-        unlearn(TinyNet().eval(), [1], space="tail-input", batch_norm=0.1, **QUICK)
+        unlearn(TinyNet().eval(), [1], batch_norm=0.1, **QUICK | {"space": "tail-input"})

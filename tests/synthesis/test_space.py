@@ -41,7 +41,9 @@ CPU = torch.device("cpu")
 
 def run(model: nn.Module | None = None, **options: Any) -> ZeroShotUnlearner:
     """A finished run on the tiny model in the space at the split."""
-    runner = ZeroShotUnlearner(model or tiny(), FORGET, space="tail-input", **(QUICK | options))
+    runner = ZeroShotUnlearner(
+        model or tiny(), FORGET, **(QUICK | {"space": "tail-input"} | options)
+    )
     runner.run()
     return runner
 
@@ -52,7 +54,7 @@ def run(model: nn.Module | None = None, **options: Any) -> ZeroShotUnlearner:
 def test_lenet5_forgets_mnist_digits() -> None:
     model, data, forget = zoo.load("lenet5"), demo.mnist_test(), [1, 2, 3, 4]
     with untouched(model):
-        result = evaluate(unlearn(model, forget, space="tail-input", progress=False), data, forget)
+        result = evaluate(unlearn(model, forget, depth="output", progress=False), data, forget)
     baseline = evaluate(mask(model, forget), data, forget)
     assert result.forget_accuracy <= 0.25, str(result)  # two images of 800
     assert result.retain_accuracy >= baseline.retain_accuracy - 0.5, str(result)
@@ -62,7 +64,7 @@ def test_lenet5_forgets_mnist_digits() -> None:
 def test_karpathynet_forgets_cifar10_classes(cifar10: tuple[Tensor, Tensor]) -> None:
     model, forget = zoo.load("karpathynet"), [3, 4, 8]
     data = (model.input_spec.normalise(cifar10[0][:4000]), cifar10[1][:4000])
-    result = evaluate(unlearn(model, forget, space="tail-input", progress=False), data, forget)
+    result = evaluate(unlearn(model, forget, depth="output", progress=False), data, forget)
     baseline = evaluate(mask(model, forget), data, forget)
     assert result.forget_accuracy <= 0.5, str(result)
     assert result.retain_accuracy >= baseline.retain_accuracy - 1, str(result)
@@ -71,7 +73,7 @@ def test_karpathynet_forgets_cifar10_classes(cifar10: tuple[Tensor, Tensor]) -> 
 @pytest.mark.parametrize(("tail", "width"), [("fc2", 32), ("last", 32), ("fc1", 72), (2, 72)])
 def test_the_tail_says_where_to_ascend(tail: str | int, width: int) -> None:
     model = tiny()
-    runner = ZeroShotUnlearner(model, FORGET, space="tail-input", tail=tail, **QUICK)
+    runner = ZeroShotUnlearner(model, FORGET, tail=tail, **QUICK | {"space": "tail-input"})
     result = runner.run()
     made = runner.impressions
     assert made.images.shape == (40, width)
@@ -97,7 +99,7 @@ def test_the_backbone_runs_for_a_few_noise_images_alone() -> None:
     for per_class in (4, 40):
         rows: list[int] = []
         runner = ZeroShotUnlearner(
-            tiny(), FORGET, space="tail-input", **(QUICK | {"impressions_per_class": per_class})
+            tiny(), FORGET, **(QUICK | {"space": "tail-input", "impressions_per_class": per_class})
         )
         runner.split()
         runner.work.module.conv.register_forward_hook(
@@ -141,8 +143,9 @@ def residual() -> nn.Module:
 def test_a_split_through_a_residual_block(tail: str, tensors: int) -> None:
     model = residual()
     runner = ZeroShotUnlearner(
-        model, FORGET, space="tail-input", tail=tail,
-        **(QUICK | {"impressions_per_class": 4, "steps": 5, "mixtures": 16, "max_steps": 20}),
+        model, FORGET, tail=tail,
+        **(QUICK | {"space": "tail-input", "impressions_per_class": 4, "steps": 5, "mixtures": 16,
+                    "max_steps": 20}),
     )  # fmt: skip
     with untouched(model):
         result = runner.run()
@@ -191,14 +194,14 @@ def test_impressions_of_the_other_space_are_refused(space: str) -> None:
     model = tiny()
     made = run().impressions if space == "input" else synthesize(model, per_class=4, progress=False)
     with untouched(model), pytest.raises(ArgumentError, match=r"impressions: got .* with space="):
-        unlearn(model, FORGET, impressions=made, space=space, **QUICK)
+        unlearn(model, FORGET, impressions=made, **QUICK | {"space": space})
 
 
 def test_points_of_another_split_are_refused() -> None:
     made = run(tail="fc1").impressions
     model = tiny()
     with untouched(model), pytest.raises(ArgumentError, match=r"impressions: got .*72.*32"):
-        unlearn(model, FORGET, impressions=made, space="tail-input", tail="fc2", **QUICK)
+        unlearn(model, FORGET, impressions=made, tail="fc2", **QUICK | {"space": "tail-input"})
 
 
 def test_noise_images_are_valid_and_always_the_same() -> None:

@@ -52,6 +52,7 @@ def test_no_tensor_has_rows_times_classes(subset: bool) -> None:
     run = ZeroShotUnlearner(
         model, [7, 8], retain_sample=30, impressions_per_class=4, mixtures=1000, steps=5, batch=16,
         max_steps=30, restarts=0, precision="float32", progress=False, tail="last",
+        space="input",
     )  # fmt: skip
     limits = MemoryLimits(
         tile_logits=32 * classes, tile_classes=1000, teacher_bytes=0,

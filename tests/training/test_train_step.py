@@ -217,7 +217,7 @@ def test_large_tails_multiply_in_bfloat16_within_a_block(
     step.run(torch.arange(8).view(1, 8), [1e-3])
     assert precisions == ["bf16" if quick else before]
     assert settings.fp32_precision == before
-    task = replace(fit_task(tail, rows, forget, 1.0), fast_kernels=False)
+    task = replace(fit_task(tail, rows, forget, 1.0), bf16_matmul=False)
     step = train_step.EagerTrainStep(task)
     precisions.clear()
     step.run(torch.arange(8).view(1, 8), [1e-3])

@@ -41,6 +41,8 @@ from zsu_fast import (
 from zsu_fast.models import zoo
 from zsu_fast.models.checkpoint import load_into
 
+OUTPUT: dict[str, Any] = {"depth": "output", "space": "input", "progress": False}
+
 # --- targets (benchmarks/end_to_end/table1.py has the whole tables) --------------------------
 
 
@@ -48,7 +50,7 @@ from zsu_fast.models.checkpoint import load_into
 def test_lenet5_forgets_mnist_digits(mnist: tuple[Tensor, Tensor]) -> None:
     model, forget = zoo.load("lenet5"), [1, 2, 3, 4]
     with untouched(model):
-        result = evaluate(unlearn(model, forget, progress=False), mnist, forget)
+        result = evaluate(unlearn(model, forget, **OUTPUT), mnist, forget)
     baseline = evaluate(mask(model, forget), mnist, forget)
     assert result.forget_accuracy <= 0.05, str(result)
     assert result.retain_accuracy >= baseline.retain_accuracy - 0.2, str(result)
@@ -69,7 +71,7 @@ def test_karpathynet_forgets_cifar10_classes(
     model, forget = zoo.load("karpathynet"), [3, 4, 8]
     baseline = evaluate(mask(model.fc1, forget), karpathynet_data, forget)
     with untouched(model):
-        unlearned = unlearn(model, forget, objective=objective, progress=False)
+        unlearned = unlearn(model, forget, objective=objective, **OUTPUT)
     assert changed_tensors(model, unlearned) == {"fc1.weight", "fc1.bias"}
     result = evaluate(unlearned.fc1, karpathynet_data, forget)
     if objective == "masked":
@@ -88,7 +90,7 @@ def test_public_resnet20_forgets(cifar10: tuple[Tensor, Tensor], resnet20_weight
     data = last_layer_inputs(model, "linear", images), labels
     baseline = evaluate(mask(model.linear, forget), data, forget)
     with untouched(model):
-        unlearned = unlearn(model, forget, progress=False)
+        unlearned = unlearn(model, forget, **OUTPUT)
     assert changed_tensors(model, unlearned) == {"linear.weight", "linear.bias"}
     result = evaluate(unlearned.linear, data, forget)
     assert result.forget_accuracy <= 0.5, str(result)
@@ -277,7 +279,8 @@ def test_one_class_as_an_int() -> None:
         ("tail", "nowhere"), ("tail", ""), ("tail", 3.0), ("tail", None),
         ("objective", "best"), ("objective", None),
         ("impressions_per_class", 0), ("impressions_per_class", -1),
-        ("impressions_per_class", True), ("space", "output"), ("space", None),
+        ("impressions_per_class", True), ("space", "output"),
+        ("depth", "abyss"), ("depth", 1), ("depth", ["deep"]),
         ("impressions_per_class", 8.0), ("impressions_per_class", "8"),
         ("confidence", (0.9, 0.5)), ("confidence", (0, 0.5)), ("confidence", (0.5, 1.0)),
         ("confidence", 0.9), ("confidence", (0.5,)), ("confidence", ("a", "b")),

@@ -107,8 +107,8 @@ def plan(
             that the run would use here.
         within: the time the run may take, in seconds, to learn how many GPUs it needs: only the
             synthesis is divided among them.
-        **options: of `ZeroShotUnlearner`; what is planned is depth="output", and depth="deep" is
-            refused.
+        **options: of `ZeroShotUnlearner`; what is planned is depth="output", also by default, and
+            depth="deep" is refused.
 
     Raises:
         ArgumentError: an argument can't be used.
@@ -116,7 +116,7 @@ def plan(
     card = None if hardware is None else accelerator(hardware)
     if within is not None and (not is_number(within) or within <= 0):
         raise ArgumentError("within", f"got {within!r}", "Pass seconds above 0, or None.")
-    if options.get("depth", "output") != "output":
+    if options.get("depth") not in (None, "output"):
         raise ArgumentError(
             "depth", f"got {options['depth']!r}", "Only depth='output' can be planned."
         )

@@ -26,7 +26,8 @@ from zsu_fast.unlearner import ZeroShotUnlearner
 @pytest.fixture(scope="module")
 def run() -> ZeroShotUnlearner:
     unlearner = ZeroShotUnlearner(tiny(), [1], impressions_per_class=8, input_shape=(3, 8, 8),
-                                  steps=60, mixtures=256, progress=False)  # fmt: skip
+                                  steps=60, mixtures=256, depth="output", space="input",
+                                  progress=False)  # fmt: skip
     unlearner.run()
     return unlearner
 

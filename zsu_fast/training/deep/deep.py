@@ -208,13 +208,13 @@ class _Checks:
         teacher = rows.teacher.masked_fill(self.objective.forget, -torch.inf).argmax(1)
         inverted, scene = (rows.scene == 0) & rows.forgotten, rows.scene > 0
         return {
-            "unmask_leak": _mean(leaked[inverted]),
-            "agreement": _mean((masked == teacher)[scene & ~rows.forgotten]),
+            "unmask_leak": _mean(leaked[inverted], 0.0),
+            "agreement": _mean((masked == teacher)[scene & ~rows.forgotten], 1.0),
         }
 
 
-def _mean(which: Tensor) -> float:
-    return float(which.float().mean()) if len(which) else 0.0
+def _mean(which: Tensor, of_none: float) -> float:
+    return float(which.float().mean()) if len(which) else of_none
 
 
 @torch.no_grad()

@@ -137,11 +137,11 @@ class RowSource:
     def invert(self, classes: Sequence[int], report: Reporter) -> ClassImpressions:
         """Optimises boundary tensors of the early split for ``classes``.
 
-        A third of the rows are of forgotten classes; the others are spread over all. Row k of a
-        class starts from the scene that the model gives the class's k-th highest log-probability,
-        and takes Adam-like steps, with one second moment per row, until it reaches a probability of
-        its own. ``report`` is called after every chunk; a stop that it asks for keeps the rows so
-        far.
+        A third of the rows are of forgotten classes, or more if each needs one; the others are
+        spread over all. Row k of a class starts from the scene that the model gives the class's
+        k-th highest log-probability, and takes Adam-like steps, with one second moment per row,
+        until it reaches a probability of its own. ``report`` is called after every chunk; a stop
+        that it asks for keeps the rows so far.
         """
         starts, flat = self.scenes.starts, self.deep.flat
         work = multiply_adds(flat, starts[:1])
@@ -149,6 +149,7 @@ class RowSource:
         count = self.settings.inverted_for(starts.shape[1], classes_total, work, device)
         generator = torch.Generator().manual_seed(self.seed)
         labels = _labels(torch.tensor(classes), self.forget.cpu(), count, generator)
+        count = len(labels)
         target = torch.empty(count).uniform_(*_CONFIDENCE, generator=generator)
         store = self._store("inverted", list(classes), self.forget.nonzero()[:, 0].tolist())
         columns = store.load(0) if store else None
@@ -245,14 +246,19 @@ def _batch_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
 
 
 def _labels(classes: Tensor, forget: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Labels of ``count`` rows, int64, in random order: a third are forgotten classes."""
+    """Labels of ``count`` rows, int64, in random order.
+
+    A third are forgotten classes, or more: each has a row, and ``count`` is raised if it must be.
+    """
 
     def spread(among: Tensor, number: int) -> Tensor:
         if number < len(among):
             return among[torch.randperm(len(among), generator=generator)[:number]]
         return among[torch.arange(number) % len(among)]
 
-    forgotten = spread(classes[forget[classes]], count // 3)
+    wanted = classes[forget[classes]]
+    count = max(count, len(wanted) * 3 // 2)
+    forgotten = spread(wanted, max(count // 3, len(wanted)))
     labels = torch.cat([forgotten, spread(classes, count - len(forgotten))])
     return labels[torch.randperm(count, generator=generator)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,7 +63,7 @@ class DeepSplit:
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @torch.no_grad()
-    def last_features(self, model: LogitsModel, points: Tensor) -> Tensor:
+    def last_features(self, model: LogitsModel, points: Tensor, images: bool) -> Tensor:
         """What the last layer of ``model`` takes: early points [N, D], or images -> [N, ...]."""
         last, inputs = model.module.get_submodule(self.last.name), []
 
@@ -71,7 +72,7 @@ class DeepSplit:
 
         with forward_pre_hooks((last,), note):
             for part in points.split(256):
-                (self.early.tail(*self.flat.split(part)) if part.ndim == 2 else model(part))
+                model(part) if images else self.flat(part)
         return torch.cat(inputs)
 
 
@@ -221,10 +222,12 @@ def _modules_ahead(names: Sequence[str], start: int) -> Iterator[str]:
 def _reduced(model: LogitsModel, images: Tensor) -> Tensor:
     """``images`` at 128 pixels if they are large and the model runs on such ones, else as given.
 
-    A model whose adaptive pooling would have to enlarge its maps keeps the full size.
+    A model whose adaptive pooling would have to enlarge its maps keeps the full size. A copy is
+    tried: some, such as transformers' Swin, adapt to small images for good.
     """
     if images.ndim != 4 or min(images.shape[2:]) <= _LARGE:
         return images
+    model = copy.deepcopy(model)
     factor = _REDUCED / min(images.shape[2:])
     size = [32 * max(1, round(side * factor / 32)) for side in images.shape[2:]]
     enlarged = False

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.wrapper import LogitsModel
+from ...runtime.fx_tracing import break_reference_cycles
 from ...runtime.hooks import forward_pre_hooks
 from ..features import FeatureSet
 from .split import DeepSplit
@@ -37,6 +38,7 @@ class FrozenClassifierTail(nn.Module):
     def __init__(self, model: LogitsModel, deep: DeepSplit) -> None:
         super().__init__()
         self.tail, self.classifier = deep.split.tail, copy.deepcopy(deep.last.tail).eval()
+        break_reference_cycles(self.classifier)  # a copied graph refers to its module again
         self.classifier.requires_grad_(False)
         self.last = model.module.get_submodule(deep.last.name)
 
