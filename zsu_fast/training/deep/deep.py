@@ -97,8 +97,8 @@ def forget_deeply(
     Args:
         model: the working copy that ``deep`` shares its parameters with.
         deep: what is trained.
-        scenes: from `draw_scenes`.
-        impressions: inverted rows (`invert_rows`), or images.
+        scenes: from `RowSource.scenes`.
+        impressions: inverted rows (`RowSource.invert`), or images.
         forget: bool [C].
         features: for the margin of the last layer's fit.
         loop: for its learning rate, if given, and its ``steps``, if fewer.
