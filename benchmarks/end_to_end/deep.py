@@ -170,7 +170,7 @@ class ImageStep:
 
     def __init__(self, model: nn.Module, batch: int) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(True)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(memory_format=torch.channels_last)
         images = torch.randn(batch, *resolve_spec(model).shape)
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.labels = torch.zeros(batch, dtype=torch.int64)

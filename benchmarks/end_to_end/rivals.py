@@ -105,7 +105,7 @@ class Case:
         return cls(original, forget, seed, prepared.model, deep, tail, rows, hidden, seconds)
 
     @property
-    def layers(self) -> dict[str, nn.Module]:
+    def layers(self) -> dict[str, nn.Conv2d | nn.Linear]:
         """Name -> each convolution and linear layer that deep forgetting trains."""
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self.deep.parameters)
         modules = {name: self.work.module.get_submodule(name) for name in owners}
@@ -156,7 +156,7 @@ class Case:
 
     def last_layer(self, features: Tensor) -> Tensor:
         """The original last layer's logits of features [N, D]."""
-        logits: Tensor = self.tail.classifier(features)
+        logits: Tensor = self.deep.last.tail(features)
         return logits
 
 
@@ -197,15 +197,19 @@ def svd_projection(case: Case) -> nn.Module:
     W (1 - P_f (1 - P_r)). As published, a is 3 for forgotten rows, and searched for retained ones;
     1 and 3 are added to the published values, as 10 was the best of them.
     """
-    spectra = {name: _input_spectra(case, layer) for name, layer in case.layers.items()}
-    results = []
+    forgotten = case.rows.forgotten
+    spectra = {
+        name: [_input_spectrum(case, layer, rows) for rows in (forgotten, ~forgotten)]
+        for name, layer in case.layers.items()
+    }
+    layers, results = case.layers, []
     for alpha in (1, 3, 10, 30, 100, 300, 1000):
         values = {}
-        for name, (forgotten, retained) in spectra.items():
-            weight = case.work.module.get_submodule(name).weight.detach()
+        for name, (own, others) in spectra.items():
+            weight = layers[name].weight.detach()
             identity = torch.eye(weight[0].numel(), dtype=torch.float64)
-            kept = identity - _weighted(*retained, alpha)
-            projection = identity - _weighted(*forgotten, 3) @ kept
+            kept = identity - _weighted(*others, alpha)
+            projection = identity - _weighted(*own, 3) @ kept
             flat = weight.flatten(1).double() @ projection
             values[f"{name}.weight"] = flat.float().view_as(weight)
         with case.loaded(values):
@@ -218,10 +222,10 @@ def svd_projection(case: Case) -> nn.Module:
 Spectrum = tuple[Tensor, Tensor]  # singular vectors [D, D], shares of the variance [D]
 
 
-def _input_spectra(case: Case, layer: nn.Module) -> tuple[Spectrum, Spectrum]:
-    """Of a layer's inputs (of a convolution: patches), for forgotten and for retained rows."""
+def _input_spectrum(case: Case, layer: nn.Conv2d | nn.Linear, rows: Tensor) -> Spectrum:
+    """Of a layer's inputs (of a convolution: patches), for the rows where bool [N] is True."""
     width = layer.weight[0].numel()
-    grams = torch.zeros(2, width, width, dtype=torch.float64)
+    gram = torch.zeros(width, width, dtype=torch.float64)
 
     def note(_module: nn.Module, args: Any, _kwargs: Any) -> None:
         x = args[0]
@@ -233,15 +237,11 @@ def _input_spectra(case: Case, layer: nn.Module) -> tuple[Spectrum, Spectrum]:
         gram.add_((x.T @ x).double())
 
     with forward_pre_hooks((layer,), note):
-        for gram, which in zip(grams, (case.rows.forgotten, ~case.rows.forgotten), strict=True):
-            for index in which.nonzero()[:, 0].split(_CHUNK):
-                case.tail(*case.rows.features_at(index))
-    found = []
-    for gram in grams:
-        squares, vectors = torch.linalg.eigh(gram)
-        squares = squares.clamp(min=0)
-        found.append((vectors, squares / squares.sum()))
-    return found[0], found[1]
+        for index in rows.nonzero()[:, 0].split(_CHUNK):
+            case.tail(*case.rows.features_at(index))
+    squares, vectors = torch.linalg.eigh(gram)
+    squares = squares.clamp(min=0)
+    return vectors, squares / squares.sum()
 
 
 def _weighted(vectors: Tensor, shares: Tensor, alpha: float) -> Tensor:
@@ -313,7 +313,7 @@ class KeptChannels(nn.Module):
 
     def __init__(self, kept: Tensor) -> None:
         super().__init__()
-        self.register_buffer("kept", kept)
+        self.kept = nn.Buffer(kept)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.kept
@@ -329,8 +329,8 @@ def channel_pruning(case: Case) -> nn.Module:
     forgotten rows over that in the retained logits on retained rows; the number is searched.
     """
     x, forgotten = case.features(), case.rows.forgotten
-    weight = case.tail.last.weight.detach()
-    weight = weight - weight.mean(0)
+    weight: Any = case.tail.last.weight
+    weight = weight.detach() - weight.detach().mean(0)
     gain, cost = (
         x[rows].square().mean(0) * weight[classes].square().sum(0)
         for rows, classes in ((forgotten, case.hidden), (~forgotten, ~case.hidden))
@@ -430,10 +430,11 @@ def earlier(results: Sequence[Result]) -> list[Result]:
             if classes == "100 random" and name in MODELS:
                 classes = " ".join(map(str, MODELS[name].sets(1)[0]))
             if line["method"] == "deep" and (name, classes) in known:
-                figures = [float(line[key]) for key in ("unmask_fa", "unmask_ra", "ra")]
+                fa, back, ra = (float(line[key]) for key in ("unmask_fa", "unmask_ra", "ra"))
+                seconds = float(line["seconds"])
                 found.append(
-                    Result(name, classes, 0, _EARLIER, *figures, nan, nan, nan, nan,
-                           float(line["seconds"]), "", "", 1, "")
+                    Result(name, classes, 0, _EARLIER, fa, back, ra, nan, nan, nan, nan, seconds,
+                           "", "", 1, "")
                 )  # fmt: skip
     return found
 
