@@ -397,10 +397,10 @@ def main() -> None:
     file = arguments.out / "deep.csv"
     runs = load_rows(file, Run)
     for name in [] if arguments.summary else arguments.models or MODELS:
-        new = list(measure(name, arguments.sets, arguments.seeds))
-        runs = [r for r in runs if r.model != name] + new
-        save_rows(file, runs)  # after each model, so that an interrupted run is not lost
-        file.with_suffix(".md").write_text(summarise(runs))
+        runs = [r for r in runs if r.model != name]
+        for run in measure(name, arguments.sets, arguments.seeds):
+            runs.append(run)
+            save_rows(file, runs)  # an interrupted script loses no finished call
     text = summarise(runs)
     file.with_suffix(".md").write_text(text)
     print(text)

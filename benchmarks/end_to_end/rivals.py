@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import itertools
 import statistics
 import time
 import warnings
@@ -55,7 +56,7 @@ from zsu_fast.training.deep.tail import FrozenClassifierTail
 from zsu_fast.training.features import FeatureSet
 
 NAMES = ("resnet20_cifar", "karpathynet", "vit_cifar", "tf_efficientnet_lite0")
-_RELEARN = {"resnet20_cifar": 60, "karpathynet": 100, "vit_cifar": 60}  # most steps
+_RELEARN = {"resnet20_cifar": 200, "karpathynet": 200, "vit_cifar": 200}  # most steps
 _CHUNK = 256
 _FISHER_BATCH = 64
 
@@ -194,8 +195,8 @@ def svd_projection(case: Case) -> nn.Module:
     Kodge, Saha and Roy, "Deep Unlearning: Fast and Efficient Gradient-free Class Forgetting", TMLR
     2024. With U the singular vectors of a layer's inputs and v their shares of the variance, a
     space is weighted as P = U diag(a v / ((a - 1) v + 1)) U^T; each weight becomes
-    W (1 - P_f (1 - P_r)). As published, a is 3 for forgotten rows, and searched for retained ones;
-    1 and 3 are added to the published values, as 10 was the best of them.
+    W (1 - P_f (1 - P_r)). For retained rows, a is searched among the published values; for
+    forgotten rows too, where 3 was published, with which the layers here forget nothing.
     """
     forgotten = case.rows.forgotten
     spectra = {
@@ -203,19 +204,19 @@ def svd_projection(case: Case) -> nn.Module:
         for name, layer in case.layers.items()
     }
     layers, results = case.layers, []
-    for alpha in (1, 3, 10, 30, 100, 300, 1000):
+    for of_retained, of_forgotten in itertools.product((10, 30, 100, 300, 1000), (3, 30, 300)):
         values = {}
         for name, (own, others) in spectra.items():
             weight = layers[name].weight.detach()
             identity = torch.eye(weight[0].numel(), dtype=torch.float64)
-            kept = identity - _weighted(*others, alpha)
-            projection = identity - _weighted(*own, 3) @ kept
+            kept = identity - _weighted(*others, of_retained)
+            projection = identity - _weighted(*own, of_forgotten) @ kept
             flat = weight.flatten(1).double() @ projection
             values[f"{name}.weight"] = flat.float().view_as(weight)
         with case.loaded(values):
-            results.append((case.score(case.logits()), alpha, values))
-    _, alpha, values = max(results, key=lambda result: result[0])
-    print(f"    alpha of the retained rows: {alpha}", flush=True)
+            results.append((case.score(case.logits()), of_retained, of_forgotten, values))
+    score, *alphas, values = max(results, key=lambda result: result[0])
+    print(f"    alphas {alphas}, score {score:.3f}", flush=True)
     return case.changed(values)
 
 
@@ -341,8 +342,8 @@ def channel_pruning(case: Case) -> nn.Module:
         kept = torch.ones(len(order))
         kept[order[: round(share * len(order))]] = 0
         results.append((case.score(case.last_layer(x * kept)), share, kept))
-    _, share, kept = max(results, key=lambda result: result[0])
-    print(f"    channels pruned: {share:.0%}", flush=True)
+    score, share, kept = max(results, key=lambda result: result[0])
+    print(f"    channels pruned: {share:.0%}, score {score:.3f}", flush=True)
     return case.mapped(KeptChannels(kept))
 
 
@@ -509,10 +510,10 @@ def main() -> None:
     file = arguments.out / "rivals.csv"
     results = load_rows(file, Result)
     for name in [] if arguments.summary else arguments.models or NAMES:
-        new = list(measure(name, arguments.sets, arguments.seeds, methods))
-        results = [r for r in results if r.model != name or r.method not in methods] + new
-        save_rows(file, results)
-        file.with_suffix(".md").write_text(summarise(results))
+        results = [r for r in results if r.model != name or r.method not in methods]
+        for result in measure(name, arguments.sets, arguments.seeds, methods):
+            results.append(result)
+            save_rows(file, results)  # an interrupted script loses no finished method
     text = summarise(results)
     file.with_suffix(".md").write_text(text)
     print(text)
