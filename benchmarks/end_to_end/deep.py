@@ -225,8 +225,13 @@ def measure(name: str, sets: int, seeds: int) -> Iterator[Run]:
                 _number(golden), before.adapted_fa, after.adapted_fa, _number(before.ff),
                 _number(after.ff), seconds, step_seconds, **machine(),
             )  # fmt: skip
-            print(run, flush=True)
+            print(f"{name} {run.forget[:24]}: {numbers(run)}", flush=True)
             yield run
+
+
+def numbers(row: Any) -> str:
+    """The measured values of a dataclass object, on one line."""
+    return ", ".join(f"{k} {v:.4g}" for k, v in vars(row).items() if isinstance(v, float))
 
 
 def golden_probe(setting: Setting, test: TestImages) -> float | None:

@@ -38,6 +38,7 @@ from benchmarks.end_to_end.deep import (
     load_rows,
     machine,
     machines,
+    numbers,
     parser,
     save_rows,
 )
@@ -398,7 +399,7 @@ def measure(name: str, sets: int, seeds: int, methods: Sequence[str]) -> Iterato
             print(f"{name} {forget[:5]} seed {seed}: {len(case.rows)} rows", flush=True)
             for method in methods:
                 result = measure_method(name, case, test, method)
-                print(result, flush=True)
+                print(f"{method}: {numbers(result)}", flush=True)
                 yield result
 
 
