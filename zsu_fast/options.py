@@ -78,7 +78,8 @@ class Options:
         per_class = keywords["impressions_per_class"] or 1  # None: see `set_per_class`
         keywords = dict(keywords)
         if keywords["depth"] is None:
-            last = keywords["tail"] in ("last", 1) and not isinstance(keywords["tail"], bool)
+            tail = keywords["tail"]
+            last = tail == "last" if isinstance(tail, str) else type(tail) is int and tail == 1
             output = last or keywords["objective"] == "differential"
             keywords["depth"] = "output" if output else "deep"
         if keywords["space"] is None:
@@ -107,6 +108,14 @@ class Options:
     @property
     def seed(self) -> int:
         return self.ascent.seed
+
+    def unused(self) -> list[str]:
+        """Options of the ascent that were given but that inverted rows do not use."""
+        if self.depth != "deep" or self.space != "tail-input":
+            return []
+        default = AscentSettings()
+        names = (name for name in _ASCENT if name != "seed")
+        return [n for n in names if getattr(self.ascent, n) != getattr(default, n)]
 
     def deep_settings(self, classes: int, active: int) -> DeepSettings:
         """The settings of deep forgetting for a model of ``classes``, ``active`` of them with rows;

@@ -363,6 +363,8 @@ class ZeroShotUnlearner:
             model, self.spec, self.forget, self.classes, options.given, self.device
         )
         self.record.depth |= {"depth": options.depth, "level": options.depth}
+        if unused := options.unused():
+            self.record.depth["unused"] = unused
         self.record.forgotten = self.forgotten
         before = self.record.weights_before
         if self.ledger is not None:
