@@ -10,6 +10,7 @@ Each request starts from the result of the one before and passes the classes for
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import sys
 import time
@@ -22,10 +23,11 @@ import zsu_fast
 from benchmarks.harness import RESULTS
 from benchmarks.real_data import Data, load_data, load_model
 from zsu_fast.evaluation.accuracy import Evaluation
+from zsu_fast.splitting.layers import layer_names
 
 MODELS = ("karpathynet", "resnet20_cifar")
 ORDERS = 3
-WORST_FA, WORST_GAP = 0.5, 0.3
+WORST_FA, WORST_UNMASK, WORST_GAP = 0.5, 3.0, 3.0
 
 
 def orders() -> list[list[int]]:
@@ -74,13 +76,17 @@ def compare(name: str, model: nn.Module, data: Data, order: list[int]) -> tuple[
         worst = max(worst, worst_class(result, order[: i + 1]))
     seconds = time.perf_counter() - started
     result = zsu_fast.evaluate(current, data, order)
+    unmasked = copy.deepcopy(current)
+    last = layer_names(model, images[:2])[-1]
+    unmasked.set_submodule(last, model.get_submodule(last))
+    back = worst_class(zsu_fast.evaluate(unmasked, data, order), order)
     once = zsu_fast.evaluate(zsu_fast.unlearn(model, order, progress=False), data, order)
     mask = zsu_fast.evaluate(zsu_fast.mask(model, order), data, order)
-    gap = once.retain_accuracy - result.retain_accuracy
-    good = worst <= WORST_FA and gap <= WORST_GAP
+    gap = mask.retain_accuracy - result.retain_accuracy
+    good = worst <= WORST_FA and gap <= WORST_GAP and back <= WORST_UNMASK
     return (
-        f"| {name} | {', '.join(map(str, order))} | {worst:.2f} | {result.retain_accuracy:.2f} | "
-        f"{once.forget_accuracy:.2f} | {once.retain_accuracy:.2f} | {mask.retain_accuracy:.2f} | "
+        f"| {name} | {', '.join(map(str, order))} | {worst:.2f} | {back:.2f} | "
+        f"{result.retain_accuracy:.2f} | {once.forget_accuracy:.2f} | {once.retain_accuracy:.2f} | {mask.retain_accuracy:.2f} | "
         f"{gap:+.2f} | {seconds:.0f} | {'met' if good else 'missed'} |",
         good,
     )
@@ -94,13 +100,14 @@ Written by `python -m benchmarks.end_to_end.request_series`: CIFAR-10, 10,000 te
 seed 0.
 
 *Worst class FA* is the highest accuracy on any class forgotten so far, after any of the five
-requests. Targets: at most {WORST_FA} % there, and RA after the fifth request at most {WORST_GAP}
-points below one request for all five.
+requests; *un-mask* is the same with the first model's last layer put back after the fifth. Targets:
+at most {WORST_FA} % and {WORST_UNMASK} %, and RA after the fifth request at most {WORST_GAP} points
+below the mask's.
 
 """
-    columns = ("model", "order", "worst class FA %", "RA %", "FA %, one request")
-    columns += ("RA %, one request", "RA %, mask", "RA lost", "seconds", "targets")
-    text += f"| {' | '.join(columns)} |\n|---|---|{'---:|' * 7}---|\n"
+    columns = ("model", "order", "worst class FA %", "un-mask %", "RA %", "FA %, one request")
+    columns += ("RA %, one request", "RA %, mask", "RA below the mask", "seconds", "targets")
+    text += f"| {' | '.join(columns)} |\n|---|---|{'---:|' * 8}---|\n"
     (RESULTS / "request_series.md").write_text(text + "\n".join(lines) + "\n")
 
 
