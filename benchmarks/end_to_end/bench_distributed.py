@@ -71,7 +71,7 @@ def serve(rank: int, size: int, store: str, pipe: Connection) -> None:
 def work(model: torch.nn.Module, job: Job, grouped: bool) -> dict[str, Any]:
     """Measures the synthesis; returns seconds, impressions, and the weights that changed."""
     run = ZeroShotUnlearner(
-        model, job.forget, distributed=grouped, progress=False, tail="last", seed=0,
+        model, job.forget, distributed=grouped, progress=False, tail="last", seed=0, space="input",
         impressions_per_class=job.per_class,
     )  # fmt: skip
     run.active_classes = run.active_classes[:: job.every]

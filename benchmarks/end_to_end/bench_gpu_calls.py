@@ -34,7 +34,13 @@ def call(model: nn.Module, forget: Any, captured: bool, **options: Any) -> tuple
     torch.cuda.synchronize()
     started = time.perf_counter()
     run = ZeroShotUnlearner(
-        model, forget, progress=False, loop="auto" if captured else "eager", **options
+        model,
+        forget,
+        progress=False,
+        loop="auto" if captured else "eager",
+        depth="output",
+        space="input",
+        **options,
     )
     with nullcontext() if captured else eager_ascent():
         result = run.run()

@@ -142,6 +142,7 @@ def call(
             per_class=case.per_class,
         )
     options: dict[str, Any] = {"seed": seed, "impressions_per_class": case.per_class}
+    options |= {"depth": "output", "space": "input"}  # as in the paper
     if levers.fused:
         loop = "compiled" if levers.compiled else "auto"
         return zsu_fast.unlearn(model, case.forget, loop=loop, **options)

@@ -6,7 +6,7 @@
     python -m benchmarks.end_to_end.evidence --summary             # rewrite the table from the CSV
     python -m benchmarks.end_to_end.evidence resnet20 --train-golden 12   # none ships
 
-Models compared: original, mask, random embeddings, default, deep, golden. Images are used for
+Models compared: original, mask, random embeddings, output level, deep, golden. Images are used for
 measuring only. Writes ``results/evidence.csv`` (one line per number) and ``evidence.md``.
 """
 
@@ -89,7 +89,7 @@ def train_golden(setting: Setting, model: nn.Module, epochs: int) -> nn.Module:
 
 
 # The unlearned models: name -> options of `unlearn`.
-METHODS: dict[str, dict[str, Any]] = {"default": {}, "deep": {"depth": "deep"}}
+METHODS: dict[str, dict[str, Any]] = {"output": {"depth": "output", "space": "input"}, "deep": {}}
 
 
 def measure(
@@ -131,11 +131,11 @@ def measure(
 
 
 def collect(setting: Setting, method: str, seed: int, result: Audit) -> list[list[Any]]:
-    """The numbers of one audit; models other than the unlearned one count once, from "default"."""
+    """The numbers of one audit; models other than the unlearned one count once, from "output"."""
     lines = []
     for row in result.rows:
         name = method if row.name == "unlearned" else row.name
-        if row.name != "unlearned" and method != "default":
+        if row.name != "unlearned" and method != "output":
             continue
         for key, value in row.values.items():
             lines.append([setting.key, name, seed, key, f"{value:.6g}", ""])
@@ -156,7 +156,7 @@ def summarise(numbers: list[list[Any]], settings: list[Setting]) -> list[str]:
             continue
         forget = ",".join(map(str, setting.forget))
         lines += ["", f"## {setting.model} on {setting.data}, forgetting {{{forget}}}", ""]
-        names = [n for n in ("original", "mask", "random embeddings", "default", "deep", "golden")
+        names = [n for n in ("original", "mask", "random embeddings", "output", "deep", "golden")
                  if any(m[1] == n for m in mine)]  # fmt: skip
         if "golden" not in names:
             lines.append(
@@ -173,7 +173,7 @@ def summarise(numbers: list[list[Any]], settings: list[Setting]) -> list[str]:
             if any(c != "-" for c in cells):
                 lines.append(f"| {BY_KEY[key].title} | " + " | ".join(cells) + " |")
         lines.append("")
-        for name in ("default", "deep"):
+        for name in ("output", "deep"):
             for m in mine:
                 if m[1] == name and m[2] == 0 and m[3].startswith("verdict"):
                     lines.append(f"- {name}, seed 0: {m[5]}")

@@ -91,7 +91,9 @@ def child_run(classes: int, count: int, seed: int) -> dict[str, Any]:
     model, forget = ManyClasses(classes), forgotten(classes, count)
     before = peak_bytes()
     started, work = time.perf_counter(), time.process_time()
-    run = zsu_fast.ZeroShotUnlearner(model, forget, seed=seed, progress=False)
+    run = zsu_fast.ZeroShotUnlearner(
+        model, forget, seed=seed, progress=False, depth="output", space="input"
+    )
     result = run.run()
     seconds, work = time.perf_counter() - started, time.process_time() - work
     peak = peak_bytes()

@@ -81,7 +81,9 @@ def child(task: str, case: Case) -> dict[str, Any]:
             card: zsu_fast.plan(model, case.forget, hardware=card, **case.options).to_dict()
             for card in CARDS
         }
-    run = zsu_fast.ZeroShotUnlearner(model, case.forget, progress=False, **case.options)
+    run = zsu_fast.ZeroShotUnlearner(
+        model, case.forget, progress=False, depth="output", **case.options
+    )
     run.run()
     seconds = time.perf_counter() - started
     assert run.result is not None

@@ -74,7 +74,7 @@ def run(given: argparse.Namespace) -> list[str]:
     def ours() -> nn.Module:
         return zsu_fast.unlearn(
             model, forget, tail=tail, impressions_per_class=given.impressions_per_class,
-            seed=given.seed,
+            seed=given.seed, depth="output", space="input",
         )  # fmt: skip
 
     def randomly() -> nn.Module:

@@ -87,7 +87,8 @@ def compare(name: str, model: nn.Module, data: Data, order: list[int]) -> tuple[
     return (
         f"| {name} | {', '.join(map(str, order))} | {worst:.2f} | {back:.2f} | "
         f"{result.retain_accuracy:.2f} | {once.forget_accuracy:.2f} | "
-        f"{once.retain_accuracy:.2f} | {mask.retain_accuracy:.2f} | {gap:+.2f} | {seconds:.0f} | {'met' if good else 'missed'} |",
+        f"{once.retain_accuracy:.2f} | {mask.retain_accuracy:.2f} | {gap:+.2f} | "
+        f"{seconds:.0f} | {'met' if good else 'missed'} |",
         good,
     )
 

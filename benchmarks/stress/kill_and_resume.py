@@ -34,7 +34,7 @@ def work(folder: Path, ready: Connection) -> None:
     warnings.simplefilter("ignore")
     ready.send("go")
     run = zsu_fast.ZeroShotUnlearner(
-        zoo.load("lenet5"), [1, 2], impressions_per_class=8, tail="last", steps=60,
+        zoo.load("lenet5"), [1, 2], impressions_per_class=8, tail="last", steps=60, space="input",
         cache=folder / "cache", ledger=folder / "ledger.jsonl", progress=False,
     )  # fmt: skip
     # eight shards instead of one, so that there is something to resume

@@ -1,6 +1,6 @@
-"""Deep forgetting: trains layers before the last one, so that the features lose the classes too.
+"""Deep forgetting: trains layers ahead of the last one, so that the features lose the classes too.
 
-In: a model split by `find_deep_split`, its impressions, and the classes to forget. Out: the tail,
-trained in place, and what its validation measured, for the record. Start with `deep.py`; the loss
-is a formula in `losses.py`, its rows come from `data.py`, and the trainer is the room's own.
+In: a model, the classes to forget, and the images that it takes. Out: the layers, trained in place,
+and what the data-free checks measured, for the record. `split.py` chooses the layers, `rows.py`
+draws and inverts the rows, `losses.py` has the loss as a formula; `deep.py` puts them together.
 """
