@@ -22,7 +22,12 @@ from benchmarks.harness import RESULTS
 from zsu_fast.models import zoo
 
 SETTLED, GROWTH = 20, 0.03
-QUICK: dict[str, Any] = {"impressions_per_class": 8, "steps": 60}
+QUICK: dict[str, Any] = {
+    "impressions_per_class": 8,
+    "steps": 60,
+    "depth": "output",
+    "space": "input",
+}
 
 
 def main() -> None:
