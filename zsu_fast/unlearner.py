@@ -45,6 +45,10 @@ from .training.train_step import Loop
 from .training.trainer import Fit, train_tail
 
 
+# The last layer's fit after deep forgetting: the classes hardly reach it any more.
+_LAST_MIXTURES, _LAST_STEPS = 4096, 400
+
+
 def unlearn(model: nn.Module, forget: Any, **options: Any) -> nn.Module:
     """Returns ``model`` without the classes ``forget``; no data is needed.
 
@@ -391,7 +395,10 @@ class ZeroShotUnlearner:
             self._fall_back(failure)
             self.split_point = rows.deep.last
         else:  # logits have collapsed by now: keep the margin computed from the original
-            options.features = replace(options.features, margin=facts["margin"])
+            features, loop = options.features, options.loop
+            mixtures = _LAST_MIXTURES if features.mixtures is None else features.mixtures
+            options.features = replace(features, margin=facts["margin"], mixtures=mixtures)
+            options.loop = replace(loop, steps=loop.steps or _LAST_STEPS)
         return rows.deep.last
 
     @contextmanager

@@ -44,14 +44,14 @@ class DeepSettings:
         leak: share of held-out inverted rows.
     """
 
-    scenes: int = 6144
+    scenes: int = 5120
     large_scenes: int = 2560
     inverted: int = 1024
     ascent_steps: int = 15
     ascent_step: float = 0.3
     statistics: float = 2.5
     steps: int = 200
-    batch: int = 256
+    batch: int = 224
     inverted_share: float = 1 / 9
     rate: float = 0.02
     betas: tuple[float, float] = (0.9, 0.99)
