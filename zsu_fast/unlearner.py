@@ -44,7 +44,6 @@ from .training.losses import ObjectiveName
 from .training.train_step import Loop
 from .training.trainer import Fit, train_tail
 
-
 # The last layer's fit after deep forgetting: the classes hardly reach it any more.
 _LAST_MIXTURES, _LAST_STEPS = 4096, 400
 
