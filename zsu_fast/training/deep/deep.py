@@ -224,7 +224,8 @@ def _extrapolate(
     """Multiplies the change of the parameters by the first factor that leaves no leak.
 
     A moderate run that is extrapolated costs less retained accuracy than a longer one. If each
-    factor leaks, the one that leaks least is taken.
+    factor leaks, or if too few answers stay before one does not, the one that leaks least of those
+    tried is taken.
     """
     after = [p.detach().clone() for p in parameters]
     tried: list[dict[str, float]] = []
@@ -233,7 +234,10 @@ def _extrapolate(
         tried.append({"factor": factor, **checks.measure()})
         if tried[-1]["unmask_leak"] <= settings.leak:
             return factor, tried
-    best = min(tried, key=lambda result: result["unmask_leak"])["factor"]
+        if tried[-1]["agreement"] < _LEAST_AGREEMENT:
+            break
+    kept = [result for result in tried if result["agreement"] >= _LEAST_AGREEMENT] or tried
+    best = min(kept, key=lambda result: result["unmask_leak"])["factor"]
     _load(parameters, [a.lerp(b, best) for a, b in zip(before, after, strict=True)])
     return best, tried
 
