@@ -110,18 +110,20 @@ def test_scenes_are_valid_images_of_their_seed() -> None:
 
 def test_rows_that_cost_much_are_fewer() -> None:
     settings, gpu = DeepSettings(), torch.device("cuda")
-    assert settings.scenes_for(4096, 10, 4_000_000, CPU) == 6144
-    assert settings.scenes_for(4096, 10, 1_000_000_000, CPU) == 1000
-    assert settings.scenes_for(4096, 10, 1_000_000_000, gpu) == 6144
-    assert settings.scenes_for(2**16, 10, 1, gpu) == 1024  # 64 million values
-    assert settings.scenes_for(1, 2**16, 1, gpu) == 1024
-    assert settings.scenes_for(10**7, 10, 10**12, CPU) == 512
+    small, large = 32 * 32, 128 * 128  # pixels
+    assert settings.scenes_for(small, 4096, 10, 4_000_000, CPU) == 5120
+    assert settings.scenes_for(large, 4096, 10, 4_000_000, CPU) == 2560
+    assert settings.scenes_for(small, 4096, 10, 600_000_000, CPU) == 1536  # a multiple of 512
+    assert settings.scenes_for(small, 4096, 10, 1_000_000_000, gpu) == 5120
+    assert settings.scenes_for(small, 2**16, 10, 1, gpu) == 1024  # 64 million values
+    assert settings.scenes_for(small, 1, 2**16, 1, gpu) == 1024
+    assert settings.scenes_for(large, 10**7, 10, 10**12, CPU) == 512
     assert settings.inverted_for(4096, 10, 4_000_000, CPU) == 1024
     assert settings.inverted_for(4096, 1000, 4_000_000, CPU) == 1800
     assert settings.inverted_for(4096, 1000, 10**12, CPU) == 256
-    assert settings.schedule_for(4_000_000, CPU) == (200, 256)
+    assert settings.schedule_for(4_000_000, CPU) == (200, 224)
     assert settings.schedule_for(10**9, CPU) == (100, 64)
-    assert settings.schedule_for(10**9, gpu) == (200, 256)
+    assert settings.schedule_for(10**9, gpu) == (200, 224)
 
 
 # --- inverted rows ---------------------------------------------------------------------------

@@ -131,7 +131,8 @@ def test_a_module_or_a_number_of_layers(at: str | int, layers: list[str]) -> Non
     [
         ("fc2", "only the last layer follows it. Name an earlier module, such as 'fc1'"),
         ("nowhere", "nowhere"),
-        (1, "from 2 to 3"),
+        (1, "only the last layer follows it. Leave tail out, or pass depth='output'"),
+        ("last", "only the last layer follows it. Leave tail out"),
         (4, "from 2 to 3"),
     ],
 )
