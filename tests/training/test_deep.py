@@ -338,7 +338,7 @@ def test_extrapolation_ends_before_too_few_answers_stay() -> None:
     run, _ = deep_run(settings=settings)
     depth = run.record.depth
     assert [t["factor"] for t in depth["factors"]] == [1.0, 60.0]
-    assert depth["factors"][1]["agreement"] < 0.5 <= depth["factors"][0]["agreement"]
+    assert depth["factors"][1]["agreement"] < 0.7 <= depth["factors"][0]["agreement"]
     assert (depth["factor"], depth["level"]) == (1.0, "deep")
 
 
@@ -352,19 +352,14 @@ def test_many_classes_have_settings_of_their_own() -> None:
     assert run.options.deep_settings(5, 5).inverted_share == 0.5
 
 
-def test_partial_forgetting_is_warned_of() -> None:
+def test_features_that_still_leak_are_given_up() -> None:
     weak = replace(FEW_ROWS, steps=3, rate=0.004, factors=(1.0,))
-    run, _ = deep_run(settings=weak)
-    leak = run.record.depth["unmask_leak"]["after"]
-    text = "deep forgetting is partial"
-    level = run.record.depth["level"]
-    assert (level == "deep" and leak > 0.3) is any(text in w for w in run.record.warnings)
-    thorough, _ = deep_run()
-    assert not any(text in note for note in thorough.record.warnings)
-    record = run.record
-    record.depth |= {"level": "deep", "unmask_leak": {"before": 1.0, "after": 0.5}}
-    assert run.result is not None
-    assert any(text in note for note in record._warnings(run.result, {}))
+    run, result = deep_run(settings=weak)
+    depth = run.record.depth
+    assert depth["unmask_leak"]["after"] > 0.4
+    assert depth["level"] == "output"
+    assert "still assigns" in depth["fallback"]
+    assert changed_tensors(tiny(), result) == {"fc2.weight", "fc2.bias"}
 
 
 def test_options_without_effect_are_named() -> None:

@@ -21,8 +21,6 @@ from ..synthesis.impressions import ClassImpressions
 from ..training.trainer import Fit
 from ..version import VERSION
 
-_PARTIAL = 0.3  # leak of held-out rows above which deep forgetting is called partial
-
 
 @dataclass
 class Record:
@@ -144,12 +142,6 @@ class Record:
             notes.append(
                 f"mean and std of the images are a guess ({self.input['source']}): pass mean= and "
                 f"std= as in the model's training."
-            )
-        leak = self.depth.get("unmask_leak", {}).get("after", 0)
-        if self.depth.get("level") == "deep" and leak > _PARTIAL:
-            notes.append(
-                f"deep forgetting is partial: the original last layer still assigns {leak:.0%} of "
-                f"the held-out rows of forgotten classes to one. Test it on images (`audit`)."
             )
         if unused := self.depth.get("unused"):
             notes.append(

@@ -29,9 +29,11 @@ from .tail import FrozenClassifierTail
 
 _PRUNED = 0.1  # a weight with at least this share of zeros is taken for pruned
 _VALIDATION = 8, 4  # one scene, and one inverted row, in this many is held out
-# Deep forgetting has failed if held-out inverted rows still leak more than this share of what they
-# did, or if the original last layer agrees with itself on less than that share of the scenes.
-_MOST_LEAK, _LEAST_AGREEMENT = 0.8, 0.5
+# Deep forgetting has failed if more than the first share of the held-out inverted rows still leak,
+# or if the original last layer gives less than the second share of the scenes the same answer.
+# SqueezeNet, whose features can't lose 100 of 1,000 classes, is at 49 % and 74 %; pushed on to 17 %
+# and 52 %, its RA falls from 62 to 17. EfficientNet-lite0 ends at 3 % and 72 %, RA 84 of 87.
+_MOST_LEAK, _LEAST_AGREEMENT = 0.4, 0.7
 
 
 class DeepFailed(Exception):
@@ -159,7 +161,7 @@ def forget_deeply(
         for name, value in checks.measure().items():
             facts[name]["after"] = value
         leak = facts["unmask_leak"]
-        if leak["after"] > _MOST_LEAK * leak["before"] and leak["after"] > settings.leak:
+        if leak["after"] > max(_MOST_LEAK, settings.leak):
             raise DeepFailed(
                 f"the original last layer still assigns {leak['after']:.0%} of the held-out rows "
                 f"of forgotten classes to one, {leak['before']:.0%} before",
