@@ -115,6 +115,7 @@ class ZeroShotUnlearner:
     Attributes:
         impressions: the `ClassImpressions`; None before `synthesise`.
         split_point: the `Split`; None before `split`.
+        rows: the `RowSource` of deep forgetting; None at the output level.
         history: the `ValidationResult` of each validation of the fit.
         stopped: why the fit ended, in words.
         record: the `Record` of the run.
@@ -217,7 +218,7 @@ class ZeroShotUnlearner:
     @torch_defaults()
     @all_or_none
     def split(self) -> Split:
-        """Splits the model at ``tail``; with space="tail-input", "auto" means "last"."""
+        """Splits the model at ``tail``, ahead of the layers that are trained."""
         if (rows := self._row_source()) is not None:
             self.split_point = rows.deep.split
         else:
@@ -227,6 +228,7 @@ class ZeroShotUnlearner:
         return split
 
     def _output_split(self) -> Split:
+        """The split of the output level; with space="tail-input", "auto" means "last"."""
         if self.options.space == "tail-input":
             at = "last" if self.options.tail == "auto" else self.options.tail
             images, labels = noise_images(self.spec, 4), torch.arange(4)

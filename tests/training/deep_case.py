@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from support import FEW_ROWS, FORGET, SPEC, tiny
+from support import FEW_ROWS, FORGET, SPEC, TinyNet, tiny
 from torch import Tensor, nn
 
 from zsu_fast import InputSpec
@@ -15,6 +15,18 @@ from zsu_fast.training.deep.rows import RowSource
 from zsu_fast.training.deep.split import DeepSplit, find_deep_split
 
 CPU = torch.device("cpu")
+
+
+class TwoClassifiers(TinyNet):
+    """A second layer adds to the logits beside the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside = nn.Linear(72, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn(self.conv(x))).flatten(1)
+        return self.beside(x) + self.fc2(self.act(self.fc1(x)))
 
 
 def deep_split(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from deep_case import CPU, deep_split, last_layer_swapped
+from deep_case import CPU, TwoClassifiers, deep_split, last_layer_swapped
 from support import (
     FEW_ROWS,
     FORGET,
@@ -383,16 +383,6 @@ def test_scenes_of_forgotten_classes_alone_are_no_failure() -> None:
 
 
 # --- fallbacks -------------------------------------------------------------------------------
-
-
-class TwoClassifiers(TinyNet):
-    def __init__(self) -> None:
-        super().__init__()
-        self.beside = nn.Linear(72, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.bn(self.conv(x))).flatten(1)
-        return self.beside(x) + self.fc2(self.act(self.fc1(x)))
 
 
 def single_layer() -> nn.Module:

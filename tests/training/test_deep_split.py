@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from deep_case import CPU, deep_split
+from deep_case import CPU, TwoClassifiers, deep_split
 from support import SPEC, TinyNet, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +16,8 @@ from zsu_fast.errors import ArgumentError, ModelError
 from zsu_fast.models import zoo
 from zsu_fast.models.input_spec import noise_images
 from zsu_fast.models.wrapper import working_copy
-from zsu_fast.training.deep.split import DeepSplit, find_deep_split, flatten
+from zsu_fast.synthesis.space import flatten_boundary
+from zsu_fast.training.deep.split import DeepSplit, find_deep_split
 
 
 def spec_of(*shape: int) -> InputSpec:
@@ -59,18 +60,6 @@ class Gated(nn.Module):
         x = x.flatten(1)
         one, two = self.one(x).relu(), self.two(x).relu()
         return self.last(self.inner(self.left(one) * self.right(two)).relu())
-
-
-class TwoClassifiers(TinyNet):
-    """A second layer adds to the logits beside the last one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.beside = nn.Linear(72, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.bn(self.conv(x))).flatten(1)
-        return self.beside(x) + self.fc2(self.act(self.fc1(x)))
 
 
 def trained_layers(deep: DeepSplit) -> list[str]:
@@ -189,7 +178,7 @@ def test_without_an_earlier_layer_rows_are_inverted_at_the_split() -> None:
     _, deep = deep_split(tiny(), "conv")
     assert deep.early is deep.split
     assert deep.middle is None
-    points = flatten(deep.early.backbone(noise_images(SPEC, 2)))
+    points = flatten_boundary(deep.early.backbone(noise_images(SPEC, 2)))
     assert torch.equal(deep.features(points)[0].flatten(1), points)
 
 
@@ -215,7 +204,7 @@ def test_the_three_parts_equal_the_model(model: type[nn.Module], at: str) -> Non
     images = torch.randn(5, *SPEC.shape)
     with torch.no_grad():
         want = work(images)
-        points = flatten(deep.early.backbone(images))
+        points = flatten_boundary(deep.early.backbone(images))
         assert torch.allclose(deep.split.tail(*deep.features(points)), want, atol=1e-4)
         assert torch.allclose(deep.split.tail(*deep.image_features(images)), want, atol=1e-4)
         assert torch.allclose(deep.flat(points), want, atol=1e-4)

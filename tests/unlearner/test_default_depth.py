@@ -26,7 +26,6 @@ from torch import nn
 
 import zsu_fast
 from zsu_fast.models.parameters import weights_hash
-from zsu_fast.provenance.record import Record
 from zsu_fast.runtime.progress import Event
 
 TRAINED = {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
@@ -210,19 +209,6 @@ def test_an_error_in_a_stage(stage: str, call: int, error: type[BaseException]) 
     model = tiny().train()
     with untouched(model), pytest.raises(error):
         deep_run(model, inplace=True, callback=callback)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_a_failure_after_the_weights_are_written(
-    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(Record, "finish", fail)
-    model = tiny()
-    with untouched(model), pytest.raises(error):
-        deep_run(model, inplace=True)
 
 
 def test_warnings_as_errors() -> None:

@@ -13,6 +13,7 @@ import torch
 from support import (
     FORGET,
     QUICK,
+    QUICK_DEEP,
     SPEC,
     assert_forgets,
     same_bits,
@@ -188,15 +189,17 @@ def test_ctrl_c_while_parameters_are_replaced() -> None:
     assert all(not p.any() for p in model.parameters())
 
 
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("options", [QUICK, QUICK_DEEP], ids=["output", "deep"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_a_failure_after_the_weights_are_written(
-    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+    error: type[BaseException], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
         raise error
 
     model = tiny()
-    runner = ZeroShotUnlearner(model, FORGET, inplace=True, **QUICK)
+    runner = ZeroShotUnlearner(model, FORGET, inplace=True, **options)
     monkeypatch.setattr(zsu_fast.provenance.record.Record, "finish", fail)
     with untouched(model), pytest.raises(error):
         runner.run()

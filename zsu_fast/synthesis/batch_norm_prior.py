@@ -19,6 +19,12 @@ from .inference_copy import InferenceCopy
 from .space import SearchSpace
 
 
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorm layers of ``module`` that have recorded statistics."""
+    layers = (m for m in module.modules() if isinstance(m, _BatchNorm))
+    return [layer for layer in layers if layer.running_mean is not None]
+
+
 class BatchNormStatistics(nn.Module):
     """A model that measures how far its features are from the recorded BatchNorm statistics.
 
@@ -33,8 +39,7 @@ class BatchNormStatistics(nn.Module):
         super().__init__()
         self.module = module
         self._terms: list[Tensor] = []
-        norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-        layers = [norm for norm in norms if norm.running_mean is not None]
+        layers = batch_norms(module)
         if not layers:
             raise ArgumentError(
                 "batch_norm", "given for a model without BatchNorm statistics", "Leave it at 0."

@@ -107,8 +107,7 @@ def tail_input_space(split: Split, spec: InputSpec, device: torch.device) -> Sea
     for a class of their own, LeNet5 on MNIST kept FA 39 (on training images; from zero: 0).
     """
     features = split.features(noise_images(spec, _NOISE_IMAGES).to(device))
-    flat = torch.cat([f.flatten(1) for f in features], 1)
-    tail = FlatTail(split.tail, [tuple(f.shape[1:]) for f in features])
+    flat, tail = flatten_boundary(features), FlatTail(split.tail, features)
     size = flat.square().mean().sqrt()
     infinity = torch.tensor(math.inf, device=device)
     return SearchSpace(
@@ -126,13 +125,23 @@ def tail_input_space(split: Split, spec: InputSpec, device: torch.device) -> Sea
     )
 
 
-class FlatTail(nn.Module):
-    """A tail that takes one vector per row: the boundary tensors, flattened and joined."""
+def flatten_boundary(boundary: BoundaryTensors) -> Tensor:
+    """Boundary tensors, each [N, ...] -> one vector per row, [N, D]; `FlatTail.split` undoes it."""
+    return torch.cat([t.flatten(1) for t in boundary], 1)
 
-    def __init__(self, tail: nn.Module, shapes: list[tuple[int, ...]]) -> None:
+
+class FlatTail(nn.Module):
+    """A tail that takes one vector per row, as `flatten_boundary` gives it.
+
+    Args:
+        tail: the tail.
+        boundary: some boundary tensors, for their shapes.
+    """
+
+    def __init__(self, tail: nn.Module, boundary: BoundaryTensors) -> None:
         super().__init__()
-        self.tail, self.shapes = tail, shapes
-        self.sizes = [math.prod(shape) for shape in shapes]
+        self.tail, self.shapes = tail, [tuple(t.shape[1:]) for t in boundary]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
 
     def split(self, points: Tensor) -> BoundaryTensors:
         """Points [N, D] -> boundary tensors."""

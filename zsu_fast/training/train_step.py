@@ -134,7 +134,7 @@ class _FusedAdam:
         self,
         parameters: list[nn.Parameter],
         scales: list[float],
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float],
     ) -> None:
         self.betas = betas
         self.param_groups: list[dict[str, Any]] = []  # as in torch.optim

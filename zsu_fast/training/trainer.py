@@ -26,6 +26,7 @@ Keep = Literal["best", "last", "complete"]
 Ending = Literal["finished", "diverged", "stopped"]
 
 _LEAK_GOAL = 0.01  # no further attempt is made once the kept state leaks no more than this
+RELATIVE_STEP = 0.02  # of Adam's steps, as a share of the weights' root mean square
 _GAIN = 0.01  # patience ends when the divergence falls by less than this share
 _STEP_WORK = 4_000_000_000  # multiply-adds of a step's forward pass by default
 # Bias step per optimiser step, as a fraction of the logits' standard deviation. At the weights'
@@ -203,10 +204,12 @@ def train_tail(task: FitTask, settings: LoopSettings, report: Reporter) -> Fit:
 
 
 def relative_learning_rate(parameters: Sequence[nn.Parameter]) -> float:
-    """A learning rate at which Adam moves the average weight by 2 % per step."""
+    """A learning rate at which Adam moves the average weight by `RELATIVE_STEP` per step."""
     total = sum(float(p.detach().float().square().sum()) for p in parameters if p.ndim > 1)
     count = sum(p.numel() for p in parameters if p.ndim > 1)
-    return min(max(0.02 * math.sqrt(total / count), 1e-5), 1e-2) if count and total else 1e-3
+    if not count or not total:
+        return 1e-3
+    return min(max(RELATIVE_STEP * math.sqrt(total / count), 1e-5), 1e-2)
 
 
 class Trainer:

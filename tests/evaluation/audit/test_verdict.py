@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 
 from zsu_fast.evaluation.audit.checks import CHECKS, Evidence, checks
-from zsu_fast.evaluation.audit.result import CheckName, Row
+from zsu_fast.evaluation.audit.result import Check, CheckName, Row
 from zsu_fast.evaluation.audit.verdict import sentences
 from zsu_fast.evaluation.audit.weights import LastLayer
+
+
+def check_of(rows: list[Row], name: str, retained: int = 6, forgotten: int = 4) -> Check:
+    """The check called ``name``, from the numbers of ``rows``."""
+    evidence = Evidence(rows, LastLayer("trained", "it was trained"), 5, retained, forgotten)
+    (check,) = (c for c in checks(evidence) if c.name == name)
+    return check
 
 
 @pytest.mark.parametrize(
@@ -43,8 +50,7 @@ def test_relearning_tells_nothing_if_the_original_needs_as_long(
         Row("unlearned", {steps: mine, index: mine / golden}),
         Row("golden", {steps: golden}),
     ]
-    evidence = Evidence(rows, LastLayer("trained", "it was trained"), 5, 9, 1)
-    (check,) = (c for c in checks(evidence) if c.name == CheckName.RELEARN_FULL)
+    check = check_of(rows, CheckName.RELEARN_FULL, retained=9, forgotten=1)
     assert check.passed is passed
     assert ("tells nothing" in check.says) == (passed is None)
 
@@ -68,8 +74,7 @@ def test_the_adapted_unmask_fa_is_at_most_half(
     rows = [Row("original", {key: 80.0}), Row("unlearned", {key: mine, "drift_backbone": drift})]
     if golden is not None:
         rows.append(Row("golden", {key: golden}))
-    evidence = Evidence(rows, LastLayer("trained", "it was trained"), 5, 6, 4)
-    (check,) = (c for c in checks(evidence) if c.name == CheckName.ADAPTED_UNMASK)
+    check = check_of(rows, CheckName.ADAPTED_UNMASK)
     assert check.passed is passed
     assert ("no golden model" in check.says) == (passed is None)
 
@@ -89,8 +94,7 @@ def test_half_of_the_share_above_chance_passes(
 ) -> None:
     levels = {"original": original, "unlearned": mine, "golden": golden}
     rows = [Row(n, {"unmask_ff": v}) for n, v in levels.items() if v is not None]
-    evidence = Evidence(rows, LastLayer("trained", "it was trained"), 5, 6, 4)
-    (check,) = (c for c in checks(evidence) if c.name == CheckName.AMONG_FORGOTTEN)
+    check = check_of(rows, CheckName.AMONG_FORGOTTEN)
     assert check.passed is passed
     assert "25.0 %" in check.says
 

@@ -20,7 +20,7 @@ from ...splitting.batch_dim import BoundaryTensors
 from ...synthesis.impressions import ClassImpressions
 from ..features import FeatureSet, FeatureSettings, logit_margin
 from ..fit_task import FitTask
-from ..trainer import LoopSettings, Schedule, Trainer, relative_learning_rate
+from ..trainer import RELATIVE_STEP, LoopSettings, Schedule, Trainer, relative_learning_rate
 from .losses import USABLE_ROOM, DeepObjective, room_above_floor
 from .rows import Scenes
 from .settings import DeepSettings
@@ -103,7 +103,7 @@ def forget_deeply(
         impressions: inverted rows (`RowSource.invert`), or images.
         forget: bool [C].
         features: for the margin of the last layer's fit.
-        loop: for its learning rate, if given, and its ``steps``, if fewer.
+        loop: for its learning rate and batch, if given, and its ``steps``, if fewer.
         settings: the constants of deep forgetting.
         seed: of the batches.
         report: called after every validation; a stop that it asks for keeps the current state.
@@ -157,9 +157,10 @@ def forget_deeply(
         fit = Trainer(task, _schedule(task, deep, loop, settings), report).run()
         if fit.best is fit.history[0]:
             raise DeepFailed(f"{fit.stopped} to the start; given up", facts)
-        facts["factor"], facts["factors"] = _extrapolate(checks, parameters, before, settings)
-        for name, value in checks.measure().items():
-            facts[name]["after"] = value
+        chosen, facts["factors"] = _extrapolate(checks, parameters, before, settings)
+        facts["factor"] = chosen["factor"]
+        for name in ("unmask_leak", "agreement"):
+            facts[name]["after"] = chosen[name]
         leak = facts["unmask_leak"]
         if leak["after"] > max(_MOST_LEAK, settings.leak):
             raise DeepFailed(
@@ -222,8 +223,11 @@ def _mean(which: Tensor, of_none: float) -> float:
 @torch.no_grad()
 def _extrapolate(
     checks: _Checks, parameters: list[Any], before: list[Tensor], settings: DeepSettings
-) -> tuple[float, list[dict[str, float]]]:
+) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Multiplies the change of the parameters by the first factor that leaves no leak.
+
+    Returns that factor with what was measured at it, and the same of each factor that was tried.
+
 
     A moderate run that is extrapolated costs less retained accuracy than a longer one. If each
     factor leaks, or if too few answers stay before one does not, the one that leaks least of those
@@ -235,12 +239,12 @@ def _extrapolate(
         _load(parameters, [a.lerp(b, factor) for a, b in zip(before, after, strict=True)])
         tried.append({"factor": factor, **checks.measure()})
         if tried[-1]["unmask_leak"] <= settings.leak:
-            return factor, tried
+            return tried[-1], tried
         if tried[-1]["agreement"] < _LEAST_AGREEMENT:
             break
     kept = [result for result in tried if result["agreement"] >= _LEAST_AGREEMENT] or tried
-    best = min(kept, key=lambda result: result["unmask_leak"])["factor"]
-    _load(parameters, [a.lerp(b, best) for a, b in zip(before, after, strict=True)])
+    best = min(kept, key=lambda result: result["unmask_leak"])
+    _load(parameters, [a.lerp(b, best["factor"]) for a, b in zip(before, after, strict=True)])
     return best, tried
 
 
@@ -258,7 +262,7 @@ def _schedule(
     work = multiply_adds(deep.split.tail, *one_row)
     steps, batch = settings.schedule_for(work, task.device)
     batch = loop.batch or batch
-    rate = relative_learning_rate(task.parameters) * settings.rate / 0.02
+    rate = relative_learning_rate(task.parameters) * settings.rate / RELATIVE_STEP
     return Schedule(
         steps=min(steps, loop.steps or steps),
         batch=min(batch, len(task.train)),

@@ -28,11 +28,13 @@ from ...runtime.hooks import forward_pre_hooks
 from ...runtime.measuring import multiply_adds
 from ...runtime.progress import Reporter, Stopped
 from ...splitting.batch_dim import BoundaryTensors
+from ...synthesis.batch_norm_prior import batch_norms
 from ...synthesis.cache import Cache
 from ...synthesis.dead_leaves import dead_leaves_chunks
 from ...synthesis.impressions import ClassImpressions
+from ...synthesis.space import flatten_boundary
 from .settings import DeepSettings
-from .split import DeepSplit, flatten
+from .split import DeepSplit
 
 _BATCH = 64  # scenes that share the statistics of a batch, and of which there is a multiple
 _CHUNK = 128  # inverted rows that share the BatchNorm statistics of a batch
@@ -99,13 +101,13 @@ class RowSource:
         low, high = self.spec.low.view(bounds), self.spec.high.view(bounds)
         image = (low + high).div(2).expand(1, *deep.shape).to(device)
         boundary = deep.early.backbone(image)
-        stored = deep.features(flatten(boundary))
+        stored = deep.features(flatten_boundary(boundary))
         values = max(sum(t.numel() for t in tensors) for tensors in (boundary, stored))
         work = multiply_adds(deep.early.backbone, image)
         pixels = image[0].numel() // image.shape[1]
         count = self.settings.scenes_for(pixels, values, len(self.forget), work, device)
         parts = [p for p in (deep.early.backbone, deep.middle) if p is not None]
-        norms = [norm for part in parts for norm in _batch_norms(part)]
+        norms = [norm for part in parts for norm in batch_norms(part)]
         layout = self._memory_format(image)
         features, starts, drawn = [], [], 0
         generator = torch.Generator().manual_seed(self.seed)
@@ -116,7 +118,7 @@ class RowSource:
             with _batch_statistics(norms if first else []):
                 for batch in images.split(_BATCH):
                     boundary = deep.early.backbone(batch.contiguous(memory_format=layout))
-                    points = flatten(boundary)
+                    points = flatten_boundary(boundary)
                     features.append(deep.features(points))
                     if first or not norms:
                         starts.append(points)
@@ -226,10 +228,6 @@ def _stretch_contrast(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(uniform(0, 1) < 0.5, stretched.clamp(0, 1), images)
 
 
-def _batch_norms(module: nn.Module) -> Iterator[_BatchNorm]:
-    return (m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None)
-
-
 @contextmanager
 def _batch_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
     """Makes BatchNorm layers use the statistics of the batch, and leaves them as they were."""
@@ -270,7 +268,7 @@ class _Ascent:
         self, deep: DeepSplit, spec: InputSpec, starts: Tensor, settings: DeepSettings
     ) -> None:
         self.tail, self.settings = deep.flat, settings
-        self.norms = list(_batch_norms(deep.early.tail))
+        self.norms = batch_norms(deep.early.tail)
         sizes = self.tail.sizes
         parts = starts.split(sizes, 1)
         scale = [part.std().clamp(min=1e-12) for part in parts]

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from ...errors import ArgumentError, ModelError, ZsuFastError
 from ...models.input_spec import InputSpec, noise_images
 from ...models.wrapper import LogitsModel
-from ...runtime.hooks import forward_pre_hooks
+from ...runtime.hooks import forward_pre_hooks, recorded_inputs
 from ...splitting.batch_dim import BoundaryTensors
 from ...splitting.layers import layer_names
 from ...splitting.split import Split, resplit, split_at
-from ...synthesis.space import FlatTail
+from ...synthesis.space import FlatTail, flatten_boundary
 
 # Few rows determine few weights: more layers cost retained accuracy.
 _MOST_LAYERS, _MOST_SHARE, _MOST_WEIGHTS = 3, 0.3, 100_000
@@ -59,26 +59,16 @@ class DeepSplit:
             images = F.interpolate(images, self.shape[1:], mode="bilinear", antialias=True)
         early = self.early.features(images)
         with torch.no_grad():
-            parts = [self.features(points) for points in flatten(early).split(256)]
+            parts = [self.features(points) for points in flatten_boundary(early).split(256)]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @torch.no_grad()
     def last_features(self, model: LogitsModel, points: Tensor, images: bool) -> Tensor:
         """What the last layer of ``model`` takes: early points [N, D], or images -> [N, ...]."""
-        last, inputs = model.module.get_submodule(self.last.name), []
-
-        def note(_module: nn.Module, args: Any, _kwargs: Any) -> None:
-            inputs.append(args[0])
-
-        with forward_pre_hooks((last,), note):
+        with recorded_inputs(model.module.get_submodule(self.last.name)) as inputs:
             for part in points.split(256):
                 model(part) if images else self.flat(part)
         return torch.cat(inputs)
-
-
-def flatten(boundary: BoundaryTensors) -> Tensor:
-    """Boundary tensors [N, ...] -> one vector per row, [N, D]."""
-    return torch.cat([t.flatten(1) for t in boundary], 1)
 
 
 def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepSplit:
@@ -122,11 +112,11 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
     early = _early_split(model, first, names, images) or whole
     with torch.no_grad():
         boundary = early.backbone(images)
-    flat = FlatTail(early.tail, [tuple(t.shape[1:]) for t in boundary])
+    flat = FlatTail(early.tail, boundary)
     split, middle = whole, None
     if early is not whole:
         try:
-            middle, tail = resplit(model, flat, first, flatten(boundary))
+            middle, tail = resplit(model, flat, first, flatten_boundary(boundary))
             split = replace(whole, tail=tail)
         except ZsuFastError:  # the rows are stored at the early split then
             split = replace(early, parameters=whole.parameters, reason=reason)

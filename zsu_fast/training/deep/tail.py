@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...models.wrapper import LogitsModel
 from ...runtime.fx_tracing import break_reference_cycles
-from ...runtime.hooks import forward_pre_hooks
+from ...runtime.hooks import recorded_inputs
 from ..features import FeatureSet
 from .split import DeepSplit
 
@@ -44,12 +43,7 @@ class FrozenClassifierTail(nn.Module):
 
     def forward(self, *boundary: Tensor) -> TailOutputs:
         """Runs the tail on the boundary tensors, each [N, ...]."""
-        inputs: list[Tensor] = []
-
-        def note(_module: nn.Module, args: Any, _kwargs: Any) -> None:
-            inputs.append(args[0])
-
-        with forward_pre_hooks((self.last,), note):
+        with recorded_inputs(self.last) as inputs:
             self.tail(*boundary)
         return TailOutputs(self.classifier(inputs[0]), inputs[0])
 
