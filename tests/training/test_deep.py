@@ -203,7 +203,7 @@ def parts() -> Parts:
     rows = FeatureSet(features, teacher, label, forget[label], scene=scene)
 
     def objective(**weights: float) -> DeepObjective:
-        settings = replace(DeepSettings(keep=0.0, erase=0.0), **weights)
+        settings = replace(DeepSettings(keep=0.0, constant=0.0, erase=0.0), **weights)
         return DeepObjective(tail, rows, forget, 2.0, settings)
 
     with torch.no_grad():
@@ -231,6 +231,11 @@ def test_the_loss_is_the_sum_that_its_docstring_states(parts: Parts) -> None:
     weight = 1 - old.softmax(1)[:, forget].sum(1)
     kept = (weight * (z_new - z).square().mean(1)).mean() / z.square().mean()
     assert loss(keep=3.0) == pytest.approx(float(divergence + 3 * kept), rel=1e-4)
+    f, f_new = (x[:, forget] - x[:, ~forget].mean(1, keepdim=True) for x in (old, new))
+    scenes = rows.scene == 1
+    variances = [x[scenes].var(0).sum() for x in (f, f_new)]
+    varying = divergence + 3 * variances[1] / variances[0]
+    assert loss(constant=3.0) == pytest.approx(float(varying), rel=1e-4)
     explained = parts.objective().explained_variance(outputs.features, rows)
     assert loss(erase=3.0) == pytest.approx(float(divergence + 3 * explained), rel=1e-4)
 
@@ -256,26 +261,32 @@ def after() -> Callable[..., tuple[dict[str, float], float]]:
     """What a run with some weights of the loss measures, and how far retained logits moved."""
 
     def run_with(**weights: float) -> tuple[dict[str, float], float]:
-        settings = replace(FEW_ROWS, factors=(1.0,), leak=1.0, **weights)
+        none = {"keep": 0.0, "constant": 0.0, "erase": 0.0}
+        settings = replace(FEW_ROWS, factors=(1.0,), leak=1.0, **none | weights)
         run, made = deep_run(settings=settings)
         (features,) = run.rows.scenes.features
         original, retained = tiny(), [c for c in range(5) if c not in FORGET]
         with torch.no_grad():
             x = features.flatten(1)
-            logits = [original.fc2(m.fc1(x).relu())[:, retained] for m in (original, made)]
-        old, new = (z - z.mean(1, keepdim=True) for z in logits)
+            logits = [original.fc2(m.fc1(x).relu()) for m in (original, made)]
+        old, new = (z - z[:, retained].mean(1, keepdim=True) for z in logits)
         measured = {k: v["after"] for k, v in run.record.depth.items() if isinstance(v, dict)}
+        spreads = [float(z[:, FORGET].var(0).sum()) for z in (old, new)]
+        measured["variation"] = spreads[1] / spreads[0]
+        old, new = old[:, retained], new[:, retained]
         return measured, float((new - old).square().mean())
 
     return run_with
 
 
 def test_each_term_does_its_part(after: Callable[..., tuple[dict[str, float], float]]) -> None:
-    plain, plain_change = after(keep=0.0, erase=0.0)
-    erased, _ = after(keep=0.0, erase=4.0)
-    _, kept_change = after(keep=8.0, erase=0.0)
+    plain, plain_change = after()
+    erased, _ = after(erase=4.0)
+    constant, _ = after(constant=4.0)
+    _, kept_change = after(keep=8.0)
     assert plain["unmask_leak"] < 0.2  # the divergence alone sees to that
     assert erased["evidence"] < plain["evidence"] - 0.1
+    assert constant["variation"] < 0.5 * plain["variation"]
     assert kept_change < 0.5 * plain_change
 
 
@@ -311,7 +322,7 @@ def test_a_margin_is_no_larger_than_a_floor_of_the_logits_lets_it(floor: bool) -
 
 
 def test_the_change_is_multiplied_by_the_first_factor_that_leaves_no_leak() -> None:
-    few = replace(FEW_ROWS, steps=12, leak=-1.0)
+    few = replace(FEW_ROWS, steps=12, leak=-1.0, spare=0.0)
     factors = (0.25, 1.0, 2.0, 4.0)
     run, _ = deep_run(settings=replace(few, factors=factors))
     tried = run.record.depth["factors"]
@@ -332,6 +343,25 @@ def test_the_change_is_multiplied_by_the_first_factor_that_leaves_no_leak() -> N
     assert float(change.abs().max()) > 1e-3
 
 
+def test_a_larger_factor_that_costs_no_answer_is_taken() -> None:
+    factors = (0.25, 1.0, 60.0, 80.0)
+    few = replace(FEW_ROWS, steps=12, leak=1.0, factors=factors, spare_factor=80.0)
+    run, _ = deep_run(settings=replace(few, spare=0.0))
+    assert run.record.depth["factor"] == 0.25
+    run, _ = deep_run(settings=replace(few, spare=0.1))
+    tried = run.record.depth["factors"]
+    assert [t["factor"] for t in tried] == [0.25, 1.0, 60.0]
+    assert run.record.depth["factor"] == 1.0
+    lost = [tried[0]["agreement"] - t["agreement"] for t in tried]
+    assert lost[1] <= 0.1 < lost[2]
+
+    run, _ = deep_run(settings=replace(few, spare=1.0, spare_factor=1.0))
+    assert run.record.depth["factor"] == 1.0
+    leaky = replace(few, leak=tried[0]["unmask_leak"], spare=1.0, factors=(0.25, -1.0, 1.0))
+    run, _ = deep_run(settings=leaky)  # the other way round, more leaks
+    assert run.record.depth["factor"] == 0.25
+
+
 def test_extrapolation_ends_before_too_few_answers_stay() -> None:
     """Steps as long as these damage the model: the first factor is the only one that is kept."""
     settings = replace(FEW_ROWS, steps=12, leak=-1.0, factors=(1.0, 60.0, 80.0))
@@ -346,7 +376,8 @@ def test_many_classes_have_settings_of_their_own() -> None:
     settings = DeepSettings(batch=100)
     assert settings.for_classes(100) is settings
     many = settings.for_classes(101)
-    assert (many.inverted_share, many.erase, many.keep) == (0.5, 0.0, settings.keep / 2)
+    assert (many.inverted_share, many.keep) == (0.5, settings.keep / 3)
+    assert (many.constant, many.erase, many.spare) == (0.0, 0.0, 0.0)
     run = ZeroShotUnlearner(tiny(), FORGET, progress=False)
     run.options.deep = replace(FEW_ROWS, batch=4)  # fewer rows than the five classes
     assert run.options.deep_settings(5, 5).inverted_share == 0.5

@@ -228,24 +228,34 @@ def _extrapolate(
 
     Returns that factor with what was measured at it, and the same of each factor that was tried.
 
-
-    A moderate run that is extrapolated costs less retained accuracy than a longer one. If each
-    factor leaks, or if too few answers stay before one does not, the one that leaks least of those
-    tried is taken.
+    A moderate run that is extrapolated costs less retained accuracy than a longer one. If hardly a
+    scene loses its answer to a larger factor, that one is taken: it hides more from a probe. If
+    each factor leaks, or if too few answers stay before one does not, the one that leaks least of
+    those tried is taken.
     """
     after = [p.detach().clone() for p in parameters]
     tried: list[dict[str, float]] = []
+    chosen: dict[str, float] | None = None
     for factor in settings.factors:
+        if chosen is not None and factor > settings.spare_factor:
+            break
         _load(parameters, [a.lerp(b, factor) for a, b in zip(before, after, strict=True)])
         tried.append({"factor": factor, **checks.measure()})
-        if tried[-1]["unmask_leak"] <= settings.leak:
-            return tried[-1], tried
-        if tried[-1]["agreement"] < _LEAST_AGREEMENT:
+        leaks = tried[-1]["unmask_leak"] > settings.leak
+        if chosen is None and not leaks:
+            chosen = free = tried[-1]
+        elif chosen is not None:
+            lost = free["agreement"] - tried[-1]["agreement"]
+            if leaks or lost > settings.spare:
+                break
+            chosen = tried[-1]
+        if tried[-1]["agreement"] < _LEAST_AGREEMENT or (chosen and not settings.spare):
             break
-    kept = [result for result in tried if result["agreement"] >= _LEAST_AGREEMENT] or tried
-    best = min(kept, key=lambda result: result["unmask_leak"])
-    _load(parameters, [a.lerp(b, best["factor"]) for a, b in zip(before, after, strict=True)])
-    return best, tried
+    if chosen is None:
+        kept = [result for result in tried if result["agreement"] >= _LEAST_AGREEMENT] or tried
+        chosen = min(kept, key=lambda result: result["unmask_leak"])
+    _load(parameters, [a.lerp(b, chosen["factor"]) for a, b in zip(before, after, strict=True)])
+    return chosen, tried
 
 
 @torch.no_grad()

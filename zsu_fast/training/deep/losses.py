@@ -53,13 +53,16 @@ class DeepObjective(MaskedKL):
 
         KL(masked teacher || z' + margin)
         + keep * mean((1 - p_f) * (z'_r - z_r)^2) / mean(z_r^2)
+        + constant * var(z'_f) / var(z_f)
         + erase * R2(h)
 
     1. The original last layer on the new features matches the masked original: put back (the
        un-mask test), it brings no forgotten class back.
     2. The retained logits z_r, centred per row, keep their values where the original did not see a
        forgotten class: KL alone would let confidence drift.
-    3. R2 is the share of the original forgotten logits' variance that a ridge regression on the
+    3. The forgotten logits z_f, less the row's mean retained logit, become constant over the
+       scenes: else they would still tell forgotten classes from each other, only lower.
+    4. R2 is the share of the original forgotten logits' variance that a ridge regression on the
        features, fitted on the scenes of the batch, explains: little is left for a linear probe.
        Belrose et al., "LEACE", 2023, bring it to 0 in closed form; here the layers learn to.
 
@@ -98,6 +101,8 @@ class DeepObjective(MaskedKL):
         change = self._retained(outputs.logits) - self._retained(rows.teacher)
         kept = ((1 - forgotten) * change.square().mean(1)).mean() / self.size
         loss = self.divergence(outputs.logits, rows) + s.keep * kept
+        if s.constant:
+            loss = loss + s.constant * self._variation(outputs.logits, rows)
         if s.erase:
             loss = loss + s.erase * self.explained_variance(outputs.features, rows)
         return loss
@@ -107,21 +112,24 @@ class DeepObjective(MaskedKL):
         retained = logits.index_select(1, self.retained)
         return retained - retained.mean(1, keepdim=True)
 
+    def _variation(self, logits: Tensor, rows: FeatureSet) -> Tensor:
+        """Variance of the forgotten logits over the scenes, as a share of the original one."""
+        now, original = (
+            _centred(x[:, self.forget] - x[:, self.retained].mean(1, keepdim=True), rows)
+            for x in (logits, rows.teacher)
+        )
+        return now.square().sum() / original.square().sum().clamp(min=1e-12)
+
     def explained_variance(self, features: Tensor, rows: FeatureSet) -> Tensor:
         """Share of the forgotten logits' variance that ridge regression on ``features`` explains.
 
         It is fitted on the scenes among ``rows``. In the dual form, whose linear system is as large
         as the batch however wide the features, [N, ...], are.
         """
-        weight = torch.ones_like(rows.teacher[:, :1]) if rows.scene is None else rows.scene[:, None]
-        count = weight.sum().clamp(min=1)
-
-        def centred(x: Tensor) -> Tensor:
-            return weight * (x - (weight * x).sum(0) / count)
-
-        target = centred(rows.teacher[:, self.forget] - rows.teacher.mean(1, keepdim=True))
-        target = target / (target.square().sum(0) / count).sqrt().clamp(min=1e-6)
-        x = centred(features.flatten(1))
+        target = _centred(rows.teacher[:, self.forget] - rows.teacher.mean(1, keepdim=True), rows)
+        deviation = (target.square().sum(0) / _weight(rows).sum().clamp(min=1)).sqrt()
+        target = target / deviation.clamp(min=1e-6)
+        x = _centred(features.flatten(1), rows)
         gram = x @ x.T
         ridge = self.settings.ridge * gram.diagonal().sum() / x.shape[1] + 1e-12
         damped = gram + ridge * torch.eye(len(x), device=gram.device)
@@ -145,3 +153,14 @@ class DeepObjective(MaskedKL):
         retained = ~rows.forgotten
         agreement = float(same[retained].float().mean()) if bool(retained.any()) else 1.0
         return divergence, float(leaked.float().mean()), agreement
+
+
+def _weight(rows: FeatureSet) -> Tensor:
+    """1 for a scene, else 0; [N, 1]."""
+    return torch.ones_like(rows.teacher[:, :1]) if rows.scene is None else rows.scene[:, None]
+
+
+def _centred(x: Tensor, rows: FeatureSet) -> Tensor:
+    """``x``, [N, D], less its mean over the scenes; 0 where a row is not a scene."""
+    weight = _weight(rows)
+    return weight * (x - (weight * x).sum(0) / weight.sum().clamp(min=1))

@@ -38,10 +38,12 @@ class DeepSettings:
         rate: learning rate, as a share of the weights' root mean square.
         betas: of AdamW.
         margin: in logits, see `DeepObjective`; smaller if logits have a lower bound.
-        keep, erase, ridge: of the loss, see `DeepObjective`.
+        keep, constant, erase, ridge: of the loss, see `DeepObjective`.
         factors: by which the change of the weights is multiplied: the first one at which the
-            held-out inverted rows leak no more than ``leak``.
+            held-out inverted rows leak no more than ``leak``, or a larger one that is free.
         leak: share of held-out inverted rows.
+        spare, spare_factor: share of the held-out scenes that may lose their answer to a larger
+            factor than needed, and the largest such factor.
     """
 
     scenes: int = 5120
@@ -56,11 +58,14 @@ class DeepSettings:
     rate: float = 0.02
     betas: tuple[float, float] = (0.9, 0.99)
     margin: float = 4.0
-    keep: float = 8.0
+    keep: float = 12.0
+    constant: float = 2.0
     erase: float = 2.0
     ridge: float = 0.1
     factors: tuple[float, ...] = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0)
-    leak: float = 0.04
+    leak: float = 0.05
+    spare: float = 0.01
+    spare_factor: float = 1.25
 
     def for_classes(self, classes: int) -> DeepSettings:
         """The settings for a model of that many classes.
@@ -71,7 +76,10 @@ class DeepSettings:
         """
         if classes <= self.batch:
             return self
-        return replace(self, inverted_share=0.5, keep=self.keep / 2, erase=0.0)
+        return replace(
+            self, inverted_share=0.5, keep=self.keep / 3, constant=0.0, erase=0.0, leak=0.04,
+            spare=0.0,
+        )  # fmt: skip
 
     def scenes_for(
         self, pixels: int, values: int, classes: int, work: int, device: torch.device
