@@ -6,7 +6,6 @@ model) have one `AuditedModel.backbone_hash`, and their backbone runs once for a
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import ModelError
 from ...models.input_spec import InputSpec
-from ...models.parameters import UNCOPYABLE, computed_tensors, deep_copy, state, unwrap
+from ...models.parameters import UNCOPYABLE, deep_copy, state, unwrap
 from ...models.wrapper import LogitsModel, working_copy
 from ...splitting.batch_dim import BoundaryTensors
 from ...splitting.layers import layer_names
@@ -130,11 +129,13 @@ def variant(audited: AuditedModel, name: str, copy_backbone: bool = False) -> Au
 
     It shares the weights before the last layer with ``audited``, unless ``copy_backbone``.
     """
-    memo = computed_tensors(audited.model)
+    shared = {}
     if not copy_backbone:
         tensors = state(audited.model.module)
-        memo |= {id(t): t for key, t in tensors.items() if not audited.is_in_last_layer(key)}
-    return _split(name, copy.deepcopy(audited.model, memo), audited.spec, [])
+        shared = {id(t): t for key, t in tensors.items() if not audited.is_in_last_layer(key)}
+    copied = deep_copy(audited.model, UNCOPYABLE, shared)
+    assert isinstance(copied, LogitsModel)
+    return _split(name, copied, audited.spec, [])
 
 
 def unmasked(
