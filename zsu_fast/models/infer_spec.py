@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..runtime.hooks import forward_hooks
 from .input_spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec, stated_shape, stated_spec
+from .kinds import check_kind
 from .parameters import UNCOPYABLE, deep_copy, unwrap
 from .wrapper import pick_logits
 
@@ -78,7 +79,10 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
     Raises:
         ArgumentError: the model runs at no common size, or at several without such a map.
     """
-    probe = deep_copy(model, UNCOPYABLE).float().eval()
+    check_kind(model)
+    probe = deep_copy(model, UNCOPYABLE)
+    probe.float()  # not chained: some models' methods return None
+    probe.eval()
     first = next((m for m in probe.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
     if first is None:
         raise ArgumentError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .caches import clear_caches
 from .rebinding import rebind_functions
 
 # The remedy for a model that can't be copied.
@@ -84,6 +85,7 @@ def replace_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
     with restored_on_failure(model, values), torch.no_grad():
         for name, value in values.items():
             named[name].copy_(value)
+        clear_caches(unwrap(model))
 
 
 @contextmanager
