@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ArgumentError, ModelError
 from ..runtime.hooks import forward_hooks
 from .caches import stop_caching
 from .input_spec import InputSpec, noise_images
@@ -44,7 +44,7 @@ def probe(work: LogitsModel, spec: InputSpec, device: torch.device) -> tuple[int
     if work.output is None:
         try:
             work.output = find_output(work.module, images[:2])
-        except ModelError:
+        except ArgumentError:  # a ModelError too
             raise
         except Exception:  # noqa: BLE001  `count_classes` says what is wrong
             work.output = None
@@ -167,11 +167,14 @@ def _check_no_embedding(model: nn.Module, seen: _Seen) -> None:
     """
     width = seen.scores.shape[1]
     innermost = next(iter(seen.makers.values()), None)
+    stated = stated_classes(model)
     removed = next(
         (
             name
-            for name, module in seen.makers.items()
-            if isinstance(module, nn.Identity) and _HEADS & set(name.split("."))
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Identity)
+            and _HEADS & set(name.split("."))
+            and (name in seen.makers or (stated is not None and stated != width))
         ),
         None,
     )
@@ -184,7 +187,7 @@ def _check_no_embedding(model: nn.Module, seen: _Seen) -> None:
         None,
     )
     why = ""
-    if stated_classes(model) == 0:
+    if stated == 0:
         why = "it states that it has 0 classes"
     elif removed is not None and not isinstance(innermost, nn.Linear | nn.Conv2d):
         why = f"its {removed!r} is an Identity"

@@ -107,7 +107,7 @@ def count_classes(model: LogitsModel, spec: InputSpec, device: torch.device) -> 
     """
     try:
         logits = model(torch.zeros(2, *spec.shape, device=device))
-    except ModelError:
+    except ArgumentError:  # a ModelError too
         raise
     except Exception as error:
         try:
