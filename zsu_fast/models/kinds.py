@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import ModelError
+
+# How to adapt a model to one image tensor, channels first.
+_WRAP = (
+    "class Wrapped(torch.nn.Module): def __init__(self, model): super().__init__(); "
+    "self.model = model; def forward(self, x): return {}."
+)
+CHANNELS_LAST = (
+    f"Images are passed as [N, channels, height, width]. Wrap it: "
+    f"{_WRAP.format('self.model(x.permute(0, 2, 3, 1))')}"
+)
 
 
 def check_kind(model: Any) -> None:
@@ -40,6 +51,38 @@ def check_kind(model: Any) -> None:
             raise _sharded(f"{where} is wrapped in FullyShardedDataParallel")
     for name, tensor in _own_tensors(model):
         _check_tensor(name, tensor)
+
+
+def check_forward(model: nn.Module) -> None:
+    """Checks that ``model.forward`` can be called with one image tensor.
+
+    Raises:
+        ModelError: it takes its images by keyword only, or needs other inputs besides.
+    """
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # compiled code without a signature
+        return
+    free = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p for p in parameters if p.kind in free]
+    needed = [p.name for p in positional if p.default is p.empty]
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    needed_keywords = [p.name for p in keywords if p.default is p.empty]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters) and not needed_keywords:
+        return
+    if len(needed) + len(needed_keywords) > 1:
+        names = ", ".join([*needed, *needed_keywords])
+        raise ModelError(
+            f"its forward() needs {len(needed) + len(needed_keywords)} inputs ({names}), and is "
+            f"called with images alone",
+            f"Pass a module that fills in the others: {_WRAP.format('self.model(x, ...)')}",
+        )
+    if not positional and keywords:
+        name = (needed_keywords or [keywords[0].name])[0]
+        raise ModelError(
+            f"its forward() takes its input by keyword only ({name}=)",
+            f"Wrap it: {_WRAP.format(f'self.model({name}=x)')}",
+        )
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:

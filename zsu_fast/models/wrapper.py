@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, ModelError
 from .caches import clear_caches
-from .input_spec import InputSpec
-from .kinds import check_kind
+from .input_spec import InputSpec, runs_on
+from .kinds import CHANNELS_LAST, check_kind
 from .outputs import OutputChoice, pick_logits as pick_logits
 from .parameters import UNCOPYABLE, deep_copy, state, unwrap
 from .squashing import AheadOfSquash
@@ -113,6 +113,11 @@ def count_classes(model: LogitsModel, spec: InputSpec, device: torch.device) -> 
         try:
             model(torch.zeros(1, *spec.shape, device=device))
         except Exception:  # noqa: BLE001  reports any error in the user's code
+            if len(spec.shape) == 3 and runs_on(model.module, (*spec.shape[1:], spec.shape[0])):
+                raise ModelError(
+                    f"it takes images of shape {(*spec.shape[1:], spec.shape[0])}, channels last",
+                    CHANNELS_LAST,
+                ) from error
             raise ArgumentError(
                 "input_shape",
                 f"the model raises for images of shape {spec.shape} ({spec.source}): "
