@@ -100,8 +100,14 @@ class _Seen:
 
 def _check_weights_are_used(work: LogitsModel, images: Tensor) -> None:
     """Checks that gradients reach a parameter of the copy; stops caches (`stop_caching`)."""
-    with torch.enable_grad():
-        logits = work(images)
+    try:
+        with torch.enable_grad():
+            logits = work(images)
+    except RuntimeError as error:  # it ran without gradients
+        raise ModelError(
+            f"it raises when gradients are computed ({error})",
+            "Let forward() run without torch.inference_mode(), or clone() what comes out of it.",
+        ) from error
     stop_caching(work.module)
     own = {id(p) for p in work.module.parameters()}
     reached: set[int] = set()

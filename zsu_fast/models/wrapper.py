@@ -76,6 +76,7 @@ def working_copy(
     inner = unwrap(model)
     check_kind(inner)
     for name, tensor in state(inner).items():
+        tensor = tensor.detach()  # noqa: PLW2901  also where autograd refuses inference tensors
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
             raise ModelError(
@@ -98,6 +99,7 @@ def working_copy(
     return work
 
 
+@torch.no_grad()
 def count_classes(model: LogitsModel, spec: InputSpec, device: torch.device) -> int:
     """Runs two mid-grey images through the model and returns the number of logits.
 
