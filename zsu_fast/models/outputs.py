@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ModelError
 from ..runtime.hooks import forward_hooks
 
+_BESIDE = "_zsu_fast_beside_logits"
 # An index, a key or attribute, or a function that takes the model's output and returns the logits.
 OutputChoice = int | str | Callable[[Any], Tensor]
 
@@ -129,7 +130,7 @@ def find_output(module: nn.Module, images: Tensor) -> int | str | None:
         if isinstance(result, Tensor) and result.grad_fn is not None:
             makers.setdefault(result.grad_fn, names[layer])
 
-    names = {m: name for name, m in module.named_modules() if _has_matrix(m)}
+    names = {m: name for name, m in module.named_modules() if matrices(m)}
     with forward_hooks(names, note), torch.enable_grad():
         output = module(images)
     if not is_ambiguous(output):
@@ -172,11 +173,22 @@ def stated_classes(module: nn.Module) -> int | None:
     return None
 
 
-def _has_matrix(module: nn.Module) -> bool:
+def matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The weight matrices that ``module`` itself owns, behind a parametrization or not."""
     parametrized = getattr(module, "parametrizations", None)
     own = [*module.parameters(recurse=False)]
     own += [*parametrized.parameters()] if isinstance(parametrized, nn.ModuleDict) else []
-    return any(p.ndim > 1 for p in own)
+    return [p for p in own if p.ndim > 1]
+
+
+def mark_beside_logits(module: nn.Module) -> None:
+    """Marks a layer of a working copy as one of another head: it has no part in the logits."""
+    vars(module)[_BESIDE] = True
+
+
+def is_beside_logits(module: nn.Module) -> bool:
+    """Whether `mark_beside_logits` marked the layer."""
+    return _BESIDE in vars(module)
 
 
 def _layers_behind(tensor: Tensor, makers: dict[Any, str]) -> tuple[set[str], set[str]]:

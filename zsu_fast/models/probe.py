@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError, ModelError
 from ..runtime.hooks import forward_hooks
 from .caches import stop_caching
 from .input_spec import InputSpec, noise_images
-from .outputs import find_output, pick_logits, stated_classes
+from .outputs import (
+    find_output, mark_beside_logits, matrices, pick_logits, stated_classes,
+)  # fmt: skip
 from .squashing import MOST_PLACES, skip_squash
 from .wrapper import LogitsModel, count_classes
 
@@ -98,21 +101,22 @@ class _Seen:
         )
 
 
-def _check_weights_are_used(work: LogitsModel, images: Tensor) -> None:
-    """Checks that gradients reach a parameter of the copy; stops caches (`stop_caching`)."""
-    try:
-        with torch.enable_grad():
-            logits = work(images)
-    except RuntimeError as error:  # it ran without gradients
-        raise ModelError(
-            f"it raises when gradients are computed ({error})",
-            "Let forward() run without torch.inference_mode(), or clone() what comes out of it.",
-        ) from error
-    stop_caching(work.module)
-    own = {id(p) for p in work.module.parameters()}
+def _mark_side_heads(model: nn.Module, output: Any, logits: Tensor) -> None:
+    """Marks the layers of other outputs than the logits (`outputs.is_beside_logits`)."""
+    items = tree_leaves(vars(output) if hasattr(output, "logits") else output)
+    others = [t for t in items if isinstance(t, Tensor) and t is not logits]
+    used, beside = _leaves_behind([logits]), _leaves_behind(others)
+    for module in model.modules() if others else ():
+        own = {id(p) for p in matrices(module)}
+        if own & beside and not own & used:
+            mark_beside_logits(module)
+
+
+def _leaves_behind(tensors: Sequence[Tensor]) -> set[int]:
+    """The ids of the leaves, such as parameters, that autograd reaches from ``tensors``."""
     reached: set[int] = set()
     seen: set[Any] = set()
-    queue = [logits.grad_fn]
+    queue = [t.grad_fn for t in tensors]
     while queue:
         node = queue.pop()
         if node is None or node in seen:
@@ -120,7 +124,27 @@ def _check_weights_are_used(work: LogitsModel, images: Tensor) -> None:
         seen.add(node)
         reached.add(id(getattr(node, "variable", None)))
         queue += [parent for parent, _ in node.next_functions]
-    if not own & reached:
+    return reached
+
+
+def _check_weights_are_used(work: LogitsModel, images: Tensor) -> None:
+    """Checks that gradients reach a parameter of the copy.
+
+    Also stops caches (`stop_caching`) and marks other heads (`_mark_side_heads`): each needs a
+    forward pass with gradients.
+    """
+    try:
+        with torch.enable_grad():
+            output = work.module(images)
+    except RuntimeError as error:  # it ran without gradients
+        raise ModelError(
+            f"it raises when gradients are computed ({error})",
+            "Let forward() run without torch.inference_mode(), or clone() what comes out of it.",
+        ) from error
+    logits = pick_logits(output, work.output)
+    stop_caching(work.module)
+    _mark_side_heads(work.module, output, logits)
+    if not {id(p) for p in work.module.parameters()} & _leaves_behind([logits]):
         raise ModelError(
             "autograd does not reach any of its weights from its output",
             "Its forward() may run under torch.no_grad() or torch.inference_mode(), detach its "
