@@ -68,7 +68,7 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
     "module of an exported program": (lambda: exported().module(), "exported program"),
     "unflattened": (lambda: torch.export.unflatten(exported()), "exported program"),
     "dynamically quantised": (lambda: quantised(True), "'fc1' is a quantised Linear.*before quant"),
-    "statically quantised": (lambda: quantised(False), "is a quantised Quantize.*before quantising it"),
+    "statically quantised": (lambda: quantised(False), "a quantised Quantize.*before quant"),
     "int8": (lambda: with_weight(lambda w: w.to(torch.int8)), r"fc2\.weight is torch\.int8"),
     "float8": (
         lambda: with_weight(lambda w: w.to(torch.float8_e4m3fn)), "fc2.weight is torch.float8"

@@ -89,7 +89,7 @@ USES: dict[str, Callable[[nn.Module, dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("use", USES)
 def test_two_heads_need_a_choice(use: str) -> None:
     model = TwoHeads().eval()
-    with pytest.raises(ModelError, match="several tensors.*output="):
+    with pytest.raises(ModelError, match=r"several tensors.*output="):
         USES[use](model, {})
     USES[use](model, {"output": 1})
 

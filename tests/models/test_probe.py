@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import SPEC, TinyNet, tiny, untouched
+from support import SPEC, TinyNet, tiny, tiny_data, untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zsu_fast import ModelError
+from zsu_fast import ModelError, evaluate
 from zsu_fast.models.prepare import PreparedModel, prepare_model
 
 
@@ -72,6 +72,13 @@ def test_embeddings_are_refused(kind: str) -> None:
         prepared(make().eval())
 
 
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_embeddings_are_not_evaluated(kind: str) -> None:
+    make, match = EMBEDDINGS[kind]
+    with pytest.raises(ModelError, match=match):
+        evaluate(make().eval(), tiny_data(10), [1])
+
+
 def test_embeddings_of_timm_and_torchvision() -> None:
     timm = pytest.importorskip("timm")
     models = pytest.importorskip("torchvision.models")
@@ -106,6 +113,12 @@ class Squeezed(TinyNet):
 def test_a_squeeze_that_removes_the_batch_is_refused_at_the_start() -> None:
     with pytest.raises(ModelError, match=r"not a batch of one.*A squeeze\(\) without a dimension"):
         prepared(Squeezed().eval())
+
+
+def test_a_last_batch_of_one_image_is_evaluated_all_the_same() -> None:
+    model = Squeezed().eval()
+    model.load_state_dict(tiny().state_dict())
+    assert evaluate(model, tiny_data(9), [1], batch=4) == evaluate(model, tiny_data(9), [1])
 
 
 def test_an_output_that_depends_on_the_batch_is_noted() -> None:
@@ -144,7 +157,7 @@ def test_weights_that_no_gradient_reaches_are_refused(
 def test_a_model_that_runs_another_ones_layers_is_refused() -> None:
     model = tiny()
     namespace = {"net": model}
-    exec("def forward(x): return net.fc2(net.fc1(net.conv(x).flatten(1)))", namespace)  # noqa: S102
+    exec("def forward(x): return net.fc2(net.fc1(net.conv(x).flatten(1)))", namespace)
     model.forward = namespace["forward"]  # a copy's forward would run the original's layers
     with pytest.raises(ModelError, match="names the model as a global variable"):
         prepared(model)

@@ -88,8 +88,8 @@ def plan(
     with output.report_errors(as_json):
         expected = make_plan(
             model.load(), parse_classes(forget), hardware=hardware, within=within,
-            tail=parse_tail(tail), **asdict(impressions), **images.arguments(), output=images.choice,
-            seed=seed, device=device,
+            tail=parse_tail(tail), **asdict(impressions), **images.arguments(),
+            output=images.choice, seed=seed, device=device,
         )  # fmt: skip
         if as_json:
             output.print_json(expected.to_dict())

@@ -17,9 +17,14 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..models.class_indices import ANY_NUMBER, check_forget
 from ..models.outputs import (
-    OutputChoice, check_output, find_output, is_ambiguous, pick_logits,
+    OutputChoice,
+    check_output,
+    find_output,
+    is_ambiguous,
+    pick_logits,
 )  # fmt: skip
 from ..models.parameters import unwrap
+from ..models.probe import refuse_embedding
 from ..models.wrapper import working_copy
 from .labelled_batches import check_label_range, labelled_batches
 
@@ -100,6 +105,7 @@ def evaluate(
     Raises:
         ArgumentError: there are no images, the model has no logit for a label, or ``forget`` is
             not a set of class indices.
+        ModelError: the model returns no logits, or an embedding instead.
     """
     check_output(output)
     correct: Tensor | None = None
@@ -109,9 +115,9 @@ def evaluate(
             if first is not None:
                 images = images.to(first.device, first.dtype)
             scores = model(images)
-            if correct is None and output is None and is_ambiguous(scores):
-                output = find_output(working_copy(model, images.device).module, images[:2].float())
-            logits = pick_logits(scores, output)
+            if correct is None:
+                output = _checked_output(model, images, scores, output)
+            logits = _logits(scores, output, len(images))
             classes = logits.shape[1]
             if correct is None:
                 forget = check_forget(forget, classes)
@@ -121,6 +127,30 @@ def evaluate(
             correct, total = correct + in_batch[0], total + in_batch[1]
     assert correct is not None  # labelled_batches yields a batch or raises
     return Evaluation.from_counts(correct, total, forget)
+
+
+def _checked_output(
+    model: nn.Module, images: Tensor, scores: Any, output: OutputChoice | None
+) -> OutputChoice | None:
+    """Which item of the output holds the logits, found if not given; refuses an embedding."""
+    if output is None and is_ambiguous(scores):
+        output = find_output(working_copy(model, images.device).module, images[:2].float())
+    if not isinstance(unwrap(model), MaskedClassifier):
+        refuse_embedding(model, images[:4], output)
+    return output
+
+
+def _logits(scores: Any, output: OutputChoice | None, images: int) -> Tensor:
+    """The logits [N, C] in a model's output for so many images."""
+    logits: Tensor = pick_logits(scores, output)
+    if logits.ndim == 1 and images == 1:  # a squeeze() in forward() removed the batch dimension
+        logits = logits[None]
+    if logits.ndim != 2 or len(logits) != images:
+        raise ModelError(
+            f"for {images} images its output is {tuple(logits.shape)}, not [{images}, classes]",
+            "Pass an image classifier: one image in, one row of logits out.",
+        )
+    return logits
 
 
 def count_correct(predictions: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -170,9 +200,7 @@ class MaskedClassifier(nn.Module):
         return logits.index_fill(1, torch.tensor(self.forget, device=logits.device), -torch.inf)
 
 
-def mask(
-    model: nn.Module, forget: Any, output: OutputChoice | None = None
-) -> MaskedClassifier:
+def mask(model: nn.Module, forget: Any, output: OutputChoice | None = None) -> MaskedClassifier:
     """The mask baseline: ``model`` with the forgotten logits at -inf. It hides without forgetting.
 
     Wraps the model without copying it. ``output`` says which item of its output holds the logits.

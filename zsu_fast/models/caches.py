@@ -45,6 +45,7 @@ def _dicts_of_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[A
     own = set(vars(nn.Module()))
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if name not in own and isinstance(value, dict) and value:
-                if all(isinstance(tensor, Tensor) for tensor in value.values()):
-                    yield module, name, value
+            if name in own or not isinstance(value, dict) or not value:
+                continue
+            if all(isinstance(tensor, Tensor) for tensor in value.values()):
+                yield module, name, value

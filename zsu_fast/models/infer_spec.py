@@ -14,7 +14,12 @@ from torch.utils._pytree import tree_leaves
 from ..errors import ArgumentError, ModelError
 from ..runtime.hooks import forward_hooks
 from .input_spec import (
-    IMAGENET_MEAN, IMAGENET_STD, InputSpec, runs_on, stated_shape, stated_spec,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    InputSpec,
+    runs_on,
+    stated_shape,
+    stated_spec,
 )  # fmt: skip
 from .kinds import CHANNELS_LAST, check_forward, check_kind
 from .parameters import UNCOPYABLE, deep_copy, unwrap
@@ -95,10 +100,10 @@ def _adapted(model: nn.Module, stated: InputSpec) -> InputSpec:
     channels = stated.shape[0] if first is None else first.in_channels
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     sides = tuple(size) if isinstance(size, tuple | list) else stated.shape[1:]
-    shape = (channels, *sides)
-    if len(stated.shape) != 3 or shape == stated.shape or runs_on(model, stated.shape):
+    layers_shape = (channels, *sides)
+    if len(stated.shape) != 3 or layers_shape == stated.shape or runs_on(model, stated.shape):
         return stated
-    for shape in (shape, (channels, *stated.shape[1:])):
+    for shape in (layers_shape, (channels, *stated.shape[1:])):
         if not runs_on(model, shape):
             continue
         resize = stated.resize if shape[1:] == stated.shape[1:] else None

@@ -22,11 +22,11 @@ def check_output(output: Any) -> None:
     Raises:
         ArgumentError: it is no index, key or callable.
     """
-    if isinstance(output, bool) or not (output is None or isinstance(output, int | str)):
-        if not callable(output):
-            raise ArgumentError(
-                "output", f"got {output!r}", "Pass an index, a key or attribute, or a callable."
-            )
+    named = isinstance(output, int | str) and not isinstance(output, bool)
+    if output is not None and not named and not callable(output):
+        raise ArgumentError(
+            "output", f"got {output!r}", "Pass an index, a key or attribute, or a callable."
+        )
 
 
 def pick_logits(output: Any, choice: OutputChoice | None = None) -> Any:

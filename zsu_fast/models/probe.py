@@ -15,8 +15,14 @@ from ..runtime.hooks import forward_hooks
 from .caches import stop_caching
 from .input_spec import InputSpec, noise_images
 from .outputs import (
-    find_output, mark_beside_logits, matrices, pick_logits, stated_classes,
+    OutputChoice,
+    find_output,
+    mark_beside_logits,
+    matrices,
+    pick_logits,
+    stated_classes,
 )  # fmt: skip
+from .parameters import unwrap
 from .squashing import MOST_PLACES, skip_squash
 from .wrapper import LogitsModel, count_classes
 
@@ -227,6 +233,22 @@ def _check_no_embedding(model: nn.Module, seen: _Seen) -> None:
         why = "each row of its output is a unit vector"
     if why:
         raise ModelError(f"its output is an embedding of {width} values: {why}", _EMBEDDING)
+
+
+@torch.no_grad()
+def refuse_embedding(model: nn.Module, images: Tensor, output: OutputChoice | None) -> None:
+    """Checks that the columns of the output are classes, for a model in eval mode.
+
+    Args:
+        model: the user's model; it is not changed.
+        images: some, [N, ...], as the model takes them.
+        output: which item of its output holds the logits.
+
+    Raises:
+        ModelError: it returns an embedding.
+    """
+    inner = unwrap(model)
+    _check_no_embedding(inner, _Seen.of(LogitsModel(inner, output), images))
 
 
 def _all_close(values: Tensor, wanted: float = 1.0) -> bool:

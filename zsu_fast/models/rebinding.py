@@ -1,7 +1,7 @@
 """Functions in the attributes of a copied model: they have to refer to the copy.
 
-``copy.deepcopy`` returns functions as they are. A ``forward`` that was replaced on the instance by a
-closure, or a lambda in an attribute, would run the layers of the original in each of its copies.
+``copy.deepcopy`` returns functions as they are. A ``forward`` that was replaced on the instance by
+a closure, or a lambda in an attribute, would run the layers of the original in each copy.
 """
 
 from __future__ import annotations

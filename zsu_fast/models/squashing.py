@@ -87,7 +87,7 @@ class _LogitsLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with AheadOfSquash() as mode:
-            result = super().forward(*args, **kwargs)  # type: ignore[misc]
+            result = super().forward(*args, **kwargs)
         found = mode.ahead_of(result)
         return found[self.squash_place] if len(found) > self.squash_place else result
 
@@ -104,4 +104,4 @@ def skip_squash(module: nn.Module, place: int) -> None:
     """
     old = type(module)
     module.__class__ = type(old.__name__, (_LogitsLayer, old), {"__module__": __name__})
-    module.squash_place = place
+    vars(module)["squash_place"] = place

@@ -76,7 +76,7 @@ def working_copy(
     inner = unwrap(model)
     check_kind(inner)
     for name, tensor in state(inner).items():
-        tensor = tensor.detach()  # noqa: PLW2901  also where autograd refuses inference tensors
+        tensor = tensor.detach()
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
             raise ModelError(

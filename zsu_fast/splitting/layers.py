@@ -32,7 +32,9 @@ def layer_names(model: nn.Module, images: Tensor) -> list[str]:
     names = {
         module: name
         for name, module in model.named_modules()
-        if name and ".parametrizations" not in f".{name}" and matrices(module)
+        if name
+        and ".parametrizations" not in f".{name}"
+        and matrices(module)
         and not is_beside_logits(module)
     }
     order: dict[str, None] = {}

@@ -61,7 +61,9 @@ class ClassImpressions:
     def save(self, path: str | Path, force: bool = False) -> None:
         """Writes a safetensors file, atomically; never over an existing one without ``force``."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        spec = {name: getattr(self.spec, name) for name in ("shape", "mean", "std", "source", "bgr")}
+        spec = {
+            name: getattr(self.spec, name) for name in ("shape", "mean", "std", "source", "bgr")
+        }
         metadata = {"format": FORMAT, "spec": json.dumps(spec), "space": self.space}
         checkpoint.save_tensors(path, tensors, metadata=metadata, force=force)
 

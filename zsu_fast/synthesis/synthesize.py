@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models.class_indices import check_classes
-from ..models.parameters import weights_hash
 from ..models.outputs import OutputChoice
+from ..models.parameters import weights_hash
 from ..models.prepare import prepare_model
 from ..runtime import memory
 from ..runtime.distributed import Ranks, make_shards, ranks_here
