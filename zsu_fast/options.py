@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .errors import ArgumentError, check_choice, check_flag, check_int
+from .models.outputs import OutputChoice, check_output
 from .synthesis.ascent_settings import AscentSettings
 from .synthesis.impressions import default_per_class
 from .synthesis.space import SPACES, SpaceName
@@ -25,7 +26,7 @@ _FEATURES = ("mixtures", "margin")
 _LOOP = ("steps", "batch", "learning_rate", "early_stop", "loop")
 _ALONE = (
     "tail", "depth", "space", "impressions_per_class", "retain_sample", "input_shape", "mean",
-    "std", "device", "cache", "inplace",
+    "std", "output", "device", "cache", "inplace",
 )  # fmt: skip
 # What ranks may pass differently: it does not change the result.
 PER_RANK = ("device", "cache", "inplace")
@@ -58,6 +59,7 @@ class Options:
     input_shape: Sequence[int] | None
     mean: float | Sequence[float] | None
     std: float | Sequence[float] | None
+    output: OutputChoice | None
     device: str | torch.device | None
     cache: str | Path | None
     inplace: bool
@@ -85,8 +87,11 @@ class Options:
         if keywords["space"] is None:
             keywords["space"] = "tail-input"
         grouped = (*_ALONE, *_ASCENT, *_FEATURES, *_LOOP, "objective", "weights")
+        given = those(grouped)
+        if callable(output := given["output"]):  # without an address, the same on each rank
+            given["output"] = getattr(output, "__qualname__", type(output).__qualname__)
         return cls(
-            given=those(grouped),
+            given=given,
             **those(_ALONE),
             ascent=AscentSettings(per_class, **those(_ASCENT)),
             features=FeatureSettings(**those(_FEATURES)),
@@ -98,6 +103,7 @@ class Options:
         check_flag("inplace", self.inplace)
         check_choice("space", self.space, SPACES)
         check_depth(self.depth, self.objective.name)
+        check_output(self.output)
         if isinstance(self.tail, bool) or not isinstance(self.tail, str | int):
             raise ArgumentError(
                 "tail",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError, ModelError, UnlearningWarning
 from .models.class_indices import check_forget, check_forgotten
 from .models.input_spec import noise_images
+from .models.outputs import OutputChoice
 from .models.parameters import deep_copy, replace_parameters, restored_on_failure
 from .models.prepare import prepare_model
 from .options import PER_RANK, Options
@@ -53,7 +54,7 @@ def unlearn(model: nn.Module, forget: Any, **options: Any) -> nn.Module:
 
     Args:
         model: any trained image classifier: one image tensor in, logits [N, C] out (plain, or in
-            a tuple, dict, or object with ``.logits``).
+            a tuple, dict, or object with ``.logits``; see ``output``).
         forget: class indices: an int, list, set, range, numpy array or tensor of ints.
         **options: see `ZeroShotUnlearner`; all are optional.
 
@@ -100,6 +101,8 @@ class ZeroShotUnlearner:
         confidence, max_steps, restarts, step_size, beta, precision, batch_norm: see
             `AscentSettings`.
         input_shape, mean, std: the images that the model expects; None: see `resolve_spec`.
+        output: which item of the model's output holds the logits: an index, a key or attribute, or
+            a callable; None: the item that the last layer makes (see `find_output`).
         mixtures, margin: see `FeatureSettings`.
         steps, batch, learning_rate, early_stop, loop: see `LoopSettings`.
         weights: (w_f, w_r) of the forget and the retain term of the differential objective.
@@ -119,6 +122,7 @@ class ZeroShotUnlearner:
         history: the `ValidationResult` of each validation of the fit.
         stopped: why the fit ended, in words.
         record: the `Record` of the run.
+        notes: what was found while probing the model (`PreparedModel.notes`).
         ranks: the ranks that make the call.
         options: the `Options`; the settings of a stage may be replaced before it runs.
     """
@@ -146,6 +150,7 @@ class ZeroShotUnlearner:
         input_shape: Sequence[int] | None = None,
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
+        output: OutputChoice | None = None,
         mixtures: int | None = None,
         steps: int | None = None,
         batch: int | None = None,
@@ -304,6 +309,7 @@ class ZeroShotUnlearner:
             self.record.finish(
                 target, self._synthesised(), self.split_point, self.result, self.class_rule
             )
+            self.record.warnings += self.notes
             self.ranks.check_same({"result": self.record.weights_after})
             for note in self.record.warnings if self.ranks.is_main else ():
                 warnings.warn(note, UnlearningWarning, stacklevel=4)
@@ -347,9 +353,12 @@ class ZeroShotUnlearner:
         device = options.device
         if device is None and self.ranks.device.type == "cuda":
             device = self.ranks.device
-        prepared = prepare_model(model, device, options.input_shape, options.mean, options.std)
+        prepared = prepare_model(
+            model, device, options.input_shape, options.mean, options.std, options.output
+        )
         self.original, self.work, self.spec = model, prepared.model, prepared.spec
         self.device, self.classes = prepared.device, prepared.classes
+        self.notes = prepared.notes
         self.multiply_adds = prepared.multiply_adds()
         self.forget = check_forget(forget, self.classes)
         self.ledger = as_ledger(ledger) if self.ranks.is_main else None
@@ -421,6 +430,7 @@ def split(
     *,
     impressions: ClassImpressions | None = None,
     input_shape: Sequence[int] | None = None,
+    output: OutputChoice | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Split:
@@ -431,18 +441,20 @@ def split(
         at: "auto" (the first responsive layer), "last", a module's name, or a number of layers.
         impressions: used to find the responsive layer; None synthesises a few.
         input_shape: (channels, height, width); None: see `resolve_spec`.
+        output: which item of the model's output holds the logits, as for `ZeroShotUnlearner`.
         seed: of the impressions.
         device: where to compute; None: where the model is.
 
     Raises:
         ArgumentError: there is no such module, or nothing after it can be trained.
     """
-    prepared = prepare_model(model, device, input_shape)
+    prepared = prepare_model(model, device, input_shape, output=output)
     spec, where = prepared.spec, prepared.device
     if at == "auto" and impressions is None:
         impressions = synthesize(
-            model, per_class=8, input_shape=spec.shape, seed=seed, device=where, progress=False
-        )
+            model, per_class=8, input_shape=spec.shape, output=output, seed=seed, device=where,
+            progress=False,
+        )  # fmt: skip
     if impressions is None:
         grey = torch.full((4, *spec.shape), 128, dtype=torch.uint8)
         images, labels = spec.normalise(grey), torch.arange(4) % prepared.classes

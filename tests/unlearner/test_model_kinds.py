@@ -7,6 +7,7 @@ import torch
 from support import (
     FORGET,
     QUICK,
+    QUICK_DEEP as QUICK_ROWS,
     Answer,
     Returning,
     TinyNet,
@@ -303,3 +304,64 @@ def test_a_class_that_the_model_never_predicts() -> None:
     with pytest.warns(UserWarning, match="no impression reached its confidence for class 4"):
         result = unlearn(model, FORGET, **(QUICK | {"max_steps": 20, "restarts": 0}))
     assert all(p.isfinite().all() for p in result.parameters())
+
+
+# --- gradients and precision in forward --------------------------------------------------------
+
+
+class FrozenBackbone(TinyNet):
+    """The backbone runs under ``context()``."""
+
+    context = torch.no_grad
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.context():
+            x = self.act(self.bn(self.conv(x))).flatten(1)
+        return self.fc2(self.act(self.fc1(x.clone())))
+
+
+class Detached(TinyNet):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.fc1(self.act(self.bn(self.conv(x))).flatten(1)))
+        return self.fc2(x.detach())
+
+
+class InferenceBackbone(FrozenBackbone):
+    context = torch.inference_mode
+
+
+class Autocast(TinyNet):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("depth", [None, "output"])
+@pytest.mark.parametrize("kind", [FrozenBackbone, Detached, InferenceBackbone, Autocast])
+def test_forward_without_gradients_or_in_bfloat16(kind: type[TinyNet], depth: str | None) -> None:
+    model = kind().eval()
+    model.load_state_dict(tiny().state_dict())
+    run = ZeroShotUnlearner(model, FORGET, input_shape=(3, 8, 8), depth=depth, **QUICK_ROWS)
+    with untouched(model):
+        assert_forgets(run.run(), FORGET)
+    if kind is Detached and depth is None:
+        assert run.record.depth["level"] == "output"
+        assert "only the last layer follows" in run.record.depth["fallback"]
+
+
+@pytest.mark.parametrize("kind", [FrozenBackbone, Detached, InferenceBackbone])
+def test_images_that_no_gradient_reaches_are_refused(kind: type[TinyNet]) -> None:
+    model = kind().eval()
+    match = r"model: no gradient reaches its images.*Pass space='tail-input'"
+    with untouched(model), pytest.raises(ModelError, match=match):
+        unlearn(model, FORGET, **QUICK)
+
+
+@pytest.mark.parametrize("depth", [None, "output"])
+def test_weight_norm_that_stores_a_computed_tensor(depth: str | None) -> None:
+    model = tiny()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model.fc2)
+    model(tiny_data(4)[0])
+    result = unlearn(model, FORGET, input_shape=(3, 8, 8), depth=depth, **QUICK_ROWS)
+    assert_forgets(result, FORGET)

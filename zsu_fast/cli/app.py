@@ -89,7 +89,7 @@ def plan(
         expected = make_plan(
             model.load(), parse_classes(forget), hardware=hardware, within=within,
             tail=parse_tail(tail), **asdict(impressions), **images.arguments(),
-            seed=seed, device=device,
+            output=images.choice, seed=seed, device=device,
         )  # fmt: skip
         if as_json:
             output.print_json(expected.to_dict())
@@ -151,7 +151,9 @@ def evaluate(
         if device is not None:
             loaded = loaded.to(device)
         started = time.perf_counter()
-        result = measure(loaded, read_images(data, spec), parse_classes(forget))
+        result = measure(
+            loaded, read_images(data, spec), parse_classes(forget), output=images.choice
+        )
         seconds = time.perf_counter() - started
         if as_json:
             output.print_json(result.to_dict())

@@ -68,7 +68,7 @@ def audit(
             None if use.golden is None else model.load(use.golden),
             train_data=None if use.train_data is None else read_images(use.train_data, spec),
             shots=use.shots, relearn_steps=use.relearn_steps, **images.arguments(),
-            seed=seed, device=device, progress=False if as_json else None,
+            output=images.choice, seed=seed, device=device, progress=False if as_json else None,
         )  # fmt: skip
         if report is not None:
             title = f"{model.model}: what was forgotten"

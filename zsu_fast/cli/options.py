@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -49,6 +50,13 @@ Report = Annotated[
     Path | None,
     typer.Option(help="Write an HTML report here, and its figures as .json beside it."),
 ]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        help="Which item of the model's output holds the logits: an index or a key. Default: the "
+        "item that the last layer makes."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
@@ -70,7 +78,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What the model's images look like, where the model itself does not say."""
+    """What the model takes and returns, where the model itself does not say."""
 
     input_shape: Annotated[
         str | None, typer.Option(help="Channels, height and width, such as 3,224,224.")
@@ -79,6 +87,13 @@ class ImageOptions:
     std: Annotated[
         str | None, typer.Option(help="Standard deviation per channel of pixels in 0..1.")
     ] = None
+    output: Output = None
+
+    @property
+    def choice(self) -> int | str | None:
+        """The index or key of the output's item that holds the logits."""
+        text = self.output
+        return int(text) if text is not None and re.fullmatch(r"-?\d+", text) else text
 
     def arguments(self) -> dict[str, Any]:
         """The numbers, as keyword arguments of the package's functions."""

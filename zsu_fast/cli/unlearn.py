@@ -169,7 +169,7 @@ def unlearn(
             loaded, parse_classes(forget), ledger=ledger,
             forgotten=None if request.forgotten is None else parse_classes(request.forgotten),
             **method.arguments(), **asdict(impressions), **images.arguments(),
-            seed=seed, device=device, inplace=True, progress=progress,
+            output=images.choice, seed=seed, device=device, inplace=True, progress=progress,
         )  # fmt: skip
         run.run()
         if not ranks.is_main:
@@ -193,7 +193,7 @@ def _write_report(
     images = None if data is None else read_images(data, spec)
     found = audit(
         base, result, run.forget, images, input_shape=spec.shape, mean=spec.mean, std=spec.std,
-        seed=run.options.seed, device=run.device, progress=progress,
+        output=run.work.output, seed=run.options.seed, device=run.device, progress=progress,
     )  # fmt: skip
     record, names = run.record.to_dict(), class_names(images)
     title = f"{record['model']}: what was forgotten"

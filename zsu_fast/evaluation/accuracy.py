@@ -14,9 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from ..models.class_indices import ANY_NUMBER, check_forget
+from ..models.outputs import (
+    OutputChoice,
+    check_output,
+    find_output,
+    is_ambiguous,
+    pick_logits,
+)  # fmt: skip
 from ..models.parameters import unwrap
-from ..models.wrapper import pick_logits
+from ..models.probe import refuse_embedding
+from ..models.wrapper import working_copy
 from .labelled_batches import check_label_range, labelled_batches
 
 
@@ -79,6 +88,8 @@ def evaluate(
     data: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]],
     forget: Any,
     batch: int = 256,
+    *,
+    output: OutputChoice | None = None,
 ) -> Evaluation:
     """Measures ``model`` on labelled images.
 
@@ -88,18 +99,25 @@ def evaluate(
             pairs; images float [N, ...] as the model takes them, labels int [N].
         forget: the forgotten classes, as for `unlearn`.
         batch: the batch size if ``data`` is a pair of tensors.
+        output: which item of the model's output holds the logits: an index, a key or attribute, or
+            a callable; None: the item that the last layer makes (see `find_output`).
 
     Raises:
         ArgumentError: there are no images, the model has no logit for a label, or ``forget`` is
             not a set of class indices.
+        ModelError: the model returns no logits, or an embedding instead.
     """
+    check_output(output)
     correct: Tensor | None = None
     first = next(unwrap(model).parameters(), None)
     with _eval_mode(model):
         for images, labels in labelled_batches(data, "data", batch):
             if first is not None:
                 images = images.to(first.device, first.dtype)
-            logits = pick_logits(model(images))
+            scores = model(images)
+            if correct is None:
+                output = _checked_output(model, images, scores, output)
+            logits = _logits(scores, output, len(images))
             classes = logits.shape[1]
             if correct is None:
                 forget = check_forget(forget, classes)
@@ -109,6 +127,30 @@ def evaluate(
             correct, total = correct + in_batch[0], total + in_batch[1]
     assert correct is not None  # labelled_batches yields a batch or raises
     return Evaluation.from_counts(correct, total, forget)
+
+
+def _checked_output(
+    model: nn.Module, images: Tensor, scores: Any, output: OutputChoice | None
+) -> OutputChoice | None:
+    """Which item of the output holds the logits, found if not given; refuses an embedding."""
+    if output is None and is_ambiguous(scores):
+        output = find_output(working_copy(model, images.device).module, images[:2].float())
+    if not isinstance(unwrap(model), MaskedClassifier):
+        refuse_embedding(model, images[:4], output)
+    return output
+
+
+def _logits(scores: Any, output: OutputChoice | None, images: int) -> Tensor:
+    """The logits [N, C] in a model's output for so many images."""
+    logits: Tensor = pick_logits(scores, output)
+    if logits.ndim == 1 and images == 1:  # a squeeze() in forward() removed the batch dimension
+        logits = logits[None]
+    if logits.ndim != 2 or len(logits) != images:
+        raise ModelError(
+            f"for {images} images its output is {tuple(logits.shape)}, not [{images}, classes]",
+            "Pass an image classifier: one image in, one row of logits out.",
+        )
+    return logits
 
 
 def count_correct(predictions: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -140,23 +182,32 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 class MaskedClassifier(nn.Module):
     """A classifier whose forgotten logits are -inf; returns the logits tensor."""
 
-    def __init__(self, model: nn.Module, forget: list[int]) -> None:
+    def __init__(
+        self, model: nn.Module, forget: list[int], output: OutputChoice | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.forget = model, forget
+        self.model, self.forget, self.output = model, forget, output
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = pick_logits(self.model(x))
+        scores = self.model(x)
+        if self.output is None and is_ambiguous(scores):
+            raise ModelError(
+                f"its output is a {type(scores).__name__} of several tensors",
+                "Say by output= of mask() which one holds the logits.",
+            )
+        logits: Tensor = pick_logits(scores, self.output)
         check_forget(self.forget, logits.shape[1])
         return logits.index_fill(1, torch.tensor(self.forget, device=logits.device), -torch.inf)
 
 
-def mask(model: nn.Module, forget: Any) -> MaskedClassifier:
+def mask(model: nn.Module, forget: Any, output: OutputChoice | None = None) -> MaskedClassifier:
     """The mask baseline: ``model`` with the forgotten logits at -inf. It hides without forgetting.
 
-    Wraps the model without copying it.
+    Wraps the model without copying it. ``output`` says which item of its output holds the logits.
 
     Raises:
         ArgumentError: ``forget`` is not a set of class indices. Indices beyond the logits are
             found at the first forward pass.
     """
-    return MaskedClassifier(model, check_forget(forget, ANY_NUMBER))
+    check_output(output)
+    return MaskedClassifier(model, check_forget(forget, ANY_NUMBER), output)

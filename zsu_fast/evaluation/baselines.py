@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..models.class_indices import check_forget
 from ..models.input_spec import InputSpec, noise_images
+from ..models.outputs import OutputChoice
 from ..models.prepare import prepare_model
 from ..models.wrapper import LogitsModel
 from ..runtime.progress import Reporter
@@ -41,6 +42,7 @@ def random_embeddings(
     forget: Any,
     *,
     tail: str | int = "last",
+    output: OutputChoice | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> nn.Module:
@@ -51,6 +53,7 @@ def random_embeddings(
     Args:
         model, forget, device: as for `unlearn`.
         tail: "last", the name of the module at which the tail starts, or a number of layers.
+        output: which item of the model's output holds the logits, see `pick_logits`.
         seed: of the noise.
 
     Raises:
@@ -62,7 +65,7 @@ def random_embeddings(
             "got 'auto', which needs impressions",
             "Pass 'last', a module's name, or a number.",
         )
-    work = prepare_model(model, device)
+    work = prepare_model(model, device, output=output)
     forget_mask = torch.zeros(work.classes, dtype=torch.bool, device=work.device)
     forget_mask[check_forget(forget, work.classes)] = True
     images = noise_images(work.spec, 4).to(work.device)

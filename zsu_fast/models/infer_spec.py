@@ -9,10 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ModelError
 from ..runtime.hooks import forward_hooks
-from .input_spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec, stated_shape, stated_spec
+from .input_spec import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    InputSpec,
+    runs_on,
+    stated_shape,
+    stated_spec,
+)  # fmt: skip
+from .kinds import CHANNELS_LAST, check_forward, check_kind
 from .parameters import UNCOPYABLE, deep_copy, unwrap
 from .wrapper import pick_logits
 
@@ -38,10 +47,13 @@ def resolve_spec(
         ArgumentError: a given value is malformed, or the shape can't be inferred.
     """
     inner = unwrap(model)
+    check_kind(inner)
+    check_forward(inner)
     all_given = input_shape is not None and mean is not None and std is not None
-    stated = None if all_given else stated_spec(inner)
+    stated = _stated(inner, all_given)
     if input_shape is not None:
         shape, source = _check_shape(input_shape), "shape given"
+        _check_channels_first(inner, shape)
     elif stated is not None:
         shape, source = stated.shape, stated.source
     else:
@@ -57,7 +69,8 @@ def resolve_spec(
     stds = _check_channels("std", 1.0 if std is None else std, channels)
     if any(s <= 0 for s in stds):
         raise ArgumentError("std", f"got {std!r}", "Pass values above 0.")
-    spec = InputSpec(shape, means, stds, f"{source}; mean and std given")
+    bgr = stated is not None and stated.bgr
+    spec = InputSpec(shape, means, stds, f"{source}; mean and std given", bgr=bgr)
     if float(torch.cat([spec.low, spec.high]).abs().max()) > _LARGEST_PIXEL:
         raise ArgumentError(
             "std" if max(map(abs, means)) <= _LARGEST_PIXEL else "mean",
@@ -65,6 +78,59 @@ def resolve_spec(
             "Pass the mean and std of pixels in 0..1.",
         )
     return spec
+
+
+def _stated(model: nn.Module, all_given: bool) -> InputSpec | None:
+    """What the model states, adapted to its layers; an error in it counts only if it is needed."""
+    try:
+        stated = stated_spec(model)
+    except ArgumentError:
+        if all_given:
+            return None
+        raise
+    return stated if stated is None or all_given else _adapted(model, stated)
+
+
+def _adapted(model: nn.Module, stated: InputSpec) -> InputSpec:
+    """``stated``, with the channels and the size of the model's own layers where those differ.
+
+    timm's ``in_chans`` and ``img_size`` change the layers, not the ``pretrained_cfg``.
+    """
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = stated.shape[0] if first is None else first.in_channels
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    sides = tuple(size) if isinstance(size, tuple | list) else stated.shape[1:]
+    layers_shape = (channels, *sides)
+    if len(stated.shape) != 3 or layers_shape == stated.shape or runs_on(model, stated.shape):
+        return stated
+    for shape in (layers_shape, (channels, *stated.shape[1:])):
+        if not runs_on(model, shape):
+            continue
+        resize = stated.resize if shape[1:] == stated.shape[1:] else None
+        source = f"{stated.source}; shape {shape} by its layers"
+        if channels == stated.shape[0]:
+            return replace(stated, shape=shape, source=source, resize=resize)
+        mean, std = (sum(v) / len(v) for v in (stated.mean, stated.std))
+        source += f", mean and std averaged for {channels} channels"
+        return InputSpec(
+            shape, (mean,) * channels, (std,) * channels, source, resize, stated.interpolation,
+            assumed=True,
+        )  # fmt: skip
+    return stated
+
+
+def _check_channels_first(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Refuses (height, width, channels) as a shape."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if len(shape) != 3 or shape[2] > 4 or shape[0] <= 4:
+        return
+    if first is not None and first.in_channels != shape[0]:
+        raise ArgumentError(
+            "input_shape",
+            f"got {shape}, which looks like (height, width, channels)",
+            f"Pass (channels, height, width). If the model itself takes channels last: "
+            f"{CHANNELS_LAST}",
+        )
 
 
 def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
@@ -78,7 +144,10 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
     Raises:
         ArgumentError: the model runs at no common size, or at several without such a map.
     """
-    probe = deep_copy(model, UNCOPYABLE).float().eval()
+    check_kind(model)
+    probe = deep_copy(model, UNCOPYABLE)
+    probe.float()  # not chained: some models' methods return None
+    probe.eval()
     first = next((m for m in probe.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
     if first is None:
         raise ArgumentError(
@@ -105,6 +174,9 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
             break
     if len(running) == 1:
         return running[0], "shape inferred: the only common one at which the model runs"
+    for channels, height, width in (c for c in candidates if len(c) == 3):
+        if not running and runs_on(model, (height, width, channels)):
+            raise ModelError("it takes images with their channels last", CHANNELS_LAST) from error
     raise _cannot_infer(running, len(candidates), error) from error
 
 
@@ -159,7 +231,9 @@ def _last_map_width(model: nn.Module, shape: Sequence[int], batch: int) -> int:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     with forward_hooks(layers, note):
-        rows = len(pick_logits(model(torch.zeros(batch, *shape, device=device))))
+        output = model(torch.zeros(batch, *shape, device=device))
+    first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    rows = len(pick_logits(output) if first is None else first)
     if rows != batch:  # x.view(-1, 400) of a larger map moves pixels into the batch
         raise ValueError(f"{rows} rows of output for {batch} images")
     return width

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from .parameters import UNCOPYABLE, deep_copy
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -39,6 +40,7 @@ class InputSpec:
             crop.
         interpolation: Pillow's name of the filter for resizing.
         assumed: whether mean and std are a guess, since nothing states them.
+        bgr: whether the model takes blue first: `normalise` and `transform` reverse RGB images.
     """
 
     shape: tuple[int, ...]
@@ -48,6 +50,7 @@ class InputSpec:
     resize: tuple[int, ...] | None = None
     interpolation: str = "bilinear"
     assumed: bool = False
+    bgr: bool = False
 
     @property
     def low(self) -> Tensor:
@@ -60,7 +63,9 @@ class InputSpec:
         return torch.tensor([(1.0 - m) / s for m, s in zip(self.mean, self.std, strict=True)])
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [N, channels, H, W] in 0..255 -> normalised float32 of the same shape."""
+        """uint8 [N, channels, H, W] in 0..255, RGB -> normalised float32 of the same shape."""
+        if self.bgr:
+            images = images.flip(1)
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
         return (images.float() / 255 - mean) / std
@@ -92,6 +97,7 @@ class InputSpec:
                 transforms.Resize(list(resize), mode),
                 transforms.CenterCrop((height, width)),
                 transforms.ToTensor(),
+                *([_reverse_channels] if self.bgr else []),
                 transforms.Normalize(self.mean, self.std),
             ]
         )
@@ -99,6 +105,10 @@ class InputSpec:
 
 def _as_rgb(image: Any) -> Any:  # a lambda could not be sent to the workers of a DataLoader
     return image.convert("RGB")
+
+
+def _reverse_channels(image: Tensor) -> Tensor:
+    return image.flip(0)
 
 
 def stated_spec(model: nn.Module) -> InputSpec | None:
@@ -174,7 +184,16 @@ def _from_transformers(model: nn.Module) -> InputSpec | None:
     if not file.is_file():
         return None
     try:
-        return processor_spec(json.loads(file.read_text()), stated_shape(model))
+        spec = processor_spec(json.loads(file.read_text()))
+        stated = stated_shape(model)
+        if stated is None or stated[0][1:] == spec.shape[1:]:
+            return spec
+        if runs_on(model, spec.shape):  # DINOv2 was trained at 518 pixels and is used at 224
+            source = f"{spec.source}; the model's config says {stated[0][1:]}"
+            return replace(spec, source=source)
+        raise ValueError(
+            f"it makes images of {spec.shape[1:]}, the model's config says {stated[0][1:]}"
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ArgumentError(
             "input_shape",
@@ -183,24 +202,44 @@ def _from_transformers(model: nn.Module) -> InputSpec | None:
         ) from error
 
 
-def processor_spec(
-    processor: dict[str, Any], stated: tuple[tuple[int, ...], str] | None = None
-) -> InputSpec:
+def runs_on(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a copy of ``model`` runs on two images of ``shape``."""
+    copied = deep_copy(model, UNCOPYABLE)
+    copied.float()
+    copied.eval()
+    device = next((p.device for p in copied.parameters()), torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            copied(torch.zeros(2, *shape, device=device))
+    except Exception:  # noqa: BLE001  any error in the user's code means no
+        return False
+    return True
+
+
+def processor_spec(processor: dict[str, Any]) -> InputSpec:
     """Reads a transformers image processor's ``to_dict()``.
 
     Args:
         processor: the content of preprocessor_config.json.
-        stated: `stated_shape` of the model, to compare with.
 
     Raises:
-        KeyError, TypeError, ValueError: it is incomplete, malformed, or contradicts ``stated``.
+        KeyError, TypeError, ValueError: it is incomplete or malformed.
     """
-    mean = tuple(float(m) for m in processor["image_mean"])
-    std = tuple(float(s) for s in processor["image_std"])
-    if not processor.get("do_normalize", True):
-        mean, std = (0.0,) * len(mean), (1.0,) * len(std)
-    scale = float(processor.get("rescale_factor", 1 / 255)) * 255  # relative to pixels in 0..1
-    mean, std = tuple(m / scale for m in mean), tuple(s / scale for s in std)
+    processor = _with_defaults(processor)
+    normalises = processor.get("do_normalize", True)
+    if normalises:
+        mean = tuple(float(m) for m in processor["image_mean"])
+        std = tuple(float(s) for s in processor["image_std"])
+        if processor.get("include_top"):  # EfficientNet's divides twice
+            std = tuple(s * s for s in std)
+    else:
+        channels = len(processor.get("image_mean") or (0.0,) * 3)
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    # relative to pixels in 0..1
+    factor = float(processor.get("rescale_factor", 1 / 255))
+    scale = 255 * (factor if processor.get("do_rescale", True) else 1.0)
+    offset = 1.0 if processor.get("rescale_offset") else 0.0
+    mean, std = tuple((m + offset) / scale for m in mean), tuple(s / scale for s in std)
     size = _sides(processor["size"])
     edge = size.get("shortest_edge")
     if edge is None:
@@ -214,10 +253,30 @@ def processor_spec(
     elif edge is not None and processor.get("crop_pct"):
         # ConvNext's processor crops below 384 pixels, and squashes from there on
         resize = (int(edge / processor["crop_pct"]),) if int(edge) < 384 else crop
-    if stated is not None and stated[0][1:] != crop:
-        raise ValueError(f"it makes images of {crop}, the model's config says {stated[0][1:]}")
     source, mode = "stated by the model's image processor", int(processor.get("resample", 2))
-    return InputSpec((len(mean), *crop), mean, std, source, resize, _PILLOW_FILTERS[mode])
+    bgr = bool(processor.get("do_flip_channel_order"))
+    filter_name = _PILLOW_FILTERS[mode]
+    return InputSpec((len(mean), *crop), mean, std, source, resize, filter_name, bgr=bgr)
+
+
+def _with_defaults(processor: dict[str, Any]) -> dict[str, Any]:
+    """``processor`` with the defaults of its class, where it leaves out how it normalises.
+
+    MobileViT's files state neither mean nor std: its processor does not normalise.
+    """
+    named = processor.get("image_processor_type") or processor.get("feature_extractor_type")
+    complete = {"do_normalize", "image_mean", "image_std"} <= set(processor)
+    if complete or not isinstance(named, str):
+        return processor
+    import transformers
+
+    name = named.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        return processor
+    full = kind(**processor)
+    described: dict[str, Any] = full.to_dict()
+    return described | {"do_normalize": bool(getattr(full, "do_normalize", False))}
 
 
 def _sides(size: Any) -> dict[str, Any]:

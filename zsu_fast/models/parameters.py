@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .caches import clear_caches
+from .rebinding import rebind_functions
 
 # The remedy for a model that can't be copied.
 UNCOPYABLE = "Remove attributes that cannot be copied, such as open files and locks."
@@ -34,10 +36,20 @@ def computed_tensors(model: nn.Module) -> dict[int, Any]:
     """Returns a memo for ``copy.deepcopy(model, memo)`` with detached copies of computed tensors.
 
     ``copy.deepcopy`` refuses tensors that autograd computed. ``nn.utils.weight_norm`` stores such
-    tensors in attributes and computes them anew in each forward pass.
+    tensors in attributes and computes them anew in each forward pass; some of timm's models keep
+    them in a dict.
     """
-    held = (value for module in model.modules() for value in vars(module).values())
+    held = (value for module in model.modules() for value in _flat(vars(module).values()))
     return {id(v): v.detach().clone() for v in held if isinstance(v, Tensor) and not v.is_leaf}
+
+
+def _flat(values: Iterable[Any], depth: int = 3) -> Iterator[Any]:
+    """``values``, and what the dicts, lists and tuples among them hold."""
+    for value in values:
+        if isinstance(value, dict | list | tuple) and depth:
+            yield from _flat(value.values() if isinstance(value, dict) else value, depth - 1)
+        else:
+            yield value
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -73,6 +85,7 @@ def replace_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
     with restored_on_failure(model, values), torch.no_grad():
         for name, value in values.items():
             named[name].copy_(value)
+        clear_caches(unwrap(model))
 
 
 @contextmanager
@@ -89,14 +102,27 @@ def restored_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[None
         raise
 
 
-def deep_copy(model: nn.Module, remedy: str) -> nn.Module:
-    """``copy.deepcopy(model)``, also with computed tensors in attributes (`computed_tensors`).
+def deep_copy(
+    model: nn.Module, remedy: str, shared: Mapping[int, Tensor] | None = None
+) -> nn.Module:
+    """``copy.deepcopy(model)``, also with what it can't copy, or copies by reference.
+
+    That is: computed tensors in attributes (`computed_tensors`), and functions that refer to the
+    model's layers (`rebind_functions`).
+
+    Args:
+        model: the model; it is not changed.
+        remedy: completes the message of the error.
+        shared: tensors that the copy shares with the model, by id.
 
     Raises:
-        ModelError: the model can't be copied; ``remedy`` completes the message.
+        ModelError: the model can't be copied.
     """
+    memo: dict[int, Any] = computed_tensors(model) | dict(shared or {})
     try:
-        return copy.deepcopy(model, computed_tensors(model))
+        copied = copy.deepcopy(model, memo)
+        rebind_functions(model, memo)
+        return copied
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})", remedy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,7 +11,9 @@ from torch import nn
 from ..runtime.measuring import multiply_adds
 from .infer_spec import resolve_spec
 from .input_spec import InputSpec
-from .wrapper import LogitsModel, count_classes, resolve_device, working_copy
+from .outputs import OutputChoice, check_output
+from .probe import probe
+from .wrapper import LogitsModel, resolve_device, working_copy
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class PreparedModel:
         spec: the images it expects.
         device: where it computes.
         classes: the number of its logits.
+        notes: what was found while probing the model that its user should know, in sentences.
     """
 
     model: LogitsModel
     spec: InputSpec
     device: torch.device
     classes: int
+    notes: list[str] = field(default_factory=list)
 
     def multiply_adds(self) -> int:
         """Multiply-adds of a forward pass of one image."""
@@ -41,18 +45,23 @@ def prepare_model(
     input_shape: Sequence[int] | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
+    output: OutputChoice | None = None,
 ) -> PreparedModel:
-    """Copies ``model`` and finds out what images it takes and how many classes it has.
+    """Copies ``model`` and finds out what images it takes and what it returns (`probe`).
 
     Args:
         model: any image classifier; it is not changed.
         device: where to compute; None for the model's own.
         input_shape, mean, std: see `resolve_spec`; inferred where None.
+        output: which item of the model's output holds the logits: an index, a key or attribute, or
+            a callable; None: see `find_output`.
 
     Raises:
         ArgumentError: an argument can't be used, or the model can't (a `ModelError`).
     """
+    check_output(output)
     where = resolve_device(model, device)
     spec = resolve_spec(model, input_shape, mean, std)
-    work = working_copy(model, where)
-    return PreparedModel(work, spec, where, count_classes(work, spec, where))
+    work = working_copy(model, where, output)
+    classes, notes = probe(work, spec, where)
+    return PreparedModel(work, spec, where, classes, notes)

@@ -5,82 +5,101 @@ No function here changes the model that it is given.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ModelError
-from .input_spec import InputSpec
+from .caches import clear_caches
+from .input_spec import InputSpec, runs_on
+from .kinds import CHANNELS_LAST, check_kind
+from .outputs import OutputChoice, pick_logits as pick_logits
 from .parameters import UNCOPYABLE, deep_copy, state, unwrap
+from .squashing import AheadOfSquash
+
+# What a probability is raised to before its logarithm is taken.
+_LEAST_PROBABILITY = 1e-30
 
 
 class LogitsModel(nn.Module):
     """Wraps a classifier so that ``forward`` returns its logits [N, C] and nothing else.
 
-    Takes the logits from a tensor, the ``logits`` attribute of an object, the ``"logits"`` key of
-    a dict, or the first item of a tuple or list (or the only tensor of a dict).
+    Args:
+        module: the classifier.
+        output: which item of its output holds the logits, see `pick_logits`.
+
+    Attributes:
+        squash_place: where the model ends in a softmax or sigmoid of its own ``forward``, the place
+            in `AheadOfSquash.ahead_of` of what that took; None otherwise.
+        log: whether the output, probabilities whose logits can't be reached, goes through a log.
+        cast: whether the output has to be cast to float32.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, output: OutputChoice | None = None) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.output = module, output
+        self.squash_place: int | None = None
+        self.log = self.cast = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return pick_logits(self.module(x))
+        logits: Tensor
+        if self.squash_place is None:
+            logits = pick_logits(self.module(x), self.output)
+        else:
+            with AheadOfSquash() as mode:
+                logits = pick_logits(self.module(x), self.output)
+            logits = mode.ahead_of(logits)[self.squash_place]
+        if self.cast:
+            logits = logits.float()
+        return logits.clamp_min(_LEAST_PROBABILITY).log() if self.log else logits
+
+    def extra_repr(self) -> str:
+        names = ("output", "squash_place", "log", "cast")
+        given = {name: getattr(self, name) for name in names}
+        return ", ".join(f"{n}={v!r}" for n, v in given.items() if v is not None and v is not False)
 
 
-def pick_logits(output: Any) -> Any:
-    """Finds the logits in a classifier's output; also works on torch.fx proxies while tracing.
-
-    Raises:
-        ModelError: there are none.
-    """
-    if isinstance(output, Tensor | torch.fx.Proxy):
-        return output
-    if isinstance(output, dict):
-        if "logits" in output:
-            return output["logits"]
-        if len(output) == 1:
-            return next(iter(output.values()))
-    elif hasattr(output, "logits"):
-        return output.logits
-    elif isinstance(output, tuple | list) and output:
-        return output[0]
-    keys = f" with keys {sorted(map(str, output))}" if isinstance(output, dict) else ""
-    raise ModelError(
-        f"its output is a {type(output).__name__}{keys}, in which no logits were found",
-        "Return a tensor [N, classes], a tuple that starts with it, a dict with the key 'logits', "
-        "or an object with the attribute .logits.",
-    )
-
-
-def working_copy(model: nn.Module, device: torch.device) -> LogitsModel:
+def working_copy(
+    model: nn.Module, device: torch.device, output: OutputChoice | None = None
+) -> LogitsModel:
     """Returns a float32 copy in eval mode on ``device`` whose parameters all require gradients.
 
     In-place activations become out-of-place, so that they don't overwrite cached activations.
 
+    Args:
+        model: the user's model; it is not changed.
+        device: where to copy it.
+        output: which item of its output holds the logits, see `pick_logits`.
+
     Raises:
-        ModelError: weights are not finite, or the model can't be copied.
+        ModelError: weights are not finite, or the model can't be copied (`check_kind`).
     """
     inner = unwrap(model)
+    check_kind(inner)
     for name, tensor in state(inner).items():
+        tensor = tensor.detach()
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
             raise ModelError(
                 f"{name} holds {bad} NaN or infinite values of {tensor.numel()}",
                 "Load a checkpoint whose weights are finite.",
             )
-    copied = deep_copy(inner, UNCOPYABLE).to(device=device).float().eval()
+    copied = deep_copy(inner, UNCOPYABLE)
+    copied.to(device=device)  # not chained: some models' methods return None
+    copied.float()
+    clear_caches(copied)
+    copied.eval()
     for module in copied.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
-    return LogitsModel(copied).eval()
+    work = LogitsModel(copied, output)
+    work.training = False
+    return work
 
 
+@torch.no_grad()
 def count_classes(model: LogitsModel, spec: InputSpec, device: torch.device) -> int:
     """Runs two mid-grey images through the model and returns the number of logits.
 
@@ -90,12 +109,17 @@ def count_classes(model: LogitsModel, spec: InputSpec, device: torch.device) -> 
     """
     try:
         logits = model(torch.zeros(2, *spec.shape, device=device))
-    except ModelError:
+    except ArgumentError:  # a ModelError too
         raise
     except Exception as error:
         try:
             model(torch.zeros(1, *spec.shape, device=device))
         except Exception:  # noqa: BLE001  reports any error in the user's code
+            if len(spec.shape) == 3 and runs_on(model.module, (*spec.shape[1:], spec.shape[0])):
+                raise ModelError(
+                    f"it takes images of shape {(*spec.shape[1:], spec.shape[0])}, channels last",
+                    CHANNELS_LAST,
+                ) from error
             raise ArgumentError(
                 "input_shape",
                 f"the model raises for images of shape {spec.shape} ({spec.source}): "
@@ -132,6 +156,7 @@ def resolve_device(model: nn.Module, device: str | torch.device | None) -> torch
         ArgumentError: the device is not available.
         ModelError: ``model`` is not a module with parameters.
     """
+    check_kind(model)
     first = next(unwrap(model).parameters(), None) if isinstance(model, nn.Module) else None
     if first is None:
         raise ModelError(

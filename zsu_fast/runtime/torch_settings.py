@@ -40,6 +40,24 @@ _lock = ProcessLock()
 
 
 @contextmanager
+def _autocast_off() -> Iterator[None]:
+    """Switches autocast off by its flags: inside another ``torch.autocast`` block, one in the
+    model's ``forward`` would never clear its cache of cast weights, and go on with stale ones.
+    """
+    devices, cached = ("cpu", "cuda"), torch.is_autocast_cache_enabled()
+    before = [torch.is_autocast_enabled(device) for device in devices]
+    try:
+        for device in devices:
+            torch.set_autocast_enabled(device, False)
+        torch.set_autocast_cache_enabled(False)
+        yield
+    finally:
+        for device, enabled in zip(devices, before, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_cache_enabled(cached)
+
+
+@contextmanager
 def torch_defaults() -> Iterator[None]:
     """Gradients on, inference mode and autocast off, float32 as default dtype.
 
@@ -50,12 +68,7 @@ def torch_defaults() -> Iterator[None]:
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            with (
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                torch.autocast("cpu", enabled=False),
-                torch.autocast("cuda", enabled=False),
-            ):
+            with torch.inference_mode(False), torch.enable_grad(), _autocast_off():
                 yield
         finally:
             torch.set_default_dtype(dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.outputs import is_beside_logits, matrices
 from ..models.wrapper import LogitsModel
 from ..runtime.hooks import forward_hooks, forward_pre_hooks
 
@@ -25,12 +26,16 @@ def layer_names(model: nn.Module, images: Tensor) -> list[str]:
     """Names of the modules that own a weight matrix, in the order in which they first run.
 
     A normalisation layer owns none and belongs to the layer before it. A weight behind a
-    parametrization (`torch.nn.utils.parametrizations`) counts as the layer's own.
+    parametrization (`torch.nn.utils.parametrizations`) counts as the layer's own. Layers of other
+    heads than that of the logits don't count.
     """
     names = {
         module: name
         for name, module in model.named_modules()
-        if name and ".parametrizations" not in f".{name}" and _has_matrix(module)
+        if name
+        and ".parametrizations" not in f".{name}"
+        and matrices(module)
+        and not is_beside_logits(module)
     }
     order: dict[str, None] = {}
 
@@ -40,14 +45,6 @@ def layer_names(model: nn.Module, images: Tensor) -> list[str]:
     with forward_pre_hooks(names, note), torch.no_grad():
         model(images)
     return list(order)
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    own = list(module.parameters(recurse=False))
-    parametrizations = getattr(module, "parametrizations", None)
-    if isinstance(parametrizations, nn.ModuleDict):
-        own += list(parametrizations.parameters())
-    return any(p.ndim > 1 for p in own)
 
 
 def in_chunks(model: nn.Module, images: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:

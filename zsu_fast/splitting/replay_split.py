@@ -114,7 +114,7 @@ class ReplayBackbone(nn.Module):
     def forward(self, x: Tensor) -> BoundaryTensors:
         _, tensors = self.record(x)
         return tuple(
-            slot.batch_dim.pack(tensor)
+            _full_precision(slot.batch_dim.pack(tensor))
             for slot, tensor in zip(self.slots, tensors, strict=True)
             if slot.used and slot.batch_dim is not None
         )
@@ -154,6 +154,11 @@ class ReplayBackbone(nn.Module):
             f"got {self.name!r}, a module that the forward pass never calls",
             "Name a module that takes part in the forward pass.",
         )
+
+
+def _full_precision(rows: Tensor) -> Tensor:
+    """Rows that autocast inside ``forward`` made, in float32: they are mixed and trained on."""
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
 
 class ReplayTail(nn.Module):

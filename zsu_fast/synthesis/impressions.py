@@ -61,7 +61,9 @@ class ClassImpressions:
     def save(self, path: str | Path, force: bool = False) -> None:
         """Writes a safetensors file, atomically; never over an existing one without ``force``."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        spec = {name: getattr(self.spec, name) for name in ("shape", "mean", "std", "source")}
+        spec = {
+            name: getattr(self.spec, name) for name in ("shape", "mean", "std", "source", "bgr")
+        }
         metadata = {"format": FORMAT, "spec": json.dumps(spec), "space": self.space}
         checkpoint.save_tensors(path, tensors, metadata=metadata, force=force)
 
@@ -85,7 +87,7 @@ class ClassImpressions:
         try:
             stated = json.loads(metadata["spec"])
             shape, mean, std = (tuple(stated[name]) for name in ("shape", "mean", "std"))
-            spec = InputSpec(shape, mean, std, stated["source"])
+            spec = InputSpec(shape, mean, std, stated["source"], bgr=stated.get("bgr", False))
             impressions = cls(**tensors, spec=spec, space=metadata.get("space", "input"))
             rows = {len(tensor) for tensor in tensors.values()}
         except (ValueError, KeyError, TypeError, RecursionError) as error:

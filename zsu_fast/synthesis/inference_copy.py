@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..errors import ModelError
 from ..models.wrapper import LogitsModel
 from ..runtime.fx_tracing import break_reference_cycles, trace
 from ..runtime.hooks import forward_hooks
@@ -198,6 +199,12 @@ def _logits_and_gradient(model: InferenceCopy, images: Tensor) -> tuple[Tensor, 
     with torch.enable_grad():
         x = model.layout(images).requires_grad_(True)
         logits = model(x)
+        if not logits.requires_grad:
+            raise ModelError(
+                "no gradient reaches its images: part of its forward() runs under torch.no_grad() "
+                "or torch.inference_mode(), or is detached",
+                "Pass space='tail-input', the default, or a module without that.",
+            )
         (gradient,) = torch.autograd.grad(logits.sum(), x)
     return logits.detach(), gradient
 

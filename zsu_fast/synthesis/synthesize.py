@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.class_indices import check_classes
+from ..models.outputs import OutputChoice
 from ..models.parameters import weights_hash
 from ..models.prepare import prepare_model
 from ..runtime import memory
@@ -49,6 +50,7 @@ def synthesize(
     input_shape: Sequence[int] | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
+    output: OutputChoice | None = None,
     seed: int = 0,
     precision: Precision = "auto",
     device: str | torch.device | None = None,
@@ -65,6 +67,7 @@ def synthesize(
         per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm:
             see `AscentSettings`.
         input_shape, mean, std: see `resolve_spec`; inferred if None.
+        output: which item of the model's output holds the logits, see `pick_logits`.
         device: where to compute; None for the model's own.
         cache: folder for finished impressions: a run that was interrupted resumes there, and the
             same call finds all of them. None stores nothing.
@@ -80,7 +83,7 @@ def synthesize(
         per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm
     )
     report = Reporter(progress, callback)
-    prepared = prepare_model(model, device, input_shape, mean, std)
+    prepared = prepare_model(model, device, input_shape, mean, std, output)
     chosen = list(range(prepared.classes))
     if classes is not None:
         chosen = check_classes("classes", classes, prepared.classes)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...errors import ArgumentError, ZsuFastError, check_int
 from ...models.infer_spec import resolve_spec
+from ...models.outputs import OutputChoice, check_output
 from ...models.parameters import weights_hash
 from ...models.wrapper import resolve_device
 from ...runtime.progress import Reporter
@@ -45,6 +46,7 @@ def audit(
     input_shape: Sequence[int] | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
+    output: OutputChoice | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -68,7 +70,7 @@ def audit(
         shots: images per class that relearning may use.
         relearn_steps: step limit; 0 leaves relearning out. None: 100, and all weights are left out
             on a CPU if that would take minutes.
-        input_shape, mean, std: see `synthesize`.
+        input_shape, mean, std, output: see `synthesize`.
         seed: determines everything random.
         device: where to compute; None for the original's device.
         progress: True, False, or None for "if stderr is a terminal".
@@ -80,13 +82,14 @@ def audit(
     check_int("shots", shots, 1)
     check_int("relearn_steps", relearn_steps, 0, optional=True)
     check_int("seed", seed, 0)
+    check_output(output)
     where, spec = resolve_device(original, device), resolve_spec(original, input_shape, mean, std)
     settings = {
         "impressions_per_class": impressions_per_class, "shots": shots,
         "relearn_steps": relearn_steps, "seed": seed, "device": str(where),
         "relearn_goal": GOAL, "input": {"shape": spec.shape, "mean": spec.mean, "std": spec.std},
     }  # fmt: skip
-    audited = audited_copy(ORIGINAL, original, spec, where)
+    audited = audited_copy(ORIGINAL, original, spec, where, output)
     context = AuditContext(audited, forget, settings)
     return _run(context, {ORIGINAL: original, UNLEARNED: unlearned, GOLDEN: golden},
                 data, train_data, impressions, progress)  # fmt: skip
@@ -174,7 +177,8 @@ def _measure_images(
 
 def _add_model(context: AuditContext, name: str, model: nn.Module) -> None:
     """Adds a model, which must have the original's logits."""
-    audited = audited_copy(name, model, context.spec, context.device)
+    output = context.original.model.output  # the item that was found in the original's
+    audited = audited_copy(name, model, context.spec, context.device, output)
     with torch.no_grad():
         logits = audited.model(torch.zeros(2, *context.spec.shape, device=context.device))
     if logits.shape != (2, context.classes):

@@ -6,7 +6,6 @@ model) have one `AuditedModel.backbone_hash`, and their backbone runs once for a
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,9 @@ from torch import Tensor, nn
 
 from ...errors import ModelError
 from ...models.input_spec import InputSpec
-from ...models.parameters import UNCOPYABLE, computed_tensors, deep_copy, state, unwrap
+from ...models.outputs import OutputChoice
+from ...models.parameters import UNCOPYABLE, deep_copy, state, unwrap
+from ...models.probe import probe
 from ...models.wrapper import LogitsModel, working_copy
 from ...splitting.batch_dim import BoundaryTensors
 from ...splitting.layers import layer_names
@@ -110,19 +111,29 @@ class AuditedModel:
 
 
 def audited_copy(
-    name: str, model: nn.Module, spec: InputSpec, device: torch.device
-) -> AuditedModel:
+    name: str, model: nn.Module, spec: InputSpec, device: torch.device,
+    output: OutputChoice | None = None,
+) -> AuditedModel:  # fmt: skip
     """Copies ``model``, also the result of `zsu_fast.mask`, and splits it before its last layer.
 
+    Args:
+        name, spec: see `AuditedModel`.
+        model: the user's model; it is not changed.
+        device: where to copy it.
+        output: which item of its output holds the logits; None: see `find_output`.
+
     Raises:
-        ModelError: its weights or logits are NaN, or it can't be copied.
+        ModelError: its weights or logits are NaN, it does not return logits, or it can't be copied.
     """
     inner = unwrap(model)
     hidden: list[int] = []
     while isinstance(inner, MaskedClassifier):
         hidden = sorted({*hidden, *inner.forget})
+        output = inner.output if output is None else output
         inner = unwrap(inner.model)
-    return _split(name, _finite_copy(inner, device), spec, hidden)
+    work = _finite_copy(inner, device, output)
+    probe(work, spec, device)
+    return _split(name, work, spec, hidden)
 
 
 def variant(audited: AuditedModel, name: str, copy_backbone: bool = False) -> AuditedModel:
@@ -130,11 +141,13 @@ def variant(audited: AuditedModel, name: str, copy_backbone: bool = False) -> Au
 
     It shares the weights before the last layer with ``audited``, unless ``copy_backbone``.
     """
-    memo = computed_tensors(audited.model)
+    shared = {}
     if not copy_backbone:
         tensors = state(audited.model.module)
-        memo |= {id(t): t for key, t in tensors.items() if not audited.is_in_last_layer(key)}
-    return _split(name, copy.deepcopy(audited.model, memo), audited.spec, [])
+        shared = {id(t): t for key, t in tensors.items() if not audited.is_in_last_layer(key)}
+    copied = deep_copy(audited.model, UNCOPYABLE, shared)
+    assert isinstance(copied, LogitsModel)
+    return _split(name, copied, audited.spec, [])
 
 
 def unmasked(
@@ -179,7 +192,9 @@ def unmasked(
     return restored
 
 
-def _finite_copy(model: nn.Module, device: torch.device) -> LogitsModel:
+def _finite_copy(
+    model: nn.Module, device: torch.device, output: OutputChoice | None
+) -> LogitsModel:
     """`working_copy`, with -1e30 in place of -inf in a bias; it refuses other infinite values.
 
     A bias of -inf is a way to mask a class, and the audit has to see through it. With -1e30 the
@@ -190,7 +205,7 @@ def _finite_copy(model: nn.Module, device: torch.device) -> LogitsModel:
         for name, tensor in copied.named_parameters():
             if name.rpartition(".")[2] == "bias":
                 tensor.masked_fill_(tensor == -torch.inf, -1e30 if tensor.itemsize > 2 else -6e4)
-    return working_copy(copied, device)
+    return working_copy(copied, device, output)
 
 
 def _split(name: str, model: LogitsModel, spec: InputSpec, hidden: list[int]) -> AuditedModel:

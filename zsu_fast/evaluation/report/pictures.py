@@ -37,6 +37,8 @@ def pixels(images: Tensor, spec: InputSpec) -> Tensor | None:
     view = (1, -1, 1, 1)
     mean, std = (torch.tensor(values).view(view) for values in (spec.mean, spec.std))
     shown = (images * std + mean).clamp(0, 1)
+    if spec.bgr:
+        shown = shown.flip(1)
     if shown.shape[1] not in (1, 3):
         shown = shown.mean(1, keepdim=True)
     side = max(shown.shape[-2:])

@@ -201,6 +201,7 @@ class RowSource:
             "format": 1,
             "kind": kind,
             "weights": weights_hash(self.model),
+            "output": self.model.extra_repr(),
             "split": [deep.early.name, deep.split.name, list(deep.shape)],
             "spec": [spec.shape, spec.mean, spec.std],
             "settings": [getattr(self.settings, name) for name in _ROW_SETTINGS],

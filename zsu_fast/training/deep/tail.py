@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ...models.parameters import UNCOPYABLE, deep_copy
 from ...models.wrapper import LogitsModel
 from ...runtime.fx_tracing import break_reference_cycles
 from ...runtime.hooks import recorded_inputs
@@ -36,7 +36,8 @@ class FrozenClassifierTail(nn.Module):
 
     def __init__(self, model: LogitsModel, deep: DeepSplit) -> None:
         super().__init__()
-        self.tail, self.classifier = deep.split.tail, copy.deepcopy(deep.last.tail).eval()
+        self.tail, self.classifier = deep.split.tail, deep_copy(deep.last.tail, UNCOPYABLE)
+        self.classifier.eval()
         break_reference_cycles(self.classifier)  # a copied graph refers to its module again
         self.classifier.requires_grad_(False)
         self.last = model.module.get_submodule(deep.last.name)
