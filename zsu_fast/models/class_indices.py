@@ -88,7 +88,7 @@ def check_classes(
     def refuse(why: str) -> ArgumentError:
         return ArgumentError(argument, f"got {_short_repr(value)}: {why}", remedy)
 
-    items = _as_list(value, refuse)
+    items = _as_list(value, refuse, labels is not None)
     if any(isinstance(item, str) for item in items):
         indices = class_indices(items, labels, classes, argument)
     else:
@@ -105,9 +105,9 @@ def check_classes(
     return sorted(indices)
 
 
-def _as_list(value: Any, refuse: Callable[[str], ArgumentError]) -> list[Any]:
-    """The ints and texts in ``value``."""
-    if isinstance(value, bytes | dict):
+def _as_list(value: Any, refuse: Callable[[str], ArgumentError], named: bool) -> list[Any]:
+    """The ints and texts in ``value``, which is a text itself only if classes are ``named``."""
+    if isinstance(value, bytes | dict) or (isinstance(value, str) and not named):
         raise refuse(f"a {type(value).__name__} is not a collection of class indices")
     if isinstance(value, str):
         items: list[Any] = [value]

@@ -72,10 +72,19 @@ def resolve_labels(given: Any, model: nn.Module, classes: int) -> Labels | None:
         ArgumentError: ``given`` is none of these, or has another number of names than ``classes``.
 
     Warns:
-        UnlearningWarning: the model states another order of the same names.
+        UnlearningWarning: the model states another order of the same names, or nothing is known of
+            1,001 classes.
     """
     known = known_labels(model, classes)
     if given is None:
+        if known is None and classes == 1001:
+            warnings.warn(
+                "the model has 1,001 logits, often ImageNet's classes behind a background class, "
+                "as in TensorFlow: then class 0 is the background, and tench is 1, not 0. Class "
+                "numbers count the logits; pass class_names to see what they are",
+                UnlearningWarning,
+                stacklevel=2,
+            )
         return known
     if isinstance(given, Labels):
         labels = check_number(given, classes)
