@@ -99,6 +99,10 @@ def check_classes(
         raise refuse(f"{min(indices)} is negative")
     if max(indices) >= classes:
         raise refuse(f"{max(indices)} is out of range, the model has {classes} logits")
+    if any(isinstance(item, str) for item in items):
+        indices = [
+            *dict.fromkeys(indices)
+        ]  # several names of one class, as in "tench, Tinca tinca"
     if len(set(indices)) < len(indices):
         repeated = sorted({c for c in indices if indices.count(c) > 1})
         raise refuse(f"{repeated} named more than once")

@@ -75,6 +75,8 @@ def resolve_labels(given: Any, model: nn.Module, classes: int) -> Labels | None:
         UnlearningWarning: the model states another order of the same names, or nothing is known of
             1,001 classes.
     """
+    if isinstance(given, Labels):
+        return check_number(given, classes)
     known = known_labels(model, classes)
     if given is None:
         if known is None and classes == 1001:
@@ -86,9 +88,7 @@ def resolve_labels(given: Any, model: nn.Module, classes: int) -> Labels | None:
                 stacklevel=2,
             )
         return known
-    if isinstance(given, Labels):
-        labels = check_number(given, classes)
-    elif isinstance(given, str | Path):
+    if isinstance(given, str | Path):
         labels = read_class_names(given, classes)
     else:
         labels = make_labels(given, "class_names", classes)
@@ -118,7 +118,8 @@ def class_indices(
 
     Args:
         entries: ints, or texts: a name or synonym (another case, or underscores for spaces, if that
-            fits one class only), a WordNet id, a number, or "#" and a number.
+            fits one class only), a WordNet id, a number, "#" and a number, or a name in double
+            quotes, which is never read as a number.
         names: of all classes, or None if they are not known.
         classes: the number of logits.
         argument: the name of the argument, for errors.
@@ -137,11 +138,13 @@ def class_indices(
 def _class_index(
     entry: str | int, labels: Labels | None, classes: int, argument: str, names_first: bool
 ) -> int:
-    text = str(entry).strip()
+    text, quoted = str(entry).strip(), False
+    if len(text) > 2 and text[0] == text[-1] == '"':
+        text, quoted = text[1:-1].strip(), True
     found = set() if labels is None or isinstance(entry, int) else labels.find(text)
     if not found and labels is not None and (numbered := _NUMBERED.fullmatch(text)):
         found = labels.find(numbered[1])
-    if isinstance(entry, int) or _NUMBER.fullmatch(text):
+    if isinstance(entry, int) or (_NUMBER.fullmatch(text) and not quoted):
         number = int(text.lstrip("#"))
         if not found or found == {number} or text.startswith("#"):
             if not 0 <= number < classes:
