@@ -197,7 +197,8 @@ def _write_report(
     images = None if data is None else read_images(data, spec)
     found = audit(
         base, result, run.forget, images, class_names=run.labels,
-        input_shape=spec.shape, mean=spec.mean, std=spec.std, seed=run.options.seed, device=run.device, progress=progress,
+        input_shape=spec.shape, mean=spec.mean, std=spec.std, seed=run.options.seed,
+        device=run.device, progress=progress,
     )  # fmt: skip
     record, names = run.record.to_dict(), report_names(found, run.labels)
     title = f"{record['model']}: what was forgotten"

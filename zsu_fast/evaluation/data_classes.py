@@ -187,43 +187,69 @@ def check_order(
         A warning if the labels look like those of another numbering, else "".
 
     Raises:
-        ArgumentError: the order was assumed, and predictions do not confirm it.
+        ArgumentError: the order was assumed, and predictions do not confirm it; or the labels are
+            off by one.
     """
-    counts: dict[int, dict[int, int]] = {}
-    pairs = torch.stack([labels, predictions]).unique(dim=1, return_counts=True)
-    for label, predicted, count in zip(*pairs[0].tolist(), pairs[1].tolist(), strict=True):
-        counts.setdefault(label, {})[predicted] = count
+    counts = _counts(predictions, labels)
     # the most frequent prediction; of equally frequent ones, the right one
     top = {c: max(row, key=lambda p: (row[p], p == c)) for c, row in counts.items()}
     forgotten = set(forget)
-    seen = sorted(counts)
-    retained = [c for c in seen if c not in forgotten]
+    retained = [c for c in counts if c not in forgotten]
     moved = [c for c in retained if top[c] != c]
-    if found is not None and found.assumed:
-        lost = [c for c in seen if c in forgotten and top[c] != c]
-        # with images of all retained classes, those of a forgotten one can't be of another class
-        complete = len(retained) == classes - len(forgotten)
-        others = [c for c in lost if not complete or top[c] in forgotten]
-        if wrong := [*moved, *others]:
-            names = list(found.classes)
-            raise ArgumentError(
-                "data",
-                f"the names of the model's classes are not known, and in the order of the data's "
-                f"classes the model predicts most images of {names[wrong[0]]!r} (class {wrong[0]}) "
-                f"as class {top[wrong[0]]}; {len(wrong)} of {len(seen)} classes differ like this",
-                "Pass the names of the model's classes in the order of its logits (class_names=, "
-                "--class-names); if they are in this order, pass them as they are, or "
-                "--class-names sorted.",
-            )
+    if found is None or not found.assumed:
+        clear = [c for c in moved if 2 * counts[c][top[c]] > sum(counts[c].values())]
+        return _numbering_problem({c: top[c] for c in clear}, len(retained))
+    lost = [c for c in counts if c in forgotten and top[c] != c]
+    # with images of all retained classes, those of a forgotten one can't be of another class
+    complete = len(retained) == classes - len(forgotten)
+    wrong = moved + [c for c in lost if not complete or top[c] in forgotten]
+    if not wrong:
         return ""
-    clear = [c for c in moved if 2 * counts[c][top[c]] > sum(counts[c].values())]
-    if len(clear) < 2 or 2 * len(clear) < len(retained):
-        return ""
-    targets = {top[c] for c in clear}
-    if len(targets) < len(clear):
-        return ""
-    return (
-        f"the labels look like those of another numbering: most images of class {clear[0]} are "
-        f"predicted as class {top[clear[0]]}, and {len(clear)} of {len(retained)} retained "
-        f"classes are like this. Pass labels that count the model's logits"
+    names = list(found.classes)
+    raise ArgumentError(
+        "data",
+        f"the names of the model's classes are not known, and in the order of the data's classes "
+        f"the model predicts most images of {names[wrong[0]]!r} (class {wrong[0]}) as class "
+        f"{top[wrong[0]]}; {len(wrong)} of {len(counts)} classes differ like this",
+        "Pass the names of the model's classes in the order of its logits (class_names=, "
+        "--class-names); if they are in this order, pass them as they are, or --class-names "
+        "sorted.",
     )
+
+
+def _counts(predictions: Tensor, labels: Tensor) -> dict[int, dict[int, int]]:
+    """Label -> predicted class -> number of images, for labels that occur, sorted."""
+    counts: dict[int, dict[int, int]] = {}
+    pairs, numbers = torch.stack([labels, predictions]).unique(dim=1, return_counts=True)
+    for label, predicted, count in zip(*pairs.tolist(), numbers.tolist(), strict=True):
+        counts.setdefault(label, {})[predicted] = count
+    return counts
+
+
+def _numbering_problem(moved: dict[int, int], retained: int) -> str:
+    """A warning if most classes are consistently predicted as another one each, else "".
+
+    Args:
+        moved: class -> the other class that most of its images are predicted as.
+        retained: number of retained classes with images.
+
+    Raises:
+        ArgumentError: that is the next class, or the one before, each time.
+    """
+    if len(moved) < 2 or 2 * len(moved) < retained or len({*moved.values()}) < len(moved):
+        return ""
+    label, predicted = next(iter(moved.items()))
+    text = (
+        f"most images of class {label} are predicted as class {predicted}, and {len(moved)} of "
+        f"{retained} retained classes are like this"
+    )
+    shifts = {p - c for c, p in moved.items()}
+    if shifts in ({1}, {-1}):
+        raise ArgumentError(
+            "data",
+            f"the labels are off by one: {text}",
+            "Number the classes as the model's logits, from 0, with a background class if the "
+            "model has one; or pass the names of the model's classes (class_names=, "
+            "--class-names).",
+        )
+    return f"the labels look like those of another numbering: {text}. Pass the model's own"
