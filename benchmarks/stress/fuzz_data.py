@@ -5,7 +5,7 @@
 
 The model tells classes by the brightness of an image. Some images of each class have the next
 class's brightness, a different share in each, so that the right FA and RA are known, and classes
-that are mixed up change them. Cases are folders (numbers, names, WordNet ids; padded, renamed, permuted,
+that are mixed up change them. Cases are folders (numbers, names, WordNet ids; padded, renamed,
 nested, empty, hidden, of another case), .npz files, dict batches and data sets, with and without
 names of the model's classes. Takes a minute or two. Writes ``results/fuzz_data.md``.
 """
@@ -170,7 +170,9 @@ def folders(truth: Truth, folder: Path) -> tuple[Any, str]:
     if change == "extra":
         write(folder / draw.choice(("unknown", str(truth.classes), "-1", "1.5")), [0, STEP])
     if change == "twice":
-        write(folder / draw.choice(("00", "0000000", truth.names[0].upper())), [STEP, STEP])
+        again = folder / draw.choice(("00", "0000000", truth.names[0].upper()))
+        if not again.exists():
+            write(again, [STEP, STEP])
     if change == "beside":
         (folder / "readme.txt").write_text("images")
     if change == "wrapped":

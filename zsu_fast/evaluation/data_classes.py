@@ -200,9 +200,17 @@ def check_order(
         clear = [c for c in moved if 2 * counts[c][top[c]] > sum(counts[c].values())]
         return _numbering_problem({c: top[c] for c in clear}, len(retained))
     lost = [c for c in counts if c in forgotten and top[c] != c]
-    # with images of all retained classes, those of a forgotten one can't be of another class
+    # Where all retained classes have images, those of a forgotten one can't be of another class,
+    # unless they are more clearly of that class than its own.
     complete = len(retained) == classes - len(forgotten)
-    wrong = moved + [c for c in lost if not complete or top[c] in forgotten]
+
+    def share(label: int, predicted: int) -> float:
+        return counts[label].get(predicted, 0) / sum(counts[label].values())
+
+    wrong = moved + [
+        c for c in lost
+        if not complete or top[c] in forgotten or share(c, top[c]) > share(top[c], top[c])
+    ]  # fmt: skip
     if not wrong:
         return ""
     names = list(found.classes)

@@ -112,17 +112,15 @@ def check_number(labels: Labels, classes: int | None) -> Labels:
 def _ordered(names: Mapping[Any, Any]) -> list[Any] | None:
     """The names in a dict, of indices and names or the reverse, in order; None with gaps."""
     if names and all(isinstance(v, int) and not isinstance(v, bool) for v in names.values()):
-        names = {index: name for name, index in names.items()} if _distinct(names) else {}
+        if len(set(names.values())) < len(names):
+            return None
+        names = {index: name for name, index in names.items()}
     try:
         by_index = {int(key): name for key, name in names.items()}
     except (TypeError, ValueError):
         return None
     complete = len(by_index) == len(names) and sorted(by_index) == list(range(len(by_index)))
     return [by_index[i] for i in range(len(by_index))] if complete else None
-
-
-def _distinct(names: Mapping[Any, Any]) -> bool:
-    return len(set(names.values())) == len(names)
 
 
 def _parts(name: str) -> list[str]:
