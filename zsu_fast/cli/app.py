@@ -234,12 +234,19 @@ def _table(path: Path, entries: list[Entry]) -> Table:
             str(entry["number"]),
             output.escape(entry["request"]),
             output.escape(entry["time"]),
-            shorten(entry["forget"], 12),
+            output.escape(shorten(_named(entry), 12)),
             shorten(entry["forgotten"], 12),
             f"{before} to {after}",
             f"{100 * leak:.2f}" if isinstance(leak, float) else "-",
         )
     return table
+
+
+def _named(entry: Entry) -> list[str]:
+    """The classes of a request, with their names if the ledger has them."""
+    labels = entry["metrics"].get("labels")
+    named = labels if isinstance(labels, dict) else {}
+    return [f"{c} ({named[str(c)]})" if str(c) in named else str(c) for c in entry["forget"]]
 
 
 def main() -> None:

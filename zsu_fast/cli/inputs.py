@@ -38,7 +38,11 @@ def parse_classes(text: str, labels: Labels | None = None) -> list[int | str]:
     """
     path = Path(text)
     try:
-        content = path.read_text(encoding="utf-8-sig") if path.is_file() else text
+        is_file = path.is_file()
+    except (OSError, ValueError):  # longer than a file's name may be
+        is_file = False
+    try:
+        content = path.read_text(encoding="utf-8-sig") if is_file else text
     except (OSError, ValueError) as error:
         raise ArgumentError("forget", f"{text} can't be read ({error})", _CLASSES) from error
     if re.fullmatch(r"[\d\s,-]*", content):

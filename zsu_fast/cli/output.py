@@ -96,7 +96,8 @@ def print_data_classes(
         return
     names = {} if labels is None else labels.named(classes.values())
     pairs = (
-        f"{n} = {i}{f' ({names[str(i)]})' if str(i) in names else ''}" for n, i in classes.items()
+        f"{n} = {i}{f' ({names[str(i)]})' if str(i) in names else ''}"
+        for n, i in sorted(classes.items(), key=lambda pair: pair[1])
     )
     console.print(f"Data: {shorten(pairs, most)}.", markup=False, highlight=False)
 
