@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError, ModelError, UnlearningWarning
 from .models.class_indices import check_forget, check_forgotten
 from .models.input_spec import noise_images
+from .models.labels import resolve_labels
 from .models.outputs import OutputChoice
 from .models.parameters import deep_copy, replace_parameters, restored_on_failure
 from .models.prepare import prepare_model
@@ -55,7 +56,8 @@ def unlearn(model: nn.Module, forget: Any, **options: Any) -> nn.Module:
     Args:
         model: any trained image classifier: one image tensor in, logits [N, C] out (plain, or in
             a tuple, dict, or object with ``.logits``; see ``output``).
-        forget: class indices: an int, list, set, range, numpy array or tensor of ints.
+        forget: class indices: an int, list, set, range, numpy array or tensor of ints; or names of
+            classes, where they are known (see ``class_names``).
         **options: see `ZeroShotUnlearner`; all are optional.
 
     Returns:
@@ -103,6 +105,9 @@ class ZeroShotUnlearner:
         input_shape, mean, std: the images that the model expects; None: see `resolve_spec`.
         output: which item of the model's output holds the logits: an index, a key or attribute, or
             a callable; None: the item that the last layer makes (see `find_output`).
+        class_names: the names of all classes, in the order of the logits: a list, a dict of indices
+            and names, or a text or JSON file (see `read_class_names`). None: what the model states
+            (see `known_labels`).
         mixtures, margin: see `FeatureSettings`.
         steps, batch, learning_rate, early_stop, loop: see `LoopSettings`.
         weights: (w_f, w_r) of the forget and the retain term of the differential objective.
@@ -124,6 +129,7 @@ class ZeroShotUnlearner:
         record: the `Record` of the run.
         notes: what was found while probing the model (`PreparedModel.notes`).
         ranks: the ranks that make the call.
+        labels: the `Labels` of the model's classes; None if they are not known.
         options: the `Options`; the settings of a stage may be replaced before it runs.
     """
 
@@ -151,6 +157,7 @@ class ZeroShotUnlearner:
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
         output: OutputChoice | None = None,
+        class_names: Any = None,
         mixtures: int | None = None,
         steps: int | None = None,
         batch: int | None = None,
@@ -179,7 +186,7 @@ class ZeroShotUnlearner:
             self.split_point: Split | None = None
             self.rows: RowSource | None = None
             self.result: Fit | None = None
-            self._prepare(model, forget, forgotten, ledger)
+            self._prepare(model, forget, forgotten, ledger, class_names)
             sampled = len(self.active_classes) < self.classes - len(self.forgotten)
             if self.options.depth == "deep" and self.options.space == "tail-input":
                 sampled = True  # inverted rows: of many classes, some retained one has none
@@ -347,7 +354,9 @@ class ZeroShotUnlearner:
     def stopped(self) -> str:
         return "" if self.result is None else self.result.stopped
 
-    def _prepare(self, model: nn.Module, forget: Any, forgotten: Any, ledger: Any) -> None:
+    def _prepare(
+        self, model: nn.Module, forget: Any, forgotten: Any, ledger: Any, class_names: Any
+    ) -> None:
         """Copies the model, chooses the classes to synthesise, and begins the record."""
         options = self.options
         device = options.device
@@ -360,12 +369,13 @@ class ZeroShotUnlearner:
         self.device, self.classes = prepared.device, prepared.classes
         self.notes = prepared.notes
         self.multiply_adds = prepared.multiply_adds()
-        self.forget = check_forget(forget, self.classes)
+        self.labels = resolve_labels(class_names, model, self.classes)
+        self.forget = check_forget(forget, self.classes, self.labels)
         self.ledger = as_ledger(ledger) if self.ranks.is_main else None
         if forgotten is None:
             known = self.ledger.forgotten() if self.ledger else None
             forgotten = self.ranks.broadcast_object(known)
-        self.forgotten = check_forgotten(forgotten, self.forget, self.classes)
+        self.forgotten = check_forgotten(forgotten, self.forget, self.classes, self.labels)
         self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
         self.forget_mask[self.forget + self.forgotten] = True
         self.active_classes, self.class_rule = classes_to_synthesise(
@@ -380,6 +390,8 @@ class ZeroShotUnlearner:
         if unused := options.unused():
             self.record.depth["unused"] = unused
         self.record.forgotten = self.forgotten
+        if self.labels is not None:
+            self.record.labels = self.labels.named([*self.forget, *self.forgotten])
         before = self.record.weights_before
         if self.ledger is not None:
             self.ledger.check(before)

@@ -29,6 +29,7 @@ from zsu_fast.models.wrapper import (
 CPU = torch.device("cpu")
 
 ACCEPTED = {
+    "numbers as text": ["1", "3"],
     "list": [3, 1],
     "tuple": (1, 3),
     "set": {1, 3},
@@ -68,7 +69,6 @@ REFUSED = {
     "float array": (np.array([1.0]), "float64"),
     "string": ("1,2", "str"),
     "bytes": (b"\x01", "bytes"),
-    "strings in a list": (["1", "2"], "str"),
     "dict": ({1: 2}, "dict"),
     "nested list": ([[1, 2]], "list"),
 }

@@ -25,7 +25,7 @@ from ..runtime.doctor import doctor as examine, render
 from . import options, output
 from .audit import audit
 from .demo import run as run_demo
-from .inputs import parse_classes, parse_tail, read_images
+from .inputs import folder_order, labels_of, parse_classes, parse_tail, read_images
 from .unlearn import unlearn
 
 app = typer.Typer(
@@ -135,12 +135,14 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="A folder with one sub-folder per class, an .npz file with uint8 'images' "
-            "[N, C, H, W] and 'labels', or 'demo' (2,000 MNIST images).",
+            help="A folder with one sub-folder per class, named by its number, its name or its "
+            "WordNet id; an .npz file with uint8 'images' [N, C, H, W] and 'labels'; or 'demo' "
+            "(2,000 MNIST images).",
             show_default=False,
         ),
     ],
     images: options.ImageOptions,
+    class_names: options.ClassNames = None,
     device: options.Device = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -151,14 +153,21 @@ def evaluate(
         if device is not None:
             loaded = loaded.to(device)
         started = time.perf_counter()
+        labelled = read_images(data, spec)
+        names = folder_order(class_names, labelled)
+        labels = labels_of(names, loaded)
         result = measure(
-            loaded, read_images(data, spec), parse_classes(forget), output=images.choice
-        )
+            loaded, labelled, parse_classes(forget, labels), class_names=names,
+            output=images.choice,
+        )  # fmt: skip
         seconds = time.perf_counter() - started
         if as_json:
             output.print_json(result.to_dict())
         else:
-            output.print_accuracies(Console(), model.model, [(model.model, result, seconds)])
+            console = Console()
+            output.print_accuracies(console, model.model, [(model.model, result, seconds)])
+            output.print_labels(console, "Forgotten", result.labels)
+            output.print_data_classes(console, result.data_classes, labels)
 
 
 @app.command()
@@ -228,12 +237,19 @@ def _table(path: Path, entries: list[Entry]) -> Table:
             str(entry["number"]),
             output.escape(entry["request"]),
             output.escape(entry["time"]),
-            shorten(entry["forget"], 12),
+            output.escape(shorten(_named(entry), 12)),
             shorten(entry["forgotten"], 12),
             f"{before} to {after}",
             f"{100 * leak:.2f}" if isinstance(leak, float) else "-",
         )
     return table
+
+
+def _named(entry: Entry) -> list[str]:
+    """The classes of a request, with their names if the ledger has them."""
+    labels = entry["metrics"].get("labels")
+    named = labels if isinstance(labels, dict) else {}
+    return [f"{c} ({named[str(c)]})" if str(c) in named else str(c) for c in entry["forget"]]
 
 
 def main() -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,9 +16,17 @@ from ..evaluation.audit.result import MAIN, Audit, show
 from ..evaluation.report.page import write_report
 from ..models import checkpoint
 from ..models.infer_spec import resolve_spec
+from ..models.labels import Labels
 from . import options
-from .inputs import parse_classes, read_images
-from .output import print_json, print_sentences, print_written, report_errors
+from .inputs import folder_order, labels_of, parse_classes, read_images
+from .output import (
+    print_data_classes,
+    print_json,
+    print_labels,
+    print_sentences,
+    print_written,
+    report_errors,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ def audit(
     forget: options.Forget,
     use: DataOptions,
     images: options.ImageOptions,
+    class_names: options.ClassNames = None,
     report: options.Report = None,
     seed: options.Seed = 0,
     device: options.Device = None,
@@ -63,21 +71,28 @@ def audit(
         original = model.load()
         spec = resolve_spec(original, **images.arguments())
         data = None if use.data is None else read_images(use.data, spec)
+        names = folder_order(class_names, data)
+        labels = labels_of(names, original)
         result = run_audit(
-            original, model.load(unlearned), parse_classes(forget), data,
+            original, model.load(unlearned), parse_classes(forget, labels), data,
             None if use.golden is None else model.load(use.golden),
             train_data=None if use.train_data is None else read_images(use.train_data, spec),
-            shots=use.shots, relearn_steps=use.relearn_steps, **images.arguments(),
-            output=images.choice, seed=seed, device=device, progress=False if as_json else None,
+            shots=use.shots, relearn_steps=use.relearn_steps, class_names=names,
+            **images.arguments(), output=images.choice, seed=seed, device=device,
+            progress=False if as_json else None,
         )  # fmt: skip
         if report is not None:
             title = f"{model.model}: what was forgotten"
-            write_report(report, result, title=title, names=class_names(data), force=force)
+            write_report(
+                report, result, title=title, names=report_names(result, labels), force=force
+            )
         if as_json:
             print_json(result.to_dict())
             return
         console = Console()
         _print(console, result)
+        print_labels(console, "Forgotten", result.settings.get("labels", {}))
+        print_data_classes(console, result.settings.get("data_classes", {}), labels)
         if report is not None:
             print_written(console, [report])
 
@@ -89,10 +104,12 @@ def check_writable(force: bool, report: Path | None, *others: Path | None) -> No
             checkpoint.check_writable(path, force)
 
 
-def class_names(data: Any) -> Sequence[str] | None:
-    """The names of the sub-folders, or of a data set that knows its classes' names."""
-    names = getattr(getattr(data, "dataset", data), "classes", None)
-    return names if isinstance(names, list | tuple) else None
+def report_names(result: Audit, labels: Labels | None) -> list[str] | None:
+    """The names of all classes for the report: the model's, or else those in the data."""
+    if labels is not None:
+        return list(labels.names)
+    named = {index: name for name, index in result.settings.get("data_classes", {}).items()}
+    return [named.get(c, str(c)) for c in range(result.classes)] if named else None
 
 
 def _print(console: Console, result: Audit) -> None:

@@ -2,36 +2,74 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from torch import nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnlearningWarning, shorten
+from ..evaluation.data_classes import classes_of
+from ..evaluation.image_format import ImageFormat
 from ..models.input_spec import InputSpec
+from ..models.labels import Labels, known_labels, read_class_names
 from .demo import mnist_test
+from .image_folder import image_folder
+from .npz import read_npz
+
+_CLASSES = "Pass 1,2,3 or 0-99, names where the model knows them, or a file that holds such text."
 
 
-def parse_classes(text: str) -> list[int]:
-    """Reads class indices from "1,2,3", "0-99", a mix of both, or a file that holds such text.
+def parse_classes(text: str, labels: Labels | None = None) -> list[int | str]:
+    """Reads classes from "1,2,3", "0-99", "tench, goldfish", a mix, or a file that holds such text.
+
+    Numbers become ints, and everything else stays a name, for `check_forget`. In double quotes,
+    anything is a name: ``"7"``, ``"maillot, tank suit"``. "#7" is a number in any case. In a file,
+    lines separate as commas do.
+
+    Args:
+        text: what was typed.
+        labels: the names of the model's classes: a number or range that is also one is refused.
 
     Raises:
-        ArgumentError: the text is anything else.
+        ArgumentError: no class is named, a range runs backwards, a number is also the name of
+            another class, or the file can't be read.
     """
     path = Path(text)
-    content = path.read_text() if path.is_file() else text
-    chosen: list[int] = []
-    for part in content.replace(",", " ").split():
-        low, dash, high = part.partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()) or (dash and int(high) < int(low)):
-            raise ArgumentError(
-                "forget",
-                f"got {text!r}, in which {part!r} is neither a class nor a range",
-                "Pass 1,2,3 or 0-99, or a file that exists and holds such text.",
-            )
-        chosen.extend(range(int(low), int(high or low) + 1))
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # longer than a file's name may be
+        is_file = False
+    try:
+        content = path.read_text(encoding="utf-8-sig") if is_file else text
+    except (OSError, ValueError) as error:
+        raise ArgumentError("forget", f"{text} can't be read ({error})", _CLASSES) from error
+    if re.fullmatch(r"[\d\s,-]*", content):
+        content = ",".join(content.split())  # numbers may also be separated by spaces
+    chosen: list[int | str] = []
+    for part in re.findall(r'\s*("[^"]*"|[^,\n]+)', content):
+        chosen.extend(_parse_class(part.strip(), labels, text))
+    if not chosen:
+        raise ArgumentError("forget", f"got {text!r}: no class is named", _CLASSES)
     return chosen
+
+
+def _parse_class(part: str, labels: Labels | None, text: str) -> list[int | str]:
+    found = re.fullmatch(r"(#?)(\d+)(?:-(\d+))?", part, re.ASCII)
+    if found is None:
+        return [part] if part else []
+    low, high = int(found[2]), int(found[3] or found[2])
+    if high < low:
+        raise ArgumentError("forget", f"got {text!r}, in which {part!r} runs backwards", _CLASSES)
+    named = set() if labels is None or found[1] else labels.find(part)
+    if named - {low}:
+        raise ArgumentError(
+            "forget",
+            f"got {part!r}, which is also the name of class {shorten(sorted(named))}",
+            f'Write #{part} for the number, or "{part}" in double quotes for the name.',
+        )
+    return [*range(low, high + 1)]
 
 
 def parse_numbers(name: str, text: str | None, kind: type[int] | type[float]) -> list[Any] | None:
@@ -55,65 +93,65 @@ def parse_tail(text: str) -> str | int:
 
 
 def read_images(source: str, spec: InputSpec) -> Any:
-    """Reads labelled images as two tensors, or as a data loader of such pairs.
+    """Reads labelled images as a (images, labels) pair, or as a data loader of such pairs.
 
     Args:
-        source: "demo" (2,000 MNIST images), an .npz file with uint8 ``images`` [N, C, H, W] and
-            ``labels`` [N], or a folder as for `image_folder`.
+        source: "demo" (2,000 MNIST images), an .npz file as for `read_npz`, or a folder as for
+            `image_folder`.
         spec: describes the images that the model expects.
 
     Raises:
         ArgumentError: ``source`` is none of these, or can't be read.
+
+    Warns:
+        UnlearningWarning: what is assumed of the images.
     """
     if source == "demo":
         return mnist_test()
     path = Path(source)
-    if path.suffix == ".npz" and path.is_file():
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                images, labels = (torch.from_numpy(file[k]) for k in ("images", "labels"))
-        except (KeyError, ValueError, OSError, TypeError) as error:
-            raise ArgumentError(
-                "data", f"{source} can't be read ({error})", "Store 'images' and 'labels'."
-            ) from error
-        return spec.normalise(images), labels.long()
+    if path.suffix.casefold() == ".npz" and path.is_file():
+        images, labels = read_npz(path)
+        form = ImageFormat(spec)
+        images = form(images)
+        facts, doubts = form.assumptions()
+        for note in facts + doubts:
+            warnings.warn(note, UnlearningWarning, stacklevel=2)
+        return images, labels
     if path.is_dir():
+        if spec.assumed:
+            warnings.warn(
+                f"data: mean and std are a guess ({spec.source}): pass --mean and --std",
+                UnlearningWarning,
+                stacklevel=2,
+            )
         return image_folder(path, spec)
     raise ArgumentError(
         "data", f"got {source!r}, neither a folder nor an .npz file", "Pass one, or 'demo'."
     )
 
 
-def image_folder(path: Path, spec: InputSpec, classes: int | None = None, workers: int = 0) -> Any:
-    """Returns a data loader, of batches of 64, for a folder with one sub-folder per class.
-
-    Args:
-        path: the folder; its sub-folders are numbered in sorted order.
-        spec: how to resize, crop and normalise the images.
-        classes: the number of sub-folders expected; None for any.
-        workers: processes that read images.
+def labels_of(class_names: Any, model: nn.Module) -> Labels | None:
+    """The names of the model's classes: those of --class-names, or what the model states.
 
     Raises:
-        ArgumentError: there are no sub-folders, or another number of them, or no images, or
-            torchvision is missing.
+        ArgumentError: the file can't be read.
     """
-    transform = spec.transform()
-    from torchvision import datasets
+    if isinstance(class_names, str):
+        return read_class_names(class_names)
+    return known_labels(model) if class_names is None else class_names
 
-    if not path.is_dir():
-        raise ArgumentError("data", f"{path} is not a folder", "Name one that exists.")
-    folders = [entry for entry in path.iterdir() if entry.is_dir()]
-    if not folders or (classes is not None and len(folders) != classes):
-        files = sum(entry.is_file() for entry in path.iterdir())
+
+def folder_order(class_names: str | None, data: Any) -> Any:
+    """The option --class-names: a file, or "sorted" for the names of the data's folders, in order.
+
+    Raises:
+        ArgumentError: "sorted", and the data has no folders.
+    """
+    if class_names != "sorted":
+        return class_names
+    found = None if data is None else classes_of(data)
+    if found is None:
         raise ArgumentError(
-            "data",
-            f"{path} holds {len(folders)} folders and {files} files",
-            f"Make one sub-folder per class{'' if classes is None else f', {classes} of them'}: "
-            "folders are numbered in sorted order, and ImageNet's are named by WordNet id. "
-            "Images that lie side by side, as in ILSVRC2012_img_val.tar, have to be moved into "
-            "their classes' folders first.",
+            "class_names", "got 'sorted', and the data has no folders to sort", "Pass a file."
         )
-    images = datasets.ImageFolder(str(path), transform, allow_empty=True)
-    if not len(images):
-        raise ArgumentError("data", f"there is no image in {path}", "Put some into its folders.")
-    return torch.utils.data.DataLoader(images, batch_size=64, num_workers=workers)
+    return Labels(tuple(found[0]), "the folders in sorted order", given=True)

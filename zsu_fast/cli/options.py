@@ -37,8 +37,17 @@ Classes = Annotated[
 Forget = Annotated[
     str,
     typer.Option(
-        help="Classes to forget: 1,2,3 or 0-99 or 0-49,390-439, or a file that lists them.",
+        help="Classes to forget: 1,2,3 or 0-99 or 0-49,390-439, names such as tench,goldfish "
+        "where the model or --class-names has them, or a file that lists them.",
         show_default=False,
+    ),
+]
+ClassNames = Annotated[
+    str | None,
+    typer.Option(
+        help="The names of the model's classes, in the order of its logits: a text file with one "
+        "per line, or JSON. 'sorted': those of the data's folders, in sorted order. Default: what "
+        "the model states."
     ),
 ]
 Tail = Annotated[

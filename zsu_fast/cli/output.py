@@ -14,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from ..errors import ZsuFastError
+from ..errors import ZsuFastError, shorten
 from ..evaluation.accuracy import Evaluation
+from ..models.labels import Labels
 
 
 @contextmanager
@@ -78,6 +79,27 @@ def print_level(console: Console, record: dict[str, Any]) -> None:
             "Only the last layer was trained, so the features of the forgotten classes are still "
             "inside."
         )
+
+
+def print_labels(console: Console, words: str, labels: dict[str, str]) -> None:
+    """Prints classes with their names, if there are any."""
+    if labels:
+        shown = shorten((f"{index} ({name})" for index, name in labels.items()), 12)
+        console.print(f"{words}: {shown}.", markup=False, highlight=False)
+
+
+def print_data_classes(
+    console: Console, classes: dict[str, int], labels: Labels | None, most: int = 40
+) -> None:
+    """Prints which class of the model each class of the data is; all of them with --json."""
+    if not classes:
+        return
+    names = {} if labels is None else labels.named(classes.values())
+    pairs = (
+        f"{n} = {i}{f' ({names[str(i)]})' if str(i) in names else ''}"
+        for n, i in sorted(classes.items(), key=lambda pair: pair[1])
+    )
+    console.print(f"Data: {shorten(pairs, most)}.", markup=False, highlight=False)
 
 
 def print_accuracies(

@@ -26,8 +26,8 @@ from ..provenance.record import Record
 from ..runtime import distributed
 from ..unlearner import ZeroShotUnlearner
 from . import options, output
-from .audit import check_writable, class_names
-from .inputs import parse_classes, parse_tail, read_images
+from .audit import check_writable, report_names
+from .inputs import folder_order, labels_of, parse_classes, parse_tail, read_images
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ def unlearn(
     method: MethodOptions,
     impressions: options.ImpressionOptions,
     images: options.ImageOptions,
+    class_names: options.ClassNames = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     as_json: options.AsJson = False,
@@ -156,6 +157,7 @@ def unlearn(
         if ranks.is_main:
             paths.check()
         loaded = model.load()
+        labels = labels_of(folder_order(class_names, None), loaded)
         # the run changes `loaded` in place; the delta and the report need the model before it
         needs_base = ranks.is_main and (paths.delta is not None or paths.report is not None)
         base = deep_copy(loaded, UNCOPYABLE) if needs_base else loaded
@@ -166,8 +168,10 @@ def unlearn(
                 request.ledger, request.request, request.new_base, write=write
             )
         run = ZeroShotUnlearner(
-            loaded, parse_classes(forget), ledger=ledger,
-            forgotten=None if request.forgotten is None else parse_classes(request.forgotten),
+            loaded, parse_classes(forget, labels), ledger=ledger, class_names=labels,
+            forgotten=(
+                None if request.forgotten is None else parse_classes(request.forgotten, labels)
+            ),
             **method.arguments(), **asdict(impressions), **images.arguments(),
             output=images.choice, seed=seed, device=device, inplace=True, progress=progress,
         )  # fmt: skip
@@ -192,10 +196,11 @@ def _write_report(
     spec, data = run.spec, paths.report_data
     images = None if data is None else read_images(data, spec)
     found = audit(
-        base, result, run.forget, images, input_shape=spec.shape, mean=spec.mean, std=spec.std,
-        output=run.work.output, seed=run.options.seed, device=run.device, progress=progress,
+        base, result, run.forget, images, class_names=run.labels, output=run.work.output,
+        input_shape=spec.shape, mean=spec.mean, std=spec.std, seed=run.options.seed,
+        device=run.device, progress=progress,
     )  # fmt: skip
-    record, names = run.record.to_dict(), class_names(images)
+    record, names = run.record.to_dict(), report_names(found, run.labels)
     title = f"{record['model']}: what was forgotten"
     write_report(paths.report, found, title=title, record=record, names=names, force=paths.force)
     return found.verdict
@@ -220,6 +225,7 @@ def _print(
     facts = run.record.to_dict()
     best, total = facts["fit"]["best"], facts["timings"]["total"]
     console.print(f"Forgot {len(run.forget)} of {run.classes} classes in {total:.1f} s.")
+    output.print_labels(console, "Forgotten", facts["labels"])
     console.print(
         f"Impressions: {facts['impressions']['count']}, "
         f"{100 * facts['impressions']['hit_rate']:.1f} % reached their confidence."

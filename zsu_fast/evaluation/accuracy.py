@@ -6,27 +6,23 @@ FA and RA say whether the outputs forgot without harm; they say nothing about th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, UnlearningWarning
 from ..models.class_indices import ANY_NUMBER, check_forget
-from ..models.outputs import (
-    OutputChoice,
-    check_output,
-    find_output,
-    is_ambiguous,
-    pick_logits,
-)  # fmt: skip
+from ..models.labels import Labels, known_labels
+from ..models.outputs import OutputChoice, check_output, is_ambiguous, pick_logits
 from ..models.parameters import unwrap
-from ..models.probe import refuse_embedding
-from ..models.wrapper import working_copy
-from .labelled_batches import check_label_range, labelled_batches
+from .data_classes import check_order
+from .labelled_data import LabelledData
+from .run_model import check_logits, choose_output, image_spec, run_model
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,8 @@ class Evaluation:
         forget_count, retain_count: numbers of images behind FA and RA; their sum is the number
             behind the overall accuracy.
         forget: the forgotten classes.
+        labels: class index, as text, -> name, for the forgotten classes; {} if not known.
+        data_classes: class of the data -> class of the model, where the data names its classes.
     """
 
     forget_accuracy: float | None
@@ -51,6 +49,8 @@ class Evaluation:
     forget_count: int
     retain_count: int
     forget: list[int]
+    labels: dict[str, str] = field(default_factory=dict)
+    data_classes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_counts(cls, correct: Tensor, total: Tensor, forget: list[int]) -> Evaluation:
@@ -85,72 +85,72 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    data: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]],
+    data: Any,
     forget: Any,
     batch: int = 256,
     *,
     output: OutputChoice | None = None,
+    class_names: Any = None,
+    input_shape: Sequence[int] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
 ) -> Evaluation:
     """Measures ``model`` on labelled images.
 
+    Where the data names its classes (folders, data sets), they are matched with the model's by name
+    or number, so that their order does not count; see `map_classes`.
+
     Args:
         model: an image classifier; runs in eval mode and returns to its modes afterwards.
-        data: a (images, labels) pair of tensors, or a DataLoader or another iterable of such
-            pairs; images float [N, ...] as the model takes them, labels int [N].
+        data: a (images, labels) pair of tensors or arrays; a DataLoader, a data set, or another
+            iterable of such pairs, of (image, label) rows, or of dicts with keys such as
+            ``pixel_values`` and ``labels``. Images are float [N, ...] as the model takes them, or
+            uint8 or pictures where mean and std are known; labels int [N].
         forget: the forgotten classes, as for `unlearn`.
-        batch: the batch size if ``data`` is a pair of tensors.
+        batch: the batch size if ``data`` is a pair or has rows.
         output: which item of the model's output holds the logits: an index, a key or attribute, or
             a callable; None: the item that the last layer makes (see `find_output`).
+        class_names: the names of the model's classes, as for `unlearn`.
+        input_shape, mean, std: the images that the model takes; None: what the model states.
 
     Raises:
-        ArgumentError: there are no images, the model has no logit for a label, or ``forget`` is
-            not a set of class indices.
-        ModelError: the model returns no logits, or an embedding instead.
+        ArgumentError: there are no images, the model has no logit for a label, the classes of the
+            data can't be matched with the model's, or ``forget`` is not a set of classes.
+        ModelError: the model returns no logits, an embedding instead, or logits that are not
+            finite.
+
+    Warns:
+        UnlearningWarning: what is assumed of the images and labels.
     """
     check_output(output)
-    correct: Tensor | None = None
-    first = next(unwrap(model).parameters(), None)
+    source = LabelledData(data, "data", image_spec(model, input_shape, mean, std), class_names)
+    predictions: list[Tensor] = []
+    targets: list[Tensor] = []
+    labels: Labels | None = None
+    classes = 0
     with _eval_mode(model):
-        for images, labels in labelled_batches(data, "data", batch):
-            if first is not None:
-                images = images.to(first.device, first.dtype)
-            scores = model(images)
-            if correct is None:
-                output = _checked_output(model, images, scores, output)
-            logits = _logits(scores, output, len(images))
-            classes = logits.shape[1]
-            if correct is None:
-                forget = check_forget(forget, classes)
-                correct = total = torch.zeros(classes, dtype=torch.int64)
-            check_label_range(labels, classes, "data")
-            in_batch = count_correct(logits.argmax(1).cpu(), labels, classes)
-            correct, total = correct + in_batch[0], total + in_batch[1]
-    assert correct is not None  # labelled_batches yields a batch or raises
-    return Evaluation.from_counts(correct, total, forget)
-
-
-def _checked_output(
-    model: nn.Module, images: Tensor, scores: Any, output: OutputChoice | None
-) -> OutputChoice | None:
-    """Which item of the output holds the logits, found if not given; refuses an embedding."""
-    if output is None and is_ambiguous(scores):
-        output = find_output(working_copy(model, images.device).module, images[:2].float())
-    if not isinstance(unwrap(model), MaskedClassifier):
-        refuse_embedding(model, images[:4], output)
-    return output
-
-
-def _logits(scores: Any, output: OutputChoice | None, images: int) -> Tensor:
-    """The logits [N, C] in a model's output for so many images."""
-    logits: Tensor = pick_logits(scores, output)
-    if logits.ndim == 1 and images == 1:  # a squeeze() in forward() removed the batch dimension
-        logits = logits[None]
-    if logits.ndim != 2 or len(logits) != images:
-        raise ModelError(
-            f"for {images} images its output is {tuple(logits.shape)}, not [{images}, classes]",
-            "Pass an image classifier: one image in, one row of logits out.",
-        )
-    return logits
+        for images, given in source.batches(batch):
+            if not predictions and not isinstance(unwrap(model), MaskedClassifier):
+                output = choose_output(model, images, output)
+            logits = run_model(model, images, output)
+            if not predictions:
+                classes = logits.shape[1]
+                labels = source.match(model, classes)
+                forget = check_forget(forget, classes, labels)
+            check_logits(logits)
+            targets.append(source.targets(given, classes))
+            predictions.append(logits.argmax(1).cpu())
+    pair = torch.cat(predictions), torch.cat(targets)
+    facts, doubts = source.format.assumptions()
+    if found := check_order(*pair, classes, forget, source.found):
+        doubts.append(f"data: {found}")
+    for note in [*facts, *doubts]:
+        warnings.warn(note, UnlearningWarning, stacklevel=2)
+    return replace(
+        Evaluation.from_counts(*count_correct(*pair, classes), forget),
+        labels={} if labels is None else labels.named(forget),
+        data_classes={} if source.found is None else source.found.classes,
+    )
 
 
 def count_correct(predictions: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -210,4 +210,6 @@ def mask(model: nn.Module, forget: Any, output: OutputChoice | None = None) -> M
             found at the first forward pass.
     """
     check_output(output)
-    return MaskedClassifier(model, check_forget(forget, ANY_NUMBER), output)
+    labels = known_labels(model)
+    classes = ANY_NUMBER if labels is None else len(labels)
+    return MaskedClassifier(model, check_forget(forget, classes, labels), output)

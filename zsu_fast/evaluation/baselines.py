@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..models.class_indices import check_forget
 from ..models.input_spec import InputSpec, noise_images
+from ..models.labels import known_labels
 from ..models.outputs import OutputChoice
 from ..models.prepare import prepare_model
 from ..models.wrapper import LogitsModel
@@ -67,7 +68,7 @@ def random_embeddings(
         )
     work = prepare_model(model, device, output=output)
     forget_mask = torch.zeros(work.classes, dtype=torch.bool, device=work.device)
-    forget_mask[check_forget(forget, work.classes)] = True
+    forget_mask[check_forget(forget, work.classes, known_labels(model, work.classes))] = True
     images = noise_images(work.spec, 4).to(work.device)
     labels = torch.zeros(4, dtype=torch.int64, device=work.device)
     split = find_split(work.model, tail, images, labels)

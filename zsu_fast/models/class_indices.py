@@ -1,4 +1,4 @@
-"""Checks class indices passed by the user."""
+"""Checks classes, indices or names, passed by the user."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .labels import Labels, class_indices
 
 # The number of classes if it is not known yet.
 ANY_NUMBER = 1 << 31
 
 
-def check_forget(forget: Any, classes: int) -> list[int]:
+def check_forget(forget: Any, classes: int, labels: Labels | None = None) -> list[int]:
     """Returns ``forget`` as a sorted list of class indices, at least one class fewer than all.
+
+    Args:
+        forget, classes, labels: see `check_classes`.
 
     Raises:
         ArgumentError: as `check_classes`, or every class is named.
     """
-    indices = check_classes("forget", forget, classes)
+    indices = check_classes("forget", forget, classes, labels)
     if len(indices) == classes:
         raise ArgumentError(
             "forget",
@@ -31,7 +35,9 @@ def check_forget(forget: Any, classes: int) -> list[int]:
     return indices
 
 
-def check_forgotten(forgotten: Any, forget: Sequence[int], classes: int) -> list[int]:
+def check_forgotten(
+    forgotten: Any, forget: Sequence[int], classes: int, labels: Labels | None = None
+) -> list[int]:
     """Returns the classes forgotten before as a sorted list; None and empty collections give [].
 
     Raises:
@@ -43,7 +49,7 @@ def check_forgotten(forgotten: Any, forget: Sequence[int], classes: int) -> list
         empty = False
     if empty:
         return []
-    before = check_classes("forgotten", forgotten, classes)
+    before = check_classes("forgotten", forgotten, classes, labels)
     if repeated := sorted(set(before) & set(forget)):
         raise ArgumentError(
             "forget",
@@ -60,16 +66,21 @@ def check_forgotten(forgotten: Any, forget: Sequence[int], classes: int) -> list
     return before
 
 
-def check_classes(argument: str, value: Any, classes: int) -> list[int]:
+def check_classes(
+    argument: str, value: Any, classes: int, labels: Labels | None = None
+) -> list[int]:
     """Returns ``value`` as a sorted list of class indices.
 
     Args:
         argument: its name, for the error.
-        value: one int, or any collection of ints (list, tuple, set, range, numpy array, tensor).
+        value: one int, or any collection of ints (list, tuple, set, range, numpy array, tensor);
+            names of classes, too, as one text or among the ints.
         classes: number of the model's logits, or `ANY_NUMBER`.
+        labels: the names of the model's classes, if they are known.
 
     Raises:
-        ArgumentError: empty, out of range, duplicated, or not whole numbers.
+        ArgumentError: empty, out of range, duplicated, not whole numbers, or not the name of one
+            class.
     """
     valid = f"from 0 to {classes - 1}" if classes < ANY_NUMBER else "counted from 0"
     remedy = f"Pass distinct class indices {valid}, such as {argument}=[0, 1]."
@@ -77,26 +88,37 @@ def check_classes(argument: str, value: Any, classes: int) -> list[int]:
     def refuse(why: str) -> ArgumentError:
         return ArgumentError(argument, f"got {_short_repr(value)}: {why}", remedy)
 
-    indices = _as_ints(value, refuse)
+    items = _as_list(value, refuse, labels is not None)
+    if any(isinstance(item, str) for item in items):
+        indices = class_indices(items, labels, classes, argument)
+    else:
+        indices = items
     if not indices:
         raise refuse("no class is named")
     if min(indices) < 0:
         raise refuse(f"{min(indices)} is negative")
     if max(indices) >= classes:
         raise refuse(f"{max(indices)} is out of range, the model has {classes} logits")
+    if any(isinstance(item, str) for item in items):
+        indices = [
+            *dict.fromkeys(indices)
+        ]  # several names of one class, as in "tench, Tinca tinca"
     if len(set(indices)) < len(indices):
         repeated = sorted({c for c in indices if indices.count(c) > 1})
         raise refuse(f"{repeated} named more than once")
     return sorted(indices)
 
 
-def _as_ints(value: Any, refuse: Callable[[str], ArgumentError]) -> list[int]:
-    if isinstance(value, str | bytes | dict):
+def _as_list(value: Any, refuse: Callable[[str], ArgumentError], named: bool) -> list[Any]:
+    """The ints and texts in ``value``, which is a text itself only if classes are ``named``."""
+    if isinstance(value, bytes | dict) or (isinstance(value, str) and not named):
         raise refuse(f"a {type(value).__name__} is not a collection of class indices")
-    if isinstance(value, Tensor | np.ndarray):
-        if "int" not in str(value.dtype):
+    if isinstance(value, str):
+        items: list[Any] = [value]
+    elif isinstance(value, Tensor | np.ndarray):
+        if "int" not in str(value.dtype) and getattr(value.dtype, "kind", "") != "U":
             raise refuse(f"its dtype is {value.dtype}, not an integer type")
-        items: list[Any] = value.reshape(-1).tolist()
+        items = value.reshape(-1).tolist()
     elif isinstance(value, Iterable):
         items = list(value)
     else:
@@ -108,9 +130,9 @@ def _as_ints(value: Any, refuse: Callable[[str], ArgumentError]) -> list[int]:
             item.numel() != 1 or item.is_floating_point() or item.dtype == torch.bool
         ):
             raise refuse("it holds a tensor that is not one whole number")
-        if not isinstance(item, int | np.integer | Tensor):
+        if not isinstance(item, int | np.integer | Tensor | str):
             raise refuse(f"{item!r} is a {type(item).__name__}, not an int")
-    return [int(item) for item in items]
+    return [item if isinstance(item, str) else int(item) for item in items]
 
 
 def _short_repr(value: Any) -> str:

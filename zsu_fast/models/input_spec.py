@@ -138,8 +138,8 @@ def torchvision_spec(transforms: Any) -> InputSpec:
     return InputSpec((3, crop, crop), mean, std, source, resize, mode)
 
 
-def _from_torchvision(model: nn.Module) -> InputSpec | None:
-    """Reads the weights entry for the model's class with the same number of parameters."""
+def torchvision_entry(model: nn.Module) -> Any:
+    """The torchvision weights entry for the model's class with the same number of parameters."""
     module = type(model).__module__
     if not module.startswith("torchvision.models."):
         return None
@@ -150,8 +150,13 @@ def _from_torchvision(model: nn.Module) -> InputSpec | None:
         entries: Any = found if issubclass(found, WeightsEnum) else ()
         for entry in entries:
             if entry.meta.get("num_params") == count:
-                return torchvision_spec(entry.transforms())
+                return entry
     return None
+
+
+def _from_torchvision(model: nn.Module) -> InputSpec | None:
+    entry = torchvision_entry(model)
+    return None if entry is None else torchvision_spec(entry.transforms())
 
 
 def _from_timm(model: nn.Module) -> InputSpec | None:

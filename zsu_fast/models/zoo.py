@@ -189,25 +189,32 @@ class CompactViT(nn.Module):
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the zoo: its factory, the images it expects, and its weights file, if any."""
+    """A model of the zoo: its factory, the images it expects, its weights file, if any, and its
+    classes' names."""
 
     build: Callable[[], nn.Module]
     spec: InputSpec
     weights: str | None = None
+    class_names: tuple[str, ...] = ()
 
 
 _CIFAR_MEAN, _CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_CIFAR10 = (
+    "airplane, plane", "automobile, car", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+    "truck",
+)  # fmt: skip
 _MNIST = InputSpec((1, 28, 28), (0.1307,), (0.3081,), "stated by the zoo")
 _CIFAR = InputSpec((3, 32, 32), _CIFAR_MEAN, _CIFAR_STD, "stated by the zoo")
 _CIFAR_RESNET = InputSpec((3, 32, 32), IMAGENET_MEAN, IMAGENET_STD, "stated by the zoo")
 ZOO: dict[str, Entry] = {
-    "lenet5": Entry(LeNet5, _MNIST, "lenet5.safetensors"),
-    "lenet5_golden": Entry(LeNet5, _MNIST, "lenet5_golden.safetensors"),
-    "karpathynet": Entry(KarpathyNet, _CIFAR, "karpathynet.safetensors"),
-    "karpathynet_golden": Entry(KarpathyNet, _CIFAR, "karpathynet_golden.safetensors"),
-    "resnet20_cifar": Entry(lambda: CifarResNet(3), _CIFAR_RESNET),
-    "resnet56_cifar": Entry(lambda: CifarResNet(9), _CIFAR_RESNET),
-    "vit_cifar": Entry(CompactViT, _CIFAR, "vit_cifar.safetensors"),
+    "lenet5": Entry(LeNet5, _MNIST, "lenet5.safetensors", _DIGITS),
+    "lenet5_golden": Entry(LeNet5, _MNIST, "lenet5_golden.safetensors", _DIGITS),
+    "karpathynet": Entry(KarpathyNet, _CIFAR, "karpathynet.safetensors", _CIFAR10),
+    "karpathynet_golden": Entry(KarpathyNet, _CIFAR, "karpathynet_golden.safetensors", _CIFAR10),
+    "resnet20_cifar": Entry(lambda: CifarResNet(3), _CIFAR_RESNET, None, _CIFAR10),
+    "resnet56_cifar": Entry(lambda: CifarResNet(9), _CIFAR_RESNET, None, _CIFAR10),
+    "vit_cifar": Entry(CompactViT, _CIFAR, "vit_cifar.safetensors", _CIFAR10),
 }
 
 
@@ -221,6 +228,7 @@ def build(name: str) -> nn.Module:
         raise ArgumentError("model", f"got {name!r}", f"Pass one of {', '.join(ZOO)}.")
     model = ZOO[name].build().eval()
     model.input_spec = ZOO[name].spec  # type: ignore[assignment]
+    model.class_names = ZOO[name].class_names  # type: ignore[assignment]
     return model
 
 

@@ -201,6 +201,8 @@ def _entry(record: Record, ledger: Ledger, entries: list[Entry]) -> Entry:
         "trained": facts["split"]["trained"],
         "seconds": facts["timings"]["total"],
         "warnings": facts["warnings"],
+        # in here, since the entry's own fields are fixed by its format
+        **({"labels": facts["labels"]} if facts["labels"] else {}),
     }
     entry: Entry = {
         "format": FORMAT,

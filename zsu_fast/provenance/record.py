@@ -31,6 +31,7 @@ class Record:
         forget: the classes to forget.
         forgotten: classes that the model had forgotten before.
         classes: number of logits.
+        labels: class index, as text, -> name, for the forgotten classes; {} if names are unknown.
         settings: the options of the run.
         input: shape, mean, std and so on of the images, and how they are known (`InputSpec`).
         versions: of zsu_fast, torch and python; platform, threads, device.
@@ -57,6 +58,7 @@ class Record:
     started: str
     weights_before: str
     forgotten: list[int] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
     weights_after: str = ""
     impressions: dict[str, Any] = field(default_factory=dict)
     depth: dict[str, Any] = field(default_factory=dict)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.class_indices import check_classes
+from ..models.labels import known_labels
 from ..models.outputs import OutputChoice
 from ..models.parameters import weights_hash
 from ..models.prepare import prepare_model
@@ -86,7 +87,9 @@ def synthesize(
     prepared = prepare_model(model, device, input_shape, mean, std, output)
     chosen = list(range(prepared.classes))
     if classes is not None:
-        chosen = check_classes("classes", classes, prepared.classes)
+        chosen = check_classes(
+            "classes", classes, prepared.classes, known_labels(model, prepared.classes)
+        )
     with report:
         space = input_space(prepared.model, prepared.spec, precision)
         return ascend(prepared.model, space, chosen, settings, report, cache)

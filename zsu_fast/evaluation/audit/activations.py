@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ArgumentError
-from ...models.input_spec import InputSpec
 from ...runtime.hooks import forward_pre_hooks
-from ..labelled_batches import check_label_range, labelled_batches
+from ..labelled_data import LabelledData
+from ..run_model import check_logits
 from .audited_model import AuditedModel
 
 # A layer's input is pooled to at most this many numbers per image, the last layer's to the second.
@@ -102,6 +101,7 @@ def collect_activations(
             for audited in group:
                 if audited is not group[0]:
                     out = audited.logits(features)
+                check_logits(out, audited.name)
                 predictions[audited.name].append(out.argmax(1).cpu())
                 among[audited.name].append(forgotten[out[:, forget].argmax(1).cpu()])
                 if audited.name in stored:
@@ -129,30 +129,18 @@ def _concatenate(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def normalised_batches(
-    data: Any, spec: InputSpec, classes: int, argument: str
-) -> Iterator[tuple[Tensor, Tensor]]:
+def normalised_batches(data: LabelledData, classes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields normalised images, float32 on the CPU, and labels, int64, from the data of `audit`.
 
     Args:
-        data: see `labelled_batches`; uint8 images (0..255) are normalised, float ones are not.
-        spec, classes: the images that the model takes, and the number of logits.
-        argument: the name of the argument, for error messages.
+        data: matched with the model; uint8 images (0..255) are normalised, float ones are not.
+        classes: the number of logits.
 
     Raises:
-        ArgumentError: as `labelled_batches`, the model has no logit for a label, or images are not
-            of its size.
+        ArgumentError: see `LabelledData`.
     """
-    for images, labels in labelled_batches(data, argument, _BATCH):
-        check_label_range(labels, classes, argument)
-        if images.shape[1:] != torch.Size(spec.shape):
-            raise ArgumentError(
-                argument,
-                f"its images are {tuple(images.shape[1:])}, the model takes {spec.shape}",
-                "Pass images [N, channels, height, width] of the model's size.",
-            )
-        images = images.cpu()
-        yield (spec.normalise(images) if images.dtype == torch.uint8 else images.float()), labels
+    for images, labels in data.batches(_BATCH):
+        yield images.cpu().float(), data.targets(labels, classes)
 
 
 def sample_layers(layers: list[str]) -> list[str]:

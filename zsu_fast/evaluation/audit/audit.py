@@ -40,6 +40,7 @@ def audit(
     *,
     train_data: Any = None,
     impressions: ClassImpressions | None = None,
+    class_names: Any = None,
     impressions_per_class: int = 16,
     shots: int = 500,
     relearn_steps: int | None = None,
@@ -60,12 +61,12 @@ def audit(
         original: the classifier before unlearning.
         unlearned: the classifier to judge, with the same logits; also a `zsu_fast.mask`.
         forget: the classes that were to be forgotten, as for `unlearn`.
-        data: labelled images that no model was trained on: a (images, labels) pair of tensors or an
-            iterable of such batches; images uint8 [N, C, H, W], or float as the model takes them;
-            labels int [N]. Without ``train_data``, probe and k-NN learn from one half of them.
+        data: labelled images that no model was trained on, as for `evaluate`. Without
+            ``train_data``, probe and k-NN learn from one half of them.
         golden: a model trained without the forgotten classes, with the same logits.
         train_data: labelled images that the models were trained on, of all classes.
         impressions: of the original, unseen by unlearning; None synthesises them.
+        class_names: the names of the model's classes, as for `unlearn`.
         impressions_per_class: number to synthesise; at most 4 with more than 50 classes.
         shots: images per class that relearning may use.
         relearn_steps: step limit; 0 leaves relearning out. None: 100, and all weights are left out
@@ -90,7 +91,7 @@ def audit(
         "relearn_goal": GOAL, "input": {"shape": spec.shape, "mean": spec.mean, "std": spec.std},
     }  # fmt: skip
     audited = audited_copy(ORIGINAL, original, spec, where, output)
-    context = AuditContext(audited, forget, settings)
+    context = AuditContext(audited, forget, settings, class_names)
     return _run(context, {ORIGINAL: original, UNLEARNED: unlearned, GOLDEN: golden},
                 data, train_data, impressions, progress)  # fmt: skip
 

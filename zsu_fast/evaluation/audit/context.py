@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...models.class_indices import check_forget
+from ...models.labels import Labels, resolve_labels
 from ...models.wrapper import count_classes
 from ...runtime.measuring import multiply_adds
 from ...synthesis.impressions import ClassImpressions
@@ -26,11 +27,13 @@ class AuditContext:
         original: the model before unlearning.
         forget: the classes that were to be forgotten; checked here.
         settings: the caller's options.
+        class_names: the names of the classes, as the caller gave them.
         models: the models that get a row.
         restored: (model's name, part) -> the model with that part of the original's last layer
             put back.
         rows: model's name -> its results.
         notes, counts, pictures: see `Audit`.
+        labels: the names of the classes, or None.
         spec, device, classes: the original's images, its device, and its number of logits.
         multiply_adds: of one image.
         seed: determines everything random.
@@ -43,6 +46,7 @@ class AuditContext:
     original: AuditedModel
     forget: list[int]
     settings: dict[str, Any]
+    class_names: Any = None
     models: list[AuditedModel] = field(default_factory=list)
     restored: dict[tuple[str, Restored], AuditedModel] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
@@ -55,7 +59,12 @@ class AuditContext:
         self.spec, self.device = self.original.spec, self.original.device
         self.seed: int = self.settings["seed"]
         self.classes = count_classes(self.original.model, self.spec, self.device)
-        self.forget = check_forget(self.forget, self.classes)
+        self.labels: Labels | None = resolve_labels(
+            self.class_names, self.original.model, self.classes
+        )
+        self.forget = check_forget(self.forget, self.classes, self.labels)
+        if self.labels is not None:
+            self.settings["labels"] = self.labels.named(self.forget)
         image = torch.zeros(1, *self.spec.shape, device=self.device)
         self.multiply_adds = multiply_adds(self.original.model, image)
         self.forget_mask = torch.zeros(self.classes, dtype=torch.bool)

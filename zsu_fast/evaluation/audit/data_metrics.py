@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 
-from ...errors import ZsuFastError
+from ...errors import UnlearningWarning, ZsuFastError
 from ..accuracy import Evaluation, count_correct
+from ..data_classes import check_order
+from ..labelled_data import LabelledData
 from . import outputs
 from .activations import Activations, collect_activations, normalised_batches
 from .context import AuditContext, TrainTestSplit, confusion, percent_true
@@ -48,21 +51,45 @@ def collect_images(
     restored = list(context.restored.values())
     per_class = max(2, _MAX_FEATURES // context.classes)
     images = tested if train_data is not None else {c: shots + n for c, n in tested.items()}
-    batches = normalised_batches(data, context.spec, context.classes, "data")
+    source = _matched(context, data, "data")
+    batches = normalised_batches(source, context.classes)
     test = collect_activations(batches, context.models, restored, context.forget, per_class, images)
+    _check_classes(context, source, test)
     context.counts["forget_images"] = int(context.forget_mask[test.labels].sum())
     context.counts["retain_images"] = len(test.labels) - context.counts["forget_images"]
     if train_data is None:
         half, other = split_in_half(test.labels[test.feature_index])
         return test, TrainTestSplit(test, half, test, other)
     per_class = max(2, _MAX_FEATURES // 2 // context.classes)
-    batches = normalised_batches(train_data, context.spec, context.classes, "train_data")
+    source = _matched(context, train_data, "train_data")
+    batches = normalised_batches(source, context.classes)
     images = dict.fromkeys(stored, shots)
     train = collect_activations(batches, context.models, [], context.forget, per_class, images)
+    _check_classes(context, source, train)
     context.counts["train_images"] = len(train.labels)
     context.counts["probe_train_images"] = len(train.feature_index)
     rows = [torch.ones(len(a.feature_index), dtype=torch.bool) for a in (train, test)]
     return test, TrainTestSplit(train, rows[0], test, rows[1])
+
+
+def _matched(context: AuditContext, data: Any, argument: str) -> LabelledData:
+    source = LabelledData(data, argument, context.spec, context.labels, exact_size=True)
+    source.match(context.original.model, context.classes)
+    if source.found is not None:
+        context.settings[f"{argument}_classes"] = source.found.classes
+    return source
+
+
+def _check_classes(context: AuditContext, source: LabelledData, seen: Activations) -> None:
+    """Notes what was assumed of images and labels, and warns where that is doubtful."""
+    facts, doubts = source.format.assumptions()
+    pair = seen.predictions[ORIGINAL], seen.labels
+    # the original has forgotten nothing, so that all its predictions count
+    if found := check_order(*pair, context.classes, [], source.found):
+        doubts.append(f"{source.argument}: {found}")
+    context.notes += facts + doubts
+    for doubt in doubts:
+        warnings.warn(doubt, UnlearningWarning, stacklevel=2)
 
 
 def add_accuracies(context: AuditContext, images: Activations) -> None:
