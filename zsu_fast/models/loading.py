@@ -6,16 +6,20 @@ A name refers to the zoo, torchvision, timm, a transformers folder, or ``module:
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnlearningWarning
 from . import checkpoint, zoo
 from .input_spec import torchvision_spec
+from .parameters import deep_copy
 
 PRETRAINED = "pretrained"
 
@@ -27,14 +31,15 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
         name: a zoo name ("lenet5"), a torchvision or timm name ("resnet50", or "torchvision:..."
             and "timm:..." to choose), "hf:folder" (a transformers image classifier written by
             ``save_pretrained``; nothing is downloaded), or "package.module:factory" (a function
-            without required arguments that returns an ``nn.Module``).
-        weights: a safetensors file, or a checkpoint that ``torch.load(weights_only=True)`` accepts;
-            "pretrained", or the name of a torchvision weights entry, lets torchvision or timm
+            without required arguments that returns an ``nn.Module``, or a module itself).
+        weights: a safetensors file, or a checkpoint that ``torch.load(weights_only=True)`` accepts,
+            as for `checkpoint.load_into` ("last.pt::state_dict_ema"); "pretrained", or the name of a torchvision weights entry, lets torchvision or timm
             download theirs; None takes the weights of the zoo, the folder, or the factory.
         classes: number of logits of a torchvision or timm model; None for its default.
 
     Raises:
-        ArgumentError: no such model, or no weights are given for a model that has none.
+        ArgumentError: no such model, the factory raises, or no weights are given for a model that
+            has none.
         CheckpointError: the file can't be read, or does not fit the model.
     """
     source, _, rest = name.partition(":")
@@ -65,9 +70,17 @@ class _Unknown(ArgumentError):
     """The library has no model of this name."""
 
 
-def _with_file(model: nn.Module, weights: str | None) -> nn.Module:
+def _with_file(model: nn.Module, weights: str | None, name: str = "") -> nn.Module:
+    """Loads the file, if one is given; ``name`` is that of the architecture in its library."""
     if weights is not None:
-        checkpoint.load_into(model, weights)
+        arch = checkpoint.load_into(model, weights).arch
+        if name and arch and arch != name:
+            warnings.warn(
+                f"weights: {weights} states that it is of {arch!r}, and the model is {name!r}. "
+                f"Their tensors have the same names and shapes, but they may compute otherwise.",
+                UnlearningWarning,
+                stacklevel=3,
+            )
     return model.eval()
 
 
@@ -85,7 +98,7 @@ def _torchvision(name: str, weights: str | None, classes: int | None) -> nn.Modu
     chosen = default if weights == PRETRAINED else entries.__members__.get(weights)
     model = models.get_model(name, weights=chosen, **options)
     model.input_spec = torchvision_spec((chosen or default).transforms())
-    return _with_file(model, weights if chosen is None else None)
+    return _with_file(model, weights if chosen is None else None, name)
 
 
 def _timm(name: str, weights: str | None, classes: int | None) -> nn.Module:
@@ -98,7 +111,7 @@ def _timm(name: str, weights: str | None, classes: int | None) -> nn.Module:
     _need_weights(name, weights)
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     model = timm.create_model(name, pretrained=weights == PRETRAINED, **options)
-    return _with_file(model, None if weights == PRETRAINED else weights)
+    return _with_file(model, None if weights == PRETRAINED else weights, name)
 
 
 def _transformers(folder: str, weights: str | None) -> nn.Module:
@@ -139,22 +152,71 @@ def _transformers(folder: str, weights: str | None) -> nn.Module:
 def _factory(module: str, attribute: str) -> nn.Module:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as with `python -m`; a console script does not do this
+    name = f"{module}:{attribute}"
     try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        factory: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            factory = getattr(factory, part)
+    except Exception as error:
         raise ArgumentError(
             "model",
-            f"got '{module}:{attribute}', which can't be imported ({error})",
+            f"got {name!r}, which can't be imported ({_reason(error)})",
             "Pass package.module:factory, importable from the current folder.",
         ) from error
-    model = factory()
+    if isinstance(factory, nn.Module):  # the caller may change what it gets
+        return deep_copy(factory, f"Let {name} be a function that builds the model.")
+    _check_callable(name, factory)
+    try:
+        model = factory()
+    except Exception as error:
+        raise ArgumentError(
+            "model",
+            f"{name} raises {_reason(error)}{_place(error)}",
+            "Call it without arguments in Python to see the whole error, and mend it there.",
+        ) from error
     if not isinstance(model, nn.Module):
         raise ArgumentError(
             "model",
-            f"{module}:{attribute} returned a {type(model).__name__}",
+            f"{name} returned a {type(model).__name__}",
             "Return a torch.nn.Module from it.",
         )
     return model
+
+
+def _check_callable(name: str, factory: Any) -> None:
+    """Raises unless ``factory`` can be called without arguments."""
+    if not callable(factory):
+        raise ArgumentError(
+            "model",
+            f"{name} is a {type(factory).__name__}, neither a function nor a module",
+            "Name a function without required arguments that returns a torch.nn.Module.",
+        )
+    try:
+        signature = inspect.signature(factory)
+    except (ValueError, TypeError):  # of some builtins: calling it will tell
+        return
+    needed = [
+        p.name for p in signature.parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]  # fmt: skip
+    if needed:
+        raise ArgumentError(
+            "model",
+            f"{name} needs arguments ({', '.join(needed)}), and is called without any",
+            f"Name a function without required arguments, such as "
+            f"def make(): return {factory.__name__}(...).",
+        )
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(checkpoint.printable(str(error)).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _place(error: BaseException) -> str:
+    """Where the user's code raised: file and line of the innermost frame."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" (line {frames[-1].lineno} of {frames[-1].filename})" if len(frames) > 1 else ""
 
 
 def _need_weights(name: str, weights: str | None) -> None:
