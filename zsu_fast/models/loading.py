@@ -33,8 +33,9 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
             ``save_pretrained``; nothing is downloaded), or "package.module:factory" (a function
             without required arguments that returns an ``nn.Module``, or a module itself).
         weights: a safetensors file, or a checkpoint that ``torch.load(weights_only=True)`` accepts,
-            as for `checkpoint.load_into` ("last.pt::state_dict_ema"); "pretrained", or the name of a torchvision weights entry, lets torchvision or timm
-            download theirs; None takes the weights of the zoo, the folder, or the factory.
+            as for `checkpoint.load_into` ("last.pt::state_dict_ema"); "pretrained", or the name of
+            a torchvision weights entry, lets torchvision or timm download theirs; None takes the
+            weights of the zoo, the folder, or the factory.
         classes: number of logits of a torchvision or timm model; None for its default.
 
     Raises:

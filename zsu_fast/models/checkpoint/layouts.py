@@ -1,8 +1,8 @@
 """Finds a model's weights among what a file holds: under which keys, behind which prefix.
 
-A file may hold several state dicts (raw and averaged weights, an optimizer's state), nested and with
-prefixes. Only what has every tensor of the model, in its shape, is taken; if that leaves a choice,
-it is made by the rules of `choose`, and said.
+A file may hold several state dicts (raw and averaged weights, an optimiser's state), nested and
+with prefixes. Only what has every tensor of the model, in its shape, is taken; if that leaves a
+choice, it is made by the rules of `choose`, and said.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _PLAIN = {"state", "dict", "model", "net", "network", "module", "weights", "para
           "checkpoint", "ckpt", "classifier"}  # fmt: skip
 AVERAGED = {"ema", "swa", "avg", "average", "averaged", "polyak", "shadow", "moving"}
 # Words for what training scripts keep beside a model, in the state dict of both.
-_BESIDE = {"criterion", "criterions", "loss", "losses", "metric", "metrics", "acc", "accuracy",
-           "auroc", "f1", "averaged", "ema"}  # fmt: skip
+_BESIDE = {"criterion", "loss", "losses", "metric", "metrics", "acc", "accuracy", "auroc", "f1",
+           "averaged", "ema", "rng", "step", "steps", "epoch", "iteration"}  # fmt: skip
 _PROFILED = ("total_ops", "total_params")  # buffers that the profiler thop leaves behind
 _NOT_WEIGHTS = re.compile(
-    r"optim|sched|scaler|rng|grad|moment|exp_avg|fisher|hessian|mask", re.IGNORECASE
+    r"(^|_)(optim|sched|scaler|rng|grad|moment|exp_avg|fisher|hessian|mask)", re.IGNORECASE
 )
 
 
@@ -58,14 +58,23 @@ class Needed:
         """The names that a file must have; torch itself starts missing counters at 0."""
         return {n for n in self.tensors if not n.endswith("num_batches_tracked")}
 
+    def variants(self) -> Iterator[Needed]:
+        """Itself, and what it is without prefixes that the model has and a file may lack."""
+        variant: Needed | None = self
+        while variant is not None:
+            yield variant
+            variant = variant.without_prefix()
+
     def without_prefix(self) -> Needed | None:
         """The same by names without the first part, if that is the same in all of them."""
         start = next(iter(self.tensors), "").partition(".")[0] + "."
         if not all(name.startswith(start) for name in self.tensors):
             return None
-        short = ({n.removeprefix(start): t for n, t in named.items()}
-                 for named in (self.tensors, self.derived))  # fmt: skip
-        return Needed(*short, start=self.start + start)
+        tensors, derived = (
+            {n.removeprefix(start): t for n, t in named.items()}
+            for named in (self.tensors, self.derived)
+        )
+        return Needed(tensors, derived, self.start + start)
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Candidate:
     Attributes:
         keys: of the dicts in which they lie.
         prefix: of their names in the file; "" or ends with a dot.
-        tensors: by the model's names.
+        tensors: by the model's names, in the order of the file.
         left_out: names in the same dict that the model has no use for.
     """
 
@@ -146,15 +155,18 @@ def candidates(found: StateDict, needed: Needed, asked: bool = False) -> list[Ca
     for prefix in complete_prefixes(found.tensors, needed):
         if problems(found, needed, prefix):
             continue
-        tensors = {n: found.tensors[prefix + n] for n in needed.tensors
-                   if prefix + n in found.tensors}  # fmt: skip
-        left = tuple(n for n in found.tensors if not n.startswith(prefix)
-                     or n.removeprefix(prefix) not in tensors)  # fmt: skip
+        names = {prefix + n: needed.start + n for n in needed.tensors}
+        tensors = {names[n]: t for n, t in found.tensors.items() if n in names}
+        left = tuple(n for n in found.tensors if n not in names)
         candidate = Candidate(found.keys, prefix, tensors, left)
-        shared = not needed.start and all(n.startswith(prefix) for n in left)
+        shared = not needed.start and all(n.startswith(prefix) or _is_beside(n) for n in left)
         if asked or shared or candidate.averaged or _is_plain(prefix):
             taken.append(candidate)
     return taken
+
+
+def _is_beside(name: str) -> bool:
+    return bool(words(name.partition(".")[0]) & _BESIDE)
 
 
 def _is_plain(prefix: str) -> bool:
@@ -227,11 +239,10 @@ def _unknown(inside: Mapping[str, Tensor], needed: Needed) -> list[str]:
     copies = tuple(p for p in complete_prefixes(inside, needed) if p) if others else ()
     unknown = []
     for name in others:
-        group = name.partition(".")[0]
-        beside = bool(words(group) & _BESIDE) or name.startswith(copies)
+        beside = _is_beside(name) or name.startswith(copies)
         derived = name in needed.derived and torch.equal(inside[name], needed.derived[name].cpu())
         profiled = name.rpartition(".")[2] in _PROFILED
-        if not derived and not profiled and (group in own or not beside):
+        if not derived and not profiled and (name.partition(".")[0] in own or not beside):
             unknown.append(name)
     return sorted(unknown)
 
@@ -253,10 +264,26 @@ def choose(found: list[Candidate]) -> tuple[Candidate | None, list[Candidate]]:
     return best[0], [c for c in distinct if c is not best[0]]
 
 
+def half_fits(found: StateDict, needed: Needed, fitting: list[Candidate]) -> list[Candidate]:
+    """What claims to be plain weights of the model in ``found``, but does not fit it."""
+    read = [found.tensors.keys() - set(c.left_out) for c in fitting if c.keys == found.keys]
+    half = []
+    for prefix, count in prefixes(found.tensors, needed).items():
+        names = {prefix + n for n in needed.tensors} & found.tensors.keys()
+        if 2 * count >= len(needed.required) and not any(names <= whole for whole in read):
+            half.append(Candidate(found.keys, prefix, {}, ()))
+    return [c for c in half if c.plain]
+
+
 def asked_for(found: list[Candidate], entry: str) -> list[Candidate]:
     """The candidates that ``entry`` (keys and a prefix, joined by ``::``) names."""
-    exact = [c for c in found if c.label == entry]
-    below = [c for c in found if c.label.startswith(f"{entry}::")]
-    wanted = f".{entry.replace('::', '.').strip('.')}."
-    within = [c for c in found if wanted in f".{c.label.replace('::', '.')}."]
-    return exact or below or within
+
+    def within(label: str) -> bool:
+        return f".{entry.replace('::', '.').strip('.')}." in f".{label.replace('::', '.')}."
+
+    return (
+        [c for c in found if c.label == entry]
+        or [c for c in found if c.label.startswith(f"{entry}::")]
+        or [c for c in found if within("::".join(c.keys))]
+        or [c for c in found if within(c.label)]
+    )

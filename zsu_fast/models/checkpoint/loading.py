@@ -24,6 +24,7 @@ from .layouts import (
     asked_for,
     candidates,
     choose,
+    half_fits,
     prefixes,
     problems,
     state_dicts,
@@ -125,9 +126,15 @@ def load_into(model: nn.Module, path: str | Path, keep_dtype: bool = False) -> O
     content, where = read(where)
     found, model = _found(content, where), unwrap(model)
     names, needed = _needed(model)
-    fitting, start, by = _fitting(model, found, needed, entry)
-    if not fitting:
-        raise CheckpointError(_refusal(path, where, model, found, needed, entry))
+    fitting, by = _fitting(model, found, needed, entry)
+    doubts = [c for f in found for n in needed.variants() for c in half_fits(f, n, fitting)
+              if not entry and not by]  # fmt: skip
+    if not fitting or doubts:
+        text = _refusal(path, where, model, found, needed, entry)
+        text += f" What fits is under {_labels(fitting)}: choose it with FILE::ENTRY." * bool(
+            fitting
+        )
+        raise CheckpointError(text)
     chosen, others = choose(fitting)
     if chosen is None:
         raise CheckpointError(f"weights: {_several(path, others)}")
@@ -135,9 +142,7 @@ def load_into(model: nn.Module, path: str | Path, keep_dtype: bool = False) -> O
     if not keep_dtype:
         notes += _take_dtype(model, chosen.tensors.values(), where)
     try:
-        model.load_state_dict(
-            {names[start + n]: t for n, t in chosen.tensors.items()}, strict=False
-        )
+        model.load_state_dict({names[n]: t for n, t in chosen.tensors.items()}, strict=False)
     except RuntimeError as error:
         raise CheckpointError(
             f"weights: {where} can't be loaded ({printable(str(error))})."
@@ -192,33 +197,27 @@ def _needed(model: nn.Module) -> tuple[dict[str, str], Needed]:
 
 def _fitting(
     model: nn.Module, found: Sequence[StateDict], needed: Needed, entry: str
-) -> tuple[list[Candidate], str, str]:
-    """What fits, at the first attempt at which something does.
-
-    Returns:
-        the candidates; what every name of the model starts with in addition to theirs; by what
-        names were translated ("" for nothing).
-    """
-    for by, dicts, wanted in _attempts(model, found, needed):
-        fitting = [c for f in dicts for c in candidates(f, wanted, asked=bool(entry))]
+) -> tuple[list[Candidate], str]:
+    """What fits, and by what its names were translated ("" for nothing)."""
+    for by, dicts in _as_found_or_renamed(model, found, needed):
+        fitting = [c for f in dicts for variant in needed.variants()
+                   for c in candidates(f, variant, asked=bool(entry))]  # fmt: skip
         if entry:
             fitting = asked_for(fitting, entry)
         if fitting:
-            return fitting, wanted.start, by
-    return [], "", ""
+            return fitting, by
+    return [], ""
 
 
-def _attempts(
+def _as_found_or_renamed(
     model: nn.Module, found: Sequence[StateDict], needed: Needed
-) -> Iterator[tuple[str, Sequence[StateDict], Needed]]:
-    yield "", found, needed
-    shorter = needed.without_prefix()
-    while shorter is not None:  # the model has a prefix that the file lacks
-        yield "", found, shorter
-        shorter = shorter.without_prefix()
+) -> Iterator[tuple[str, Sequence[StateDict]]]:
+    yield "", found
+    by_what: dict[str, list[StateDict]] = {}
     for one in found:
         for by, other in renamed(one, model, needed):
-            yield by, [other], needed
+            by_what.setdefault(by, []).append(other)
+    yield from by_what.items()
 
 
 def _refusal(
@@ -281,15 +280,19 @@ def _notes(
             f"{where} holds several weights. Those under {_labels([chosen])} were taken, not "
             f"those under {_labels(others)}; choose with FILE::ENTRY."
         )
+    elif not chosen.plain and not chosen.averaged:
+        notes.append(f"those under {_labels([chosen])} in {where} were taken.")
     elif not chosen.plain:
-        rest = [Candidate(f.keys, "", {}, ()) for f in found if f.keys not in taken]
-        unfit = [c for c in rest if c.plain]
-        if unfit or not chosen.averaged:
-            does_not = f"; those under {_labels(unfit)} do not fit" if unfit else ""
-            notes.append(f"those under {_labels([chosen])} in {where} were taken{does_not}.")
-    named = {keys[0] for keys in taken if keys}
-    unread = [str(k) for k, v in content.items()
-              if words(str(k)) & AVERAGED and str(k) not in named and _holds_tensors(v)]  # fmt: skip
+        rest = (Candidate(f.keys, "", {}, ()) for f in found if f.keys not in taken)
+        if unfit := [c for c in rest if c.plain and len(c.keys) >= len(chosen.keys)]:
+            notes.append(
+                f"those under {_labels([chosen])} in {where} were taken; those under "
+                f"{_labels(unfit)} are of another model."
+            )
+    averaged = [c for c in (Candidate(f.keys, "", {}, ()) for f in found) if c.averaged]
+    unread = [c.label for c in averaged if c.keys not in taken]
+    lists = {str(k) for k, v in content.items() if words(str(k)) & AVERAGED and _holds_tensors(v)}
+    unread += sorted(lists - {c.keys[0] for c in averaged})
     if unread:
         notes.append(f"{printable(shorten(unread))} in {where} holds no weights that fit by name.")
     if left := _left_out(chosen, fitting):

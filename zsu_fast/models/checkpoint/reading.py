@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import collections
 import datetime
 import functools
 import json
@@ -82,7 +81,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"weights: {path} is not an intact safetensors file ({printable(str(error))}). Copy or save it again."
+            f"weights: {path} is not an intact safetensors file ({printable(str(error))}). "
+            f"Copy or save it again."
         ) from error
 
 
@@ -165,8 +165,9 @@ def _archive_kinds(path: Path) -> list[str]:
 
 def _load_pickle(path: Path) -> Any:
     try:
-        with _LOCK, torch.serialization.safe_globals(_not_yet_allowed()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # an open file: of a path, torch would take the ending for the format
+        with open(path, "rb") as file, _LOCK, torch.serialization.safe_globals(_not_yet_allowed()):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         names = _refused_globals(path, str(error))
         if names:
@@ -176,7 +177,8 @@ def _load_pickle(path: Path) -> Any:
                 f"another one with torch.save, or allow these names before with "
                 f"torch.serialization.add_safe_globals."
             ) from error
-        reason = (printable(str(error)).strip().splitlines() or ["unreadable"])[0]
+        text = printable(str(error)).rpartition("WeightsUnpickler error:")[2]
+        reason = (text.strip().splitlines() or ["unreadable"])[0]
         raise CheckpointError(
             f"weights: {path} was refused ({type(error).__name__}: {reason[:200]}): it is damaged, "
             f"or a pickle that could run code. Pass {FORMATS}."
@@ -208,6 +210,11 @@ def _not_yet_allowed() -> list[Callable[..., Any] | tuple[Callable[..., Any], st
     return [item for item in _without_code() if item not in known]
 
 
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    """Stands for ``collections.defaultdict``, whose items torch refuses to set."""
+    return {}
+
+
 @functools.lru_cache(maxsize=1)
 def _without_code() -> tuple[Callable[..., Any] | tuple[Callable[..., Any], str], ...]:
     """Classes that training scripts store beside the weights, and that can't run code.
@@ -217,11 +224,12 @@ def _without_code() -> tuple[Callable[..., Any] | tuple[Callable[..., Any], str]
     scalar, rebuild = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
     numbers = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "efdgFD?"}
     dates = (datetime.date, datetime.time, datetime.datetime, datetime.timedelta, datetime.timezone)
-    plain: list[Any] = [argparse.Namespace, types.SimpleNamespace, collections.defaultdict,
+    plain: list[Any] = [argparse.Namespace, types.SimpleNamespace,
                         np.dtype, np.ndarray, *numbers, *dates]  # fmt: skip
     plain += [(kind, f"builtins.{kind.__name__}")
               for kind in (int, float, bool, str, bytes, list, dict, tuple, frozenset, slice,
                            range)]  # fmt: skip
+    plain.append((_plain_dict, "collections.defaultdict"))
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 and 2
         plain += [(scalar, f"{module}.scalar"), (rebuild, f"{module}._reconstruct")]
     for module in ("pathlib", "pathlib._local"):  # the latter: Python 3.13

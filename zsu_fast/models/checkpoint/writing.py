@@ -1,4 +1,4 @@
-"""Writes files: overwrites nothing unasked, leaves no partial files, equal input gives equal bytes."""
+"""Writes files: whole or not at all, nothing unasked is replaced, equal content is equal bytes."""
 
 from __future__ import annotations
 
