@@ -53,7 +53,7 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
     if source == "hf":
         return _transformers(rest, weights)
     if rest:
-        return _with_file(_factory(source, rest), weights)
+        return _with_file(_factory(source, rest, weights), weights)
     for build in (_torchvision, _timm):
         try:
             return build(name, weights, classes)
@@ -75,7 +75,7 @@ def _with_file(model: nn.Module, weights: str | None, name: str = "") -> nn.Modu
     """Loads the file, if one is given; ``name`` is that of the architecture in its library."""
     if weights is not None:
         arch = checkpoint.load_into(model, weights).arch
-        if name and arch and arch != name:
+        if name and arch and arch.partition(".")[0] != name.partition(".")[0]:
             warnings.warn(
                 f"weights: {weights} states that it is of {arch!r}, and the model is {name!r}. "
                 f"Their tensors have the same names and shapes, but they may compute otherwise.",
@@ -97,9 +97,18 @@ def _torchvision(name: str, weights: str | None, classes: int | None) -> nn.Modu
     _need_weights(name, weights)
     default = entries["DEFAULT"]
     chosen = default if weights == PRETRAINED else entries.__members__.get(weights)
+    published = _published(entries, weights)
+    if published is not None and name in ("googlenet", "inception_v3"):
+        options["transform_input"] = True  # as torchvision sets it for these weights
     model = models.get_model(name, weights=chosen, **options)
-    model.input_spec = torchvision_spec((chosen or default).transforms())
+    model.input_spec = torchvision_spec((chosen or published or default).transforms())
     return _with_file(model, weights if chosen is None else None, name)
+
+
+def _published(entries: Any, weights: str | None) -> Any:
+    """The torchvision entry of which the file ``weights`` is a copy, by its name; None if none."""
+    file = Path(str(weights).partition("::")[0]).name
+    return next((entry for entry in entries if Path(entry.url).name == file), None)
 
 
 def _timm(name: str, weights: str | None, classes: int | None) -> nn.Module:
@@ -150,7 +159,7 @@ def _transformers(folder: str, weights: str | None) -> nn.Module:
     return _with_file(model, weights)
 
 
-def _factory(module: str, attribute: str) -> nn.Module:
+def _factory(module: str, attribute: str, weights: str | None) -> nn.Module:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as with `python -m`; a console script does not do this
     name = f"{module}:{attribute}"
@@ -158,7 +167,7 @@ def _factory(module: str, attribute: str) -> nn.Module:
         factory: Any = importlib.import_module(module)
         for part in attribute.split("."):
             factory = getattr(factory, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # some modules read the command line
         raise ArgumentError(
             "model",
             f"got {name!r}, which can't be imported ({_reason(error)})",
@@ -167,9 +176,16 @@ def _factory(module: str, attribute: str) -> nn.Module:
     if isinstance(factory, nn.Module):  # the caller may change what it gets
         return deep_copy(factory, f"Let {name} be a function that builds the model.")
     _check_callable(name, factory)
+    if isinstance(factory, type) and weights is None:
+        warnings.warn(
+            f"weights: not given, and {name} is a class: its weights are those that __init__ sets, "
+            f"random as a rule. Pass a file, or a function that loads one.",
+            UnlearningWarning,
+            stacklevel=3,
+        )
     try:
         model = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ArgumentError(
             "model",
             f"{name} raises {_reason(error)}{_place(error)}",
@@ -215,9 +231,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Where the user's code raised: file and line of the innermost frame."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" (line {frames[-1].lineno} of {frames[-1].filename})" if len(frames) > 1 else ""
+    """The line of the user's code at which it raised, or "" if that is not known."""
+    _, *frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    return f" (line {own[-1].lineno} of {own[-1].filename})" if own else ""
 
 
 def _need_weights(name: str, weights: str | None) -> None:
