@@ -129,12 +129,13 @@ def load_into(model: nn.Module, path: str | Path, keep_dtype: bool = False) -> O
     fitting, by = _fitting(model, found, needed, entry)
     doubts = [c for f in found for n in needed.variants() for c in half_fits(f, n, fitting)
               if not entry and not by]  # fmt: skip
-    if not fitting or doubts:
-        text = _refusal(path, where, model, found, needed, entry)
-        text += f" What fits is under {_labels(fitting)}: choose it with FILE::ENTRY." * bool(
+    if doubts:
+        other = f" What fits is under {_labels(fitting)}: choose it with FILE::ENTRY." * bool(
             fitting
         )
-        raise CheckpointError(text)
+        raise CheckpointError(_does_not_fit(where, model, found, needed, doubts[0]) + other)
+    if not fitting:
+        raise CheckpointError(_refusal(path, where, model, found, needed, entry))
     chosen, others = choose(fitting)
     if chosen is None:
         raise CheckpointError(f"weights: {_several(path, others)}")
@@ -242,15 +243,28 @@ def _refusal(
             f"other tensors ({printable(shorten(hidden[0].left_out, 3))}). If that is what you "
             f"mean, pass {path}::{hidden[0].label}."
         )
-    counts = [(n, f, p) for f in found for p, n in prefixes(f.tensors, needed).items()]
-    _, best, prefix = max(counts, key=lambda item: item[0], default=(0, found[0], ""))
-    reasons = "; ".join(problems(best, needed, prefix))
-    at = f" (under {Candidate(best.keys, prefix, {}, ()).label!r})" if best.keys or prefix else ""
+    counts = [(n, Candidate(f.keys, p, {}, ())) for f in found
+              for p, n in prefixes(f.tensors, needed).items()]  # fmt: skip
+    none = (0, Candidate(found[0].keys, "", {}, ()))
+    closest = max(counts, key=lambda item: item[0], default=none)[1]
+    return _does_not_fit(where, model, found, needed, closest)
+
+
+def _does_not_fit(
+    where: Path, model: nn.Module, found: Sequence[StateDict], needed: Needed, closest: Candidate
+) -> str:
+    """Says what is missing, unknown or of another shape under ``closest``."""
+    best = next(f for f in found if f.keys == closest.keys)
+    variants = list(needed.variants())
+    counts = [prefixes(best.tensors, v)[closest.prefix] for v in variants]
+    variant = variants[counts.index(max(counts))]
+    reasons = "; ".join(problems(best, variant, closest.prefix))
+    at = f" (under {closest.label!r})" if closest.label else ""
     shard = "; this is one of several shards: pass their index or folder"
     part = shard if re.search(r"-\d{5}-of-\d{5}\.", where.name) else ""
     return (
-        f"weights: {where} does not fit {kind}{at}: {printable(reasons)}{part}. Pass a checkpoint "
-        f"of this architecture with this number of classes."
+        f"weights: {where} does not fit {type(model).__name__}{at}: {printable(reasons)}{part}. "
+        f"Pass a checkpoint of this architecture with this number of classes."
     )
 
 
