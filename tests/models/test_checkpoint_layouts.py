@@ -294,6 +294,12 @@ def test_a_refused_class_is_named_in_plain_text(tmp_path: Path) -> None:
         torch.serialization.clear_safe_globals()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_protocol_that_torch_does_not_read_safely(tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / "a.pt", pickle_protocol=4)
+    refused(tmp_path / "a.pt", "protocol that torch does not read safely. Save it again")
+
+
 # --- dtypes ------------------------------------------------------------------------------------
 
 
@@ -328,6 +334,19 @@ def test_lazy_layers(tmp_path: Path) -> None:
     model = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(ModelError, match=r"lazy layers.*Run one batch"):
         load_into(model, save(tmp_path, nn.Sequential(nn.Linear(2, 3)).state_dict()))
+
+
+def test_state_that_is_no_tensor(tmp_path: Path) -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"scale": 3}
+
+        def set_extra_state(self, state: Any) -> None:
+            raise AssertionError(state)
+
+    path = save(tmp_path, nn.Linear(2, 3).state_dict())
+    with pytest.raises(ModelError, match=r"more than tensors \(_extra_state\)"):
+        load_into(Extra(2, 3), path)
 
 
 # --- folders and shards ------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Origin:
         file: the file.
         entry: the keys and the prefix in it, joined by ``::``; "" for its top level.
         others: entries with other weights that would have fitted.
-        left_out: names beside the weights that were not read.
+        left_out: what lies beside the weights and was not read, by the first part of its names.
         renamed: by what the names were translated, if they were.
         arch: the architecture that the file states, if any.
         notes: what the user should know, in words.
@@ -120,7 +120,7 @@ def load_into(model: nn.Module, path: str | Path, keep_dtype: bool = False) -> O
     Raises:
         CheckpointError: the file can't be read, the weights don't fit, or two that fit are equally
             likely; the model is unchanged.
-        ModelError: the model has lazy layers, whose shapes are unknown.
+        ModelError: the model has lazy layers, whose shapes are unknown, or quantised ones.
     """
     where, entry = _split(path)
     content, where = read(where)
@@ -150,8 +150,8 @@ def load_into(model: nn.Module, path: str | Path, keep_dtype: bool = False) -> O
         ) from error
     arch = content.get("arch") if isinstance(content, dict) else None
     result = Origin(
-        str(where), chosen.label, tuple(c.label for c in others), chosen.left_out, by,
-        arch if isinstance(arch, str) else "", tuple(notes),
+        str(where), chosen.label, tuple(c.label for c in others),
+        tuple(_left_out(chosen, fitting)), by, arch if isinstance(arch, str) else "", tuple(notes),
     )  # fmt: skip
     _ORIGINS[model] = _count_writes(model), result
     for note in notes:
@@ -190,6 +190,12 @@ def _needed(model: nn.Module) -> tuple[dict[str, str], Needed]:
         raise ModelError(
             f"{shorten(lazy, 3)} belong to lazy layers, whose shapes are unknown",
             "Run one batch through the model before its weights are loaded.",
+        )
+    if others := model.state_dict().keys() - own.keys():
+        raise ModelError(
+            f"its state_dict() holds more than tensors ({shorten(sorted(others), 3)}), as that of "
+            f"quantised layers does",
+            "Build the float model, or load the weights in the factory.",
         )
     names = {name.replace(_COMPILED, ""): name for name in own}
     derived = {n: t for n, t in model.named_buffers() if n not in own}

@@ -179,6 +179,11 @@ def _load_pickle(path: Path) -> Any:
             ) from error
         text = printable(str(error)).rpartition("WeightsUnpickler error:")[2]
         reason = (text.strip().splitlines() or ["unreadable"])[0]
+        if "Unsupported operand" in reason:
+            raise CheckpointError(
+                f"weights: {path} was refused: it is pickled with a protocol that torch does not "
+                f"read safely. Save it again by torch.save with its default, or pass {FORMATS}."
+            ) from error
         raise CheckpointError(
             f"weights: {path} was refused ({type(error).__name__}: {reason[:200]}): it is damaged, "
             f"or a pickle that could run code. Pass {FORMATS}."
