@@ -27,7 +27,8 @@ _BESIDE = {"criterion", "loss", "losses", "metric", "metrics", "acc", "accuracy"
            "averaged", "ema", "rng", "step", "steps", "epoch", "iteration"}  # fmt: skip
 _PROFILED = ("total_ops", "total_params")  # buffers that the profiler thop leaves behind
 _NOT_WEIGHTS = re.compile(
-    r"(^|_)(optim|sched|scaler|rng|grad|moment|exp_avg|fisher|hessian|mask)", re.IGNORECASE
+    r"(^|_)(optim\w*|sched\w*|scaler|rng|grads?|gradients?|momentum|exp_avg|fisher|masks?)(_|$)",
+    re.IGNORECASE,
 )
 
 

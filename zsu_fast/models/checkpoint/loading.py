@@ -127,15 +127,10 @@ def load_into(model: nn.Module, path: str | Path, keep_dtype: bool = False) -> O
     found, model = _found(content, where), unwrap(model)
     names, needed = _needed(model)
     fitting, by = _fitting(model, found, needed, entry)
-    doubts = [c for f in found for n in needed.variants() for c in half_fits(f, n, fitting)
-              if not entry and not by]  # fmt: skip
-    if doubts:
-        other = f" What fits is under {_labels(fitting)}: choose it with FILE::ENTRY." * bool(
-            fitting
-        )
-        raise CheckpointError(_does_not_fit(where, model, found, needed, doubts[0]) + other)
     if not fitting:
         raise CheckpointError(_refusal(path, where, model, found, needed, entry))
+    if not entry and not by:
+        _check_rest(where, model, found, needed, fitting)
     chosen, others = choose(fitting)
     if chosen is None:
         raise CheckpointError(f"weights: {_several(path, others)}")
@@ -225,6 +220,23 @@ def _as_found_or_renamed(
         for by, other in renamed(one, model, needed):
             by_what.setdefault(by, []).append(other)
     yield from by_what.items()
+
+
+def _check_rest(
+    where: Path, model: nn.Module, found: Sequence[StateDict], needed: Needed,
+    fitting: list[Candidate],
+) -> None:  # fmt: skip
+    """Raises if other plain weights of the model are there, but are damaged or of a variant of it.
+
+    What fits, such as averaged weights, is then not taken in their place unless it is asked for.
+    """
+    for one in found:
+        for variant in needed.variants():
+            for doubt in half_fits(one, variant, fitting):
+                raise CheckpointError(
+                    f"{_does_not_fit(where, model, found, needed, doubt)} What fits is under "
+                    f"{_labels(fitting)}: choose it with FILE::ENTRY."
+                )
 
 
 def _refusal(
