@@ -177,3 +177,41 @@ def test_no_entry_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )  # fmt: skip
     assert "no space" in output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("--out", "a.weights"), ("--out", "a"), ("--delta", "a.pt")]
+)
+def test_unlearn_refuses_an_ending_before_the_work(
+    tmp_path: Path, option: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_work(*_: object) -> None:
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr("zsu_fast.cli.options.load_model", no_work)
+    text = call("unlearn", "lenet5", "--forget", "1", option, str(tmp_path / name), code=2)
+    assert "ending" in text
+    if option == "--out":
+        text = call("apply", "lenet5", "d.safetensors", option, str(tmp_path / name), code=2)
+        assert "ending" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_precision_averaged_weights_end_to_end(tmp_path: Path) -> None:
+    """What was read is in the record; the file stays float16; equal runs give equal bytes."""
+    good, other = zoo.load("lenet5").half().state_dict(), zoo.build("lenet5").half().state_dict()
+    weights = tmp_path / "last.pth.tar"
+    torch.save({"state_dict": other, "state_dict_ema": good, "epoch": 3}, weights)
+    arguments = ("unlearn", "lenet5", "--weights", f"{weights}::state_dict_ema", "--forget", "1",
+                 "--depth", "output", *QUICK)  # fmt: skip
+    text = call(*arguments, "--out", str(tmp_path / "a.ckpt"), "--json")
+    facts = json.loads(text)["record"]["weights_file"]
+    assert (facts["file"], facts["entry"]) == (str(weights), "state_dict_ema")
+    changed = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert {t.dtype for t in changed.values()} == {torch.float16}
+    assert torch.equal(changed["conv1.weight"], good["conv1.weight"])
+    for name in ("b", "c"):
+        call(*arguments, "--out", str(tmp_path / f"{name}.safetensors"))
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
+    arguments = ("evaluate", "lenet5", "--weights", str(weights), "--forget", "1", "--data", "demo")
+    assert "several weights" in " ".join(call(*arguments).split())

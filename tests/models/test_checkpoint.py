@@ -20,8 +20,9 @@ from support import TinyNet, bits, in_child, same_bits, tiny, untouched
 from torch import nn
 
 from zsu_fast import CheckpointError, OutputError
-from zsu_fast.models import checkpoint
+from zsu_fast.models import checkpoint, zoo
 from zsu_fast.models.checkpoint import (
+    check_ending,
     check_writable,
     load_into,
     load_tensors,
@@ -50,17 +51,18 @@ def only(folder: Path, *names: str) -> bool:
 # --- round trips -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "pt", "pth", "bin", "weights"])
+@pytest.mark.parametrize("ending", ["safetensors", "pt", "pth", "bin", "ckpt", "pth.tar", "PT"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_are_restored_bit_for_bit(tmp_path: Path, ending: str, dtype: torch.dtype) -> None:
     model, path = tiny().to(dtype), tmp_path / f"model.{ending}"
     with untouched(model):
         save_weights(path, model)
     assert only(tmp_path, path.name)
-    fresh = TinyNet().to(dtype)
-    if ending == "weights":  # safetensors by content, not by name
+    if ending == "safetensors":
         assert load_tensors(path)[0].keys() == model.state_dict().keys()
-        return
+    else:
+        assert torch.load(path, weights_only=True).keys() == model.state_dict().keys()
+    fresh = TinyNet()  # takes the dtype of the file
     load_into(fresh, path)
     assert same_bits(fresh, model)
 
@@ -217,9 +219,10 @@ def test_a_checkpoint_without_a_state_dict(tmp_path: Path, content: Any) -> None
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing.pt", tmp_path):
-        with pytest.raises(CheckpointError, match=r"is not a file. Pass a safetensors"):
-            load_weights(path)
+    with pytest.raises(CheckpointError, match=r"is not a file. Pass a safetensors"):
+        load_weights(tmp_path / "nothing.pt")
+    with pytest.raises(CheckpointError, match=r"a folder with no weights file. Pass a safetensors"):
+        load_weights(tmp_path)
 
 
 @pytest.mark.parametrize("wrong", ["missing", "unknown", "shape"])
@@ -239,6 +242,45 @@ def test_weights_of_another_model(tmp_path: Path, wrong: str) -> None:
 
 
 # --- writing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.weights", "a", "a.tar", "a.pkl", "a.safetensors.bak", "apt"])
+def test_an_ending_that_stands_for_no_format(tmp_path: Path, name: str) -> None:
+    for call in (check_ending, lambda path: save_weights(path, tiny())):
+        with pytest.raises(
+            OutputError, match=r"stands for no format.*\.safetensors, \.pt, .*\.tar"
+        ):
+            call(tmp_path / name)
+    assert only(tmp_path)
+
+
+def test_equal_content_is_equal_bytes(tmp_path: Path) -> None:
+    """safetensors itself writes metadata in another order each time."""
+    facts = {
+        name: name for name in ("weights_before", "zsu_fast.forget", "weights_after", "b", "a")
+    }
+    for ending in ("safetensors", "pt", "ckpt"):
+        for run in range(4):
+            save_weights(tmp_path / f"{run}.{ending}", zoo.load("lenet5"), facts)
+        first, *others = (tmp_path / f"{run}.{ending}" for run in range(4))
+        assert all(other.read_bytes() == first.read_bytes() for other in others)
+    tensors, metadata = load_tensors(tmp_path / "0.safetensors")
+    assert tensors.keys() == zoo.load("lenet5").state_dict().keys()
+    assert metadata == facts
+
+
+def test_a_torch_file_holds_no_more_than_the_weights(tmp_path: Path) -> None:
+    """Of a view, torch.save would write everything around it too."""
+    model = nn.Linear(4, 2)
+    secret = torch.full((1000, 4), 7.0)
+    model.weight = nn.Parameter(secret[:2])
+    save_weights(tmp_path / "a.pt", model)
+    assert (tmp_path / "a.pt").stat().st_size < 4000
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    save_weights(tmp_path / "b.pt", tied)
+    state = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert state["0.weight"].data_ptr() == state["1.weight"].data_ptr()
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])

@@ -254,3 +254,12 @@ def test_mutated_deltas_are_refused_or_harmless(
             refused += 1
     assert refused >= 290  # the others changed white space, or replaced a byte by itself
     assert os.listdir(tmp_path) == ["d"]
+
+
+@pytest.mark.parametrize("name", ["d.pt", "d.ckpt", "d.pth.tar", "D.PTH"])
+def test_a_delta_is_not_named_like_a_torch_file(
+    tmp_path: Path, pair: tuple[nn.Module, nn.Module], name: str
+) -> None:
+    with pytest.raises(OutputError, match=r"delta: .*ending of a torch\.save file"):
+        save_delta(*pair, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

@@ -113,6 +113,7 @@ def apply(
 ) -> None:
     """Applies a delta to the weights it was computed from: the unlearned model, bit for bit."""
     with output.report_errors(as_json):
+        checkpoint.check_ending(out)
         checkpoint.check_writable(out, force)
         base = model.load()
         result = apply_delta(base, delta)

@@ -27,8 +27,9 @@ MODEL_HELP = (
 Weights = Annotated[
     str | None,
     typer.Option(
-        help="A safetensors file or a torch checkpoint of plain tensors; 'pretrained' lets "
-        "torchvision or timm download theirs."
+        help="A safetensors file or a torch checkpoint of plain tensors, or a folder with one; "
+        "FILE::ENTRY chooses among several weights in it (last.pt::state_dict_ema). 'pretrained' "
+        "lets torchvision or timm download theirs."
     ),
 ]
 Classes = Annotated[
@@ -54,7 +55,10 @@ Tail = Annotated[
     str,
     typer.Option(help="auto, last, the name of a module, or how many of the last layers to train."),
 ]
-OUT = typer.Option(help="The .safetensors, .pt or .pth file to write.", show_default=False)
+OUT = typer.Option(
+    help="The file to write: .safetensors, or .pt, .pth, .bin, .ckpt, .pth.tar for torch.save.",
+    show_default=False,
+)
 Report = Annotated[
     Path | None,
     typer.Option(help="Write an HTML report here, and its figures as .json beside it."),

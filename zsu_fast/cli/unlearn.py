@@ -18,7 +18,7 @@ from ..errors import ArgumentError
 from ..evaluation.audit import audit
 from ..evaluation.report.page import write_report
 from ..models import checkpoint
-from ..models.delta import save_delta
+from ..models.delta import check_ending, save_delta
 from ..models.parameters import UNCOPYABLE, deep_copy
 from ..options import paper_preset
 from ..provenance.ledger import Entry, Ledger
@@ -50,6 +50,10 @@ class OutputOptions:
         """Raises before the work if there is nothing to write, or no way to write it."""
         if self.out is None and self.delta is None:
             raise ArgumentError("out", "neither --out nor --delta was given", "Name a file.")
+        if self.out is not None:
+            checkpoint.check_ending(self.out)
+        if self.delta is not None:
+            check_ending(self.delta)
         check_writable(self.force, self.report, self.out, self.delta, self.record)
 
     @contextmanager

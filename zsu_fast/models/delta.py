@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ModelError, shorten
+from ..errors import CheckpointError, ModelError, OutputError, shorten
 from . import checkpoint
 from .parameters import as_bytes, deep_copy, saved_tensors, weights_hash
 
@@ -37,8 +37,10 @@ def save_delta(
 
     Raises:
         ModelError: the models differ in names, shapes or dtypes.
-        OutputError: the path exists (without ``force``) or can't be written.
+        OutputError: the path ends as a torch file does, exists (without ``force``), or can't be
+            written.
     """
+    check_ending(path)
     old, new = saved_tensors(base), saved_tensors(unlearned)
     common = sorted(old.keys() & new.keys())
     misfit = sorted(old.keys() ^ new.keys()) + [n for n in common if not _alike(old[n], new[n])]
@@ -94,6 +96,19 @@ def apply_delta(base: nn.Module, path: str | Path) -> nn.Module:
     if weights_hash(result) != metadata.get("result"):
         raise CheckpointError(damaged)
     return result
+
+
+def check_ending(path: str | Path) -> None:
+    """Raises if the ending of ``path`` promises a file of ``torch.save``, which a delta is not.
+
+    Raises:
+        OutputError: it ends in .pt, .pth, .ckpt and so on.
+    """
+    if str(path).lower().endswith(checkpoint.TORCH):
+        raise OutputError(
+            f"delta: {path} has the ending of a torch.save file, and a delta is a safetensors "
+            f"file. Let its name end in .safetensors."
+        )
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -6,16 +6,20 @@ A name refers to the zoo, torchvision, timm, a transformers folder, or ``module:
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnlearningWarning
 from . import checkpoint, zoo
 from .input_spec import torchvision_spec
+from .parameters import deep_copy
 
 PRETRAINED = "pretrained"
 
@@ -27,14 +31,16 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
         name: a zoo name ("lenet5"), a torchvision or timm name ("resnet50", or "torchvision:..."
             and "timm:..." to choose), "hf:folder" (a transformers image classifier written by
             ``save_pretrained``; nothing is downloaded), or "package.module:factory" (a function
-            without required arguments that returns an ``nn.Module``).
-        weights: a safetensors file, or a checkpoint that ``torch.load(weights_only=True)`` accepts;
-            "pretrained", or the name of a torchvision weights entry, lets torchvision or timm
-            download theirs; None takes the weights of the zoo, the folder, or the factory.
+            without required arguments that returns an ``nn.Module``, or a module itself).
+        weights: a safetensors file, or a checkpoint that ``torch.load(weights_only=True)`` accepts,
+            as for `checkpoint.load_into` ("last.pt::state_dict_ema"); "pretrained", or the name of
+            a torchvision weights entry, lets torchvision or timm download theirs; None takes the
+            weights of the zoo, the folder, or the factory.
         classes: number of logits of a torchvision or timm model; None for its default.
 
     Raises:
-        ArgumentError: no such model, or no weights are given for a model that has none.
+        ArgumentError: no such model, the factory raises, or no weights are given for a model that
+            has none.
         CheckpointError: the file can't be read, or does not fit the model.
     """
     source, _, rest = name.partition(":")
@@ -47,7 +53,7 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
     if source == "hf":
         return _transformers(rest, weights)
     if rest:
-        return _with_file(_factory(source, rest), weights)
+        return _with_file(_factory(source, rest, weights), weights)
     for build in (_torchvision, _timm):
         try:
             return build(name, weights, classes)
@@ -65,9 +71,17 @@ class _Unknown(ArgumentError):
     """The library has no model of this name."""
 
 
-def _with_file(model: nn.Module, weights: str | None) -> nn.Module:
+def _with_file(model: nn.Module, weights: str | None, name: str = "") -> nn.Module:
+    """Loads the file, if one is given; ``name`` is that of the architecture in its library."""
     if weights is not None:
-        checkpoint.load_into(model, weights)
+        arch = checkpoint.load_into(model, weights).arch
+        if name and arch and arch.partition(".")[0] != name.partition(".")[0]:
+            warnings.warn(
+                f"weights: {weights} states that it is of {arch!r}, and the model is {name!r}. "
+                f"Their tensors have the same names and shapes, but they may compute otherwise.",
+                UnlearningWarning,
+                stacklevel=3,
+            )
     return model.eval()
 
 
@@ -83,9 +97,18 @@ def _torchvision(name: str, weights: str | None, classes: int | None) -> nn.Modu
     _need_weights(name, weights)
     default = entries["DEFAULT"]
     chosen = default if weights == PRETRAINED else entries.__members__.get(weights)
+    published = _published(entries, weights)
+    if published is not None and name in ("googlenet", "inception_v3"):
+        options["transform_input"] = True  # as torchvision sets it for these weights
     model = models.get_model(name, weights=chosen, **options)
-    model.input_spec = torchvision_spec((chosen or default).transforms())
-    return _with_file(model, weights if chosen is None else None)
+    model.input_spec = torchvision_spec((chosen or published or default).transforms())
+    return _with_file(model, weights if chosen is None else None, name)
+
+
+def _published(entries: Any, weights: str | None) -> Any:
+    """The torchvision entry of which the file ``weights`` is a copy, by its name; None if none."""
+    file = Path(str(weights).partition("::")[0]).name
+    return next((entry for entry in entries if Path(entry.url).name == file), None)
 
 
 def _timm(name: str, weights: str | None, classes: int | None) -> nn.Module:
@@ -98,7 +121,7 @@ def _timm(name: str, weights: str | None, classes: int | None) -> nn.Module:
     _need_weights(name, weights)
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     model = timm.create_model(name, pretrained=weights == PRETRAINED, **options)
-    return _with_file(model, None if weights == PRETRAINED else weights)
+    return _with_file(model, None if weights == PRETRAINED else weights, name)
 
 
 def _transformers(folder: str, weights: str | None) -> nn.Module:
@@ -136,25 +159,82 @@ def _transformers(folder: str, weights: str | None) -> nn.Module:
     return _with_file(model, weights)
 
 
-def _factory(module: str, attribute: str) -> nn.Module:
+def _factory(module: str, attribute: str, weights: str | None) -> nn.Module:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as with `python -m`; a console script does not do this
+    name = f"{module}:{attribute}"
     try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        factory: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            factory = getattr(factory, part)
+    except (Exception, SystemExit) as error:  # some modules read the command line
         raise ArgumentError(
             "model",
-            f"got '{module}:{attribute}', which can't be imported ({error})",
+            f"got {name!r}, which can't be imported ({_reason(error)})",
             "Pass package.module:factory, importable from the current folder.",
         ) from error
-    model = factory()
+    if isinstance(factory, nn.Module):  # the caller may change what it gets
+        return deep_copy(factory, f"Let {name} be a function that builds the model.")
+    _check_callable(name, factory)
+    if isinstance(factory, type) and weights is None:
+        warnings.warn(
+            f"weights: not given, and {name} is a class: its weights are those that __init__ sets, "
+            f"random as a rule. Pass a file, or a function that loads one.",
+            UnlearningWarning,
+            stacklevel=3,
+        )
+    try:
+        model = factory()
+    except (Exception, SystemExit) as error:
+        raise ArgumentError(
+            "model",
+            f"{name} raises {_reason(error)}{_place(error)}",
+            "Call it without arguments in Python to see the whole error, and mend it there.",
+        ) from error
     if not isinstance(model, nn.Module):
         raise ArgumentError(
             "model",
-            f"{module}:{attribute} returned a {type(model).__name__}",
+            f"{name} returned a {type(model).__name__}",
             "Return a torch.nn.Module from it.",
         )
     return model
+
+
+def _check_callable(name: str, factory: Any) -> None:
+    """Raises unless ``factory`` can be called without arguments."""
+    if not callable(factory):
+        raise ArgumentError(
+            "model",
+            f"{name} is a {type(factory).__name__}, neither a function nor a module",
+            "Name a function without required arguments that returns a torch.nn.Module.",
+        )
+    try:
+        signature = inspect.signature(factory)
+    except (ValueError, TypeError):  # of some builtins: calling it will tell
+        return
+    needed = [
+        p.name for p in signature.parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]  # fmt: skip
+    if needed:
+        raise ArgumentError(
+            "model",
+            f"{name} needs arguments ({', '.join(needed)}), and is called without any",
+            f"Name a function without required arguments, such as "
+            f"def make(): return {factory.__name__}(...).",
+        )
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(checkpoint.printable(str(error)).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _place(error: BaseException) -> str:
+    """The line of the user's code at which it raised, or "" if that is not known."""
+    _, *frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    return f" (line {own[-1].lineno} of {own[-1].filename})" if own else ""
 
 
 def _need_weights(name: str, weights: str | None) -> None:

@@ -244,5 +244,5 @@ def load(name: str) -> nn.Module:
         raise ArgumentError(
             "model", f"the package has no weights of {name!r}", "Pass a weights file."
         )
-    checkpoint.load_into(model, ASSETS / file)
+    checkpoint.load_into(model, ASSETS / file, keep_dtype=True)  # some are stored as float16
     return model

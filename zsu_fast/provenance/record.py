@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import shorten
+from ..models.checkpoint import origin
 from ..models.input_spec import InputSpec
 from ..models.parameters import unwrap, weights_hash
 from ..splitting.split import Split
@@ -36,6 +37,8 @@ class Record:
         input: shape, mean, std and so on of the images, and how they are known (`InputSpec`).
         versions: of zsu_fast, torch and python; platform, threads, device.
         started: when, in UTC.
+        weights_file: where the weights were read: the file, the entry in it, what else it holds
+            (`zsu_fast.models.checkpoint.Origin`); {} if the package did not read them.
         weights_before, weights_after: `weights_hash` of the model.
         impressions: their count and number of classes, the rule that chose the classes, hit rate
             (also of the worst class), mean confidence, steps.
@@ -60,6 +63,7 @@ class Record:
     forgotten: list[int] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
     weights_after: str = ""
+    weights_file: dict[str, Any] = field(default_factory=dict)
     impressions: dict[str, Any] = field(default_factory=dict)
     depth: dict[str, Any] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +84,7 @@ class Record:
         device: torch.device,
     ) -> Record:
         """Starts the record with what is known before the run."""
+        source = origin(model)
         gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         return cls(
             model=type(unwrap(model)).__name__,
@@ -97,6 +102,7 @@ class Record:
             },
             started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             weights_before=weights_hash(model),
+            weights_file={} if source is None else source.to_dict(),
         )
 
     def finish(
