@@ -14,6 +14,7 @@ from .evaluation.accuracy import Evaluation, evaluate, mask
 from .evaluation.audit.audit import audit
 from .evaluation.audit.result import Audit
 from .evaluation.baselines import random_embeddings
+from .models.compact import compact
 from .models.delta import apply_delta, save_delta
 from .models.input_spec import InputSpec
 from .options import paper_preset
@@ -50,6 +51,7 @@ __all__ = [
     "__version__",
     "apply_delta",
     "audit",
+    "compact",
     "doctor",
     "evaluate",
     "mask",
