@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,8 @@ from ..errors import ArgumentError
 from ..evaluation.audit import audit
 from ..evaluation.report.page import write_report
 from ..models import checkpoint
+from ..models.compact import Compaction
+from ..models.compact_file import compact_metadata, file_compaction
 from ..models.delta import save_delta
 from ..models.parameters import UNCOPYABLE, deep_copy
 from ..options import paper_preset
@@ -39,6 +40,14 @@ class OutputOptions:
         Path | None, typer.Option(help="Write only the changed weights here, for `apply`.")
     ] = None
     record: Annotated[Path | None, typer.Option(help="Write the run's record (JSON) here.")] = None
+    compact: Annotated[
+        bool,
+        typer.Option(
+            "--compact",
+            help="Write a classifier without rows for the forgotten classes; the others are "
+            "numbered anew, and the record and the file hold the map.",
+        ),
+    ] = False
     report: options.Report = None
     report_data: Annotated[
         str | None,
@@ -50,18 +59,39 @@ class OutputOptions:
         """Raises before the work if there is nothing to write, or no way to write it."""
         if self.out is None and self.delta is None:
             raise ArgumentError("out", "neither --out nor --delta was given", "Name a file.")
+        if self.compact and self.delta is not None:
+            raise ArgumentError(
+                "delta",
+                "got --compact too, and a delta holds values of tensors of the same shapes",
+                "Leave one of them out.",
+            )
+        if self.compact and self.out is not None and self.out.suffix != ".safetensors":
+            raise ArgumentError(
+                "out",
+                f"got {self.out} with --compact, and only safetensors files say which class each "
+                f"logit is",
+                "Name a .safetensors file.",
+            )
         check_writable(self.force, self.report, self.out, self.delta, self.record)
 
     @contextmanager
-    def written(self, base: nn.Module, result: nn.Module, record: Record) -> Iterator[None]:
-        """Writes the files; removes them again if one of them, or the block, fails."""
+    def written(
+        self, base: nn.Module, result: nn.Module, record: Record, weights: str | None
+    ) -> Iterator[None]:
+        """Writes the files; removes them again if one of them, or the block, fails.
+
+        Args:
+            base, result: the model before and after.
+            record: of the run.
+            weights: the file that ``base`` was loaded from, which may be a compact model's.
+        """
         with ExitStack() as undo:
             if self.out is not None:
                 metadata = {
                     "zsu_fast.forget": json.dumps(record.forget),
                     "weights_before": record.weights_before,
                     "weights_after": record.weights_after,
-                }
+                } | compact_metadata(_all_compactions(record, weights))
                 checkpoint.save_weights(self.out, result, metadata, self.force)
                 undo.callback(self.out.unlink, missing_ok=True)
             if self.delta is not None:
@@ -73,6 +103,12 @@ class OutputOptions:
                 undo.callback(self.record.unlink, missing_ok=True)
             yield
             undo.pop_all()
+
+
+def _all_compactions(record: Record, weights: str | None) -> Compaction | None:
+    """From the architecture to the result: what was cut before the run, and what by it."""
+    earlier = file_compaction(weights)
+    return Compaction.from_dict(record.compact).after(earlier) if record.compact else earlier
 
 
 @dataclass(frozen=True)
@@ -159,7 +195,10 @@ def unlearn(
         # the run changes `loaded` in place; the delta and the report need the model before it
         needs_base = ranks.is_main and (paths.delta is not None or paths.report is not None)
         base = deep_copy(loaded, UNCOPYABLE) if needs_base else loaded
-        write = partial(paths.written, base, loaded)
+
+        def write(record: Record) -> AbstractContextManager[None]:
+            return paths.written(base, run.unlearned or loaded, record, model.weights)
+
         ledger = None
         if request.ledger is not None:
             ledger = LedgerAfterFiles(
@@ -169,7 +208,8 @@ def unlearn(
             loaded, parse_classes(forget), ledger=ledger,
             forgotten=None if request.forgotten is None else parse_classes(request.forgotten),
             **method.arguments(), **asdict(impressions), **images.arguments(),
-            seed=seed, device=device, inplace=True, progress=progress,
+            seed=seed, device=device, inplace=not paths.compact, compact=paths.compact,
+            progress=progress,
         )  # fmt: skip
         run.run()
         if not ranks.is_main:
@@ -178,7 +218,7 @@ def unlearn(
         if entry is None:
             with write(run.record):
                 pass
-        verdict = _write_report(paths, base, loaded, run, progress)
+        verdict = _write_report(paths, base, run.full_size or loaded, run, progress)
         (_print_json if as_json else _print)(paths, run, verdict, entry)
 
 
@@ -220,6 +260,11 @@ def _print(
     facts = run.record.to_dict()
     best, total = facts["fit"]["best"], facts["timings"]["total"]
     console.print(f"Forgot {len(run.forget)} of {run.classes} classes in {total:.1f} s.")
+    if facts["compact"]:
+        console.print(
+            f"The classifier has {facts['compact']['classes']} classes left, numbered anew: the "
+            f"record and the file hold the map."
+        )
     console.print(
         f"Impressions: {facts['impressions']['count']}, "
         f"{100 * facts['impressions']['hit_rate']:.1f} % reached their confidence."

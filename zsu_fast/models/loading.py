@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import ArgumentError
 from . import checkpoint, zoo
+from .compact_file import fit_to_file
 from .input_spec import torchvision_spec
 
 PRETRAINED = "pretrained"
@@ -30,7 +31,9 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
             without required arguments that returns an ``nn.Module``).
         weights: a safetensors file, or a checkpoint that ``torch.load(weights_only=True)`` accepts;
             "pretrained", or the name of a torchvision weights entry, lets torchvision or timm
-            download theirs; None takes the weights of the zoo, the folder, or the factory.
+            download theirs; None takes the weights of the zoo, the folder, or the factory. A file
+            of a compact model (``--compact``) says which classes it kept: the model is built with
+            all of them, and cut.
         classes: number of logits of a torchvision or timm model; None for its default.
 
     Raises:
@@ -67,6 +70,7 @@ class _Unknown(ArgumentError):
 
 def _with_file(model: nn.Module, weights: str | None) -> nn.Module:
     if weights is not None:
+        fit_to_file(model, weights)
         checkpoint.load_into(model, weights)
     return model.eval()
 
