@@ -19,6 +19,7 @@ from .models.delta import apply_delta, save_delta
 from .models.input_spec import InputSpec
 from .options import paper_preset
 from .planning.plan import Plan, plan
+from .provenance.folders import save_pretrained
 from .provenance.ledger import Ledger
 from .runtime.doctor import doctor
 from .runtime.progress import Event
@@ -59,6 +60,7 @@ __all__ = [
     "plan",
     "random_embeddings",
     "save_delta",
+    "save_pretrained",
     "split",
     "synthesize",
     "unlearn",

@@ -323,7 +323,7 @@ class ZeroShotUnlearner:
         return target
 
     def _compacted(self, unlearned: nn.Module) -> nn.Module:
-        """A copy without the rows of forgotten classes, with compact=True; else the model itself."""
+        """With compact=True, a copy without the rows of forgotten classes; else ``unlearned``."""
         if self.compaction is None:
             return unlearned
         self.full_size, smaller = unlearned, deep_copy(unlearned, "Leave compact out.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +22,9 @@ from ..models.compact_file import compact_metadata, file_compaction
 from ..models.delta import save_delta
 from ..models.parameters import UNCOPYABLE, deep_copy
 from ..options import paper_preset
+from ..provenance.folders import written_folder
 from ..provenance.ledger import Entry, Ledger
+from ..provenance.new_folder import check_folder
 from ..provenance.record import Record
 from ..runtime import distributed
 from ..unlearner import ZeroShotUnlearner
@@ -36,6 +38,13 @@ class OutputOptions:
     """Which files to write."""
 
     out: Annotated[Path | None, options.OUT] = None
+    out_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a folder to publish: config, weights, record and model card, in the format "
+            "of the model's library."
+        ),
+    ] = None
     delta: Annotated[
         Path | None, typer.Option(help="Write only the changed weights here, for `apply`.")
     ] = None
@@ -57,8 +66,12 @@ class OutputOptions:
 
     def check(self) -> None:
         """Raises before the work if there is nothing to write, or no way to write it."""
-        if self.out is None and self.delta is None:
-            raise ArgumentError("out", "neither --out nor --delta was given", "Name a file.")
+        if self.out is None and self.delta is None and self.out_folder is None:
+            raise ArgumentError(
+                "out", "none of --out, --out-folder and --delta was given", "Name a file."
+            )
+        if self.out_folder is not None:
+            check_folder(self.out_folder, self.force)
         if self.compact and self.delta is not None:
             raise ArgumentError(
                 "delta",
@@ -76,22 +89,31 @@ class OutputOptions:
 
     @contextmanager
     def written(
-        self, base: nn.Module, result: nn.Module, record: Record, weights: str | None
+        self, base: nn.Module, run: ZeroShotUnlearner, record: Record, weights: str | None
     ) -> Iterator[None]:
         """Writes the files; removes them again if one of them, or the block, fails.
 
         Args:
-            base, result: the model before and after.
+            base: the model before the run.
+            run: gives the model after it, and the verdict.
             record: of the run.
             weights: the file that ``base`` was loaded from, which may be a compact model's.
         """
-        with ExitStack() as undo:
+        result, compaction = run.unlearned, _all_compactions(record, weights)
+        assert result is not None
+        folder: AbstractContextManager[Any] = nullcontext()
+        if self.out_folder is not None:
+            folder = written_folder(
+                result, self.out_folder, record=record, verdict=getattr(run, "verdict", None),
+                force=self.force, compaction=compaction,
+            )  # fmt: skip
+        with folder, ExitStack() as undo:
             if self.out is not None:
                 metadata = {
                     "zsu_fast.forget": json.dumps(record.forget),
                     "weights_before": record.weights_before,
                     "weights_after": record.weights_after,
-                } | compact_metadata(_all_compactions(record, weights))
+                } | compact_metadata(compaction)
                 checkpoint.save_weights(self.out, result, metadata, self.force)
                 undo.callback(self.out.unlink, missing_ok=True)
             if self.delta is not None:
@@ -197,7 +219,7 @@ def unlearn(
         base = deep_copy(loaded, UNCOPYABLE) if needs_base else loaded
 
         def write(record: Record) -> AbstractContextManager[None]:
-            return paths.written(base, run.unlearned or loaded, record, model.weights)
+            return paths.written(base, run, record, model.weights)
 
         ledger = None
         if request.ledger is not None:
@@ -246,6 +268,8 @@ def _print_json(
 ) -> None:
     out = None if paths.out is None else str(paths.out)
     summary: dict[str, Any] = {"out": out, "record": run.record.to_dict(), "verdict": verdict}
+    if paths.out_folder is not None:
+        summary["out_folder"] = str(paths.out_folder)
     if paths.delta is not None:
         summary["delta"] = str(paths.delta)
     if entry is not None:
@@ -278,5 +302,5 @@ def _print(
     output.print_sentences(console, verdict)
     if entry is not None:
         console.print(f"Request {entry['request']}, ledger head {entry['hash']}.")
-    files = (paths.out, paths.delta, paths.record, paths.report)
+    files = (paths.out, paths.out_folder, paths.delta, paths.record, paths.report)
     output.print_written(console, [path for path in files if path is not None])

@@ -191,7 +191,7 @@ class CompactViT(nn.Module):
 class Entry:
     """A model of the zoo: its factory, the images it expects, and its weights file, if any."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[[int], nn.Module]  # the number of classes -> the model
     spec: InputSpec
     weights: str | None = None
 
@@ -205,13 +205,15 @@ ZOO: dict[str, Entry] = {
     "lenet5_golden": Entry(LeNet5, _MNIST, "lenet5_golden.safetensors"),
     "karpathynet": Entry(KarpathyNet, _CIFAR, "karpathynet.safetensors"),
     "karpathynet_golden": Entry(KarpathyNet, _CIFAR, "karpathynet_golden.safetensors"),
-    "resnet20_cifar": Entry(lambda: CifarResNet(3), _CIFAR_RESNET),
-    "resnet56_cifar": Entry(lambda: CifarResNet(9), _CIFAR_RESNET),
-    "vit_cifar": Entry(CompactViT, _CIFAR, "vit_cifar.safetensors"),
+    "resnet20_cifar": Entry(lambda classes: CifarResNet(3, classes), _CIFAR_RESNET),
+    "resnet56_cifar": Entry(lambda classes: CifarResNet(9, classes), _CIFAR_RESNET),
+    "vit_cifar": Entry(
+        lambda classes: CompactViT(classes=classes), _CIFAR, "vit_cifar.safetensors"
+    ),
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, classes: int = 10) -> nn.Module:
     """Builds a zoo model with random weights, in eval mode, with its ``input_spec``.
 
     Raises:
@@ -219,7 +221,7 @@ def build(name: str) -> nn.Module:
     """
     if name not in ZOO:
         raise ArgumentError("model", f"got {name!r}", f"Pass one of {', '.join(ZOO)}.")
-    model = ZOO[name].build().eval()
+    model = ZOO[name].build(classes).eval()
     model.input_spec = ZOO[name].spec  # type: ignore[assignment]
     return model
 
