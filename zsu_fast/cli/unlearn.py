@@ -18,7 +18,11 @@ from ..evaluation.audit import audit
 from ..evaluation.report.page import write_report
 from ..models import checkpoint
 from ..models.compact import Compaction
-from ..models.compact_file import compact_metadata, file_compaction
+from ..models.compact_file import (
+    check_forgotten_in_file,
+    compact_metadata,
+    file_compaction,
+)
 from ..models.delta import save_delta
 from ..models.parameters import UNCOPYABLE, deep_copy
 from ..options import paper_preset
@@ -113,7 +117,7 @@ class OutputOptions:
                     "zsu_fast.forget": json.dumps(record.forget),
                     "weights_before": record.weights_before,
                     "weights_after": record.weights_after,
-                } | compact_metadata(compaction)
+                } | compact_metadata(compaction, record.forgotten_rows)
                 checkpoint.save_weights(self.out, result, metadata, self.force)
                 undo.callback(self.out.unlink, missing_ok=True)
             if self.delta is not None:
@@ -213,6 +217,8 @@ def unlearn(
         progress = False if as_json else None
         if ranks.is_main:
             paths.check()
+        before = None if request.forgotten is None else parse_classes(request.forgotten)
+        check_forgotten_in_file(model.weights, before or ())
         loaded = model.load()
         # the run changes `loaded` in place; the delta and the report need the model before it
         needs_base = ranks.is_main and (paths.delta is not None or paths.report is not None)
@@ -228,7 +234,7 @@ def unlearn(
             )
         run = ZeroShotUnlearner(
             loaded, parse_classes(forget), ledger=ledger,
-            forgotten=None if request.forgotten is None else parse_classes(request.forgotten),
+            forgotten=before,
             **method.arguments(), **asdict(impressions), **images.arguments(),
             seed=seed, device=device, inplace=not paths.compact, compact=paths.compact,
             progress=progress,

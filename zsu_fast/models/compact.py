@@ -138,18 +138,7 @@ def find_compaction(model: LogitsModel, removed: Sequence[int], images: Tensor) 
             _REMEDY,
         )
     probes = [p for p in (_Probe(model.module, images, kept, t) for t in (False, True)) if p.before]
-    tensors: dict[str, int] = {}
-    mixed: list[str] = []
-    unused: list[str] = []
-    for name, dim, ran in _candidates(model.module, classes, images):
-        tries = (probe.effect(name, dim, sign) for probe in probes for sign in (1, -1))
-        effect = next((found for found in tries if found != "none"), "none")
-        if effect == "others":
-            mixed.append(name)
-        elif effect == "own":
-            tensors.setdefault(name, dim)
-        elif not ran and dim == 0:
-            unused.append(name)
+    tensors, mixed, unused = _search(model.module, classes, images, probes)
     if not tensors:
         why = f"; {shorten(mixed, 3)} would fit, but other classes depend on it" if mixed else ""
         raise ModelError(
@@ -173,6 +162,31 @@ def find_compaction(model: LogitsModel, removed: Sequence[int], images: Tensor) 
             _remedy(model),
         )
     return found
+
+
+def _search(
+    module: nn.Module, classes: int, images: Tensor, probes: Sequence[_Probe]
+) -> tuple[dict[str, int], list[str], list[str]]:
+    """The tensors with one row per class; those on which other classes depend; those not used."""
+    tensors: dict[str, int] = {}
+    mixed: list[str] = []
+    idle: list[str] = []
+    unused: list[str] = []
+    for name, dim, ran in _candidates(module, classes, images):
+        tries = (probe.effect(name, dim, sign) for probe in probes for sign in (1, -1))
+        effect = next((found for found in tries if found != "none"), "none")
+        if effect == "others":
+            mixed.append(name)
+        elif effect == "own":
+            tensors.setdefault(name, dim)
+        elif dim == 0:
+            (idle if ran else unused).append(name)
+    # noise may not reach a weight (all its inputs are 0 after a ReLU); the bias beside it shows it
+    beside = {name.rpartition(".")[0] for name in tensors} - {""}
+    for name in idle:
+        if name.rpartition(".")[0] in beside and name not in mixed:
+            tensors.setdefault(name, 0)
+    return tensors, mixed, unused
 
 
 def _remedy(model: nn.Module) -> str:

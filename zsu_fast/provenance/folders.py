@@ -28,7 +28,7 @@ from ..models.folder_config import Architecture, architectures, read_spec, to_co
 from ..models.infer_spec import resolve_spec
 from ..models.input_spec import InputSpec, noise_images
 from ..models.loading import load_model
-from ..models.parameters import UNCOPYABLE, deep_copy, unwrap, weights_hash
+from ..models.parameters import UNCOPYABLE, deep_copy, state, unwrap, weights_hash
 from ..models.wrapper import pick_logits
 from .model_card import CardFacts, model_card
 from .new_folder import new_folder
@@ -186,7 +186,10 @@ class _Contents:
             _save_timm(self.model, folder, names)
             self._check(load_model(f"hf:{folder}"), spec, logits)
             return "timm"
-        metadata = {"format": "pt"} | compact_metadata(self.compaction)
+        facts = self.record
+        rows = facts is not None and not facts.get("compact")
+        left = [*facts["forget"], *facts["forgotten"]] if facts is not None and rows else []
+        metadata = {"format": "pt"} | compact_metadata(self.compaction, left)
         checkpoint.save_tensors(folder / "model.safetensors", self.model.state_dict(), metadata)
         found: list[Architecture | None] = [*architectures(self.model, classes)] if classes else []
         for architecture in [*found, None]:
@@ -204,9 +207,9 @@ class _Contents:
 
     def _check(self, again: nn.Module, spec: InputSpec | None, logits: Tensor | None) -> None:
         """Raises ModelError if ``again``, read from the folder, is another model."""
-        own = self.model.state_dict()
-        for name, tensor in again.state_dict().items():
-            if isinstance(tensor, Tensor) and name in own:
+        own = state(self.model)
+        for name, tensor in state(again).items():
+            if name in own:
                 tensor.data = tensor.data.to(own[name].dtype)  # timm builds float32 for any file
         same = weights_hash(again) == weights_hash(self.model)
         if same and spec is not None and logits is not None:

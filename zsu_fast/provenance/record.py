@@ -178,6 +178,11 @@ class Record:
             )
         return notes
 
+    @property
+    def forgotten_rows(self) -> list[int]:
+        """The forgotten classes that the result has logits of, sorted: none if it is compact."""
+        return [] if self.compact else sorted({*self.forget, *self.forgotten})
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values; numbers that are not finite become None."""
         return _finite(asdict(self))
