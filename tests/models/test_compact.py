@@ -249,7 +249,7 @@ def test_torchvision_with_a_convolution_as_classifier() -> None:
 def test_torchvision_auxiliary_heads_are_cut_too() -> None:
     models = pytest.importorskip("torchvision.models")
     model = models.googlenet(num_classes=5, init_weights=False).eval()
-    small = compact(model, FORGET, input_shape=(3, 224, 224))
+    small = compact(model, FORGET, input_shape=(3, 64, 64))
     fresh = models.googlenet(num_classes=3, init_weights=False)
     fresh.load_state_dict(small.state_dict())
     assert small.aux1.fc2.out_features == 3
