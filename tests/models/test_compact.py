@@ -221,7 +221,8 @@ def test_timm(name: str, options: dict[str, Any]) -> None:
     model = timm.create_model(name, num_classes=5, **options).eval()
     names = ("cat", "dog", "cow", "hen", "fox")
     model.pretrained_cfg |= {
-        "num_classes": 5, "label_names": names, "label_descriptions": {n: n.upper() for n in names}
+        "num_classes": 5, "label_names": names, "label_offset": 1,
+        "label_descriptions": {n: n.upper() for n in names},
     }  # fmt: skip
     small = compact(model, FORGET, input_shape=(3, 32, 32))
     assert small.num_classes == 3
@@ -229,6 +230,7 @@ def test_timm(name: str, options: dict[str, Any]) -> None:
     assert small.pretrained_cfg["num_classes"] == 3
     assert small.pretrained_cfg["label_names"] == ("cat", "cow", "fox")
     assert sorted(small.pretrained_cfg["label_descriptions"]) == ["cat", "cow", "fox"]
+    assert "label_offset" not in small.pretrained_cfg
     assert (model.num_classes, model.pretrained_cfg["num_classes"]) == (5, 5)
     fresh = timm.create_model(name, num_classes=3, **options)
     fresh.load_state_dict(small.state_dict())

@@ -45,8 +45,8 @@ def renumber(
                 values[key] = _renumbered(key, values[key], classes, kept)
         if isinstance(names := values.get("label_descriptions"), dict):
             _drop_descriptions(values, names)
-        if values.get("label_offset"):  # of the file behind timm's configuration, no longer valid
-            values["label_offset"] = None
+        if "architecture" in values:  # timm's: its labels are those of the rows from here on
+            values.pop("label_offset", None)
 
 
 def _attributes(model: nn.Module) -> Iterator[MutableMapping[str, Any]]:
