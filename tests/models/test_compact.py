@@ -241,8 +241,11 @@ def test_timm(name: str, options: dict[str, Any]) -> None:
 def test_torchvision_with_a_convolution_as_classifier() -> None:
     models = pytest.importorskip("torchvision.models")
     model = models.squeezenet1_1(num_classes=5).eval()
-    small = compact(model, FORGET, input_shape=(3, 64, 64))
+    small = compact(model, FORGET, input_shape=(3, 64, 64), class_names=list("abcde"))
     assert (small.num_classes, small.classifier[1].out_channels) == (3, 3)
+    assert small.class_names == ("a", "c", "e")
+    with pytest.raises(ArgumentError, match="got 4 names for 5 classes"):
+        compact(model, FORGET, input_shape=(3, 64, 64), class_names=list("abcd"))
     models.squeezenet1_1(num_classes=3).load_state_dict(small.state_dict())
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(small(images), model(images)[:, KEPT], atol=1e-5, rtol=1e-5)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..errors import ModelError, shorten
+from ..errors import ArgumentError, ModelError, shorten
 from ..runtime.hooks import forward_pre_hooks
 from .class_indices import check_forget
 from .input_spec import noise_images
@@ -89,8 +89,9 @@ class Compaction:
 
 
 def compact(
-    model: nn.Module, forget: Any, *, input_shape: Sequence[int] | None = None
-) -> nn.Module:
+    model: nn.Module, forget: Any, *, input_shape: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> nn.Module:  # fmt: skip
     """Returns a copy of ``model`` whose classifier has no rows for the classes ``forget``.
 
     The retained classes keep their order and are numbered from 0. Their logits are the same up to
@@ -103,6 +104,9 @@ def compact(
         model: as for `unlearn`; it is not changed.
         forget: as for `unlearn`.
         input_shape: (channels, height, width); None: see `resolve_spec`.
+        class_names: names of all classes of ``model``, for a model that does not know them, such as
+            one of torchvision: the result gets those of the retained ones as its attribute
+            ``class_names``.
 
     Raises:
         ArgumentError: an argument can't be used, or fewer than two classes would be left.
@@ -111,10 +115,18 @@ def compact(
     """
     prepared = prepare_model(model, None, input_shape)
     removed = check_forget(forget, prepared.classes)
+    if class_names is not None and len(class_names) != prepared.classes:
+        raise ArgumentError(
+            "class_names", f"got {len(class_names)} names for {prepared.classes} classes",
+            "Pass one name for each class.",
+        )  # fmt: skip
     images = noise_images(prepared.spec, 2).to(prepared.device)
     compaction = find_compaction(prepared.model, removed, images)
     result = deep_copy(model, UNCOPYABLE)
     cut(result, compaction)
+    if class_names is not None:
+        names = tuple(class_names[old] for old in compaction.kept)
+        unwrap(result).class_names = names  # type: ignore[assignment]
     return result
 
 
