@@ -14,10 +14,12 @@ from .evaluation.accuracy import Evaluation, evaluate, mask
 from .evaluation.audit.audit import audit
 from .evaluation.audit.result import Audit
 from .evaluation.baselines import random_embeddings
+from .models.compact import compact
 from .models.delta import apply_delta, save_delta
 from .models.input_spec import InputSpec
 from .options import paper_preset
 from .planning.plan import Plan, plan
+from .provenance.folders import save_pretrained
 from .provenance.ledger import Ledger
 from .runtime.doctor import doctor
 from .runtime.progress import Event
@@ -50,6 +52,7 @@ __all__ = [
     "__version__",
     "apply_delta",
     "audit",
+    "compact",
     "doctor",
     "evaluate",
     "mask",
@@ -57,6 +60,7 @@ __all__ = [
     "plan",
     "random_embeddings",
     "save_delta",
+    "save_pretrained",
     "split",
     "synthesize",
     "unlearn",

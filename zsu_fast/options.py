@@ -26,7 +26,7 @@ _FEATURES = ("mixtures", "margin")
 _LOOP = ("steps", "batch", "learning_rate", "early_stop", "loop")
 _ALONE = (
     "tail", "depth", "space", "impressions_per_class", "retain_sample", "input_shape", "mean",
-    "std", "output", "device", "cache", "inplace",
+    "std", "output", "device", "cache", "inplace", "compact",
 )  # fmt: skip
 # What ranks may pass differently: it does not change the result.
 PER_RANK = ("device", "cache", "inplace")
@@ -63,6 +63,7 @@ class Options:
     device: str | torch.device | None
     cache: str | Path | None
     inplace: bool
+    compact: bool
     ascent: AscentSettings
     features: FeatureSettings
     objective: ObjectiveSettings
@@ -101,6 +102,13 @@ class Options:
 
     def __post_init__(self) -> None:
         check_flag("inplace", self.inplace)
+        check_flag("compact", self.compact)
+        if self.inplace and self.compact:
+            raise ArgumentError(
+                "inplace",
+                "got True with compact=True, which gives the classifier new, smaller tensors",
+                "Leave one of them out.",
+            )
         check_choice("space", self.space, SPACES)
         check_depth(self.depth, self.objective.name)
         check_output(self.output)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, ModelError, UnlearningWarning
 from .models.class_indices import check_forget, check_forgotten
+from .models.compact import Compaction, cut, find_compaction
 from .models.input_spec import noise_images
 from .models.labels import resolve_labels
 from .models.outputs import OutputChoice
@@ -114,6 +115,9 @@ class ZeroShotUnlearner:
         seed: seed of everything random.
         device: where to compute; None: where the model is.
         inplace: change ``model`` itself, at the very end: all tensors or none.
+        compact: return a model whose classifier has no rows for the classes ``forget`` and
+            ``forgotten``: see `zsu_fast.compact`. The record's ``compact`` maps old indices to new
+            ones. A later request to forget names the new ones, and none as ``forgotten``.
         cache: folder for finished impressions, from which an interrupted run resumes; None: none.
         progress: whether to show a progress bar; None: if stderr is a terminal.
         callback: called with an `Event`; return True to end the stage early.
@@ -128,6 +132,8 @@ class ZeroShotUnlearner:
         stopped: why the fit ended, in words.
         record: the `Record` of the run.
         notes: what was found while probing the model (`PreparedModel.notes`).
+        unlearned: what `apply` returns; None before.
+        full_size: with compact=True, the same model before the rows were cut; None before `apply`.
         ranks: the ranks that make the call.
         labels: the `Labels` of the model's classes; None if they are not known.
         options: the `Options`; the settings of a stage may be replaced before it runs.
@@ -171,6 +177,7 @@ class ZeroShotUnlearner:
         seed: int = 0,
         device: str | torch.device | None = None,
         inplace: bool = False,
+        compact: bool = False,
         cache: str | Path | None = None,
         progress: bool | None = None,
         callback: Callback | None = None,
@@ -312,6 +319,7 @@ class ZeroShotUnlearner:
         values = {n: p.detach() for n, p in zip(names, trained, strict=True)}
         with restored_on_failure(target, names), self.ranks.all_or_none():
             replace_parameters(target, values)
+            target = self._compacted(target)
             self.record.distributed = self.ranks.facts()
             self.record.finish(
                 target, self._synthesised(), self.split_point, self.result, self.class_rule
@@ -320,9 +328,19 @@ class ZeroShotUnlearner:
             self.ranks.check_same({"result": self.record.weights_after})
             for note in self.record.warnings if self.ranks.is_main else ():
                 warnings.warn(note, UnlearningWarning, stacklevel=4)
+            self.unlearned = target
             if self.ledger is not None:  # last: a run that fails must not be in the ledger
                 self.ledger.append(self.record)
         return target
+
+    def _compacted(self, unlearned: nn.Module) -> nn.Module:
+        """With compact=True, a copy without the rows of forgotten classes; else ``unlearned``."""
+        if self.compaction is None:
+            return unlearned
+        self.full_size, smaller = unlearned, deep_copy(unlearned, "Leave compact out.")
+        cut(smaller, self.compaction)
+        self.record.compact = self.compaction.to_dict()
+        return smaller
 
     def search_space(self) -> SearchSpace:
         """The space in which impressions are synthesised: images, or inputs of the tail."""
@@ -376,6 +394,12 @@ class ZeroShotUnlearner:
             known = self.ledger.forgotten() if self.ledger else None
             forgotten = self.ranks.broadcast_object(known)
         self.forgotten = check_forgotten(forgotten, self.forget, self.classes, self.labels)
+        if self.ledger is not None:
+            self.ledger.check_forgotten(self.forgotten)
+        self.compaction: Compaction | None = None
+        if options.compact:
+            removed, images = sorted(self.forget + self.forgotten), noise_images(self.spec, 2)
+            self.compaction = find_compaction(self.work, removed, images.to(self.device))
         self.forget_mask = torch.zeros(self.classes, dtype=torch.bool, device=self.device)
         self.forget_mask[self.forget + self.forgotten] = True
         self.active_classes, self.class_rule = classes_to_synthesise(

@@ -74,10 +74,16 @@ def test_export(model: nn.Module, images: Tensor) -> None:
 
 
 def test_onnx_in_onnxruntime(tmp_path: Path, model: nn.Module, images: Tensor) -> None:
+    logits = _run_onnx(tmp_path / "m.onnx", model, images)
+    torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
+    assert (logits.argmax(1) != 1).all()
+
+
+def _run_onnx(path: Path, model: nn.Module, images: Tensor) -> Tensor:
+    """The logits of the model exported to ``path``, run by onnxruntime."""
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name)
     runtime = pytest.importorskip("onnxruntime")
-    path = tmp_path / "m.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from the exporter
         program = torch.onnx.export(
@@ -88,8 +94,28 @@ def test_onnx_in_onnxruntime(tmp_path: Path, model: nn.Module, images: Tensor) -
     program.save(path)
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), model(images), atol=1e-4, rtol=1e-4)
-    assert (logits.argmax(1) != 1).all()
+    return torch.from_numpy(logits)
+
+
+@pytest.fixture
+def small() -> nn.Module:
+    return zsu_fast.compact(_unlearned(), [1], input_shape=SPEC.shape)
+
+
+def test_a_compact_model_can_be_exported(small: nn.Module, images: Tensor) -> None:
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(small, (images[:4],), dynamic_shapes=({0: batch},))
+    exported = program.module()(images)
+    torch.testing.assert_close(exported, _unlearned()(images)[:, [0, 2, 3, 4]])
+    compiled = torch.compile(small)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), exported, atol=1e-5, rtol=1e-4)
+
+
+def test_onnx_of_a_compact_model(tmp_path: Path, small: nn.Module, images: Tensor) -> None:
+    logits = _run_onnx(tmp_path / "m.onnx", small, images)
+    expected = _unlearned()(images)[:, [0, 2, 3, 4]]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_compile(model: nn.Module, images: Tensor) -> None:

@@ -8,13 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from support import QUICK, assert_forgets, same_bits, tiny, untouched
+from support import (
+    QUICK,
+    assert_forgets,
+    deep_run,
+    same_bits,
+    tiny,
+    tiny_data,
+    untouched,
+)
 from typer.testing import CliRunner
 
 import zsu_fast
 from zsu_fast import ArgumentError, Ledger
 from zsu_fast.cli.app import app
 from zsu_fast.models import checkpoint, zoo
+from zsu_fast.models.compact_file import file_compaction
+from zsu_fast.models.loading import load_model
 from zsu_fast.models.parameters import weights_hash
 from zsu_fast.provenance.ledger import verify
 from zsu_fast.unlearner import ZeroShotUnlearner
@@ -124,6 +134,60 @@ def test_bad_arguments(forget: Any, forgotten: Any, words: str) -> None:
         zsu_fast.unlearn(model, forget, forgotten=forgotten, **QUICK)
 
 
+def test_a_compact_result_and_the_requests_after_it(tmp_path: Path) -> None:
+    book = tmp_path / "ledger"
+    options: dict[str, Any] = QUICK | {"tail": "last", "ledger": book}
+    model = tiny()
+    run = ZeroShotUnlearner(model, 1, compact=True, **options)
+    with untouched(model):
+        first = run.run()
+    assert first is run.unlearned
+    assert (first.fc2.out_features, model.fc2.out_features) == (4, 5)
+    assert run.record.compact["new_index"] == {"0": 0, "2": 1, "3": 2, "4": 3}
+    assert run.record.weights_after == weights_hash(first)
+    full = zsu_fast.unlearn(tiny(), 1, **QUICK, tail="last")
+    assert run.full_size is not None
+    assert same_bits(run.full_size, full)
+    kept = full.fc2.weight[[0, 2, 3, 4]]
+    assert torch.equal(first.fc2.weight, kept)
+    assert Ledger(book).forgotten() == []  # no row is left of what was forgotten
+    with pytest.raises(ArgumentError, match=r"forgotten: got \[1\], but by .*compact"):
+        zsu_fast.unlearn(first, 0, forgotten=1, **options)
+    second = zsu_fast.unlearn(first, 0, **options)
+    assert Ledger(book).forgotten() == [0]
+    third = zsu_fast.unlearn(second, 3, forgotten=[0], compact=True, **options)  # 0 goes as well
+    assert third.fc2.out_features == 2
+    # of the original classes, 2 and 3 are left: they are still told apart
+    images, labels = tiny_data()
+    chosen = (labels == 2) | (labels == 3)
+    assert (third(images[chosen]).argmax(1) + 2 == labels[chosen]).float().mean() > 0.95
+    assert Ledger(book).forgotten() == []
+    assert verify(book, model=third) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"inplace": True}, "inplace: got True with compact=True"),
+        ({"compact": "yes"}, "compact: got 'yes'"),
+        ({"forgotten": [0, 2, 3]}, "single logit, number 4"),
+    ],
+)
+def test_compact_is_refused_before_the_work(options: dict[str, Any], words: str) -> None:
+    model = tiny()
+    with untouched(model), pytest.raises(ArgumentError, match=words):
+        ZeroShotUnlearner(model, 1, **QUICK | {"compact": True} | options)
+
+
+def test_a_deep_compact_result() -> None:
+    run, full = deep_run()
+    compact_run, small = deep_run(compact=True)
+    assert run.record.depth["level"] == compact_run.record.depth["level"] == "deep"
+    images = tiny_data()[0]
+    kept = [0, 2, 4]
+    torch.testing.assert_close(small(images), full(images)[:, kept], atol=1e-5, rtol=1e-5)
+
+
 # --- from the command line -------------------------------------------------------------------
 
 
@@ -170,6 +234,70 @@ def test_only_a_delta_and_wrong_bases(tmp_path: Path) -> None:
     neither = call("unlearn", "lenet5", "--forget", "1", code=2)
     assert "--delta" in neither
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "out.safetensors"]
+
+
+def test_compact_files_and_folders(tmp_path: Path) -> None:
+    one, two, three, folder, book = (
+        str(tmp_path / n) for n in ("1.safetensors", "2.safetensors", "3.safetensors", "f", "l")
+    )
+    printed = json.loads(
+        call("unlearn", "lenet5", "--forget", "3,5", "--compact", "--out", one, "--out-folder",
+             folder, "--ledger", book, "--report", str(tmp_path / "r.html"), "--json", *LENET)
+    )  # fmt: skip
+    assert printed["record"]["compact"]["classes"] == 8
+    assert printed["verdict"]  # the audit of the same result before the rows were cut
+    again = load_model("lenet5", one)
+    assert weights_hash(again) == printed["record"]["weights_after"]
+    assert same_bits(again, load_model(f"hf:{folder}"))
+    assert again.fc3.out_features == 8
+    record = json.loads((tmp_path / "f" / "record.json").read_text())
+    assert record["compact"]["new_index"]["4"] == 3
+    assert json.loads(call("ledger", "verify", book, "--json"))["forgotten"] == []
+    # the next request, by the new numbers: the file says what was cut by both
+    text = call("unlearn", "lenet5", "--weights", one, "--forget", "3", "--compact", "--out", two,
+                "--ledger", book, *LENET)  # fmt: skip
+    assert "7 classes left" in text
+    assert list(file_compaction(two).new_index) == [0, 1, 2, 6, 7, 8, 9]
+    assert load_model("lenet5", two).fc3.out_features == 7
+    # a request that is not compact: its file still says what was cut before
+    call("unlearn", "lenet5", "--weights", two, "--forget", "0", "--out", three, *LENET)
+    assert load_model("lenet5", three).fc3.out_features == 7
+    last = ["--out", str(tmp_path / "4.safetensors"), *LENET]
+    refused = call("unlearn", "lenet5", "--weights", three, "--forget", "1", "--forgotten", "0,3",
+                   *last, code=2)  # fmt: skip
+    assert "forgotten: got [3], but" in refused.replace("\n", " ")
+    call("unlearn", "lenet5", "--weights", three, "--forget", "1", "--forgotten", "0", *last)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "words"),
+    [
+        (["--delta", "d", "--out", "o.safetensors"], "delta: got --compact"),
+        (["--out", "o.pt"], "out: got o.pt with --compact"),
+        (["--out-folder", "there"], "not empty"),
+    ],
+)
+def test_compact_outputs_that_cannot_be_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outputs: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("")
+    text = call("unlearn", "lenet5", "--forget", "1", "--compact", *outputs, *LENET, code=2)
+    assert words in " ".join(text.split())
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+def test_no_folder_without_its_ledger_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise zsu_fast.OutputError("ledger: no space")
+
+    monkeypatch.setattr(Ledger, "append", fail)
+    call("unlearn", "lenet5", "--forget", "1", "--ledger", str(tmp_path / "ledger"),
+         "--out-folder", str(tmp_path / "f"), *LENET, code=2)  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_file_without_its_ledger_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

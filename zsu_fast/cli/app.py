@@ -14,6 +14,7 @@ from rich.table import Table
 from ..errors import LedgerError, shorten
 from ..evaluation.accuracy import evaluate as measure
 from ..models import checkpoint
+from ..models.compact_file import compact_metadata, file_compaction
 from ..models.delta import apply_delta
 from ..models.infer_spec import resolve_spec
 from ..models.loading import load_model
@@ -118,7 +119,8 @@ def apply(
         base = model.load()
         result = apply_delta(base, delta)
         hashes = {"weights_before": weights_hash(base), "weights_after": weights_hash(result)}
-        checkpoint.save_weights(out, result, hashes, force)
+        metadata = hashes | compact_metadata(file_compaction(model.weights))
+        checkpoint.save_weights(out, result, metadata, force)
         if as_json:
             output.print_json({"out": str(out), **hashes})
         else:

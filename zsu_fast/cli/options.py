@@ -22,7 +22,8 @@ from .inputs import parse_numbers
 
 MODEL_HELP = (
     "A zoo name (lenet5, karpathynet, resnet20_cifar, ...), a torchvision or timm name "
-    "(torchvision:resnet50, timm:...), hf:folder (transformers), or package.module:factory."
+    "(torchvision:resnet50, timm:...), hf:folder (of transformers, timm, or --out-folder), or "
+    "package.module:factory."
 )
 Weights = Annotated[
     str | None,

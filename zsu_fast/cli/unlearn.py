@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +17,18 @@ from ..errors import ArgumentError
 from ..evaluation.audit import audit
 from ..evaluation.report.page import write_report
 from ..models import checkpoint
+from ..models.compact import Compaction
+from ..models.compact_file import (
+    check_forgotten_in_file,
+    compact_metadata,
+    file_compaction,
+)
 from ..models.delta import check_ending, save_delta
 from ..models.parameters import UNCOPYABLE, deep_copy
 from ..options import paper_preset
+from ..provenance.folders import written_folder
 from ..provenance.ledger import Entry, Ledger
+from ..provenance.new_folder import check_folder
 from ..provenance.record import Record
 from ..runtime import distributed
 from ..unlearner import ZeroShotUnlearner
@@ -35,10 +42,25 @@ class OutputOptions:
     """Which files to write."""
 
     out: Annotated[Path | None, options.OUT] = None
+    out_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a folder to publish: config, weights, record and model card, in the format "
+            "of the model's library."
+        ),
+    ] = None
     delta: Annotated[
         Path | None, typer.Option(help="Write only the changed weights here, for `apply`.")
     ] = None
     record: Annotated[Path | None, typer.Option(help="Write the run's record (JSON) here.")] = None
+    compact: Annotated[
+        bool,
+        typer.Option(
+            "--compact",
+            help="Write a classifier without rows for the forgotten classes; the others are "
+            "numbered anew, and the record and the file hold the map.",
+        ),
+    ] = False
     report: options.Report = None
     report_data: Annotated[
         str | None,
@@ -48,24 +70,58 @@ class OutputOptions:
 
     def check(self) -> None:
         """Raises before the work if there is nothing to write, or no way to write it."""
-        if self.out is None and self.delta is None:
-            raise ArgumentError("out", "neither --out nor --delta was given", "Name a file.")
+        if self.out is None and self.delta is None and self.out_folder is None:
+            raise ArgumentError(
+                "out", "none of --out, --out-folder and --delta was given", "Name a file."
+            )
         if self.out is not None:
             checkpoint.check_ending(self.out)
         if self.delta is not None:
             check_ending(self.delta)
+        if self.out_folder is not None:
+            check_folder(self.out_folder, self.force)
+        if self.compact and self.delta is not None:
+            raise ArgumentError(
+                "delta",
+                "got --compact too, and a delta holds values of tensors of the same shapes",
+                "Leave one of them out.",
+            )
+        if self.compact and self.out is not None and self.out.suffix != ".safetensors":
+            raise ArgumentError(
+                "out",
+                f"got {self.out} with --compact, and only safetensors files say which class each "
+                f"logit is",
+                "Name a .safetensors file.",
+            )
         check_writable(self.force, self.report, self.out, self.delta, self.record)
 
     @contextmanager
-    def written(self, base: nn.Module, result: nn.Module, record: Record) -> Iterator[None]:
-        """Writes the files; removes them again if one of them, or the block, fails."""
-        with ExitStack() as undo:
+    def written(
+        self, base: nn.Module, run: ZeroShotUnlearner, record: Record, weights: str | None
+    ) -> Iterator[None]:
+        """Writes the files; removes them again if one of them, or the block, fails.
+
+        Args:
+            base: the model before the run.
+            run: gives the model after it, and the verdict.
+            record: of the run.
+            weights: the file that ``base`` was loaded from, which may be a compact model's.
+        """
+        result, compaction = run.unlearned, _all_compactions(record, weights)
+        assert result is not None
+        folder: AbstractContextManager[Any] = nullcontext()
+        if self.out_folder is not None:
+            folder = written_folder(
+                result, self.out_folder, record=record, verdict=getattr(run, "verdict", None),
+                force=self.force, compaction=compaction,
+            )  # fmt: skip
+        with folder, ExitStack() as undo:
             if self.out is not None:
                 metadata = {
                     "zsu_fast.forget": json.dumps(record.forget),
                     "weights_before": record.weights_before,
                     "weights_after": record.weights_after,
-                }
+                } | compact_metadata(compaction, record.forgotten_rows)
                 checkpoint.save_weights(self.out, result, metadata, self.force)
                 undo.callback(self.out.unlink, missing_ok=True)
             if self.delta is not None:
@@ -77,6 +133,12 @@ class OutputOptions:
                 undo.callback(self.record.unlink, missing_ok=True)
             yield
             undo.pop_all()
+
+
+def _all_compactions(record: Record, weights: str | None) -> Compaction | None:
+    """From the architecture to the result: what was cut before the run, and what by it."""
+    earlier = file_compaction(weights)
+    return Compaction.from_dict(record.compact).after(earlier) if record.compact else earlier
 
 
 @dataclass(frozen=True)
@@ -162,10 +224,16 @@ def unlearn(
             paths.check()
         loaded = model.load()
         labels = labels_of(folder_order(class_names, None), loaded)
+        before = None if request.forgotten is None else parse_classes(request.forgotten, labels)
+        numbers = [c for c in before or () if isinstance(c, int)]  # names stay right when cut
+        check_forgotten_in_file(model.weights, numbers)
         # the run changes `loaded` in place; the delta and the report need the model before it
         needs_base = ranks.is_main and (paths.delta is not None or paths.report is not None)
         base = deep_copy(loaded, UNCOPYABLE) if needs_base else loaded
-        write = partial(paths.written, base, loaded)
+
+        def write(record: Record) -> AbstractContextManager[None]:
+            return paths.written(base, run, record, model.weights)
+
         ledger = None
         if request.ledger is not None:
             ledger = LedgerAfterFiles(
@@ -173,11 +241,10 @@ def unlearn(
             )
         run = ZeroShotUnlearner(
             loaded, parse_classes(forget, labels), ledger=ledger, class_names=labels,
-            forgotten=(
-                None if request.forgotten is None else parse_classes(request.forgotten, labels)
-            ),
+            forgotten=before,
             **method.arguments(), **asdict(impressions), **images.arguments(),
-            output=images.choice, seed=seed, device=device, inplace=True, progress=progress,
+            output=images.choice, seed=seed, device=device, inplace=not paths.compact,
+            compact=paths.compact, progress=progress,
         )  # fmt: skip
         run.run()
         if not ranks.is_main:
@@ -186,7 +253,7 @@ def unlearn(
         if entry is None:
             with write(run.record):
                 pass
-        verdict = _write_report(paths, base, loaded, run, progress)
+        verdict = _write_report(paths, base, run.full_size or loaded, run, progress)
         (_print_json if as_json else _print)(paths, run, verdict, entry)
 
 
@@ -215,6 +282,8 @@ def _print_json(
 ) -> None:
     out = None if paths.out is None else str(paths.out)
     summary: dict[str, Any] = {"out": out, "record": run.record.to_dict(), "verdict": verdict}
+    if paths.out_folder is not None:
+        summary["out_folder"] = str(paths.out_folder)
     if paths.delta is not None:
         summary["delta"] = str(paths.delta)
     if entry is not None:
@@ -230,6 +299,11 @@ def _print(
     best, total = facts["fit"]["best"], facts["timings"]["total"]
     console.print(f"Forgot {len(run.forget)} of {run.classes} classes in {total:.1f} s.")
     output.print_labels(console, "Forgotten", facts["labels"])
+    if facts["compact"]:
+        console.print(
+            f"The classifier has {facts['compact']['classes']} classes left, numbered anew: the "
+            f"record and the file hold the map."
+        )
     console.print(
         f"Impressions: {facts['impressions']['count']}, "
         f"{100 * facts['impressions']['hit_rate']:.1f} % reached their confidence."
@@ -243,5 +317,5 @@ def _print(
     output.print_sentences(console, verdict)
     if entry is not None:
         console.print(f"Request {entry['request']}, ledger head {entry['hash']}.")
-    files = (paths.out, paths.delta, paths.record, paths.report)
+    files = (paths.out, paths.out_folder, paths.delta, paths.record, paths.report)
     output.print_written(console, [path for path in files if path is not None])

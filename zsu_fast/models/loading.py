@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import sys
 import traceback
@@ -17,7 +18,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import ArgumentError, UnlearningWarning
-from . import checkpoint, zoo
+from . import checkpoint, folder_config, zoo
+from .compact_file import fit_to_file
 from .input_spec import torchvision_spec
 from .parameters import deep_copy
 
@@ -29,13 +31,16 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
 
     Args:
         name: a zoo name ("lenet5"), a torchvision or timm name ("resnet50", or "torchvision:..."
-            and "timm:..." to choose), "hf:folder" (a transformers image classifier written by
-            ``save_pretrained``; nothing is downloaded), or "package.module:factory" (a function
-            without required arguments that returns an ``nn.Module``, or a module itself).
+            and "timm:..." to choose), "hf:folder" (an image classifier in a folder written by
+            `zsu_fast.save_pretrained`, transformers' ``save_pretrained``, or timm's
+            ``save_for_hf``; nothing is downloaded), or "package.module:factory" (a function without
+            required arguments that returns an ``nn.Module``, or a module itself).
         weights: a safetensors file, or a checkpoint that ``torch.load(weights_only=True)`` accepts,
             as for `checkpoint.load_into` ("last.pt::state_dict_ema"); "pretrained", or the name of
             a torchvision weights entry, lets torchvision or timm download theirs; None takes the
-            weights of the zoo, the folder, or the factory.
+            weights of the zoo, the folder, or the factory. A file of a compact model
+            (``--compact``) says which classes it kept: the model is built with all of them, and
+            cut.
         classes: number of logits of a torchvision or timm model; None for its default.
 
     Raises:
@@ -51,7 +56,7 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
     if source == "timm":
         return _timm(rest, weights, classes)
     if source == "hf":
-        return _transformers(rest, weights)
+        return _folder(rest, weights)
     if rest:
         return _with_file(_factory(source, rest, weights), weights)
     for build in (_torchvision, _timm):
@@ -74,6 +79,7 @@ class _Unknown(ArgumentError):
 def _with_file(model: nn.Module, weights: str | None, name: str = "") -> nn.Module:
     """Loads the file, if one is given; ``name`` is that of the architecture in its library."""
     if weights is not None:
+        fit_to_file(model, weights)
         arch = checkpoint.load_into(model, weights).arch
         if name and arch and arch.partition(".")[0] != name.partition(".")[0]:
             warnings.warn(
@@ -124,6 +130,44 @@ def _timm(name: str, weights: str | None, classes: int | None) -> nn.Module:
     return _with_file(model, None if weights == PRETRAINED else weights, name)
 
 
+def _folder(folder: str, weights: str | None) -> nn.Module:
+    """A model in a folder of the format of transformers, of timm, or of this package."""
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise ArgumentError(
+            "model",
+            f"got 'hf:{folder}', a folder without config.json",
+            "Name a local folder written by save_pretrained(); nothing is downloaded.",
+        )
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArgumentError(
+            "model", f"got 'hf:{folder}', whose config.json can't be read ({error})",
+            "Save the model there again.",
+        ) from error  # fmt: skip
+    if isinstance(config, dict) and folder_config.KEY in config:
+        model = folder_config.from_config(config)
+        return _with_file(model, weights or str(path / "model.safetensors"))
+    if isinstance(config, dict) and "architecture" in config and "model_type" not in config:
+        return _timm_folder(folder, weights)
+    return _transformers(folder, weights)
+
+
+def _timm_folder(folder: str, weights: str | None) -> nn.Module:
+    try:
+        import timm
+
+        model = timm.create_model(f"local-dir:{folder}", pretrained=weights is None)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        raise ArgumentError(
+            "model",
+            f"got 'hf:{folder}', which timm can't load ({type(error).__name__}: {error})",
+            "Save an image classifier there, with config.json and model.safetensors.",
+        ) from error
+    return _with_file(model, weights)
+
+
 def _transformers(folder: str, weights: str | None) -> nn.Module:
     try:
         from transformers import AutoModelForImageClassification
@@ -133,12 +177,6 @@ def _transformers(folder: str, weights: str | None) -> nn.Module:
             f"got 'hf:{folder}', and transformers can't be imported ({error})",
             "Run pip install 'zsu-fast[models]'.",
         ) from error
-    if not (Path(folder) / "config.json").is_file():
-        raise ArgumentError(
-            "model",
-            f"got 'hf:{folder}', a folder without config.json",
-            "Name a local folder written by save_pretrained(); nothing is downloaded.",
-        )
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
             folder, local_files_only=True, output_loading_info=True

@@ -192,7 +192,7 @@ class Entry:
     """A model of the zoo: its factory, the images it expects, its weights file, if any, and its
     classes' names."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[[int], nn.Module]  # the number of classes -> the model
     spec: InputSpec
     weights: str | None = None
     class_names: tuple[str, ...] = ()
@@ -212,13 +212,13 @@ ZOO: dict[str, Entry] = {
     "lenet5_golden": Entry(LeNet5, _MNIST, "lenet5_golden.safetensors", _DIGITS),
     "karpathynet": Entry(KarpathyNet, _CIFAR, "karpathynet.safetensors", _CIFAR10),
     "karpathynet_golden": Entry(KarpathyNet, _CIFAR, "karpathynet_golden.safetensors", _CIFAR10),
-    "resnet20_cifar": Entry(lambda: CifarResNet(3), _CIFAR_RESNET, None, _CIFAR10),
-    "resnet56_cifar": Entry(lambda: CifarResNet(9), _CIFAR_RESNET, None, _CIFAR10),
-    "vit_cifar": Entry(CompactViT, _CIFAR, "vit_cifar.safetensors", _CIFAR10),
+    "resnet20_cifar": Entry(lambda n: CifarResNet(3, n), _CIFAR_RESNET, None, _CIFAR10),
+    "resnet56_cifar": Entry(lambda n: CifarResNet(9, n), _CIFAR_RESNET, None, _CIFAR10),
+    "vit_cifar": Entry(lambda n: CompactViT(classes=n), _CIFAR, "vit_cifar.safetensors", _CIFAR10),
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, classes: int = 10) -> nn.Module:
     """Builds a zoo model with random weights, in eval mode, with its ``input_spec``.
 
     Raises:
@@ -226,9 +226,10 @@ def build(name: str) -> nn.Module:
     """
     if name not in ZOO:
         raise ArgumentError("model", f"got {name!r}", f"Pass one of {', '.join(ZOO)}.")
-    model = ZOO[name].build().eval()
+    model = ZOO[name].build(classes).eval()
     model.input_spec = ZOO[name].spec  # type: ignore[assignment]
-    model.class_names = ZOO[name].class_names  # type: ignore[assignment]
+    if len(names := ZOO[name].class_names) == classes:
+        model.class_names = names  # type: ignore[assignment]
     return model
 
 

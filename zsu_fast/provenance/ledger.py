@@ -18,7 +18,7 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,15 +86,38 @@ class Ledger:
         return _last_hash(self.entries())
 
     def forgotten(self) -> list[int]:
-        """Classes that the result of the last entry has forgotten, sorted."""
-        if self.other_base:
-            return []
+        """Classes that the result of the last entry has forgotten, sorted, by their index in it.
+
+        A compact model (``compact=True``) has no forgotten classes: the others are numbered anew.
+        """
+        return sorted(self._forgotten()[0])
+
+    def check_forgotten(self, forgotten: Sequence[int]) -> None:
+        """Raises if ``forgotten`` may be indices from before the model was made compact.
+
+        Raises:
+            ArgumentError: an entry made the model compact, and none since forgot these classes.
+        """
+        known, compact = self._forgotten()
+        if compact and (unknown := sorted(set(forgotten) - known)):
+            raise ArgumentError(
+                "forgotten",
+                f"got {unknown}, but by {self.path} the model is compact: it has no logits of "
+                f"classes forgotten before, and the others are numbered anew",
+                f"Leave it out: by the ledger, it is {sorted(known)}.",
+            )
+
+    def _forgotten(self) -> tuple[set[int], bool]:
+        """Classes that the last result still has and has forgotten; whether it was made compact."""
         classes: set[int] = set()
-        for entry in self.entries():
+        compact = False
+        for entry in [] if self.other_base else self.entries():
             if entry["new_base"]:
-                classes.clear()
+                classes, compact = set(), False
             classes |= {*entry["forget"], *entry["forgotten"]}
-        return sorted(classes)
+            if entry["settings"].get("compact"):
+                classes, compact = set(), True
+        return classes, compact
 
     def check(self, before: str) -> None:
         """Raises before the work if `append` would refuse its result.

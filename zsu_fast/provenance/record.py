@@ -48,6 +48,9 @@ class Record:
         split: where and why, the trained parameters, whether only outputs can forget.
         fit: why it stopped, the learning rate, the best validation, the history.
         timings: seconds per stage, and in total.
+        compact: with compact=True, ``classes_before`` and ``classes``, the numbers of classes;
+            ``new_index``, from the old index of each retained class (as text) to its new one;
+            ``tensors``, the names of those that were cut, and along which dimension; else {}.
         distributed: ranks, backend, and rows per rank; {} without a process group.
         warnings: what the user should know, in words.
     """
@@ -69,6 +72,7 @@ class Record:
     split: dict[str, Any] = field(default_factory=dict)
     fit: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    compact: dict[str, Any] = field(default_factory=dict)
     distributed: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     _clock: float = field(default_factory=time.perf_counter, init=False, repr=False)
@@ -181,6 +185,11 @@ class Record:
                 f"{fit.stopped}. Try objective='masked', more steps, or another tail."
             )
         return notes
+
+    @property
+    def forgotten_rows(self) -> list[int]:
+        """The forgotten classes that the result has logits of, sorted: none if it is compact."""
+        return [] if self.compact else sorted({*self.forget, *self.forgotten})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values; numbers that are not finite become None."""
