@@ -65,11 +65,11 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def replace_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Copies ``values`` into the parameters of the same names: all of them, or none.
+    """Copies ``values`` into the parameters and buffers of the same names: all of them, or none.
 
-    The parameters keep their device, dtype, identity and ``requires_grad``.
+    They keep their device, dtype, identity and ``requires_grad``.
     """
-    named = dict(unwrap(model).named_parameters())
+    named = state(unwrap(model))
     with restored_on_failure(model, values), torch.no_grad():
         for name, value in values.items():
             named[name].copy_(value)
@@ -77,8 +77,8 @@ def replace_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 @contextmanager
 def restored_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """If the block raises, by Ctrl-C too, restores the bits of these parameters."""
-    named = dict(unwrap(model).named_parameters())
+    """If the block raises, by Ctrl-C too, restores the bits of these parameters and buffers."""
+    named = state(unwrap(model))
     before = {name: named[name].detach().clone() for name in names}
     try:
         yield

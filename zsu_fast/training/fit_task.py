@@ -17,6 +17,9 @@ from .features import FeatureSet, FeatureSettings
 from .losses import ForgetOnlyKL, MaskedKL, Objective, ObjectiveSettings
 from .teacher import Teacher, train_val_sets
 
+# Weight of the term that keeps retained logits where more than the classifier's rows is trained.
+_KEEP = 1.0
+
 
 @dataclass
 class FitTask:
@@ -56,9 +59,10 @@ def make_fit_task(
 ) -> FitTask:
     """Builds the rows from the impressions' features, and the loss.
 
-    With the masked objective, only the forgotten logits are trained if the tail is the last layer
-    alone and each logit has weights of its own; of many classes, only those logits are computed:
-    call `ClassSubsetTail.write_back` on the task's tail after training.
+    With the masked objective, only the forgotten logits are trained if each trained parameter holds
+    one row per class (`Split.class_dims`); of many classes, only those logits are computed: call
+    `ClassSubsetTail.write_back` on the task's tail after training. Otherwise, the retained logits
+    are kept besides.
 
     Args:
         model: the working copy that ``split`` shares its parameters with.
@@ -70,13 +74,10 @@ def make_fit_task(
     """
     generator = torch.Generator().manual_seed(seed)
     tail, parameters, classes = split.tail, trained_parameters(model, split), len(forget)
-    forget_logits_only = (
-        objective.name == "masked"
-        and split.output_level
-        and all(len(p) == classes for p in parameters)
-    )
+    dims = split.class_dims
+    forget_logits_only = objective.name == "masked" and bool(dims)
     names = []
-    if forget_logits_only and classes > settings.limits.subset_above:
+    if forget_logits_only and classes > settings.limits.subset_above and not any(dims.values()):
         trained = {id(p) for p in parameters}
         names = [name for name, p in tail.named_parameters() if id(p) in trained]
         if not supports_subset(tail, names, features):
@@ -84,7 +85,7 @@ def make_fit_task(
     teacher = Teacher(tail, forget, names, settings.limits)
     train, validation, logit_margin = train_val_sets(teacher, features, labels, settings, generator)
     margin = settings.margin_for(logit_margin, classes, forget_logits_only)
-    loss = MaskedKL(forget, margin, forget_logits_only)
+    loss = MaskedKL(forget, margin, forget_logits_only, 0.0 if forget_logits_only else _KEEP)
     if names:
         tail = ClassSubsetTail(tail, names, forget.nonzero()[:, 0], trainable=True)
         parameters, loss = list(tail.parameters()), ForgetOnlyKL(forget, margin)
