@@ -90,7 +90,8 @@ class ZeroShotUnlearner:
         impressions: `ClassImpressions` to use; None synthesises them.
         space: "input" synthesises images; "tail-input" synthesises what the backbone passes to the
             tail, which is far cheaper because the backbone never runs on it. None: that of
-            ``impressions``, or "tail-input".
+            ``impressions``, or "tail-input"; at the output level "input" if the classifier takes
+            normalised features with negative values (`Split.directions`).
         impressions_per_class: None: 32, or fewer for many classes; `DeepSettings` for deep
             forgetting with space="tail-input". With 4 or more, one in four is held out for
             validation; with fewer, fresh mixtures serve instead.
@@ -167,6 +168,7 @@ class ZeroShotUnlearner:
         keywords = locals()
         if space is None and isinstance(impressions, ClassImpressions):
             keywords["space"] = impressions.space
+        self._space_given = keywords["space"] is not None
         self.ranks = join(distributed)
         with self.ranks.all_or_none():
             self.options = Options.from_keywords(keywords)
@@ -203,6 +205,7 @@ class ZeroShotUnlearner:
             with self._stage("synthesise"):
                 self.impressions = rows.invert(self.active_classes, self.report)
         else:
+            self._choose_space()
             space = self.search_space()
             with self._stage("synthesise"):
                 self.impressions = ascend(
@@ -237,6 +240,15 @@ class ZeroShotUnlearner:
             at, images, labels = self.options.tail, impressions.images, impressions.labels
         with self._stage("split"):
             return find_split(self.work, at, images.to(self.device), labels.to(self.device))
+
+    def _choose_space(self) -> None:
+        """Takes images where rows at the split would be unlike theirs, unless the user chose."""
+        options = self.options
+        if options.space == "tail-input" and not self._space_given:
+            split = self.split_point or self.split()
+            if split.directions:
+                options.space, self.split_point = "input", None
+                options.tail = "last" if options.tail == "auto" else options.tail
 
     def _row_source(self) -> RowSource | None:
         """Where the rows of deep forgetting come from; None at the output level."""

@@ -20,6 +20,7 @@ from .batch_dim import BoundaryTensors
 from .class_rows import ClassDims, class_dims, expose_class_buffers
 from .fx_split import split_by_fx
 from .layers import CHUNK_BYTES, fisher_ratios, in_chunks, layer_names
+from .operand_split import split_before_operand
 from .replay_split import ReplayBackbone, split_by_replay
 
 
@@ -42,6 +43,8 @@ class Split:
         fixed: names of the parameters that the tail uses and does not train.
         class_dims: if all of ``parameters`` hold one row per class, the dimension of the rows in
             each; else {}.
+        directions: True if the logits depend on the direction of the features alone, which have
+            negative values too: rows that start anywhere are then unlike those of images.
         warning: what the user should know about the split, in words; "" for nothing.
     """
 
@@ -53,6 +56,7 @@ class Split:
     output_level: bool
     fixed: list[str] = field(default_factory=list)
     class_dims: ClassDims = field(default_factory=dict)
+    directions: bool = False
     warning: str = ""
 
     def features(
@@ -97,7 +101,7 @@ def find_split(model: LogitsModel, at: str | int, images: Tensor, labels: Tensor
     expose_class_buffers(model, probe)
     if isinstance(at, str) and at not in ("auto", "last"):
         found = split_at(model, at, probe, "named by the caller")
-        return class_split(model, found, probe) if _starts_at_last(model, at, probe) else found
+        return _last_split(model, found, images) if _starts_at_last(model, at, probe) else found
     if at == "auto":
         layers, chosen, reason = _first_responsive_layer(model, images, labels)
     else:
@@ -111,7 +115,7 @@ def find_split(model: LogitsModel, at: str | int, images: Tensor, labels: Tensor
         if name != layers[0] and _backbone_gives_logits(found, probe):
             reason = f"{reason}; moved ahead of {name!r}, before which other logits are computed"
             continue
-        return class_split(model, found, probe) if chosen == len(layers) - 1 else found
+        return _last_split(model, found, images) if chosen == len(layers) - 1 else found
     raise ModelError(
         "each layer shares its weights with an earlier one",
         "Name the module at which the tail is to start, by tail=.",
@@ -234,14 +238,51 @@ def class_split(model: LogitsModel, split: Split, images: Tensor) -> Split:
             f"and RA on images."
         )  # fmt: skip
         return replace(split, warning=warning)
+    return _restricted(split, used, trained, dims)
+
+
+def _restricted(
+    split: Split, used: Iterable[str], trained: list[str], dims: ClassDims, warning: str = ""
+) -> Split:
+    """``split`` with only the parameters ``trained``, which hold one row per class."""
     reason = split.reason
     if trained != split.parameters:
         reason = f"{reason}; only what holds one row per class is trained: {', '.join(trained)}"
-    fixed = [n for n in used if n not in trained]
-    kept = {n: dims[n] for n in trained}
     return replace(
-        split, reason=reason, parameters=trained, output_level=True, fixed=fixed, class_dims=kept
-    )
+        split, reason=reason, parameters=trained, output_level=True,
+        fixed=[n for n in used if n not in trained], class_dims={n: dims[n] for n in trained},
+        warning=warning,
+    )  # fmt: skip
+
+
+def _last_split(model: LogitsModel, split: Split, images: Tensor) -> Split:
+    """The split before the classifier: `class_split`, and after what is before the classifier."""
+    images = images[:3] if len(images) > 2 else images[:1].expand(3, *images.shape[1:])
+    split = _before_classifier(model, class_split(model, split, images[:2]), images)
+    with torch.no_grad():
+        boundary = split.backbone(images)
+        if all(t.is_floating_point() for t in boundary) and any(bool((t < 0).any()) for t in boundary):
+            near, far = (split.tail(*[t * factor for t in boundary]) for factor in (0.5, 2.0))
+            size = 1e-4 * float(far.abs().max())
+            split.directions = bool(((near - far).abs() <= size).all())
+    return split
+
+
+def _before_classifier(model: LogitsModel, split: Split, images: Tensor) -> Split:
+    """Moves a split from `class_split` on to the classifier itself, if that is no layer."""
+    named = dict(model.module.named_parameters())
+    matrices = [n for n in split.class_dims if named[n].ndim > 1]
+    layers = layer_names(model.module, images)
+    if len(matrices) != 1 or _layer_of(matrices[0]) in layers:
+        return split
+    with torch.no_grad():
+        boundary = split.backbone(images)
+    parts = split_before_operand(split.tail, named[matrices[0]], boundary)
+    if parts is None:
+        return split
+    before, tail = parts
+    reason = f"{split.reason}; before {matrices[0]}, which is no layer"
+    return replace(split, backbone=_Chain(split.backbone, before), tail=tail, reason=reason)
 
 
 def _starts_at_last(model: LogitsModel, name: str, images: Tensor) -> bool:
@@ -375,6 +416,18 @@ def _backbone_gives_logits(split: Split, probe: Tensor) -> bool:
     """Whether a second classifier, beside the layer at the split, lies in the frozen backbone."""
     boundary = split.backbone(probe)
     return len(boundary) > 1 and any(f.shape == split.tail(*boundary).shape for f in boundary)
+
+
+class _Chain(nn.Module):
+    """Images -> boundary tensors -> those of a later split."""
+
+    def __init__(self, backbone: nn.Module, then: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.then = backbone, then
+
+    def forward(self, x: Tensor) -> BoundaryTensors:
+        boundary: BoundaryTensors = self.then(*self.backbone(x))
+        return boundary
 
 
 class _CloningTail(nn.Module):

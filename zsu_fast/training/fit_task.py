@@ -36,6 +36,7 @@ class FitTask:
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     sampling: Tensor | None = None  # float32 [N], how often each row is drawn; None for equally
     bf16_matmul: bool = True  # allow products in bfloat16
+    scale_biases: bool = False  # step biases in proportion to the logits, not to the weights
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +90,10 @@ def make_fit_task(
     if names:
         tail = ClassSubsetTail(tail, names, forget.nonzero()[:, 0], trainable=True)
         parameters, loss = list(tail.parameters()), ForgetOnlyKL(forget, margin)
-    return FitTask(tail, parameters, train, validation, objective.make(loss), loss, generator)
+    return FitTask(
+        tail, parameters, train, validation, objective.make(loss), loss, generator,
+        scale_biases=split.output_level and objective.name == "masked",
+    )  # fmt: skip
 
 
 def trained_parameters(model: LogitsModel, split: Split) -> list[nn.Parameter]:

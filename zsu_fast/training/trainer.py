@@ -186,7 +186,7 @@ class LoopSettings:
         if rate is not None:
             return rate, None
         rate = relative_learning_rate(task.parameters)
-        if not task.validation_loss.forget_logits_only:
+        if not task.scale_biases:
             return rate, None
         bias_scale = _BIAS_STEP * task.train.teacher_std() / rate
         return rate, [bias_scale if p.ndim == 1 else 1.0 for p in task.parameters]
