@@ -25,7 +25,7 @@ _FEATURES = ("mixtures", "margin")
 _LOOP = ("steps", "batch", "learning_rate", "early_stop", "loop")
 _ALONE = (
     "tail", "depth", "space", "impressions_per_class", "retain_sample", "input_shape", "mean",
-    "std", "device", "cache", "inplace",
+    "std", "device", "cache", "inplace", "everywhere",
 )  # fmt: skip
 # What ranks may pass differently: it does not change the result.
 PER_RANK = ("device", "cache", "inplace")
@@ -61,6 +61,7 @@ class Options:
     device: str | torch.device | None
     cache: str | Path | None
     inplace: bool
+    everywhere: bool
     ascent: AscentSettings
     features: FeatureSettings
     objective: ObjectiveSettings
@@ -96,6 +97,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_flag("inplace", self.inplace)
+        check_flag("everywhere", self.everywhere)
         check_choice("space", self.space, SPACES)
         check_depth(self.depth, self.objective.name)
         if isinstance(self.tail, bool) or not isinstance(self.tail, str | int):

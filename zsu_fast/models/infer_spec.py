@@ -78,7 +78,7 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
     Raises:
         ArgumentError: the model runs at no common size, or at several without such a map.
     """
-    probe = deep_copy(model, UNCOPYABLE).float().eval()
+    probe = deep_copy(model, UNCOPYABLE, hooks=False).float().eval()
     first = next((m for m in probe.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
     if first is None:
         raise ArgumentError(

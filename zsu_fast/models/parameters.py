@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .observers import without_hooks
 
 # The remedy for a model that can't be copied.
 UNCOPYABLE = "Remove attributes that cannot be copied, such as open files and locks."
@@ -89,14 +90,17 @@ def restored_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[None
         raise
 
 
-def deep_copy(model: nn.Module, remedy: str) -> nn.Module:
+def deep_copy(model: nn.Module, remedy: str, hooks: bool = True) -> nn.Module:
     """``copy.deepcopy(model)``, also with computed tensors in attributes (`computed_tensors`).
+
+    With ``hooks=False``, the copy has no hooks but those of torch.nn.utils (`without_hooks`).
 
     Raises:
         ModelError: the model can't be copied; ``remedy`` completes the message.
     """
     try:
-        return copy.deepcopy(model, computed_tensors(model))
+        memo = computed_tensors(model) | ({} if hooks else without_hooks(model))
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied by copy.deepcopy ({error})", remedy

@@ -55,10 +55,11 @@ def pick_logits(output: Any) -> Any:
     )
 
 
-def working_copy(model: nn.Module, device: torch.device) -> LogitsModel:
+def working_copy(model: nn.Module, device: torch.device, hooks: bool = False) -> LogitsModel:
     """Returns a float32 copy in eval mode on ``device`` whose parameters all require gradients.
 
-    In-place activations become out-of-place, so that they don't overwrite cached activations.
+    In-place activations become out-of-place, so that they don't overwrite cached activations. With
+    ``hooks``, it has the user's hooks too.
 
     Raises:
         ModelError: weights are not finite, or the model can't be copied.
@@ -71,7 +72,7 @@ def working_copy(model: nn.Module, device: torch.device) -> LogitsModel:
                 f"{name} holds {bad} NaN or infinite values of {tensor.numel()}",
                 "Load a checkpoint whose weights are finite.",
             )
-    copied = deep_copy(inner, UNCOPYABLE).to(device=device).float().eval()
+    copied = deep_copy(inner, UNCOPYABLE, hooks).to(device=device).float().eval()
     for module in copied.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]

@@ -285,6 +285,27 @@ def _before_classifier(model: LogitsModel, split: Split, images: Tensor) -> Spli
     return replace(split, backbone=_Chain(split.backbone, before), tail=tail, reason=reason)
 
 
+def check_frozen(model: LogitsModel, images: Tensor) -> str:
+    """What stays as it is because part of the user's model is frozen, in words; "" if nothing is.
+
+    Args:
+        model: from `prepare_model`, where such parameters don't require gradients.
+        images: two or more.
+
+    Raises:
+        ModelError: the classifier is frozen.
+    """
+    named = dict(model.module.named_parameters())
+    frozen = [n for n, p in named.items() if p.is_floating_point() and not p.requires_grad]
+    if not frozen:
+        return ""
+    find_split(model, "last", images, torch.arange(len(images), device=images.device))
+    return (
+        f"frozen parameters (requires_grad=False) stay as they are, {len(frozen)} of "
+        f"{len(named)}: {shorten(frozen, 4)}. What they know of the classes stays too."
+    )
+
+
 def _starts_at_last(model: LogitsModel, name: str, images: Tensor) -> bool:
     """Whether the last layer with weights, or a module around it alone, is named ``name``."""
     layers = layer_names(model.module, images)

@@ -100,3 +100,15 @@ def trained_parameters(model: LogitsModel, split: Split) -> list[nn.Parameter]:
     """The parameters of ``model`` that the tail of ``split`` trains."""
     named = dict(model.module.named_parameters())
     return [named[name] for name in split.parameters]
+
+
+def copied_values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Copies of the parameters' values, for `load_values`."""
+    return [p.detach().clone() for p in parameters]
+
+
+@torch.no_grad()
+def load_values(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Copies ``values`` into the parameters."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
