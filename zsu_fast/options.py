@@ -26,7 +26,7 @@ _FEATURES = ("mixtures", "margin")
 _LOOP = ("steps", "batch", "learning_rate", "early_stop", "loop")
 _ALONE = (
     "tail", "depth", "space", "impressions_per_class", "retain_sample", "input_shape", "mean",
-    "std", "output", "device", "cache", "inplace", "compact",
+    "std", "output", "device", "cache", "inplace", "compact", "everywhere",
 )  # fmt: skip
 # What ranks may pass differently: it does not change the result.
 PER_RANK = ("device", "cache", "inplace")
@@ -64,6 +64,7 @@ class Options:
     cache: str | Path | None
     inplace: bool
     compact: bool
+    everywhere: bool
     ascent: AscentSettings
     features: FeatureSettings
     objective: ObjectiveSettings
@@ -102,6 +103,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_flag("inplace", self.inplace)
+        check_flag("everywhere", self.everywhere)
         check_flag("compact", self.compact)
         if self.inplace and self.compact:
             raise ArgumentError(

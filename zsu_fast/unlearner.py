@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, ModelError, UnlearningWarning
+from .errors import ArgumentError, ModelError, UnlearningWarning, shorten
 from .models.class_indices import check_forget, check_forgotten
 from .models.compact import Compaction, cut, find_compaction
 from .models.input_spec import noise_images
@@ -32,7 +32,9 @@ from .provenance.record import Record
 from .runtime.distributed import all_or_none, join
 from .runtime.progress import Callback, Reporter
 from .runtime.torch_settings import Precision, threads_for, torch_defaults
-from .splitting.split import Split, find_split
+from .splitting.class_rows import ClassDims
+from .splitting.copies import class_copies, erase_rows
+from .splitting.split import Split, check_frozen, find_split
 from .synthesis.class_sampling import classes_to_synthesise
 from .synthesis.impressions import ClassImpressions, check_impressions
 from .synthesis.space import SearchSpace, SpaceName, input_space, tail_input_space
@@ -42,10 +44,16 @@ from .training.deep.deep import DeepFailed, forget_deeply
 from .training.deep.rows import RowSource
 from .training.deep.settings import Depth
 from .training.deep.split import find_deep_split
-from .training.fit_task import FitTask, make_fit_task, trained_parameters
+from .training.fit_task import (
+    FitTask,
+    copied_values,
+    load_values,
+    make_fit_task,
+    trained_parameters,
+)
 from .training.losses import ObjectiveName
 from .training.train_step import Loop
-from .training.trainer import Fit, train_tail
+from .training.trainer import AGREEMENT_GOAL, Fit, train_tail
 
 # The last layer's fit after deep forgetting: the classes hardly reach it any more.
 _LAST_MIXTURES, _LAST_STEPS = 4096, 400
@@ -94,7 +102,8 @@ class ZeroShotUnlearner:
         impressions: `ClassImpressions` to use; None synthesises them.
         space: "input" synthesises images; "tail-input" synthesises what the backbone passes to the
             tail, which is far cheaper because the backbone never runs on it. None: that of
-            ``impressions``, or "tail-input".
+            ``impressions``, or "tail-input"; at the output level "input" if the classifier takes
+            normalised features with negative values (`Split.directions`).
         impressions_per_class: None: 32, or fewer for many classes; `DeepSettings` for deep
             forgetting with space="tail-input". With 4 or more, one in four is held out for
             validation; with fewer, fresh mixtures serve instead.
@@ -118,6 +127,9 @@ class ZeroShotUnlearner:
         compact: return a model whose classifier has no rows for the classes ``forget`` and
             ``forgotten``: see `zsu_fast.compact`. The record's ``compact`` maps old indices to new
             ones. A later request to forget names the new ones, and none as ``forgotten``.
+        everywhere: erase the forgotten classes' rows in further copies of the classifier too, such
+            as an EMA copy or an auxiliary head (`class_copies`), by the mean of the other rows.
+            Otherwise a warning names those tensors.
         cache: folder for finished impressions, from which an interrupted run resumes; None: none.
         progress: whether to show a progress bar; None: if stderr is a terminal.
         callback: called with an `Event`; return True to end the stage early.
@@ -178,6 +190,7 @@ class ZeroShotUnlearner:
         device: str | torch.device | None = None,
         inplace: bool = False,
         compact: bool = False,
+        everywhere: bool = False,
         cache: str | Path | None = None,
         progress: bool | None = None,
         callback: Callback | None = None,
@@ -186,6 +199,7 @@ class ZeroShotUnlearner:
         keywords = locals()
         if space is None and isinstance(impressions, ClassImpressions):
             keywords["space"] = impressions.space
+        self._space_given = keywords["space"] is not None
         self.ranks = join(distributed)
         with self.ranks.all_or_none():
             self.options = Options.from_keywords(keywords)
@@ -193,6 +207,7 @@ class ZeroShotUnlearner:
             self.split_point: Split | None = None
             self.rows: RowSource | None = None
             self.result: Fit | None = None
+            self._target: nn.Module | None = None
             self._prepare(model, forget, forgotten, ledger, class_names)
             sampled = len(self.active_classes) < self.classes - len(self.forgotten)
             if self.options.depth == "deep" and self.options.space == "tail-input":
@@ -222,6 +237,7 @@ class ZeroShotUnlearner:
             with self._stage("synthesise"):
                 self.impressions = rows.invert(self.active_classes, self.report)
         else:
+            self._choose_space()
             space = self.search_space()
             with self._stage("synthesise"):
                 self.impressions = ascend(
@@ -256,6 +272,15 @@ class ZeroShotUnlearner:
             at, images, labels = self.options.tail, impressions.images, impressions.labels
         with self._stage("split"):
             return find_split(self.work, at, images.to(self.device), labels.to(self.device))
+
+    def _choose_space(self) -> None:
+        """Takes images where rows at the split would be unlike theirs, unless the user chose."""
+        options = self.options
+        if options.space == "tail-input" and not self._space_given:
+            split = self.split_point or self.split()
+            if split.directions:
+                options.space, self.split_point = "input", None
+                options.tail = "last" if options.tail == "auto" else options.tail
 
     def _row_source(self) -> RowSource | None:
         """Where the rows of deep forgetting come from; None at the output level."""
@@ -293,15 +318,50 @@ class ZeroShotUnlearner:
             points, images = impressions.images.to(self.device), impressions.space == "input"
             features = (rows.deep.last_features(self.work, points, images),)
         with self._stage("fit"):
-            if features is None:
-                features = self.features_of(split, impressions)
-            task = self.fit_task(split, features, impressions)
-            self.result = train_tail(task, self.options.loop, self.report)
-            if isinstance(task.tail, ClassSubsetTail):
-                task.tail.write_back()
-            self.result = self.ranks.broadcast_object(self.result)
-            self.ranks.copy_from_main(trained_parameters(self.work, split))
+            before = copied_values(trained_parameters(self.work, split))
+            self.result = self._fit_at(split, impressions, features)
+            if features is None and self.options.tail == "auto" and not split.class_dims:
+                self.result = self._try_last(split, before, impressions, self.result)
         return self.result
+
+    def _fit_at(
+        self, split: Split, impressions: ClassImpressions, features: tuple[Tensor, ...] | None
+    ) -> Fit:
+        """Trains the tail of ``split``, in place; ``features`` of the impressions are given, or
+        None.
+        """
+        if features is None:
+            features = self.features_of(split, impressions)
+        task = self.fit_task(split, features, impressions)
+        result = train_tail(task, self.options.loop, self.report)
+        if isinstance(task.tail, ClassSubsetTail):
+            task.tail.write_back()
+        result = self.ranks.broadcast_object(result)
+        self.ranks.copy_from_main(trained_parameters(self.work, split))
+        return result
+
+    def _try_last(
+        self, split: Split, before: list[Tensor], impressions: ClassImpressions, first: Fit
+    ) -> Fit:
+        """If too few retained answers stayed, fits the last layer alone; keeps the better fit."""
+        best = first.best
+        if best is None or best.agreement >= AGREEMENT_GOAL or self.options.space != "input":
+            return first
+        parameters = trained_parameters(self.work, split)
+        after = copied_values(parameters)
+        load_values(parameters, before)
+        images, labels = impressions.images[:4], impressions.labels[:4]
+        last = find_split(self.work, "last", images.to(self.device), labels.to(self.device))
+        untrained = copied_values(trained_parameters(self.work, last))
+        second = self._fit_at(last, impressions, None)
+        if second.best is not None and second.best.better_than(best):
+            kept = f"{best.agreement:.0%} of the retained answers stayed"
+            last.reason = f"{last.reason}; trained from {split.name!r} on, {kept}"
+            self.split_point = last
+            return second
+        load_values(trained_parameters(self.work, last), untrained)
+        load_values(parameters, after)
+        return first
 
     @torch_defaults()
     @all_or_none
@@ -311,20 +371,23 @@ class ZeroShotUnlearner:
             raise ArgumentError(
                 "apply()", "called before fit()", "Call run(), or synthesise(), split(), fit()."
             )
-        target = self.original
-        if not self.options.inplace:
-            target = deep_copy(target, "Pass inplace=True, or the module inside the wrapper.")
+        target = self._target or self._copy_of_original()
+        self._target = None  # a second call returns another copy
         names = self.split_point.parameters
+        copies = self._copies()
         trained = trained_parameters(self.work, self.split_point)
         values = {n: p.detach() for n, p in zip(names, trained, strict=True)}
-        with restored_on_failure(target, names), self.ranks.all_or_none():
+        with restored_on_failure(target, [*names, *copies]), self.ranks.all_or_none():
             replace_parameters(target, values)
+            if self.options.everywhere:
+                erase_rows(target, copies, self.forget_mask)
             target = self._compacted(target)
             self.record.distributed = self.ranks.facts()
             self.record.finish(
                 target, self._synthesised(), self.split_point, self.result, self.class_rule
             )
             self.record.warnings += self.notes
+            self._note_left_out(copies)
             self.ranks.check_same({"result": self.record.weights_after})
             for note in self.record.warnings if self.ranks.is_main else ():
                 warnings.warn(note, UnlearningWarning, stacklevel=4)
@@ -341,6 +404,31 @@ class ZeroShotUnlearner:
         cut(smaller, self.compaction)
         self.record.compact = self.compaction.to_dict()
         return smaller
+
+    def _copy_of_original(self) -> nn.Module:
+        """The model that the result is written into."""
+        if self.options.inplace:
+            return self.original
+        return deep_copy(self.original, "Pass inplace=True, or the module inside the wrapper.")
+
+    def _copies(self) -> ClassDims:
+        """Tensors with one row per class that are not trained."""
+        assert self.split_point is not None
+        images = noise_images(self.spec, 2).to(self.device)
+        return class_copies(self.work, images, self.split_point.parameters)
+
+    def _note_left_out(self, copies: ClassDims) -> None:
+        """Adds to the record what the run has not changed, and further copies that it erased."""
+        split, notes = self.split_point, [self.frozen] if self.frozen else []
+        assert split is not None
+        self.record.split |= {"copies": list(copies), "erased": self.options.everywhere}
+        if copies and not self.options.everywhere:
+            notes.append(
+                f"further tensors hold one row per class, and still those of the forgotten ones: "
+                f"{shorten(copies)}. Pass everywhere=True to erase these rows."
+            )
+        self.record.warnings += [f"not covered: {note}" for note in notes]
+        self.record.warnings += [split.warning] if split.warning else []
 
     def search_space(self) -> SearchSpace:
         """The space in which impressions are synthesised: images, or inputs of the tail."""
@@ -386,6 +474,8 @@ class ZeroShotUnlearner:
         self.original, self.work, self.spec = model, prepared.model, prepared.spec
         self.device, self.classes = prepared.device, prepared.classes
         self.notes = prepared.notes
+        self._target = self._copy_of_original()  # may fail: before the work
+        self.frozen = check_frozen(self.work, noise_images(self.spec, 4).to(self.device))
         self.multiply_adds = prepared.multiply_adds()
         self.labels = resolve_labels(class_names, model, self.classes)
         self.forget = check_forget(forget, self.classes, self.labels)

@@ -154,11 +154,24 @@ class MethodOptions:
         ),
     ] = None
     objective: Annotated[str, typer.Option(help="masked or differential.")] = "masked"
+    everywhere: Annotated[
+        bool,
+        typer.Option(
+            "--everywhere",
+            help="Erase the classes' rows in further copies of the classifier too, such as an EMA "
+            "copy or an auxiliary head.",
+        ),
+    ] = False
     paper: Annotated[bool, typer.Option("--paper", help="Use the published recipe.")] = False
 
     def arguments(self) -> dict[str, Any]:
         """The options of `ZeroShotUnlearner`."""
-        chosen = {"tail": parse_tail(self.tail), "depth": self.depth, "objective": self.objective}
+        chosen: dict[str, Any] = {
+            "tail": parse_tail(self.tail),
+            "depth": self.depth,
+            "objective": self.objective,
+        }
+        chosen |= {"everywhere": self.everywhere}
         return chosen | paper_preset() if self.paper else chosen
 
 

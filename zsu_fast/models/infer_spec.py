@@ -145,7 +145,7 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
         ArgumentError: the model runs at no common size, or at several without such a map.
     """
     check_kind(model)
-    probe = deep_copy(model, UNCOPYABLE)
+    probe = deep_copy(model, UNCOPYABLE, hooks=False)
     probe.float()  # not chained: some models' methods return None
     probe.eval()
     first = next((m for m in probe.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)

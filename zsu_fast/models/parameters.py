@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .caches import clear_caches
+from .observers import without_hooks
 from .rebinding import rebind_functions
 
 # The remedy for a model that can't be copied.
@@ -77,11 +78,11 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def replace_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Copies ``values`` into the parameters of the same names: all of them, or none.
+    """Copies ``values`` into the parameters and buffers of the same names: all of them, or none.
 
-    The parameters keep their device, dtype, identity and ``requires_grad``.
+    They keep their device, dtype, identity and ``requires_grad``.
     """
-    named = dict(unwrap(model).named_parameters())
+    named = state(unwrap(model))
     with restored_on_failure(model, values), torch.no_grad():
         for name, value in values.items():
             named[name].copy_(value)
@@ -90,8 +91,8 @@ def replace_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 @contextmanager
 def restored_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """If the block raises, by Ctrl-C too, restores the bits of these parameters."""
-    named = dict(unwrap(model).named_parameters())
+    """If the block raises, by Ctrl-C too, restores the bits of these parameters and buffers."""
+    named = state(unwrap(model))
     before = {name: named[name].detach().clone() for name in names}
     try:
         yield
@@ -103,7 +104,7 @@ def restored_on_failure(model: nn.Module, names: Iterable[str]) -> Iterator[None
 
 
 def deep_copy(
-    model: nn.Module, remedy: str, shared: Mapping[int, Tensor] | None = None
+    model: nn.Module, remedy: str, shared: Mapping[int, Tensor] | None = None, hooks: bool = True
 ) -> nn.Module:
     """``copy.deepcopy(model)``, also with what it can't copy, or copies by reference.
 
@@ -114,12 +115,15 @@ def deep_copy(
         model: the model; it is not changed.
         remedy: completes the message of the error.
         shared: tensors that the copy shares with the model, by id.
+        hooks: False leaves out hooks other than those of torch.nn.utils (`without_hooks`).
 
     Raises:
         ModelError: the model can't be copied.
     """
     memo: dict[int, Any] = computed_tensors(model) | dict(shared or {})
     try:
+        if not hooks:
+            memo |= without_hooks(model)
         copied = copy.deepcopy(model, memo)
         rebind_functions(model, memo)
         return copied

@@ -10,8 +10,10 @@ from torch import nn
 
 from ..runtime.measuring import multiply_adds
 from .infer_spec import resolve_spec
-from .input_spec import InputSpec
+from .input_spec import InputSpec, noise_images
+from .observers import has_hooks, remove_observers
 from .outputs import OutputChoice, check_output
+from .parameters import unwrap
 from .probe import probe
 from .wrapper import LogitsModel, resolve_device, working_copy
 
@@ -21,7 +23,8 @@ class PreparedModel:
     """A working copy that is safe to change, and what is known of it.
 
     Attributes:
-        model: a float32 copy in eval mode: images [N, ...] -> logits [N, classes].
+        model: a float32 copy in eval mode: images [N, ...] -> logits [N, classes]. All parameters
+            require gradients except those that only part of a model has frozen (`freeze_as`).
         spec: the images it expects.
         device: where it computes.
         classes: the number of its logits.
@@ -37,6 +40,34 @@ class PreparedModel:
     def multiply_adds(self) -> int:
         """Multiply-adds of a forward pass of one image."""
         return multiply_adds(self.model, torch.zeros(1, *self.spec.shape, device=self.device))
+
+
+def _copy_with_hooks(
+    model: nn.Module, device: torch.device, spec: InputSpec, output: OutputChoice | None
+) -> LogitsModel | None:
+    """The working copy with those of the user's hooks that change the output; None without any."""
+    if not has_hooks(unwrap(model)):
+        return None
+    try:
+        work = working_copy(model, device, output, hooks=True)
+        kept = remove_observers(work.module, noise_images(spec, 2).to(device))
+    except Exception:  # noqa: BLE001  what is wrong shows without hooks too, or the hooks are
+        return None
+    return work if kept else None
+
+
+def freeze_as(copied: nn.Module, model: nn.Module) -> list[str]:
+    """Freezes those parameters of ``copied`` that ``model`` has frozen; returns their names.
+
+    A model that is frozen as a whole is one for inference, and nothing is frozen then.
+    """
+    parameters = {n: p for n, p in unwrap(model).named_parameters() if p.is_floating_point()}
+    frozen = [n for n, p in parameters.items() if not p.requires_grad]
+    if len(frozen) == len(parameters):
+        return []
+    for name in frozen:
+        copied.get_parameter(name).requires_grad_(False)
+    return frozen
 
 
 def prepare_model(
@@ -62,6 +93,7 @@ def prepare_model(
     check_output(output)
     where = resolve_device(model, device)
     spec = resolve_spec(model, input_shape, mean, std)
-    work = working_copy(model, where, output)
+    work = _copy_with_hooks(model, where, spec, output) or working_copy(model, where, output)
+    freeze_as(work.module, model)
     classes, notes = probe(work, spec, where)
     return PreparedModel(work, spec, where, classes, notes)

@@ -59,7 +59,7 @@ class LogitsModel(nn.Module):
 
 
 def working_copy(
-    model: nn.Module, device: torch.device, output: OutputChoice | None = None
+    model: nn.Module, device: torch.device, output: OutputChoice | None = None, hooks: bool = False
 ) -> LogitsModel:
     """Returns a float32 copy in eval mode on ``device`` whose parameters all require gradients.
 
@@ -69,6 +69,7 @@ def working_copy(
         model: the user's model; it is not changed.
         device: where to copy it.
         output: which item of its output holds the logits, see `pick_logits`.
+        hooks: whether to copy the user's hooks too.
 
     Raises:
         ModelError: weights are not finite, or the model can't be copied (`check_kind`).
@@ -83,7 +84,7 @@ def working_copy(
                 f"{name} holds {bad} NaN or infinite values of {tensor.numel()}",
                 "Load a checkpoint whose weights are finite.",
             )
-    copied = deep_copy(inner, UNCOPYABLE)
+    copied = deep_copy(inner, UNCOPYABLE, hooks=hooks)
     copied.to(device=device)  # not chained: some models' methods return None
     copied.float()
     clear_caches(copied)

@@ -17,6 +17,9 @@ from .features import FeatureSet, FeatureSettings
 from .losses import ForgetOnlyKL, MaskedKL, Objective, ObjectiveSettings
 from .teacher import Teacher, train_val_sets
 
+# Weight of the term that keeps retained logits where more than the classifier's rows is trained.
+_KEEP = 1.0
+
 
 @dataclass
 class FitTask:
@@ -33,6 +36,7 @@ class FitTask:
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     sampling: Tensor | None = None  # float32 [N], how often each row is drawn; None for equally
     bf16_matmul: bool = True  # allow products in bfloat16
+    scale_biases: bool = False  # step biases in proportion to the logits, not to the weights
 
     @property
     def device(self) -> torch.device:
@@ -56,9 +60,10 @@ def make_fit_task(
 ) -> FitTask:
     """Builds the rows from the impressions' features, and the loss.
 
-    With the masked objective, only the forgotten logits are trained if the tail is the last layer
-    alone and each logit has weights of its own; of many classes, only those logits are computed:
-    call `ClassSubsetTail.write_back` on the task's tail after training.
+    With the masked objective, only the forgotten logits are trained if each trained parameter holds
+    one row per class (`Split.class_dims`); of many classes, only those logits are computed: call
+    `ClassSubsetTail.write_back` on the task's tail after training. Otherwise, the retained logits
+    are kept besides.
 
     Args:
         model: the working copy that ``split`` shares its parameters with.
@@ -70,13 +75,10 @@ def make_fit_task(
     """
     generator = torch.Generator().manual_seed(seed)
     tail, parameters, classes = split.tail, trained_parameters(model, split), len(forget)
-    forget_logits_only = (
-        objective.name == "masked"
-        and split.output_level
-        and all(len(p) == classes for p in parameters)
-    )
+    dims = split.class_dims
+    forget_logits_only = objective.name == "masked" and bool(dims)
     names = []
-    if forget_logits_only and classes > settings.limits.subset_above:
+    if forget_logits_only and classes > settings.limits.subset_above and not any(dims.values()):
         trained = {id(p) for p in parameters}
         names = [name for name, p in tail.named_parameters() if id(p) in trained]
         if not supports_subset(tail, names, features):
@@ -84,14 +86,29 @@ def make_fit_task(
     teacher = Teacher(tail, forget, names, settings.limits)
     train, validation, logit_margin = train_val_sets(teacher, features, labels, settings, generator)
     margin = settings.margin_for(logit_margin, classes, forget_logits_only)
-    loss = MaskedKL(forget, margin, forget_logits_only)
+    loss = MaskedKL(forget, margin, forget_logits_only, 0.0 if forget_logits_only else _KEEP)
     if names:
         tail = ClassSubsetTail(tail, names, forget.nonzero()[:, 0], trainable=True)
         parameters, loss = list(tail.parameters()), ForgetOnlyKL(forget, margin)
-    return FitTask(tail, parameters, train, validation, objective.make(loss), loss, generator)
+    return FitTask(
+        tail, parameters, train, validation, objective.make(loss), loss, generator,
+        scale_biases=split.output_level and objective.name == "masked",
+    )  # fmt: skip
 
 
 def trained_parameters(model: LogitsModel, split: Split) -> list[nn.Parameter]:
     """The parameters of ``model`` that the tail of ``split`` trains."""
     named = dict(model.module.named_parameters())
     return [named[name] for name in split.parameters]
+
+
+def copied_values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Copies of the parameters' values, for `load_values`."""
+    return [p.detach().clone() for p in parameters]
+
+
+@torch.no_grad()
+def load_values(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Copies ``values`` into the parameters."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

@@ -76,15 +76,32 @@ class MaskedKL(Objective):
             are; if each logit has weights of its own, a gradient on them would only carry the
             peculiarities of impressions into weights that real images need (SqueezeNet: RA falls
             from 61 to 45; with this it is 62).
+        keep: weight of ``mean((z'_r - z_r)^2) / mean(z_r^2)``, with z_r the retained logits of the
+            teacher, centred per row in the denominator, and z'_r those that are trained. A softmax
+            does not see a shift of all logits, but sigmoids, thresholds and energy scores do.
     """
 
-    def __init__(self, forget: Tensor, margin: float, forget_logits_only: bool = False) -> None:
+    def __init__(
+        self, forget: Tensor, margin: float, forget_logits_only: bool = False, keep: float = 0.0
+    ) -> None:
         self.forget, self.margin, self.shift = forget, margin, margin * forget.float()
-        self.forget_logits_only = forget_logits_only
+        self.forget_logits_only, self.keep = forget_logits_only, keep
 
     def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         loss, dlogits = ops.masked_cross_entropy_and_grad(*self._operands(logits, rows))
+        if self.keep:
+            change, dchange = self._retained_change(logits, rows)
+            loss, dlogits = loss + self.keep * change, dlogits + self.keep * dchange
         return loss, dlogits * self.forget if self.forget_logits_only else dlogits
+
+    def _retained_change(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+        """The term that ``keep`` weighs, and its gradient [N, C]."""
+        retained = (~self.forget).float()
+        count = retained.sum()
+        mean = (rows.teacher * retained).sum(1, keepdim=True) / count
+        size = ((rows.teacher - mean).square() * retained).sum().clamp(min=1e-12)
+        difference = (logits - rows.teacher) * retained
+        return difference.square().sum() / size, 2 * difference / size
 
     @torch.no_grad()
     def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:

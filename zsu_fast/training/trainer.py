@@ -25,7 +25,8 @@ from .train_step import LOOPS, Loop, make_train_step
 Keep = Literal["best", "last", "complete"]
 Ending = Literal["finished", "diverged", "stopped"]
 
-_LEAK_GOAL = 0.01  # no further attempt is made once the kept state leaks no more than this
+_LEAK_GOAL = 0.01  # no further attempt is made once the kept state leaks no more than this,
+AGREEMENT_GOAL = 0.98  # and as many retained rows have the masked original's answer
 RELATIVE_STEP = 0.02  # of Adam's steps, as a share of the weights' root mean square
 _GAIN = 0.01  # patience ends when the divergence falls by less than this share
 _STEP_WORK = 4_000_000_000  # multiply-adds of a step's forward pass by default
@@ -55,6 +56,19 @@ class ValidationResult:
     divergence: float
     leak: float
     agreement: float
+
+    @property
+    def shortfall(self) -> float:
+        """By how much leak and agreement miss their goals; 0 if neither does."""
+        return max(0.0, self.leak - _LEAK_GOAL) + max(0.0, AGREEMENT_GOAL - self.agreement)
+
+    def better_than(self, other: ValidationResult) -> bool:
+        """Whether it has the lower shortfall, or, if that is the same or ``other`` is the original,
+        the lower divergence.
+        """
+        if other.step and self.shortfall != other.shortfall:
+            return self.shortfall < other.shortfall
+        return self.divergence < other.divergence
 
 
 @dataclass
@@ -89,11 +103,12 @@ class Schedule:
             every attempt, instead of every row once per epoch.
         validations: per full attempt.
         patience: validations without a gain after which an attempt ends; None to take all steps.
-        keep: "best": the state of least divergence over all attempts; "last": the last finite
-            state, but only if it is better than the original when training is stopped from
+        keep: "best": the best state over all attempts, see `ValidationResult`; "last": the last
+            finite state, but only if it is better than the original when training is stopped from
             outside; "complete": the last state of the first attempt that does not diverge.
-        slower: factors on the learning rate of further attempts if the first one diverges.
-        other: the same if the first one misses the goal otherwise.
+        slower: factors on the learning rate of further attempts if the first one diverges, or
+            changes too many of the retained answers.
+        other: the same if the first one leaks.
     """
 
     steps: int
@@ -117,7 +132,7 @@ class Schedule:
         """Whether the state of ``new`` replaces that of ``old`` after an attempt."""
         if self.keep == "complete":
             return ending != "diverged"
-        return new.divergence < old.divergence or (self.keep == "last" and ending != "stopped")
+        return new.better_than(old) or (self.keep == "last" and ending != "stopped")
 
 
 @dataclass(frozen=True)
@@ -186,7 +201,7 @@ class LoopSettings:
         if rate is not None:
             return rate, None
         rate = relative_learning_rate(task.parameters)
-        if not task.validation_loss.forget_logits_only:
+        if not task.scale_biases:
             return rate, None
         bias_scale = _BIAS_STEP * task.train.teacher_std() / rate
         return rate, [bias_scale if p.ndim == 1 else 1.0 for p in task.parameters]
@@ -244,12 +259,14 @@ class Trainer:
                 self._load(start)
                 ending = self._attempt(number, rate)
                 best = self.fit.best
-                goal = 1.0 if self.schedule.keep == "complete" else _LEAK_GOAL
-                if ending == "stopped" or (best is not first and best.leak <= goal):
+                done = best is not first and (
+                    not best.shortfall or self.schedule.keep == "complete"
+                )
+                if ending == "stopped" or done:
                     break
-                if number == 0:  # too high a rate if it diverged, else more likely too low a one
-                    diverged = ending == "diverged"
-                    factors = self.schedule.slower if diverged else self.schedule.other
+                if number == 0:  # if it leaks, the rate is more likely too low than too high
+                    leaks = ending != "diverged" and (best is first or best.leak > _LEAK_GOAL)
+                    factors = self.schedule.other if leaks else self.schedule.slower
                     rates.extend(rate * factor for factor in factors)
                 number += 1
         finally:  # also on Ctrl-C: never leave the tail in the middle of a bad step
@@ -288,7 +305,7 @@ class Trainer:
             if not math.isfinite(result.divergence):
                 return f"non-finite values at step {block.stop}, rolled back", "diverged"
             old = self._candidate
-            if old is None or schedule.keep != "best" or result.divergence < old[0].divergence:
+            if old is None or schedule.keep != "best" or result.better_than(old[0]):
                 self._candidate = result, self._state()
             names = ("divergence", "leak", "agreement")
             self.report("fit", block.stop, steps, **{n: getattr(result, n) for n in names})

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import ArgumentError, ModelError, ZsuFastError
+from ...errors import ArgumentError, ModelError, ZsuFastError, shorten
 from ...models.input_spec import InputSpec, noise_images
 from ...models.wrapper import LogitsModel
 from ...runtime.hooks import forward_pre_hooks, recorded_inputs
 from ...splitting.batch_dim import BoundaryTensors
+from ...splitting.class_rows import expose_class_buffers
 from ...splitting.layers import layer_names
-from ...splitting.split import Split, resplit, split_at
+from ...splitting.split import Split, class_split, resplit, split_at
 from ...synthesis.space import FlatTail, flatten_boundary
 
 # Few rows determine few weights: more layers cost retained accuracy.
@@ -92,8 +93,10 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
     device = next(model.parameters()).device
     images = noise_images(spec, 4).to(device)
     images = _reduced(model, images)
+    expose_class_buffers(model, images)
     names = layer_names(model.module, images)
     last = split_at(model, names[-1], images[:2], "the last layer")
+    last = class_split(model, last, images[:2])
     if len(last.backbone(images[:2])) != 1:
         raise ModelError(
             f"its last layer {names[-1]!r} is not the only way from the features to the logits",
@@ -101,7 +104,13 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
         )
     first, reason = _first_trained(model, at, names, images)
     whole = split_at(model, first, images[:2], reason)
-    parameters = [name for name in whole.parameters if name not in last.parameters]
+    classifier = {*last.parameters, *last.fixed}
+    parameters = [name for name in whole.parameters if name not in classifier]
+    if not parameters and (frozen := set(whole.fixed) - classifier):
+        raise ModelError(
+            f"the layers ahead of its last one are frozen (requires_grad=False): {shorten(frozen)}",
+            "Unfreeze them, model.requires_grad_(True), or pass depth='output'.",
+        )
     if not parameters:
         raise ArgumentError(
             "tail",
