@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, ModelError, UnlearningWarning
+from .evaluation.verdict import Verdict
 from .models.class_indices import check_forget, check_forgotten
 from .models.input_spec import noise_images
 from .models.parameters import deep_copy, replace_parameters, restored_on_failure
@@ -119,6 +120,7 @@ class ZeroShotUnlearner:
         history: the `ValidationResult` of each validation of the fit.
         stopped: why the fit ended, in words.
         record: the `Record` of the run.
+        verdict: the `Verdict` on the result; None before `apply`.
         ranks: the ranks that make the call.
         options: the `Options`; the settings of a stage may be replaced before it runs.
     """
@@ -174,6 +176,7 @@ class ZeroShotUnlearner:
             self.split_point: Split | None = None
             self.rows: RowSource | None = None
             self.result: Fit | None = None
+            self.verdict: Verdict | None = None
             self._prepare(model, forget, forgotten, ledger)
             sampled = len(self.active_classes) < self.classes - len(self.forgotten)
             if self.options.depth == "deep" and self.options.space == "tail-input":
@@ -305,6 +308,8 @@ class ZeroShotUnlearner:
                 target, self._synthesised(), self.split_point, self.result, self.class_rule
             )
             self.ranks.check_same({"result": self.record.weights_after})
+            self.verdict = Verdict.of_record(self.record.to_dict())
+            self.record.warnings += self.verdict.failures
             for note in self.record.warnings if self.ranks.is_main else ():
                 warnings.warn(note, UnlearningWarning, stacklevel=4)
             if self.ledger is not None:  # last: a run that fails must not be in the ledger
