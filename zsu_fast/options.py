@@ -109,13 +109,29 @@ class Options:
     def seed(self) -> int:
         return self.ascent.seed
 
-    def unused(self) -> list[str]:
-        """Options of the ascent that were given but that inverted rows do not use."""
-        if self.depth != "deep" or self.space != "tail-input":
-            return []
-        default = AscentSettings()
-        names = (name for name in _ASCENT if name != "seed")
-        return [n for n in names if getattr(self.ascent, n) != getattr(default, n)]
+    def without_effect(self, impressions_given: bool = False) -> list[str]:
+        """Says which of the options that were given have no effect, and why, in sentences."""
+        default, inverted = AscentSettings(), self.depth == "deep" and self.space == "tail-input"
+        ascent = [n for n in _ASCENT if n != "seed" and self.given[n] != getattr(default, n)]
+        texts = []
+        if impressions_given:
+            names = [*ascent, *["impressions_per_class"] * (self.impressions_per_class is not None)]
+            if names:
+                texts.append(f"{', '.join(names)} had no effect: impressions were given.")
+        elif inverted and ascent:
+            texts.append(
+                f"{', '.join(ascent)} had no effect: deep forgetting inverts rows at the split. "
+                f"Pass space='input' to synthesise images too."
+            )
+        if self.objective.name == "masked" and self.objective.weights != ObjectiveSettings.weights:
+            texts.append("weights had no effect: objective='masked' has none.")
+        steps = self.loop.steps
+        if self.depth == "deep" and steps is not None and steps > self.deep.steps:
+            texts.append(
+                f"steps={steps} only holds for the last layer: the layers ahead of it are trained "
+                f"for at most {self.deep.steps} steps."
+            )
+        return texts
 
     def deep_settings(self, classes: int, active: int) -> DeepSettings:
         """The settings of deep forgetting for a model of ``classes``, ``active`` of them with rows;

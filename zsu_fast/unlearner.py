@@ -39,7 +39,7 @@ from .training.class_subset import ClassSubsetTail
 from .training.deep.deep import DeepFailed, forget_deeply
 from .training.deep.rows import RowSource
 from .training.deep.settings import Depth
-from .training.deep.split import find_deep_split
+from .training.deep.split import OnlyLastLayer, find_deep_split
 from .training.fit_task import FitTask, make_fit_task, trained_parameters
 from .training.losses import ObjectiveName
 from .training.train_step import Loop
@@ -84,7 +84,8 @@ class ZeroShotUnlearner:
         depth: "deep" (the features forget too, so that the original last layer put back brings
             nothing back; accuracy on the retained classes drops a little, see `forget_deeply`), or
             "output" (only the last layer changes: quick, and as easily undone as a mask). None:
-            "deep", or "output" with tail="last" or objective="differential". Where deep forgetting
+            "deep", or "output" with tail="last" (or the last layer's name) or
+            objective="differential". Where deep forgetting
             is not possible or fails its checks, the run falls back to "output" and warns.
         objective: "masked" (match the original model with the forgotten classes removed; bounded)
             or "differential" (the paper's signed cross-entropy).
@@ -178,6 +179,8 @@ class ZeroShotUnlearner:
             self.result: Fit | None = None
             self.verdict: Verdict | None = None
             self._prepare(model, forget, forgotten, ledger)
+            self._check_tail()
+            self.record.depth["unused"] = self.options.without_effect(impressions is not None)
             sampled = len(self.active_classes) < self.classes - len(self.forgotten)
             if self.options.depth == "deep" and self.options.space == "tail-input":
                 sampled = True  # inverted rows: of many classes, some retained one has none
@@ -249,6 +252,10 @@ class ZeroShotUnlearner:
                 with self._stage("deep split"):
                     deep = find_deep_split(self.work, options.tail, self.spec)
             except (ArgumentError, ModelError) as error:
+                if isinstance(error, OnlyLastLayer) and options.given["depth"] is None:
+                    self.options.depth = "output"  # as with tail="last"
+                    self.record.depth |= {"depth": "output", "level": "output", "unused": []}
+                    return None
                 if isinstance(error, ArgumentError) and options.tail != "auto":
                     raise
                 self._fall_back(str(error))
@@ -258,6 +265,14 @@ class ZeroShotUnlearner:
                     self.classes, len(self.active_classes)), options.seed, options.cache,
             )  # fmt: skip
         return self.rows if options.depth == "deep" else None
+
+    def _check_tail(self) -> None:
+        """Raises before the synthesis if ``tail`` can't be used; other spaces split before it."""
+        options = self.options
+        if options.space != "input" or options.tail in ("auto", "last"):
+            return
+        images, labels = noise_images(self.spec, 4).to(self.device), torch.arange(4)
+        find_split(self.work, options.tail, images, labels.to(self.device))
 
     def _fall_back(self, reason: str) -> None:
         """Goes on at the output level."""
@@ -373,8 +388,6 @@ class ZeroShotUnlearner:
             model, self.spec, self.forget, self.classes, options.given, self.device
         )
         self.record.depth |= {"depth": options.depth, "level": options.depth}
-        if unused := options.unused():
-            self.record.depth["unused"] = unused
         self.record.forgotten = self.forgotten
         before = self.record.weights_before
         if self.ledger is not None:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import LedgerError, shorten
+from ..errors import ArgumentError, LedgerError, shorten
 from ..evaluation.accuracy import evaluate as measure
 from ..models import checkpoint
 from ..models.delta import apply_delta
@@ -24,6 +24,7 @@ from ..runtime.accelerators import ACCELERATORS
 from ..runtime.doctor import doctor as examine, render
 from . import options, output
 from .audit import audit
+from .check import check
 from .demo import run as run_demo
 from .inputs import parse_classes, parse_tail, read_images
 from .unlearn import unlearn
@@ -124,6 +125,7 @@ def apply(
             output.print_written(Console(), [out])
 
 
+app.command()(check)
 app.command()(audit)
 
 
@@ -192,6 +194,9 @@ def verify(
 ) -> None:
     """Checks every entry and the chain; exits with 2 if something is wrong."""
     with output.report_errors(as_json):
+        if model is None and (weights is not None or classes is not None):
+            name = "classes" if weights is None else "weights"
+            raise ArgumentError(name, "given without --model", "Name the model too.")
         used = None if model is None else load_model(model, weights, classes)
         problems = find_problems(path, head, used)
         if problems:
@@ -209,6 +214,8 @@ def verify(
 def show(path: LedgerFile, as_json: options.AsJson = False) -> None:
     """Lists the requests."""
     with output.report_errors(as_json):
+        if not path.is_file():
+            raise LedgerError(f"ledger: {path} is not a file. Name a ledger that exists.")
         entries = Ledger(path).entries()
         if as_json:
             output.print_json(entries)

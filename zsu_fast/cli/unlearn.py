@@ -24,6 +24,7 @@ from ..options import paper_preset
 from ..provenance.ledger import Entry, Ledger
 from ..provenance.record import Record
 from ..runtime import distributed
+from ..synthesis.impressions import ClassImpressions
 from ..unlearner import ZeroShotUnlearner
 from . import options, output
 from .audit import check_writable, class_names
@@ -50,6 +51,15 @@ class OutputOptions:
         """Raises before the work if there is nothing to write, or no way to write it."""
         if self.out is None and self.delta is None:
             raise ArgumentError("out", "neither --out nor --delta was given", "Name a file.")
+        if self.report_data is not None and self.report is None:
+            raise ArgumentError(
+                "report_data", f"got {self.report_data!r} without --report", "Add --report FILE."
+            )
+        figures = self.report and self.report.with_suffix(".json")
+        paths = [self.out, self.delta, self.record, self.report, figures]
+        named = [path.resolve() for path in paths if path is not None]
+        if twice := [path for path in named if named.count(path) > 1]:
+            raise ArgumentError("out", f"{twice[0]} is named twice", "Name a file for each output.")
         check_writable(self.force, self.report, self.out, self.delta, self.record)
 
     @contextmanager
@@ -80,20 +90,45 @@ class MethodOptions:
     """How to unlearn."""
 
     tail: options.Tail = "auto"
-    depth: Annotated[
-        str | None,
-        typer.Option(
-            help="deep: the features forget too; output: only the last layer changes, which is "
-            "quick and as easily undone as a mask. Default: deep."
-        ),
-    ] = None
+    depth: options.Depth = None
+    space: options.Space = None
     objective: Annotated[str, typer.Option(help="masked or differential.")] = "masked"
+    steps: options.Steps = None
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Logits by which forgotten classes are pushed down. Default: computed."),
+    ] = None
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for finished rows, from which an interrupted run resumes."),
+    ] = None
+    impressions: Annotated[
+        Path | None, typer.Option(help="Class impressions to use, a file of ClassImpressions.save.")
+    ] = None
     paper: Annotated[bool, typer.Option("--paper", help="Use the published recipe.")] = False
 
     def arguments(self) -> dict[str, Any]:
-        """The options of `ZeroShotUnlearner`."""
-        chosen = {"tail": parse_tail(self.tail), "depth": self.depth, "objective": self.objective}
-        return chosen | paper_preset() if self.paper else chosen
+        """The options of `ZeroShotUnlearner`.
+
+        Raises:
+            ArgumentError: ``paper`` with an option that it decides, or no such impressions.
+        """
+        chosen = {
+            "tail": parse_tail(self.tail), "depth": self.depth, "space": self.space,
+            "objective": self.objective, "steps": self.steps, "margin": self.margin,
+        }  # fmt: skip
+        recipe = paper_preset() if self.paper else {}
+        for name, value in chosen.items():
+            default = getattr(MethodOptions, name)
+            if name in recipe and value not in (default, recipe[name]):
+                raise ArgumentError(
+                    "paper", f"got --{name} {value} too", "Leave one out: the recipe decides it."
+                )
+        given = self.impressions
+        return chosen | recipe | {
+            "cache": self.cache,
+            "impressions": None if given is None else ClassImpressions.load(given),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +163,13 @@ class RequestOptions:
         typer.Option("--other-base", help="The model is not the result of the last entry."),
     ] = False
 
+    def check(self) -> None:
+        """Raises if an option has no effect without ``ledger``."""
+        alone = {"request": self.request is not None, "other_base": self.new_base}
+        if self.ledger is None and any(alone.values()):
+            name = next(name for name, given in alone.items() if given)
+            raise ArgumentError(name, "given without --ledger", "Name the ledger too.")
+
 
 @options.expand_options
 def unlearn(
@@ -155,6 +197,9 @@ def unlearn(
         progress = False if as_json else None
         if ranks.is_main:
             paths.check()
+            request.check()
+        classes, arguments = parse_classes(forget), method.arguments()
+        forgotten = None if request.forgotten is None else parse_classes(request.forgotten)
         loaded = model.load()
         # the run changes `loaded` in place; the delta and the report need the model before it
         needs_base = ranks.is_main and (paths.delta is not None or paths.report is not None)
@@ -166,11 +211,13 @@ def unlearn(
                 request.ledger, request.request, request.new_base, write=write
             )
         run = ZeroShotUnlearner(
-            loaded, parse_classes(forget), ledger=ledger,
-            forgotten=None if request.forgotten is None else parse_classes(request.forgotten),
-            **method.arguments(), **asdict(impressions), **images.arguments(),
+            loaded, classes, ledger=ledger, forgotten=forgotten,
+            **arguments, **asdict(impressions), **images.arguments(),
             seed=seed, device=device, inplace=True, progress=progress,
         )  # fmt: skip
+        data = None
+        if ranks.is_main and paths.report_data is not None:
+            data = read_images(paths.report_data, run.spec)
         run.run()
         if not ranks.is_main:
             return
@@ -178,34 +225,36 @@ def unlearn(
         if entry is None:
             with write(run.record):
                 pass
-        verdict = _write_report(paths, base, loaded, run, progress)
-        (_print_json if as_json else _print)(paths, run, verdict, entry)
+        says = _write_report(paths, base, loaded, run, data, progress)
+        (_print_json if as_json else _print)(paths, run, says, entry)
 
 
 def _write_report(
-    paths: OutputOptions, base: nn.Module, result: nn.Module, run: ZeroShotUnlearner,
+    paths: OutputOptions, base: nn.Module, result: nn.Module, run: ZeroShotUnlearner, data: Any,
     progress: bool | None,
 ) -> list[str]:  # fmt: skip
-    """Audits the run and writes the report, if one was requested; returns the verdict."""
+    """Audits the run and writes the report, if one was requested; returns what the audit says."""
     if paths.report is None:
         return []
-    spec, data = run.spec, paths.report_data
-    images = None if data is None else read_images(data, spec)
+    spec = run.spec
     found = audit(
-        base, result, run.forget, images, input_shape=spec.shape, mean=spec.mean, std=spec.std,
+        base, result, run.forget, data, input_shape=spec.shape, mean=spec.mean, std=spec.std,
         seed=run.options.seed, device=run.device, progress=progress,
     )  # fmt: skip
-    record, names = run.record.to_dict(), class_names(images)
+    record, names = run.record.to_dict(), class_names(data)
     title = f"{record['model']}: what was forgotten"
     write_report(paths.report, found, title=title, record=record, names=names, force=paths.force)
     return found.verdict
 
 
 def _print_json(
-    paths: OutputOptions, run: ZeroShotUnlearner, verdict: list[str], entry: Entry | None
+    paths: OutputOptions, run: ZeroShotUnlearner, says: list[str], entry: Entry | None
 ) -> None:
+    assert run.verdict is not None
     out = None if paths.out is None else str(paths.out)
-    summary: dict[str, Any] = {"out": out, "record": run.record.to_dict(), "verdict": verdict}
+    summary: dict[str, Any] = {
+        "out": out, "record": run.record.to_dict(), "verdict": run.verdict.to_dict(), "audit": says,
+    }  # fmt: skip
     if paths.delta is not None:
         summary["delta"] = str(paths.delta)
     if entry is not None:
@@ -214,23 +263,19 @@ def _print_json(
 
 
 def _print(
-    paths: OutputOptions, run: ZeroShotUnlearner, verdict: list[str], entry: Entry | None
+    paths: OutputOptions, run: ZeroShotUnlearner, says: list[str], entry: Entry | None
 ) -> None:
     console = Console()
     facts = run.record.to_dict()
-    best, total = facts["fit"]["best"], facts["timings"]["total"]
+    total = facts["timings"]["total"]
     console.print(f"Forgot {len(run.forget)} of {run.classes} classes in {total:.1f} s.")
     console.print(
         f"Impressions: {facts['impressions']['count']}, "
         f"{100 * facts['impressions']['hit_rate']:.1f} % reached their confidence."
     )
     output.print_split(console, facts)
-    console.print(
-        f"On held-out rows, {100 * best['leak']:.2f} % are still assigned a forgotten class; "
-        f"{100 * best['agreement']:.2f} % of the others agree with the masked original."
-    )
     output.print_level(console, facts)
-    output.print_sentences(console, verdict)
+    output.print_sentences(console, [str(run.verdict), *says])
     if entry is not None:
         console.print(f"Request {entry['request']}, ledger head {entry['hash']}.")
     files = (paths.out, paths.delta, paths.record, paths.report)

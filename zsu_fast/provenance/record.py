@@ -143,11 +143,7 @@ class Record:
                 f"mean and std of the images are a guess ({self.input['source']}): pass mean= and "
                 f"std= as in the model's training."
             )
-        if unused := self.depth.get("unused"):
-            notes.append(
-                f"{', '.join(unused)} had no effect: deep forgetting inverts rows at the split. "
-                f"Pass space='input' to synthesise images too."
-            )
+        notes += self.depth.get("unused", [])
         if "fallback" in self.depth:
             notes.append(
                 f"level: output. Deep forgetting was not possible, so only the outputs forget: "
