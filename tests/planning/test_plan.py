@@ -33,11 +33,12 @@ def pilot(**changes: Any) -> PilotResult:
     run = ZeroShotUnlearner(tiny(), [1], tail="last", progress=False, **OPTIONS)
     seconds = {
         "prepare": 1.0, "step wide": 1.1, "step narrow": 0.35, "fill wide": 0.0, "forward": 0.0,
-        "split": 2.0, "feature": 0.5, "label": 0.25, "fit step": 0.125, "validate": 0.0,
-        "apply": 3.0,
+        "split": 2.0, "feature": 0.5, "features": 0.25, "label": 0.25, "fit step": 0.125,
+        "validate": 0.0, "apply": 3.0,
     }  # fmt: skip
     values: dict[str, Any] = {
-        "run": run, "space": None, "count": 100, "width": 100, "shard": 400, "mean_steps": 5.0,
+        "run": run, "space": None, "count": 100, "width": 100, "timed": (100, 25),
+        "reached": (32, 32), "shard": 400, "mean_steps": 5.0,
         "max_steps": 8, "row_bytes": 1, "train_rows": 200, "validation_rows": 60, "fit_steps": 80,
         "batch": 64, "tail_work": 1, "seconds": seconds,
     }  # fmt: skip
@@ -53,7 +54,7 @@ def test_seconds_follow_from_those_of_single_steps() -> None:
     assert got["prepare"] == 1
     assert got["synthesise"] == pytest.approx(8 * 0.1 + 100 * 5 * 0.01)
     assert got["split"] == 2
-    assert got["fit"] == pytest.approx(100 * 0.5 + 260 * 0.25 + 80 * 0.125)
+    assert got["fit"] == pytest.approx(0.25 + 100 * 0.5 + 260 * 0.25 + 80 * 0.125)
     assert got["apply"] == 3
 
 

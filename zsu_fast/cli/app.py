@@ -81,6 +81,11 @@ def plan(
         typer.Option(help="Seconds the run may take; the plan says how many GPUs that needs."),
     ] = None,
     tail: options.Tail = "auto",
+    depth: Annotated[
+        str | None, typer.Option(help="The level to plan; only output can be, the default.")
+    ] = None,
+    space: options.Space = None,
+    steps: options.Steps = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     as_json: options.AsJson = False,
@@ -89,8 +94,8 @@ def plan(
     with output.report_errors(as_json):
         expected = make_plan(
             model.load(), parse_classes(forget), hardware=hardware, within=within,
-            tail=parse_tail(tail), **asdict(impressions), **images.arguments(),
-            seed=seed, device=device,
+            tail=parse_tail(tail), depth=depth, space=space, steps=steps,
+            **asdict(impressions), **images.arguments(), seed=seed, device=device,
         )  # fmt: skip
         if as_json:
             output.print_json(expected.to_dict())
