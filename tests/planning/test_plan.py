@@ -20,6 +20,7 @@ from zsu_fast.planning.pilot import PilotResult
 from zsu_fast.planning.plan import gpus_needed, measured_seconds
 from zsu_fast.runtime import accelerators
 from zsu_fast.runtime.measuring import PeakMemory
+from zsu_fast.synthesis.ascent import ActiveBatch, Ascent
 
 OPTIONS: dict[str, Any] = {
     "input_shape": SPEC.shape, "mean": SPEC.mean, "std": SPEC.std, "impressions_per_class": 8,
@@ -163,6 +164,54 @@ def test_what_cannot_be_planned_is_refused(options: Any, argument: str) -> None:
         zsu_fast.plan(tiny(), [1], **OPTIONS | options)
 
 
+def test_a_cpu_that_is_too_slow_is_an_error() -> None:
+    """It said that 0 GPUs are needed."""
+    with pytest.raises(ArgumentError, match=r"within: got 0\.001 s, and on cpu the run"):
+        zsu_fast.plan(tiny(), [1], within=0.001, **OPTIONS)
+    assert zsu_fast.plan(tiny(), [1], within=1e6, **OPTIONS).gpus == 0
+
+
+def test_the_pilot_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a slow model few impressions are tried, and their ascent is cut short."""
+    rows: list[int] = []
+
+    def count(self: Ascent, batch: ActiveBatch) -> None:
+        rows.append(len(batch.x))
+        step(self, batch)
+
+    step = Ascent.step
+    monkeypatch.setattr(Ascent, "step", count)
+    zsu_fast.plan(tiny(), [1, 3], **OPTIONS)
+    usual = sum(rows)
+    rows.clear()
+    for name in ("_ASCENT_SECONDS", "_STEP_SECONDS", "_FIT_SECONDS"):
+        monkeypatch.setattr(f"zsu_fast.planning.pilot.{name}", 0.0)
+    got = zsu_fast.plan(tiny(), [1, 3], **OPTIONS)
+    assert sum(rows) < 20 < usual
+    assert any("cut short: 3 of its 3" in note for note in got.notes)
+    assert got.ascent_steps == 300  # all that are allowed
+    assert got.seconds["synthesise"] > 0
+
+
+def test_features_at_the_tail_are_counted_once() -> None:
+    """Their cost is that of a few noise images, however many points there are."""
+    few, many = (
+        zsu_fast.plan(tiny(), [1], **OPTIONS | {"space": "tail-input", "impressions_per_class": n})
+        for n in (8, 800)
+    )
+    assert few.seconds["fit"] > 0
+    assert many.seconds["fit"] < 10 * few.seconds["fit"]
+
+
+def test_a_plan_says_which_level_it_is_for(planned: Plan) -> None:
+    options = {k: v for k, v in OPTIONS.items() if k != "depth"}
+    default = zsu_fast.plan(tiny(), [1], **options)
+    assert default.depth == planned.depth == "output"
+    assert any("goes deep" in note for note in default.notes)
+    assert not any("goes deep" in note for note in planned.notes)
+    assert "depth='output'" in planned.render()
+
+
 def test_a_model_of_one_layer() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     assert zsu_fast.plan(model, [1], **OPTIONS).tail == "1"
@@ -182,4 +231,5 @@ def test_the_command_prints_the_plan() -> None:
     assert shown.exit_code == 0, shown.output
     assert "on paper" in shown.stdout
     assert "GPUs within 60 s: 1" in shown.stdout
-    assert CliRunner().invoke(app, [*arguments, "--hardware", "abacus"]).exit_code == 2
+    for refused in (["--hardware", "abacus"], ["--depth", "deep"], ["--within", "0.0001"]):
+        assert CliRunner().invoke(app, [*arguments, *refused]).exit_code == 2
