@@ -39,6 +39,7 @@ class Options:
 
     Attributes:
         given: every option that goes into the record, by name, as it was passed.
+        depth_given: whether the caller chose ``depth``.
         ascent: of the synthesis.
         features: of the rows that the tail is trained on.
         objective: what the tail is trained on.
@@ -50,6 +51,7 @@ class Options:
     """
 
     given: dict[str, Any]
+    depth_given: bool
     tail: str | int
     depth: Depth
     space: SpaceName
@@ -77,7 +79,8 @@ class Options:
         check_int("impressions_per_class", keywords["impressions_per_class"], optional=True)
         per_class = keywords["impressions_per_class"] or 1  # None: see `set_per_class`
         keywords = dict(keywords)
-        if keywords["depth"] is None:
+        depth_given = keywords["depth"] is not None
+        if not depth_given:
             tail = keywords["tail"]
             last = tail == "last" if isinstance(tail, str) else type(tail) is int and tail == 1
             output = last or keywords["objective"] == "differential"
@@ -87,6 +90,7 @@ class Options:
         grouped = (*_ALONE, *_ASCENT, *_FEATURES, *_LOOP, "objective", "weights")
         return cls(
             given=those(grouped),
+            depth_given=depth_given,
             **those(_ALONE),
             ascent=AscentSettings(per_class, **those(_ASCENT)),
             features=FeatureSettings(**those(_FEATURES)),

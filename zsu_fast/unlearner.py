@@ -252,7 +252,7 @@ class ZeroShotUnlearner:
                 with self._stage("deep split"):
                     deep = find_deep_split(self.work, options.tail, self.spec)
             except (ArgumentError, ModelError) as error:
-                if isinstance(error, OnlyLastLayer) and options.given["depth"] is None:
+                if isinstance(error, OnlyLastLayer) and not options.depth_given:
                     self.options.depth = "output"  # as with tail="last"
                     self.record.depth |= {"depth": "output", "level": "output", "unused": []}
                     return None
@@ -271,6 +271,15 @@ class ZeroShotUnlearner:
         options = self.options
         if options.space != "input" or options.tail in ("auto", "last"):
             return
+        if options.depth == "deep":
+            try:
+                find_deep_split(self.work, options.tail, self.spec)
+                return
+            except ModelError:  # falls back
+                pass
+            except OnlyLastLayer:
+                if options.depth_given:
+                    raise
         images, labels = noise_images(self.spec, 4).to(self.device), torch.arange(4)
         find_split(self.work, options.tail, images, labels.to(self.device))
 

@@ -141,6 +141,21 @@ def run_must_not_start(*_: object, **__: object) -> None:
     [
         (["--report", "r.html", "--report-data", "nowhere"], ["data", "nowhere"]),
         (["--report-data", "demo"], ["report_data", "without --report"]),
+        (
+            [
+                "--report",
+                "r.html",
+                "--report-data",
+                "demo",
+                "--input-shape",
+                "1,32,32",
+                "--mean",
+                "0",
+                "--std",
+                "1",
+            ],
+            ["report_data", "(1, 28, 28)", "(1, 32, 32)"],
+        ),
         (["--request", "r1"], ["request", "without --ledger"]),
         (["--other-base"], ["other_base", "without --ledger"]),
         (["--classes", "10"], ["classes", "10", "lenet5"]),

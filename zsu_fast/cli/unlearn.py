@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from torch import nn
 
 from ..errors import ArgumentError
 from ..evaluation.audit import audit
+from ..evaluation.labelled_batches import check_label_range, labelled_batches
 from ..evaluation.report.page import write_report
 from ..models import checkpoint
 from ..models.delta import save_delta
@@ -218,6 +220,7 @@ def unlearn(
         data = None
         if ranks.is_main and paths.report_data is not None:
             data = read_images(paths.report_data, run.spec)
+            _check_images(run, data)
         run.run()
         if not ranks.is_main:
             return
@@ -227,6 +230,22 @@ def unlearn(
                 pass
         says = _write_report(paths, base, loaded, run, data, progress)
         (_print_json if as_json else _print)(paths, run, says, entry)
+
+
+@torch.no_grad()
+def _check_images(run: ZeroShotUnlearner, data: Any) -> None:
+    """Raises before the work if the model can't take the first images of the report's data."""
+    images, labels = next(labelled_batches(data, "report_data", 8))
+    check_label_range(labels, run.classes, "report_data")
+    try:
+        run.work(images[:8].to(run.device).float())
+    except Exception as error:  # reports any error in the user's code
+        raise ArgumentError(
+            "report_data",
+            f"the model raises for its images of shape {tuple(images.shape[1:])} "
+            f"({type(error).__name__}: {error})",
+            f"Pass images of shape {run.spec.shape}.",
+        ) from error
 
 
 def _write_report(
@@ -241,7 +260,8 @@ def _write_report(
         base, result, run.forget, data, input_shape=spec.shape, mean=spec.mean, std=spec.std,
         seed=run.options.seed, device=run.device, progress=progress,
     )  # fmt: skip
-    record, names = run.record.to_dict(), class_names(data)
+    assert run.verdict is not None
+    record, names = run.record.to_dict() | {"verdict": run.verdict.to_dict()}, class_names(data)
     title = f"{record['model']}: what was forgotten"
     write_report(paths.report, found, title=title, record=record, names=names, force=paths.force)
     return found.verdict
