@@ -141,21 +141,6 @@ def run_must_not_start(*_: object, **__: object) -> None:
     [
         (["--report", "r.html", "--report-data", "nowhere"], ["data", "nowhere"]),
         (["--report-data", "demo"], ["report_data", "without --report"]),
-        (
-            [
-                "--report",
-                "r.html",
-                "--report-data",
-                "demo",
-                "--input-shape",
-                "1,32,32",
-                "--mean",
-                "0",
-                "--std",
-                "1",
-            ],
-            ["report_data", "(1, 28, 28)", "(1, 32, 32)"],
-        ),
         (["--request", "r1"], ["request", "without --ledger"]),
         (["--other-base"], ["other_base", "without --ledger"]),
         (["--classes", "10"], ["classes", "10", "lenet5"]),
@@ -183,6 +168,16 @@ def test_what_can_be_checked_is_checked_before_the_work(
     result = json.loads(call(*command, *arguments, code=2))
     for word in words:
         assert word in result["error"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_the_model_cannot_take_are_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zsu_fast.ZeroShotUnlearner.run", run_must_not_start)
+    text = call("unlearn", "karpathynet", "--forget", "1", "--out", str(tmp_path / "o.pt"),
+                "--report", str(tmp_path / "r.html"), "--report-data", "demo", code=2)  # fmt: skip
+    assert "report_data: the model raises for its images of shape (1, 28, 28)" in text
     assert list(tmp_path.iterdir()) == []
 
 

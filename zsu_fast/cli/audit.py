@@ -80,8 +80,8 @@ def audit(
             original, model.load(unlearned), parse_classes(forget), data,
             None if use.golden is None else model.load(use.golden),
             train_data=None if use.train_data is None else read_images(use.train_data, spec),
-            shots=500 if use.shots is None else use.shots, relearn_steps=use.relearn_steps, **images.arguments(),
-            seed=seed, device=device, progress=False if as_json else None,
+            shots=500 if use.shots is None else use.shots, relearn_steps=use.relearn_steps,
+            **images.arguments(), seed=seed, device=device, progress=False if as_json else None,
         )  # fmt: skip
         if report is not None:
             title = f"{model.model}: what was forgotten"
