@@ -29,6 +29,7 @@ from ..synthesis.ascent_settings import AscentSettings
 from ..synthesis.dead_leaves import sample_dead_leaves
 from ..synthesis.space import FlatTail, input_space
 from ..synthesis.synthesize import ascend
+from ..training.deep.deep import MOST_LEAK as MOST_DEEP_LEAK
 from ..training.deep.rows import RowSource, stretch_contrast
 from ..training.deep.settings import DEPTHS, DeepSettings
 from ..training.deep.split import DeepSplit, find_deep_split
@@ -36,7 +37,6 @@ from .audit.audited_model import AuditedModel, audited_copy
 from .verdict import (
     LEAST_DEEP_AGREEMENT,
     LEAST_OUTPUT_AGREEMENT,
-    MOST_UNMASK_LEAK,
     Level,
     Verdict,
     in_words,
@@ -84,8 +84,8 @@ def check(
 
     Returns:
         A `Verdict`. Its level is "none" if more than 10 % of the rows of the forgotten classes are
-        still recognised; "deep" if they are not even with the original last layer put back, and
-        that layer still works for the other classes; else "output".
+        still recognised; "deep" if at most 40 % are with the original last layer put back, and that
+        layer still works for the other classes; else "output". These are the limits of a run.
 
     Raises:
         ArgumentError: an argument can't be used.
@@ -313,7 +313,7 @@ def _verdict(a: _Answers, forget: list[int], labels: dict[int, str], depth: str 
     level: Level = "output"
     if leak > _NOT_FORGOTTEN:
         level = "none"
-    elif unmask_leak <= MOST_UNMASK_LEAK and not a.features_unchanged:
+    elif unmask_leak <= MOST_DEEP_LEAK and not a.features_unchanged:
         if unmask_agreement >= LEAST_DEEP_AGREEMENT:
             level = "deep"
         else:
