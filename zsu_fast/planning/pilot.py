@@ -34,7 +34,7 @@ _CLASSES = 16
 # Seconds that the ascent of the pilot may take, one ascent step of it, and the steps of the fit.
 _ASCENT_SECONDS, _STEP_SECONDS, _FIT_SECONDS = 4.0, 0.3, 1.0
 _TYPICAL_STEPS = 30  # of an ascent, to choose how many impressions can be afforded
-# Steps of the fit that are timed, at most, and rows mixed for it.
+# Steps of the fit that are timed, at most, and rows mixed for it, at least where rows are many.
 _TIMED_STEPS, _MIXTURES = 10, 64
 
 
@@ -208,7 +208,9 @@ class Pilot:
         run = self.run
         impressions = _enough_to_hold_out(impressions)
         mixtures, settings = run.options.features.mixtures_for, run.options.features
-        run.options.features = replace(settings, mixtures=_MIXTURES)
+        afford = max(_MIXTURES, int(_FIT_SECONDS / max(self.seconds["forward"], 1e-6)))
+        usual = settings.mixtures_for(len(impressions), _CLASSES)
+        run.options.features = replace(settings, mixtures=min(usual, afford))
         self.watch.lap()
         with threads_for(run.multiply_adds, run.device):
             if run.options.space == "tail-input":
