@@ -179,8 +179,7 @@ class ZeroShotUnlearner:
             self.result: Fit | None = None
             self.verdict: Verdict | None = None
             self._prepare(model, forget, forgotten, ledger)
-            self._check_tail()
-            self.record.depth["unused"] = self.options.without_effect(impressions is not None)
+            self._check_options(impressions is not None)
             sampled = len(self.active_classes) < self.classes - len(self.forgotten)
             if self.options.depth == "deep" and self.options.space == "tail-input":
                 sampled = True  # inverted rows: of many classes, some retained one has none
@@ -266,9 +265,12 @@ class ZeroShotUnlearner:
             )  # fmt: skip
         return self.rows if options.depth == "deep" else None
 
-    def _check_tail(self) -> None:
-        """Raises before the synthesis if ``tail`` can't be used; other spaces split before it."""
+    def _check_options(self, impressions_given: bool) -> None:
+        """Notes options without effect. Raises before the synthesis if ``tail`` can't be used; with
+        space="tail-input" the split comes before it.
+        """
         options = self.options
+        self.record.depth["unused"] = options.without_effect(impressions_given)
         if options.space != "input" or options.tail in ("auto", "last"):
             return
         if options.depth == "deep":

@@ -117,16 +117,10 @@ def plan(
         ArgumentError: an argument can't be used, or no GPU is planned for and the run takes longer
             than ``within``.
     """
+    _check(within, options.get("depth"))
     card = None if hardware is None else accelerator(hardware)
-    if within is not None and (not is_number(within) or within <= 0):
-        raise ArgumentError("within", f"got {within!r}", "Pass seconds above 0, or None.")
-    if options.get("depth") not in (None, "output"):
-        raise ArgumentError(
-            "depth",
-            f"got {options['depth']!r}",
-            "Only depth='output' can be planned. On a CPU, deep forgetting takes minutes at most.",
-        )
-    default_depth = options.get("depth") is None
+    output = options.get("tail") in ("last", 1) or options.get("objective") == "differential"
+    default_depth = options.get("depth") is None and not output
     options = options | {"depth": "output"}
     memory = PeakMemory(resolve_device(model, options.get("device")))
     pilot = Pilot(model, forget, options, memory).run_stages()
@@ -161,6 +155,17 @@ def plan(
         within=within,
         notes=_notes(pilot, card, default_depth),
     )
+
+
+def _check(within: float | None, depth: str | None) -> None:
+    if within is not None and (not is_number(within) or within <= 0):
+        raise ArgumentError("within", f"got {within!r}", "Pass seconds above 0, or None.")
+    if depth not in (None, "output"):
+        raise ArgumentError(
+            "depth",
+            f"got {depth!r}",
+            "Only depth='output' can be planned. On a CPU, deep forgetting takes minutes at most.",
+        )
 
 
 def _notes(pilot: PilotResult, card: Accelerator | None, default_depth: bool) -> list[str]:
