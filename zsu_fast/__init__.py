@@ -8,12 +8,15 @@ from .errors import (
     OutputError,
     RankError,
     UnlearningWarning,
+    VerdictError,
     ZsuFastError,
 )
 from .evaluation.accuracy import Evaluation, evaluate, mask
 from .evaluation.audit.audit import audit
 from .evaluation.audit.result import Audit
 from .evaluation.baselines import random_embeddings
+from .evaluation.check import check
+from .evaluation.verdict import Verdict
 from .models.compact import compact
 from .models.delta import apply_delta, save_delta
 from .models.input_spec import InputSpec
@@ -47,11 +50,14 @@ __all__ = [
     "RankError",
     "Split",
     "UnlearningWarning",
+    "Verdict",
+    "VerdictError",
     "ZeroShotUnlearner",
     "ZsuFastError",
     "__version__",
     "apply_delta",
     "audit",
+    "check",
     "compact",
     "doctor",
     "evaluate",

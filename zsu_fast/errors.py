@@ -56,6 +56,10 @@ class OutputError(ZsuFastError, OSError):
     """A file could not be written; an existing file at the path is unchanged."""
 
 
+class VerdictError(ZsuFastError, RuntimeError):
+    """A verdict did not pass; raised by `Verdict.raise_for_status`."""
+
+
 class UnlearningWarning(UserWarning):
     """The category of all warnings of zsu_fast, such as that only the outputs forget."""
 

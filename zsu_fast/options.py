@@ -40,6 +40,7 @@ class Options:
 
     Attributes:
         given: every option that goes into the record, by name, as it was passed.
+        depth_given: whether the caller chose ``depth``.
         ascent: of the synthesis.
         features: of the rows that the tail is trained on.
         objective: what the tail is trained on.
@@ -51,6 +52,7 @@ class Options:
     """
 
     given: dict[str, Any]
+    depth_given: bool
     tail: str | int
     depth: Depth
     space: SpaceName
@@ -81,7 +83,8 @@ class Options:
         check_int("impressions_per_class", keywords["impressions_per_class"], optional=True)
         per_class = keywords["impressions_per_class"] or 1  # None: see `set_per_class`
         keywords = dict(keywords)
-        if keywords["depth"] is None:
+        depth_given = keywords["depth"] is not None
+        if not depth_given:
             tail = keywords["tail"]
             last = tail == "last" if isinstance(tail, str) else type(tail) is int and tail == 1
             output = last or keywords["objective"] == "differential"
@@ -94,6 +97,7 @@ class Options:
             given["output"] = getattr(output, "__qualname__", type(output).__qualname__)
         return cls(
             given=given,
+            depth_given=depth_given,
             **those(_ALONE),
             ascent=AscentSettings(per_class, **those(_ASCENT)),
             features=FeatureSettings(**those(_FEATURES)),
@@ -125,13 +129,29 @@ class Options:
     def seed(self) -> int:
         return self.ascent.seed
 
-    def unused(self) -> list[str]:
-        """Options of the ascent that were given but that inverted rows do not use."""
-        if self.depth != "deep" or self.space != "tail-input":
-            return []
-        default = AscentSettings()
-        names = (name for name in _ASCENT if name != "seed")
-        return [n for n in names if getattr(self.ascent, n) != getattr(default, n)]
+    def without_effect(self, impressions_given: bool = False) -> list[str]:
+        """Says which of the options that were given have no effect, and why, in sentences."""
+        default, inverted = AscentSettings(), self.depth == "deep" and self.space == "tail-input"
+        ascent = [n for n in _ASCENT if n != "seed" and self.given[n] != getattr(default, n)]
+        texts = []
+        if impressions_given:
+            names = [*ascent, *["impressions_per_class"] * (self.impressions_per_class is not None)]
+            if names:
+                texts.append(f"{', '.join(names)} had no effect: impressions were given.")
+        elif inverted and ascent:
+            texts.append(
+                f"{', '.join(ascent)} had no effect: deep forgetting inverts rows at the split. "
+                f"Pass space='input' to synthesise images too."
+            )
+        if self.objective.name == "masked" and self.objective.weights != ObjectiveSettings.weights:
+            texts.append("weights had no effect: objective='masked' has none.")
+        steps = self.loop.steps
+        if self.depth == "deep" and steps is not None and steps > self.deep.steps:
+            texts.append(
+                f"steps={steps} only holds for the last layer: the layers ahead of it are trained "
+                f"for at most {self.deep.steps} steps."
+            )
+        return texts
 
     def deep_settings(self, classes: int, active: int) -> DeepSettings:
         """The settings of deep forgetting for a model of ``classes``, ``active`` of them with rows;

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, ModelError, UnlearningWarning, shorten
+from .evaluation.verdict import Verdict
 from .models.class_indices import check_forget, check_forgotten
 from .models.compact import Compaction, cut, find_compaction
 from .models.input_spec import noise_images
@@ -43,7 +44,7 @@ from .training.class_subset import ClassSubsetTail
 from .training.deep.deep import DeepFailed, forget_deeply
 from .training.deep.rows import RowSource
 from .training.deep.settings import Depth
-from .training.deep.split import find_deep_split
+from .training.deep.split import OnlyLastLayer, find_deep_split
 from .training.fit_task import (
     FitTask,
     copied_values,
@@ -95,7 +96,8 @@ class ZeroShotUnlearner:
         depth: "deep" (the features forget too, so that the original last layer put back brings
             nothing back; accuracy on the retained classes drops a little, see `forget_deeply`), or
             "output" (only the last layer changes: quick, and as easily undone as a mask). None:
-            "deep", or "output" with tail="last" or objective="differential". Where deep forgetting
+            "deep", or "output" with tail="last" (or the last layer's name) or
+            objective="differential". Where deep forgetting
             is not possible or fails its checks, the run falls back to "output" and warns.
         objective: "masked" (match the original model with the forgotten classes removed; bounded)
             or "differential" (the paper's signed cross-entropy).
@@ -146,6 +148,7 @@ class ZeroShotUnlearner:
         notes: what was found while probing the model (`PreparedModel.notes`).
         unlearned: what `apply` returns; None before.
         full_size: with compact=True, the same model before the rows were cut; None before `apply`.
+        verdict: the `Verdict` on the result; None before `apply`.
         ranks: the ranks that make the call.
         labels: the `Labels` of the model's classes; None if they are not known.
         options: the `Options`; the settings of a stage may be replaced before it runs.
@@ -208,7 +211,9 @@ class ZeroShotUnlearner:
             self.rows: RowSource | None = None
             self.result: Fit | None = None
             self._target: nn.Module | None = None
+            self.verdict: Verdict | None = None
             self._prepare(model, forget, forgotten, ledger, class_names)
+            self._check_options(impressions is not None)
             sampled = len(self.active_classes) < self.classes - len(self.forgotten)
             if self.options.depth == "deep" and self.options.space == "tail-input":
                 sampled = True  # inverted rows: of many classes, some retained one has none
@@ -290,6 +295,10 @@ class ZeroShotUnlearner:
                 with self._stage("deep split"):
                     deep = find_deep_split(self.work, options.tail, self.spec)
             except (ArgumentError, ModelError) as error:
+                if isinstance(error, OnlyLastLayer) and not options.depth_given:
+                    self.options.depth = "output"  # as with tail="last"
+                    self.record.depth |= {"depth": "output", "level": "output", "unused": []}
+                    return None
                 if isinstance(error, ArgumentError) and options.tail != "auto":
                     raise
                 self._fall_back(str(error))
@@ -299,6 +308,26 @@ class ZeroShotUnlearner:
                     self.classes, len(self.active_classes)), options.seed, options.cache,
             )  # fmt: skip
         return self.rows if options.depth == "deep" else None
+
+    def _check_options(self, impressions_given: bool) -> None:
+        """Notes options without effect. Raises before the synthesis if ``tail`` can't be used; with
+        space="tail-input" the split comes before it.
+        """
+        options = self.options
+        self.record.depth["unused"] = options.without_effect(impressions_given)
+        if options.space != "input" or options.tail in ("auto", "last"):
+            return
+        if options.depth == "deep":
+            try:
+                find_deep_split(self.work, options.tail, self.spec)
+                return
+            except ModelError:  # falls back
+                pass
+            except OnlyLastLayer:
+                if options.depth_given:
+                    raise
+        images, labels = noise_images(self.spec, 4).to(self.device), torch.arange(4)
+        find_split(self.work, options.tail, images, labels.to(self.device))
 
     def _fall_back(self, reason: str) -> None:
         """Goes on at the output level."""
@@ -389,6 +418,8 @@ class ZeroShotUnlearner:
             self.record.warnings += self.notes
             self._note_left_out(copies)
             self.ranks.check_same({"result": self.record.weights_after})
+            self.verdict = Verdict.of_record(self.record.to_dict())
+            self.record.warnings += self.verdict.failures
             for note in self.record.warnings if self.ranks.is_main else ():
                 warnings.warn(note, UnlearningWarning, stacklevel=4)
             self.unlearned = target
@@ -501,8 +532,6 @@ class ZeroShotUnlearner:
             model, self.spec, self.forget, self.classes, options.given, self.device
         )
         self.record.depth |= {"depth": options.depth, "level": options.depth}
-        if unused := options.unused():
-            self.record.depth["unused"] = unused
         self.record.forgotten = self.forgotten
         if self.labels is not None:
             self.record.labels = self.labels.named([*self.forget, *self.forgotten])

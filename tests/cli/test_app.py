@@ -102,3 +102,14 @@ def test_doctor_names_versions_devices_and_extras() -> None:
     assert result["devices"]["cpu"]["chosen"] in result["devices"]["cpu"]["backends"]
     assert set(result["extras"]) == {"torchvision", "timm", "transformers", "PIL"}
     assert "torch" in call("doctor")
+
+
+def test_a_ledger_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    """It was an empty table, and exit code 0."""
+    path = tmp_path / "requests"
+    assert "is not a file" in call("ledger", "show", str(path), code=2)
+    assert json.loads(call("ledger", "show", str(path), "--json", code=2))["type"] == "LedgerError"
+    call("ledger", "verify", str(path), code=2)
+    for option in ("--weights", "--classes"):
+        text = call("ledger", "verify", str(path), option, "5", code=2)
+        assert "without --model" in text

@@ -30,3 +30,11 @@ def test_audit_of_a_mask_from_files(tmp_path: Path) -> None:
     assert result["settings"]["shots_used"] == 7
     refused = call("audit", "lenet5", "--unlearned", "none.pt", "--forget", "1", code=2)
     assert "none.pt" in refused
+
+
+def test_options_that_need_data_are_refused_without_it(tmp_path: Path) -> None:
+    weights = tmp_path / "same.safetensors"
+    checkpoint.save_weights(weights, zoo.load("lenet5"))
+    command = ["audit", "lenet5", "--unlearned", str(weights), "--forget", "1"]
+    for option, value in (("--shots", "7"), ("--relearn-steps", "5"), ("--train-data", "demo")):
+        assert "without --data" in call(*command, option, value, code=2)

@@ -132,6 +132,69 @@ def test_bad_input_is_one_line_and_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
+def run_must_not_start(*_: object, **__: object) -> None:
+    raise AssertionError("the run began")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--report", "r.html", "--report-data", "nowhere"], ["data", "nowhere"]),
+        (["--report-data", "demo"], ["report_data", "without --report"]),
+        (["--request", "r1"], ["request", "without --ledger"]),
+        (["--other-base"], ["other_base", "without --ledger"]),
+        (["--classes", "10"], ["classes", "10", "lenet5"]),
+        (["--record", "o.pt"], ["out", "named twice"]),
+        (["--report", "r.html", "--record", "r.json"], ["out", "r.json", "named twice"]),
+        (["--paper", "--tail", "fc1"], ["paper", "--tail fc1"]),
+        (["--paper", "--depth", "deep"], ["paper", "--depth deep"]),
+        (["--impressions", "none.safetensors"], ["none.safetensors"]),
+        (["--space", "outer"], ["space", "outer", "tail-input"]),
+        (["--steps", "0"], ["steps", "0"]),
+        (["--margin", "-1"], ["margin", "-1"]),
+        (["--cache", "o.pt/x", "--forgotten", "1"], ["forget", "forgotten"]),
+        (["--tail", "fc9", "--space", "input"], ["tail", "fc9"]),
+        (["--tail", "9", "--space", "input", "--depth", "output"], ["tail", "9", "1 to 5"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_can_be_checked_is_checked_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
+) -> None:
+    """A typo in --report-data used to be found after the run, with the weights written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("zsu_fast.ZeroShotUnlearner.run", run_must_not_start)
+    command = ["unlearn", "lenet5", "--forget", "1", "--out", "o.pt", "--json"]
+    result = json.loads(call(*command, *arguments, code=2))
+    for word in words:
+        assert word in result["error"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_the_model_cannot_take_are_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zsu_fast.ZeroShotUnlearner.run", run_must_not_start)
+    text = call("unlearn", "karpathynet", "--forget", "1", "--out", str(tmp_path / "o.pt"),
+                "--report", str(tmp_path / "r.html"), "--report-data", "demo", code=2)  # fmt: skip
+    assert "report_data: the model raises for its images of shape (1, 28, 28)" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_everyday_options_reach_the_run(tmp_path: Path) -> None:
+    impressions = zsu_fast.synthesize(zoo.load("lenet5"), per_class=8, progress=False)
+    impressions.save(tmp_path / "i.safetensors")
+    facts = json.loads(
+        call("unlearn", "lenet5", "--forget", "1", "--out", str(tmp_path / "o.pt"), "--depth",
+             "output", "--space", "input", "--steps", "50", "--margin", "3", "--cache",
+             str(tmp_path / "c"), "--impressions", str(tmp_path / "i.safetensors"), "--json")
+    )  # fmt: skip
+    settings = facts["record"]["settings"]
+    assert (settings["steps"], settings["margin"], settings["space"]) == (50, 3.0, "input")
+    assert settings["cache"] == str(tmp_path / "c")
+    assert facts["record"]["impressions"]["count"] == 80
+
+
 def test_out_is_never_overwritten_without_force(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"precious")
@@ -150,7 +213,8 @@ def test_unlearn_writes_a_report_of_its_run(tmp_path: Path) -> None:
         call("unlearn", "lenet5", "--forget", "3", "--out", str(out), "--report", str(page),
              "--delta", str(delta), "--ledger", str(ledger), "--json", *QUICK)
     )  # fmt: skip
-    assert result["verdict"][0].startswith("Output-level forgetting")
+    assert result["audit"][0].startswith("Output-level forgetting")
+    assert (result["verdict"]["level"], result["verdict"]["passed"]) == ("output", True)
     html = page.read_text()
     assert result["record"]["weights_after"] in html
     assert "optimiser steps" in html

@@ -16,10 +16,11 @@ import zsu_fast
 from zsu_fast import Plan, ZeroShotUnlearner
 from zsu_fast.cli.app import app
 from zsu_fast.errors import ArgumentError
-from zsu_fast.planning.pilot import PilotResult
+from zsu_fast.planning.pilot import Pilot, PilotResult
 from zsu_fast.planning.plan import gpus_needed, measured_seconds
 from zsu_fast.runtime import accelerators
 from zsu_fast.runtime.measuring import PeakMemory
+from zsu_fast.synthesis.ascent import ActiveBatch, Ascent
 
 OPTIONS: dict[str, Any] = {
     "input_shape": SPEC.shape, "mean": SPEC.mean, "std": SPEC.std, "impressions_per_class": 8,
@@ -33,11 +34,12 @@ def pilot(**changes: Any) -> PilotResult:
     run = ZeroShotUnlearner(tiny(), [1], tail="last", progress=False, **OPTIONS)
     seconds = {
         "prepare": 1.0, "step wide": 1.1, "step narrow": 0.35, "fill wide": 0.0, "forward": 0.0,
-        "split": 2.0, "feature": 0.5, "label": 0.25, "fit step": 0.125, "validate": 0.0,
-        "apply": 3.0,
+        "split": 2.0, "feature": 0.5, "features": 0.25, "label": 0.25, "fit step": 0.125,
+        "validate": 0.0, "apply": 3.0,
     }  # fmt: skip
     values: dict[str, Any] = {
-        "run": run, "space": None, "count": 100, "width": 100, "shard": 400, "mean_steps": 5.0,
+        "run": run, "space": None, "count": 100, "width": 100, "timed": (100, 25),
+        "reached": (32, 32), "shard": 400, "mean_steps": 5.0,
         "max_steps": 8, "row_bytes": 1, "train_rows": 200, "validation_rows": 60, "fit_steps": 80,
         "batch": 64, "tail_work": 1, "seconds": seconds,
     }  # fmt: skip
@@ -53,7 +55,7 @@ def test_seconds_follow_from_those_of_single_steps() -> None:
     assert got["prepare"] == 1
     assert got["synthesise"] == pytest.approx(8 * 0.1 + 100 * 5 * 0.01)
     assert got["split"] == 2
-    assert got["fit"] == pytest.approx(100 * 0.5 + 260 * 0.25 + 80 * 0.125)
+    assert got["fit"] == pytest.approx(0.25 + 100 * 0.5 + 260 * 0.25 + 80 * 0.125)
     assert got["apply"] == 3
 
 
@@ -162,6 +164,53 @@ def test_what_cannot_be_planned_is_refused(options: Any, argument: str) -> None:
         zsu_fast.plan(tiny(), [1], **OPTIONS | options)
 
 
+def test_a_cpu_that_is_too_slow_is_an_error() -> None:
+    """It said that 0 GPUs are needed."""
+    with pytest.raises(ArgumentError, match=r"within: got 0\.001 s, and on cpu the run"):
+        zsu_fast.plan(tiny(), [1], within=0.001, **OPTIONS)
+    assert zsu_fast.plan(tiny(), [1], within=1e6, **OPTIONS).gpus == 0
+
+
+def test_the_pilot_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a slow model few impressions are tried, and their ascent is cut short."""
+    rows: list[int] = []
+
+    def count(self: Ascent, batch: ActiveBatch) -> None:
+        rows.append(len(batch.x))
+        step(self, batch)
+
+    step = Ascent.step
+    monkeypatch.setattr(Ascent, "step", count)
+    zsu_fast.plan(tiny(), [1, 3], **OPTIONS)
+    usual = sum(rows)
+    rows.clear()
+    for name in ("_ASCENT_SECONDS", "_STEP_SECONDS", "_FIT_SECONDS"):
+        monkeypatch.setattr(f"zsu_fast.planning.pilot.{name}", 0.0)
+    got = zsu_fast.plan(tiny(), [1, 3], **OPTIONS)
+    assert sum(rows) < 20 < usual
+    assert any("cut short: 2 of its 3" in note for note in got.notes)
+    assert got.ascent_steps == 200  # all 300 that are allowed, but for the one that was in time
+    assert got.seconds["synthesise"] > 0
+
+
+@pytest.mark.parametrize("space", ["input", "tail-input"])
+def test_features_at_the_tail_are_counted_once(space: str) -> None:
+    """There their cost is that of a few noise images, not of each impression."""
+    memory = PeakMemory(torch.device("cpu"))
+    seconds = Pilot(tiny(), [1], OPTIONS | {"space": space}, memory).run_stages().seconds
+    once, each = seconds["features"], seconds["feature"]
+    assert (once > 0, each > 0) == (space == "tail-input", space == "input")
+
+
+def test_a_plan_says_which_level_it_is_for(planned: Plan) -> None:
+    options = {k: v for k, v in OPTIONS.items() if k != "depth"}
+    default = zsu_fast.plan(tiny(), [1], **options)
+    assert default.depth == planned.depth == "output"
+    assert any("goes deep" in note for note in default.notes)
+    assert not any("goes deep" in note for note in planned.notes)
+    assert "depth='output'" in planned.render()
+
+
 def test_a_model_of_one_layer() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     assert zsu_fast.plan(model, [1], **OPTIONS).tail == "1"
@@ -181,4 +230,5 @@ def test_the_command_prints_the_plan() -> None:
     assert shown.exit_code == 0, shown.output
     assert "on paper" in shown.stdout
     assert "GPUs within 60 s: 1" in shown.stdout
-    assert CliRunner().invoke(app, [*arguments, "--hardware", "abacus"]).exit_code == 2
+    for refused in (["--hardware", "abacus"], ["--depth", "deep"], ["--within", "0.0001"]):
+        assert CliRunner().invoke(app, [*arguments, *refused]).exit_code == 2

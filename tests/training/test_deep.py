@@ -395,12 +395,19 @@ def test_features_that_still_leak_are_given_up() -> None:
 
 def test_options_without_effect_are_named() -> None:
     run = ZeroShotUnlearner(tiny(), FORGET, max_steps=7, batch_norm=0.1, progress=False)
-    assert run.record.depth["unused"] == ["max_steps", "batch_norm"]
+    (said,) = run.record.depth["unused"]
+    assert said.startswith("max_steps, batch_norm had no effect")
     for options in ({"space": "input"}, {"depth": "output"}, {"tail": "last"}):
         other = ZeroShotUnlearner(tiny(), FORGET, max_steps=7, progress=False, **options)
-        assert "unused" not in other.record.depth
+        assert other.record.depth["unused"] == []
     quick, _ = deep_run(max_steps=7)
     assert any("max_steps had no effect" in note for note in quick.record.warnings)
+
+
+def test_more_steps_than_deep_training_takes_are_said() -> None:
+    run, _ = deep_run(steps=FEW_ROWS.steps + 200)
+    assert any(note.startswith("steps=260 only holds for the last") for note in run.record.warnings)
+    assert not any("steps=" in note for note in deep_run(steps=FEW_ROWS.steps)[0].record.warnings)
 
 
 def test_scenes_of_forgotten_classes_alone_are_no_failure() -> None:

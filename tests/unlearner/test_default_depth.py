@@ -236,3 +236,43 @@ def test_less_comes_back_with_the_original_last_layer_than_at_the_output_level()
 
     assert put_back(output) > 95
     assert put_back(deep_tiny()) < 85
+
+
+# --- which level a tail means ----------------------------------------------------------------
+
+
+def test_a_tail_that_names_the_last_layer_is_output_level() -> None:
+    """It was an error that spoke of depth='deep', which nobody had passed."""
+    run, result = deep_run(tail="fc2")
+    assert changed_tensors(tiny(), result) == {"fc2.weight", "fc2.bias"}
+    depth = run.record.depth
+    assert (depth["depth"], depth["level"]) == ("output", "output")
+    assert "fallback" not in depth
+    assert any("Only the last layer (fc2.weight" in note for note in run.record.warnings)
+    with pytest.raises(zsu_fast.ArgumentError, match="tail: got 'fc2' with depth='deep'"):
+        deep_run(tail="fc2", depth="deep")
+
+
+@pytest.mark.parametrize("depth", ["deep", "output"])
+@pytest.mark.parametrize("tail", ["nowhere", 9, "drop"])
+def test_a_wrong_tail_is_found_before_the_synthesis(depth: Any, tail: Any) -> None:
+    def callback(event: Event) -> None:
+        raise AssertionError(f"{event.stage} began")
+
+    options = {"input_shape": (3, 8, 8), "mean": 0.5, "std": 0.5, "callback": callback}
+    for space in ("input", "tail-input"):
+        if tail == "drop" and depth == "output":
+            continue  # the last layer follows it
+        with pytest.raises(zsu_fast.ArgumentError, match="tail: got"):
+            zsu_fast.unlearn(tiny(), FORGET, tail=tail, depth=depth, space=space, **options)
+
+
+def test_options_without_effect_are_said() -> None:
+    run, _ = deep_run(weights=(0.5, 0.5))
+    assert any("weights had no effect" in note for note in run.record.warnings)
+    impressions = zsu_fast.synthesize(tiny(), per_class=8, progress=False)
+    run = zsu_fast.ZeroShotUnlearner(
+        tiny(), FORGET, impressions=impressions, impressions_per_class=9, max_steps=5
+    )
+    (said,) = run.record.depth["unused"]
+    assert said == "max_steps, impressions_per_class had no effect: impressions were given."

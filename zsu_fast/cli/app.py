@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import LedgerError, shorten
+from ..errors import ArgumentError, LedgerError, shorten
 from ..evaluation.accuracy import evaluate as measure
 from ..models import checkpoint
 from ..models.compact_file import compact_metadata, file_compaction
@@ -25,6 +25,7 @@ from ..runtime.accelerators import ACCELERATORS
 from ..runtime.doctor import doctor as examine, render
 from . import options, output
 from .audit import audit
+from .check import check
 from .demo import run as run_demo
 from .inputs import folder_order, labels_of, parse_classes, parse_tail, read_images
 from .unlearn import unlearn
@@ -81,6 +82,11 @@ def plan(
         typer.Option(help="Seconds the run may take; the plan says how many GPUs that needs."),
     ] = None,
     tail: options.Tail = "auto",
+    depth: Annotated[
+        str | None, typer.Option(help="The level to plan; only output can be, the default.")
+    ] = None,
+    space: options.Space = None,
+    steps: options.Steps = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     as_json: options.AsJson = False,
@@ -89,8 +95,9 @@ def plan(
     with output.report_errors(as_json):
         expected = make_plan(
             model.load(), parse_classes(forget), hardware=hardware, within=within,
-            tail=parse_tail(tail), **asdict(impressions), **images.arguments(),
-            output=images.choice, seed=seed, device=device,
+            tail=parse_tail(tail), depth=depth, space=space, steps=steps,
+            **asdict(impressions), **images.arguments(), output=images.choice, seed=seed,
+            device=device,
         )  # fmt: skip
         if as_json:
             output.print_json(expected.to_dict())
@@ -127,6 +134,7 @@ def apply(
             output.print_written(Console(), [out])
 
 
+app.command()(check)
 app.command()(audit)
 
 
@@ -206,6 +214,9 @@ def verify(
 ) -> None:
     """Checks every entry and the chain; exits with 2 if something is wrong."""
     with output.report_errors(as_json):
+        if model is None and (weights is not None or classes is not None):
+            name = "classes" if weights is None else "weights"
+            raise ArgumentError(name, "given without --model", "Name the model too.")
         used = None if model is None else load_model(model, weights, classes)
         problems = find_problems(path, head, used)
         if problems:
@@ -223,6 +234,8 @@ def verify(
 def show(path: LedgerFile, as_json: options.AsJson = False) -> None:
     """Lists the requests."""
     with output.report_errors(as_json):
+        if not path.is_file():
+            raise LedgerError(f"ledger: {path} is not a file. Name a ledger that exists.")
         entries = Ledger(path).entries()
         if as_json:
             output.print_json(entries)

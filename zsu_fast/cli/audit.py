@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from ..errors import ArgumentError
 from ..evaluation.audit import audit as run_audit
 from ..evaluation.audit.metrics import BY_KEY
 from ..evaluation.audit.result import MAIN, Audit, show
@@ -43,10 +44,21 @@ class DataOptions:
     golden: Annotated[
         str | None, typer.Option(help="Weights of a model trained without the classes.")
     ] = None
-    shots: Annotated[int, typer.Option(help="Images per class that relearning may use.")] = 500
+    shots: Annotated[
+        int | None, typer.Option(help="Images per class that relearning may use. Default: 500.")
+    ] = None
     relearn_steps: Annotated[
         int | None, typer.Option(help="At most this many steps of relearning; 0 skips it.")
     ] = None
+
+    def check(self) -> None:
+        """Raises if an option has no effect without ``data``."""
+        needing = {
+            "train_data": self.train_data, "shots": self.shots, "relearn_steps": self.relearn_steps,
+        }  # fmt: skip
+        for name, value in needing.items():
+            if self.data is None and value:
+                raise ArgumentError(name, f"got {value!r} without --data", "Add --data.")
 
 
 @options.expand_options
@@ -68,6 +80,7 @@ def audit(
     """Tests what an unlearned model has forgotten, and what it only hides."""
     with report_errors(as_json):
         check_writable(force, report)
+        use.check()
         original = model.load()
         spec = resolve_spec(original, **images.arguments())
         data = None if use.data is None else read_images(use.data, spec)
@@ -77,9 +90,9 @@ def audit(
             original, model.load(unlearned), parse_classes(forget, labels), data,
             None if use.golden is None else model.load(use.golden),
             train_data=None if use.train_data is None else read_images(use.train_data, spec),
-            shots=use.shots, relearn_steps=use.relearn_steps, class_names=names,
-            **images.arguments(), output=images.choice, seed=seed, device=device,
-            progress=False if as_json else None,
+            shots=500 if use.shots is None else use.shots, relearn_steps=use.relearn_steps,
+            class_names=names, **images.arguments(), output=images.choice, seed=seed,
+            device=device, progress=False if as_json else None,
         )  # fmt: skip
         if report is not None:
             title = f"{model.model}: what was forgotten"

@@ -56,6 +56,23 @@ Tail = Annotated[
     str,
     typer.Option(help="auto, last, the name of a module, or how many of the last layers to train."),
 ]
+Depth = Annotated[
+    str | None,
+    typer.Option(
+        help="deep: the features forget too; output: only the last layer changes, which is "
+        "quick and as easily undone as a mask. Default: deep."
+    ),
+]
+Space = Annotated[
+    str | None,
+    typer.Option(
+        help="What is synthesised: tail-input (activations; quick) or input (images). "
+        "Default: tail-input."
+    ),
+]
+Steps = Annotated[
+    int | None, typer.Option(help="Optimiser steps of the last layer's fit, at most.")
+]
 OUT = typer.Option(
     help="The file to write: .safetensors, or .pt, .pth, .bin, .ckpt, .pth.tar for torch.save.",
     show_default=False,

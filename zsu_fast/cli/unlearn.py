@@ -9,13 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from torch import nn
 
 from ..errors import ArgumentError
 from ..evaluation.audit import audit
+from ..evaluation.labelled_data import LabelledData
 from ..evaluation.report.page import write_report
+from ..evaluation.run_model import run_model
 from ..models import checkpoint
 from ..models.compact import Compaction
 from ..models.compact_file import (
@@ -31,6 +34,7 @@ from ..provenance.ledger import Entry, Ledger
 from ..provenance.new_folder import check_folder
 from ..provenance.record import Record
 from ..runtime import distributed
+from ..synthesis.impressions import ClassImpressions
 from ..unlearner import ZeroShotUnlearner
 from . import options, output
 from .audit import check_writable, report_names
@@ -74,26 +78,40 @@ class OutputOptions:
             raise ArgumentError(
                 "out", "none of --out, --out-folder and --delta was given", "Name a file."
             )
+        if self.report_data is not None and self.report is None:
+            raise ArgumentError(
+                "report_data", f"got {self.report_data!r} without --report", "Add --report FILE."
+            )
+        self._check_compact()
         if self.out is not None:
             checkpoint.check_ending(self.out)
         if self.delta is not None:
             check_ending(self.delta)
         if self.out_folder is not None:
             check_folder(self.out_folder, self.force)
-        if self.compact and self.delta is not None:
+        figures = self.report and self.report.with_suffix(".json")
+        paths = [self.out, self.out_folder, self.delta, self.record, self.report, figures]
+        named = [path.resolve() for path in paths if path is not None]
+        if twice := [path for path in named if named.count(path) > 1]:
+            raise ArgumentError("out", f"{twice[0]} is named twice", "Name a file for each output.")
+        check_writable(self.force, self.report, self.out, self.delta, self.record)
+
+    def _check_compact(self) -> None:
+        if not self.compact:
+            return
+        if self.delta is not None:
             raise ArgumentError(
                 "delta",
                 "got --compact too, and a delta holds values of tensors of the same shapes",
                 "Leave one of them out.",
             )
-        if self.compact and self.out is not None and self.out.suffix != ".safetensors":
+        if self.out is not None and self.out.suffix != ".safetensors":
             raise ArgumentError(
                 "out",
                 f"got {self.out} with --compact, and only safetensors files say which class each "
                 f"logit is",
                 "Name a .safetensors file.",
             )
-        check_writable(self.force, self.report, self.out, self.delta, self.record)
 
     @contextmanager
     def written(
@@ -146,13 +164,8 @@ class MethodOptions:
     """How to unlearn."""
 
     tail: options.Tail = "auto"
-    depth: Annotated[
-        str | None,
-        typer.Option(
-            help="deep: the features forget too; output: only the last layer changes, which is "
-            "quick and as easily undone as a mask. Default: deep."
-        ),
-    ] = None
+    depth: options.Depth = None
+    space: options.Space = None
     objective: Annotated[str, typer.Option(help="masked or differential.")] = "masked"
     everywhere: Annotated[
         bool,
@@ -162,17 +175,42 @@ class MethodOptions:
             "copy or an auxiliary head.",
         ),
     ] = False
+    steps: options.Steps = None
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Logits by which forgotten classes are pushed down. Default: computed."),
+    ] = None
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for finished rows, from which an interrupted run resumes."),
+    ] = None
+    impressions: Annotated[
+        Path | None, typer.Option(help="Class impressions to use, a file of ClassImpressions.save.")
+    ] = None
     paper: Annotated[bool, typer.Option("--paper", help="Use the published recipe.")] = False
 
     def arguments(self) -> dict[str, Any]:
-        """The options of `ZeroShotUnlearner`."""
-        chosen: dict[str, Any] = {
-            "tail": parse_tail(self.tail),
-            "depth": self.depth,
-            "objective": self.objective,
-        }
-        chosen |= {"everywhere": self.everywhere}
-        return chosen | paper_preset() if self.paper else chosen
+        """The options of `ZeroShotUnlearner`.
+
+        Raises:
+            ArgumentError: ``paper`` with an option that it decides, or no such impressions.
+        """
+        chosen = {
+            "tail": parse_tail(self.tail), "depth": self.depth, "space": self.space,
+            "objective": self.objective, "steps": self.steps, "margin": self.margin,
+        }  # fmt: skip
+        recipe = paper_preset() if self.paper else {}
+        for name, value in chosen.items():
+            default = getattr(MethodOptions, name)
+            if name in recipe and value not in (default, recipe[name]):
+                raise ArgumentError(
+                    "paper", f"got --{name} {value} too", "Leave one out: the recipe decides it."
+                )
+        given = self.impressions
+        return chosen | recipe | {
+            "everywhere": self.everywhere, "cache": self.cache,
+            "impressions": None if given is None else ClassImpressions.load(given),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +245,13 @@ class RequestOptions:
         typer.Option("--other-base", help="The model is not the result of the last entry."),
     ] = False
 
+    def check(self) -> None:
+        """Raises if an option has no effect without ``ledger``."""
+        alone = {"request": self.request is not None, "other_base": self.new_base}
+        if self.ledger is None and any(alone.values()):
+            name = next(name for name, given in alone.items() if given)
+            raise ArgumentError(name, "given without --ledger", "Name the ledger too.")
+
 
 @options.expand_options
 def unlearn(
@@ -235,8 +280,11 @@ def unlearn(
         progress = False if as_json else None
         if ranks.is_main:
             paths.check()
+            request.check()
+        arguments = method.arguments()
         loaded = model.load()
         labels = labels_of(folder_order(class_names, None), loaded)
+        classes = parse_classes(forget, labels)
         before = None if request.forgotten is None else parse_classes(request.forgotten, labels)
         numbers = [c for c in before or () if isinstance(c, int)]  # names stay right when cut
         check_forgotten_in_file(model.weights, numbers)
@@ -253,12 +301,15 @@ def unlearn(
                 request.ledger, request.request, request.new_base, write=write
             )
         run = ZeroShotUnlearner(
-            loaded, parse_classes(forget, labels), ledger=ledger, class_names=labels,
-            forgotten=before,
-            **method.arguments(), **asdict(impressions), **images.arguments(),
-            output=images.choice, seed=seed, device=device, inplace=not paths.compact,
-            compact=paths.compact, progress=progress,
+            loaded, classes, ledger=ledger, class_names=labels, forgotten=before,
+            **arguments, **asdict(impressions), **images.arguments(), output=images.choice,
+            seed=seed, device=device, inplace=not paths.compact, compact=paths.compact,
+            progress=progress,
         )  # fmt: skip
+        data = None
+        if ranks.is_main and paths.report_data is not None:
+            data = read_images(paths.report_data, run.spec)
+            _check_images(run, data)
         run.run()
         if not ranks.is_main:
             return
@@ -266,35 +317,49 @@ def unlearn(
         if entry is None:
             with write(run.record):
                 pass
-        verdict = _write_report(paths, base, run.full_size or loaded, run, progress)
-        (_print_json if as_json else _print)(paths, run, verdict, entry)
+        says = _write_report(paths, base, run.full_size or loaded, run, data, progress)
+        (_print_json if as_json else _print)(paths, run, says, entry)
+
+
+@torch.no_grad()
+def _check_images(run: ZeroShotUnlearner, data: Any) -> None:
+    """Raises before the work if the model can't take the first images of the report's data."""
+    source = LabelledData(data, "report_data", run.spec, run.labels)
+    source.match(run.original, run.classes)
+    images, labels = next(source.batches(8))
+    source.targets(labels, run.classes)
+    run_model(run.work, images[:8], argument="report_data")
 
 
 def _write_report(
-    paths: OutputOptions, base: nn.Module, result: nn.Module, run: ZeroShotUnlearner,
+    paths: OutputOptions, base: nn.Module, result: nn.Module, run: ZeroShotUnlearner, data: Any,
     progress: bool | None,
 ) -> list[str]:  # fmt: skip
-    """Audits the run and writes the report, if one was requested; returns the verdict."""
+    """Audits the run and writes the report, if one was requested; returns what the audit says."""
     if paths.report is None:
         return []
-    spec, data = run.spec, paths.report_data
-    images = None if data is None else read_images(data, spec)
+    spec = run.spec
     found = audit(
-        base, result, run.forget, images, class_names=run.labels, output=run.work.output,
+        base, result, run.forget, data, class_names=run.labels, output=run.work.output,
         input_shape=spec.shape, mean=spec.mean, std=spec.std, seed=run.options.seed,
         device=run.device, progress=progress,
     )  # fmt: skip
-    record, names = run.record.to_dict(), report_names(found, run.labels)
+    assert run.verdict is not None
+    record = run.record.to_dict() | {"verdict": run.verdict.to_dict()}
+    names = report_names(found, run.labels)
     title = f"{record['model']}: what was forgotten"
     write_report(paths.report, found, title=title, record=record, names=names, force=paths.force)
     return found.verdict
 
 
 def _print_json(
-    paths: OutputOptions, run: ZeroShotUnlearner, verdict: list[str], entry: Entry | None
+    paths: OutputOptions, run: ZeroShotUnlearner, says: list[str], entry: Entry | None
 ) -> None:
+    assert run.verdict is not None
     out = None if paths.out is None else str(paths.out)
-    summary: dict[str, Any] = {"out": out, "record": run.record.to_dict(), "verdict": verdict}
+    summary: dict[str, Any] = {
+        "out": out, "record": run.record.to_dict(), "verdict": run.verdict.to_dict(), "audit": says,
+    }  # fmt: skip
     if paths.out_folder is not None:
         summary["out_folder"] = str(paths.out_folder)
     if paths.delta is not None:
@@ -305,11 +370,11 @@ def _print_json(
 
 
 def _print(
-    paths: OutputOptions, run: ZeroShotUnlearner, verdict: list[str], entry: Entry | None
+    paths: OutputOptions, run: ZeroShotUnlearner, says: list[str], entry: Entry | None
 ) -> None:
     console = Console()
     facts = run.record.to_dict()
-    best, total = facts["fit"]["best"], facts["timings"]["total"]
+    total = facts["timings"]["total"]
     console.print(f"Forgot {len(run.forget)} of {run.classes} classes in {total:.1f} s.")
     output.print_labels(console, "Forgotten", facts["labels"])
     if facts["compact"]:
@@ -322,12 +387,8 @@ def _print(
         f"{100 * facts['impressions']['hit_rate']:.1f} % reached their confidence."
     )
     output.print_split(console, facts)
-    console.print(
-        f"On held-out rows, {100 * best['leak']:.2f} % are still assigned a forgotten class; "
-        f"{100 * best['agreement']:.2f} % of the others agree with the masked original."
-    )
     output.print_level(console, facts)
-    output.print_sentences(console, verdict)
+    output.print_sentences(console, [str(run.verdict), *says])
     if entry is not None:
         console.print(f"Request {entry['request']}, ledger head {entry['hash']}.")
     files = (paths.out, paths.out_folder, paths.delta, paths.record, paths.report)

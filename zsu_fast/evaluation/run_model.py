@@ -49,14 +49,16 @@ def choose_output(
     return output
 
 
-def run_model(model: nn.Module, images: Tensor, output: OutputChoice | None = None) -> Tensor:
+def run_model(
+    model: nn.Module, images: Tensor, output: OutputChoice | None = None, argument: str = "data"
+) -> Tensor:
     """Returns the logits [N, C] for a batch, which is moved to the model's device and dtype.
 
     Raises:
         ArgumentError: the model raises for these images.
         ModelError: its output is not one row of logits per image.
     """
-    logits = pick_logits(_call(model, _as_model_takes(model, images)), output)
+    logits = pick_logits(_call(model, _as_model_takes(model, images), argument), output)
     if isinstance(logits, Tensor) and logits.ndim == 1 and len(images) == 1:
         logits = logits[None]  # a squeeze() in forward() removed the batch dimension
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
@@ -73,14 +75,14 @@ def _as_model_takes(model: nn.Module, images: Tensor) -> Tensor:
     return images if first is None else images.to(first.device, first.dtype)
 
 
-def _call(model: nn.Module, images: Tensor) -> Any:
+def _call(model: nn.Module, images: Tensor, argument: str = "data") -> Any:
     try:
         return model(images)
     except ZsuFastError:
         raise
     except Exception as error:
         raise ArgumentError(
-            "data",
+            argument,
             f"the model raises for images of shape {tuple(images.shape[1:])} "
             f"({type(error).__name__}: {error})",
             "Pass images as the model takes them.",

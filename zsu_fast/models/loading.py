@@ -49,6 +49,13 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
         CheckpointError: the file can't be read, or does not fit the model.
     """
     source, _, rest = name.partition(":")
+    libraries = ("torchvision", "timm")
+    if classes is not None and (name in zoo.ZOO or (rest and source not in libraries)):
+        raise ArgumentError(
+            "classes",
+            f"got {classes} for {name!r}, whose number of logits is fixed",
+            "Leave it out; it is for torchvision and timm models.",
+        )
     if name in zoo.ZOO:
         return zoo.load(name) if weights is None else _with_file(zoo.build(name), weights)
     if source == "torchvision":

@@ -19,7 +19,7 @@ from ..runtime.accelerators import UTILISATION, Accelerator, accelerator
 from ..runtime.measuring import PeakMemory, multiply_adds
 from ..splitting.layers import MOST_IMAGES
 from ..training.trainer import Schedule
-from .pilot import PILOT_IMPRESSIONS, Pilot, PilotResult
+from .pilot import Pilot, PilotResult
 
 # An ascent step is a forward pass and a backward pass to the input: this many forward passes.
 _PASSES = 2
@@ -36,6 +36,7 @@ class Plan:
     Attributes:
         device: where, in words.
         basis: "measured": from steps timed here; "on paper": from published rates.
+        depth: the level that is planned, "output".
         classes: logits of the model.
         impression_classes: classes to synthesise.
         impressions: impressions of all of them together.
@@ -52,6 +53,7 @@ class Plan:
 
     device: str
     basis: str
+    depth: str
     classes: int
     impression_classes: int
     impressions: int
@@ -77,9 +79,10 @@ class Plan:
         where = "peak memory of the process" if self.gpus == 0 else "memory per GPU"
         wanted = "" if self.within is None else f" within {self.within:g} s"
         gpus = "impossible" if self.gpus is None else str(self.gpus)
+        basis = f"depth='{self.depth}', {self.basis}"
         return "\n".join(
             [
-                f"{self.device} ({self.basis}): {self.total:.1f} s ({stages})",
+                f"{self.device} ({basis}): {self.total:.1f} s ({stages})",
                 f"{where}: {self.memory / 1e9:.2f} GB; GPUs{wanted}: {gpus}",
                 f"{self.impressions:,} impressions of {self.impression_classes:,} of "
                 f"{self.classes:,} classes; tail: {self.tail}",
@@ -98,8 +101,8 @@ def plan(
 ) -> Plan:
     """Estimates what ``unlearn(model, forget, **options)`` will cost.
 
-    Synthesises a few impressions and times single steps, which takes some seconds. The model is
-    not changed.
+    Synthesises a few impressions and times single steps, which takes some seconds: about ten at
+    most, besides preparing and splitting the model. The model is not changed.
 
     Args:
         model, forget: as for `unlearn`.
@@ -111,15 +114,13 @@ def plan(
             depth="deep" is refused.
 
     Raises:
-        ArgumentError: an argument can't be used.
+        ArgumentError: an argument can't be used, or no GPU is planned for and the run takes longer
+            than ``within``.
     """
+    _check(within, options.get("depth"))
     card = None if hardware is None else accelerator(hardware)
-    if within is not None and (not is_number(within) or within <= 0):
-        raise ArgumentError("within", f"got {within!r}", "Pass seconds above 0, or None.")
-    if options.get("depth") not in (None, "output"):
-        raise ArgumentError(
-            "depth", f"got {options['depth']!r}", "Only depth='output' can be planned."
-        )
+    output = options.get("tail") in ("last", 1) or options.get("objective") == "differential"
+    default_depth = options.get("depth") is None and not output
     options = options | {"depth": "output"}
     memory = PeakMemory(resolve_device(model, options.get("device")))
     pilot = Pilot(model, forget, options, memory).run_stages()
@@ -132,10 +133,17 @@ def plan(
     seconds["total"] = sum(seconds.values())
     run = pilot.run
     on_gpu = card is not None or run.device.type == "cuda"
+    if not on_gpu and within is not None and seconds["total"] > within:
+        raise ArgumentError(
+            "within",
+            f"got {within:g} s, and on {run.device} the run takes about {seconds['total']:.1f} s",
+            "Pass hardware= to learn how many GPUs would do it.",
+        )
     fits = card is None or peak <= card.memory
     return Plan(
         device=card.name if card else str(run.device),
         basis="on paper" if card else "measured",
+        depth="output",
         classes=run.classes,
         impression_classes=len(run.active_classes),
         impressions=pilot.count,
@@ -145,12 +153,34 @@ def plan(
         memory=peak,
         gpus=(gpus_needed(seconds, within) if fits else None) if on_gpu else 0,
         within=within,
-        notes=_notes(pilot, card),
+        notes=_notes(pilot, card, default_depth),
     )
 
 
-def _notes(pilot: PilotResult, card: Accelerator | None) -> list[str]:
-    notes = [
+def _check(within: float | None, depth: str | None) -> None:
+    if within is not None and (not is_number(within) or within <= 0):
+        raise ArgumentError("within", f"got {within!r}", "Pass seconds above 0, or None.")
+    if depth not in (None, "output"):
+        raise ArgumentError(
+            "depth",
+            f"got {depth!r}",
+            "Only depth='output' can be planned. On a CPU, deep forgetting takes minutes at most.",
+        )
+
+
+def _notes(pilot: PilotResult, card: Accelerator | None, default_depth: bool) -> list[str]:
+    notes = []
+    if default_depth:
+        notes.append(
+            "depth='output' is planned; without that option, unlearn() goes deep and takes longer"
+        )
+    reached, tried = pilot.reached
+    if reached < tried:
+        notes.append(
+            f"the pilot was cut short: {tried - reached} of its {tried} impressions count with "
+            f"all steps that they may take, so this is an upper estimate"
+        )
+    notes += [
         f"the pilot's impressions took {pilot.mean_steps:.1f} ascent steps on average, at most "
         f"{pilot.max_steps}",
         f"the fit is counted with all {pilot.fit_steps} steps: it may stop earlier",
@@ -175,20 +205,24 @@ def gpus_needed(seconds: dict[str, float], within: float | None) -> int | None:
 
 def measured_seconds(pilot: PilotResult) -> dict[str, float]:
     """Seconds by stage, from the times of single steps."""
-    s, wide, narrow = pilot.seconds, pilot.width, max(1, pilot.width // 4)
-    per_row = max(0.0, (s["step wide"] - s["step narrow"]) / max(1, wide - narrow))
+    s, (wide, narrow) = pilot.seconds, pilot.timed
+    if wide == narrow:  # steps are too slow to tell what they cost with no row
+        per_row = s["step wide"] / wide
+    else:
+        per_row = max(0.0, (s["step wide"] - s["step narrow"]) / (wide - narrow))
     per_step = max(0.0, s["step wide"] - per_row * wide)
     synthesise = sum(
         per_step * _batch_steps(rows, pilot)
         + rows * (per_row * pilot.mean_steps + s["fill wide"] / wide)
         for rows in _shards(pilot)
     )
-    more = max(0, min(pilot.count, MOST_IMAGES) - PILOT_IMPRESSIONS)
+    more = max(0, min(pilot.count, MOST_IMAGES) - pilot.reached[1])
     return {
         "prepare": s["prepare"],
         "synthesise": synthesise + pilot.count * s["forward"],
         "split": s["split"] + (more * s["forward"] if pilot.run.options.tail == "auto" else 0.0),
         "fit": pilot.count * s["feature"]
+        + s["features"]
         + (pilot.train_rows + pilot.validation_rows) * s["label"]
         + pilot.fit_steps * s["fit step"]
         + (1 + Schedule.validations) * pilot.validation_rows * s["validate"],

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from torch import nn
 
 from ..errors import ArgumentError, LedgerError, OutputError
@@ -334,6 +333,8 @@ def _locked(path: Path) -> Iterator[Path]:
     if not path.parent.is_dir():  # some versions of filelock would create it
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     # The lock is a file of its own, since the ledger is replaced by each entry.
+    from filelock import FileLock  # used here alone: importing zsu_fast need not load it
+
     with FileLock(path.with_name(f"{path.name}.lock")):
         yield path
 

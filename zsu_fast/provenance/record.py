@@ -146,20 +146,16 @@ class Record:
             "history": [asdict(c) for c in fit.history],
         }
         self.timings["total"] = time.perf_counter() - self._clock
-        self.warnings = self._warnings(fit, rates)
+        self.warnings = self._warnings(rates)
 
-    def _warnings(self, fit: Fit, rates: dict[int, float]) -> list[str]:
+    def _warnings(self, rates: dict[int, float]) -> list[str]:
         notes = []
         if self.input.get("assumed"):
             notes.append(
                 f"mean and std of the images are a guess ({self.input['source']}): pass mean= and "
                 f"std= as in the model's training."
             )
-        if unused := self.depth.get("unused"):
-            notes.append(
-                f"{', '.join(unused)} had no effect: deep forgetting inverts rows at the split. "
-                f"Pass space='input' to synthesise images too."
-            )
+        notes += self.depth.get("unused", [])
         if "fallback" in self.depth:
             notes.append(
                 f"level: output. Deep forgetting was not possible, so only the outputs forget: "
@@ -177,12 +173,6 @@ class Record:
                 f"no impression reached its confidence for class {shorten(empty)}: the model may "
                 f"never predict it, or input_shape, mean and std are wrong. Raise max_steps if "
                 f"they are right."
-            )
-        if fit.best is None or fit.best.leak > 0.01:
-            leak = 100 * fit.best.leak if fit.best else 100
-            notes.append(
-                f"{leak:.1f} % of held-out rows are still classified as a forgotten class: "
-                f"{fit.stopped}. Try objective='masked', more steps, or another tail."
             )
         return notes
 

@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ArgumentError, check_flag
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,10 @@ class Reporter:
 
     def _draw(self, stage: str, done: int, total: int) -> None:
         if self._bar is None:
+            # not at the top: few runs draw a bar, and every import of zsu_fast would load rich
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
             self._bar = Progress(
                 TextColumn("{task.description:>10}"),
                 BarColumn(),

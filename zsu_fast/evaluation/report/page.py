@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...models import checkpoint
@@ -57,6 +56,8 @@ def render(
         record: `Record.to_dict()` of the run, for its curves and hashes; None leaves them out.
         names: of the classes; None for their numbers.
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # only a report needs it
+
     environment = Environment(
         loader=PackageLoader("zsu_fast.evaluation.report", "."), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,

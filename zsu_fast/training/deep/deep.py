@@ -33,7 +33,7 @@ _VALIDATION = 8, 4  # one scene, and one inverted row, in this many is held out
 # or if the original last layer gives less than the second share of the scenes the same answer.
 # SqueezeNet, whose features can't lose 100 of 1,000 classes, is at 49 % and 74 %; pushed on to 17 %
 # and 52 %, its RA falls from 62 to 17. EfficientNet-lite0 ends at 3 % and 72 %, RA 84 of 87.
-_MOST_LEAK, _LEAST_AGREEMENT = 0.4, 0.7
+MOST_LEAK, LEAST_AGREEMENT = 0.4, 0.7
 
 
 class DeepFailed(Exception):
@@ -162,13 +162,13 @@ def forget_deeply(
         for name in ("unmask_leak", "agreement"):
             facts[name]["after"] = chosen[name]
         leak = facts["unmask_leak"]
-        if leak["after"] > max(_MOST_LEAK, settings.leak):
+        if leak["after"] > max(MOST_LEAK, settings.leak):
             raise DeepFailed(
                 f"the original last layer still assigns {leak['after']:.0%} of the held-out rows "
                 f"of forgotten classes to one, {leak['before']:.0%} before",
                 facts,
             )
-        if facts["agreement"]["after"] < _LEAST_AGREEMENT:
+        if facts["agreement"]["after"] < LEAST_AGREEMENT:
             raise DeepFailed(
                 f"on held-out scenes, only {facts['agreement']['after']:.0%} of the answers stayed",
                 facts,
@@ -249,10 +249,10 @@ def _extrapolate(
             if leaks or lost > settings.spare:
                 break
             chosen = tried[-1]
-        if tried[-1]["agreement"] < _LEAST_AGREEMENT or (chosen and not settings.spare):
+        if tried[-1]["agreement"] < LEAST_AGREEMENT or (chosen and not settings.spare):
             break
     if chosen is None:
-        kept = [result for result in tried if result["agreement"] >= _LEAST_AGREEMENT] or tried
+        kept = [result for result in tried if result["agreement"] >= LEAST_AGREEMENT] or tried
         chosen = min(kept, key=lambda result: result["unmask_leak"])
     _load(parameters, [a.lerp(b, chosen["factor"]) for a, b in zip(before, after, strict=True)])
     return chosen, tried

@@ -112,7 +112,7 @@ class RowSource:
         features, starts, drawn = [], [], 0
         generator = torch.Generator().manual_seed(self.seed)
         for chunk in dead_leaves_chunks(count, deep.shape, self.seed):
-            chunk = _stretch_contrast(chunk, generator) if len(deep.shape) == 3 else chunk
+            chunk = stretch_contrast(chunk, generator) if len(deep.shape) == 3 else chunk
             images = (low + chunk * (high - low)).to(device)
             first = drawn < count // 2
             with _batch_statistics(norms if first else []):
@@ -213,7 +213,7 @@ class RowSource:
         return Cache(self.cache, facts)
 
 
-def _stretch_contrast(images: Tensor, generator: torch.Generator) -> Tensor:
+def stretch_contrast(images: Tensor, generator: torch.Generator) -> Tensor:
     """Raises the contrast of every second image, [N, C, H, W] in 0..1, by up to a factor of 12.
 
     What lies below a random level becomes black, or above it white: dead leaves are grey throughout

@@ -27,6 +27,10 @@ _AHEAD = 4  # rows are inverted at most this many layers ahead of the trained on
 _LARGE, _REDUCED = 160, 128  # images of a larger side than the first are drawn at the second
 
 
+class OnlyLastLayer(ArgumentError):
+    """Nothing but the last layer follows the module that was named."""
+
+
 @dataclass
 class DeepSplit:
     """A model in three parts: ``split.tail(*middle(early.backbone(x))) == model(x)``.
@@ -87,7 +91,8 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
         spec: the model's images.
 
     Raises:
-        ArgumentError: nothing but the last layer would be trained.
+        ArgumentError: nothing but the last layer would be trained (`OnlyLastLayer` if the caller
+            named it).
         ModelError: there is another way to the logits than the last layer.
     """
     device = next(model.parameters()).device
@@ -112,7 +117,7 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
             "Unfreeze them, model.requires_grad_(True), or pass depth='output'.",
         )
     if not parameters:
-        raise ArgumentError(
+        raise OnlyLastLayer(
             "tail",
             f"got {at!r} with depth='deep', and only the last layer follows it",
             f"Name an earlier module, such as {names[max(0, len(names) - 2)]!r}, leave it out, or "

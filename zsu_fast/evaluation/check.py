@@ -1,0 +1,338 @@
+"""`check`: whether a model has forgotten classes, without data and whatever method was used.
+
+The rows are new ones, drawn and inverted through the original: scenes, and rows of each class, see
+`training/deep/rows.py`. Both models answer them. Where the unlearned model differs from the
+original ahead of the layer at which rows are inverted, rows are images: scenes and class
+impressions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, ModelError, check_choice, shorten
+from ..models.class_indices import check_forget
+from ..models.input_spec import noise_images
+from ..models.parameters import state
+from ..models.prepare import PreparedModel, prepare_model
+from ..models.wrapper import LogitsModel
+from ..runtime.progress import Reporter
+from ..runtime.torch_settings import threads_for, torch_defaults
+from ..splitting.layers import in_chunks, layer_names
+from ..splitting.split import split_at
+from ..synthesis.ascent_settings import AscentSettings
+from ..synthesis.dead_leaves import sample_dead_leaves
+from ..synthesis.space import FlatTail, input_space
+from ..synthesis.synthesize import ascend
+from ..training.deep.deep import MOST_LEAK as MOST_DEEP_LEAK
+from ..training.deep.rows import RowSource, stretch_contrast
+from ..training.deep.settings import DEPTHS, DeepSettings
+from ..training.deep.split import DeepSplit, find_deep_split
+from .audit.audited_model import AuditedModel, audited_copy
+from .verdict import (
+    LEAST_DEEP_AGREEMENT,
+    LEAST_OUTPUT_AGREEMENT,
+    Level,
+    Verdict,
+    in_words,
+    shortfalls,
+)
+
+_SEED = 0x5EED  # added to the seed: `unlearn` trains on the rows of the seed itself
+_SETTINGS = DeepSettings(scenes=1024, large_scenes=512, inverted=512)
+_IMAGES, _PER_CLASS, _RETAINED = 256, 8, 16  # impressions, if rows are images; of retained classes
+_NOT_FORGOTTEN = 0.1  # classes with a larger share of their rows recognised were not forgotten
+_FEWEST_KEPT = 0.5  # of the rows of retained classes, or rows of the original tell nothing
+_FEW = 4  # rows of a retained class that are enough to say that it is lost
+
+
+@torch_defaults()
+def check(
+    original: nn.Module,
+    unlearned: nn.Module,
+    forget: object,
+    *,
+    depth: str | None = None,
+    names: Sequence[str] | None = None,
+    input_shape: Sequence[int] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> Verdict:
+    """Measures without data whether ``unlearned`` has forgotten classes that ``original`` knows.
+
+    The unlearned model may come from any method. `audit` with labelled images tells more, such as
+    what a linear probe finds; this is the test for every day. Neither model is changed.
+
+    Args:
+        original: the classifier before unlearning.
+        unlearned: the result, of the same architecture; also a `zsu_fast.mask`.
+        forget: the classes that were to be forgotten, as for `unlearn`.
+        depth: the level that the verdict requires, "deep" or "output"; None for either.
+        names: of all classes, for the verdict.
+        input_shape, mean, std: see `synthesize`.
+        seed: of the rows.
+        device: where to compute; None for the original's device.
+        progress: True, False, or None for "if stderr is a terminal".
+
+    Returns:
+        A `Verdict`. Its level is "none" if more than 10 % of the rows of the forgotten classes are
+        still recognised; "deep" if at most 40 % are with the original last layer put back, and that
+        layer still works for the other classes; else "output". These are the limits of a run.
+
+    Raises:
+        ArgumentError: an argument can't be used.
+        ModelError: the models are of different architectures, or there is no row of the classes to
+            judge by.
+    """
+    if depth is not None:
+        check_choice("depth", depth, DEPTHS)
+    prepared = prepare_model(original, device, input_shape, mean, std)
+    chosen = check_forget(forget, prepared.classes)
+    if names is not None and len(names) != prepared.classes:
+        raise ArgumentError(
+            "names", f"got {len(names)} for {prepared.classes} classes", "Pass one for each class."
+        )
+    labels = {c: names[c] for c in chosen} if names is not None else {}
+    other = audited_copy("unlearned", unlearned, prepared.spec, prepared.device)
+    _check_alike(prepared.model, other.model)
+    with (
+        threads_for(prepared.multiply_adds(), prepared.device),
+        Reporter(progress, None) as report,
+    ):
+        rows = _make_rows(prepared, other, chosen, seed + _SEED, report)
+        answers = _Answers.of(rows, prepared.model, other, chosen)
+    return _verdict(answers, chosen, labels, depth)
+
+
+def _check_alike(original: LogitsModel, unlearned: LogitsModel) -> None:
+    """Raises unless both models have the same tensors, up to their values."""
+    old, new = ({n: tuple(t.shape) for n, t in state(m.module).items()}
+                for m in (original, unlearned))  # fmt: skip
+    differ = sorted(n for n in old.keys() | new.keys() if old.get(n) != new.get(n))
+    if differ:
+        text = [f"{n}: {old.get(n, 'absent')} and {new.get(n, 'absent')}" for n in differ]
+        raise ModelError(
+            f"the original and the unlearned model differ in more than values: {shorten(text, 3)}",
+            "Pass the model that was unlearned, and its result with a logit for each class.",
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows that both models answer: points of a layer inside, or images.
+
+    Attributes:
+        points: [N, D] or images [N, ...]: scenes, then rows of classes.
+        label: int64 [N - scenes], the class that each of the latter was made for.
+        scenes: how many scenes there are.
+        tails: what makes logits of points: of the original, of the unlearned model.
+        words: what they are.
+    """
+
+    points: Tensor
+    label: Tensor
+    scenes: int
+    tails: tuple[nn.Module, nn.Module]
+    words: str
+
+
+def _make_rows(
+    prepared: PreparedModel, other: AuditedModel, forget: list[int], seed: int, report: Reporter
+) -> _Rows:
+    """Points ahead of the last layers, or images if the models differ before."""
+    try:
+        deep = find_deep_split(prepared.model, "auto", prepared.spec)
+        tail = _same_layers_ahead(prepared, deep, other)
+    except (ArgumentError, ModelError):  # such as a single layer
+        tail = None
+    if tail is None:
+        return _image_rows(prepared, other, forget, seed, report)
+    mask = torch.zeros(prepared.classes, dtype=torch.bool, device=prepared.device)
+    mask[forget] = True
+    settings = _SETTINGS.for_classes(prepared.classes)
+    source = RowSource(prepared.model, deep, prepared.spec, mask, settings, seed)
+    inverted = source.invert(range(prepared.classes), report)
+    scenes = source.scenes.starts
+    points = torch.cat([scenes, inverted.images.to(prepared.device)])
+    words = f"rows inverted at {deep.early.name}"
+    return _Rows(points, inverted.labels, len(scenes), (deep.flat, tail), words)
+
+
+def _same_layers_ahead(
+    prepared: PreparedModel, deep: DeepSplit, other: AuditedModel
+) -> nn.Module | None:
+    """The unlearned model from the early split on; None if it differs from the original before."""
+    spec = replace(prepared.spec, shape=deep.shape)
+    bounds = (-1, *[1] * (len(deep.shape) - 1))
+    low, high = spec.low.view(bounds), spec.high.view(bounds)
+    images = torch.cat([
+        noise_images(spec, 4), low + (high - low) * sample_dead_leaves(4, deep.shape, 0),
+    ]).to(prepared.device)  # fmt: skip
+    early = split_at(other.model, deep.early.name, images[:2], "as the original")
+    with torch.no_grad():
+        boundary, expected = early.backbone(images), deep.early.backbone(images)
+    alike = len(boundary) == len(expected) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+        for a, b in zip(boundary, expected, strict=True)
+    )
+    return FlatTail(early.tail, boundary) if alike else None
+
+
+def _image_rows(
+    prepared: PreparedModel, other: AuditedModel, forget: list[int], seed: int, report: Reporter
+) -> _Rows:
+    """Scenes, and impressions of the forgotten classes and of a few others."""
+    spec, generator = prepared.spec, torch.Generator().manual_seed(seed)
+    scenes = sample_dead_leaves(_SETTINGS.large_scenes, spec.shape, seed)
+    if len(spec.shape) == 3:
+        scenes = stretch_contrast(scenes, generator)
+    bounds = (-1, *[1] * (len(spec.shape) - 1))
+    low, high = spec.low.view(bounds), spec.high.view(bounds)
+    retained = sorted({*range(prepared.classes)} - {*forget})
+    some = torch.randperm(len(retained), generator=generator)[:_RETAINED].tolist()
+    classes = sorted([*forget, *(retained[i] for i in some)])
+    settings = AscentSettings(max(1, min(_PER_CLASS, _IMAGES // len(classes))), seed=seed)
+    space = input_space(prepared.model, spec, settings.precision)
+    impressions = ascend(prepared.model, space, classes, settings, report)
+    points = torch.cat([low + scenes * (high - low), impressions.images.cpu()])
+    return _Rows(
+        points.to(prepared.device), impressions.labels, len(scenes),
+        (prepared.model, other.model), "class impressions",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Logits of all rows: [N, C] each, and which rows count.
+
+    Attributes:
+        original, unlearned, unmasked: of the original, of the unlearned model, and of that one with
+            the original last layer.
+        forget: bool [C].
+        belongs: bool [N]: the original gives the row to a forgotten class; of rows that were made
+            for a class, those of that class.
+        retained: bool [N]: scenes that it gives to another class.
+        control: bool [N]: rows that were made for another class, and that it gives to that one.
+        rows: the rows.
+    """
+
+    original: Tensor
+    unlearned: Tensor
+    unmasked: Tensor
+    forget: Tensor
+    belongs: Tensor
+    retained: Tensor
+    control: Tensor
+    rows: _Rows
+
+    @classmethod
+    def of(
+        cls, rows: _Rows, original: LogitsModel, other: AuditedModel, forget: list[int]
+    ) -> _Answers:
+        before = _logits(rows.tails[0], rows.points)
+        after = _logits(rows.tails[1], rows.points)
+        if other.hidden:
+            after[:, other.hidden] = -torch.inf
+        last = layer_names(original.module, noise_images(other.spec, 2).to(before.device))[-1]
+        layer = original.module.get_submodule(last)
+        other.model.module.get_submodule(last).load_state_dict(copy.deepcopy(layer.state_dict()))
+        unmasked = _logits(rows.tails[1], rows.points)
+        mask = torch.zeros(before.shape[1], dtype=torch.bool, device=before.device)
+        mask[forget] = True
+        answer = before.argmax(1)
+        made_for = torch.cat([answer[: rows.scenes], rows.label.to(answer.device)])
+        right, scene = answer == made_for, torch.arange(len(answer)) < rows.scenes
+        scene = scene.to(answer.device)
+        forgotten = mask[answer]
+        return cls(
+            before, after, unmasked, mask, right & forgotten, scene & ~forgotten,
+            ~scene & right & ~forgotten, rows,
+        )  # fmt: skip
+
+    def leak(self, logits: Tensor) -> float:
+        """Share of the rows of forgotten classes that are assigned to one."""
+        return float(self.forget[logits[self.belongs].argmax(1)].float().mean())
+
+    def agreement(self, logits: Tensor, masked: bool) -> float:
+        """Share of scenes whose answer is the original's without the forgotten classes."""
+        if not bool(self.retained.any()):
+            return self.kept()
+        if masked:
+            logits = logits.masked_fill(self.forget, -torch.inf)
+        want = self.original.masked_fill(self.forget, -torch.inf).argmax(1)
+        return float((logits.argmax(1) == want)[self.retained].float().mean())
+
+    def kept(self) -> float:
+        """Share of the rows made for other classes that the unlearned model still recognises."""
+        same = self.unlearned.argmax(1) == self.original.argmax(1)
+        return float(same[self.control].float().mean()) if bool(self.control.any()) else 1.0
+
+    @property
+    def features_unchanged(self) -> bool:
+        scale = float(self.original.abs().max())
+        return float((self.unmasked - self.original).abs().max()) <= 1e-5 * max(1.0, scale)
+
+    def lost(self) -> list[int]:
+        """Other classes most of whose rows are no longer recognised."""
+        label, same = self.original.argmax(1), self.unlearned.argmax(1) == self.original.argmax(1)
+        found = []
+        for c in label[self.control].unique().tolist():
+            which = self.control & (label == c)
+            if int(which.sum()) >= _FEW and float(same[which].float().mean()) < _FEWEST_KEPT:
+                found.append(c)
+        return found
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, points: Tensor) -> Tensor:
+    return torch.cat([model(part) for part in in_chunks(model, points)])
+
+
+def _verdict(a: _Answers, forget: list[int], labels: dict[int, str], depth: str | None) -> Verdict:
+    """Draws the conclusions from the answers."""
+    count = int(a.belongs.sum())
+    if not count:
+        raise ModelError(
+            f"no row could be made that the original assigns to {in_words(forget)}",
+            "Check input_shape, mean and std, or use audit() with labelled images.",
+        )
+    leak, agreement = a.leak(a.unlearned), a.agreement(a.unlearned, False)
+    unmask_leak, unmask_agreement = a.leak(a.unmasked), a.agreement(a.unmasked, True)
+    left_out = []
+    seen = {*a.original.argmax(1)[a.belongs].tolist()}
+    if missing := [c for c in forget if c not in seen]:
+        left_out.append(f"no row of {in_words(missing)}: the original does not recognise any")
+    level: Level = "output"
+    if leak > _NOT_FORGOTTEN:
+        level = "none"
+    elif unmask_leak <= MOST_DEEP_LEAK and not a.features_unchanged:
+        if unmask_agreement >= LEAST_DEEP_AGREEMENT:
+            level = "deep"
+        else:
+            left_out.append(
+                f"whether the features forgot: the original last layer keeps only "
+                f"{unmask_agreement:.0%} of the other answers on them. Use audit() with data."
+            )
+    least = LEAST_OUTPUT_AGREEMENT if a.features_unchanged else LEAST_DEEP_AGREEMENT
+    failures = shortfalls(level, leak, agreement, least, unmask_leak)
+    if (kept := a.kept()) < _FEWEST_KEPT:
+        failures.append(
+            f"only {kept:.0%} of the rows made for other classes are still recognised: the model "
+            f"is damaged, or no relative of the original, and the rows say nothing about it"
+        )
+    elif lost := a.lost():
+        failures.append(f"most rows of {in_words(lost)}, to be kept, are no longer recognised")
+    words = f"{count} rows of the classes ({a.rows.words}) and {int(a.retained.sum())} scenes"
+    asked: Level | None = None if depth is None else "deep" if depth == "deep" else "output"
+    return Verdict(
+        level, asked, forget, leak, agreement, unmask_leak, unmask_agreement, words, labels,
+        left_out, failures, list(failures),
+    )  # fmt: skip

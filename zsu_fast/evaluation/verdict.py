@@ -1,0 +1,190 @@
+"""The verdict on a result, measured without data: what was forgotten, how deeply, at what cost.
+
+`Verdict.of_record` takes the figures of a run; `check` in `check.py` measures any model. Both use
+the same limits, so a result that passes one is not a failure by definition of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ..errors import VerdictError, shorten
+from ..training.deep.deep import LEAST_AGREEMENT
+
+Level = Literal["deep", "output", "none"]
+
+MOST_LEAK = 0.01  # of the held-out rows; `train_tail` has the same goal
+# The last layer alone can change without touching any retained answer, and by default does.
+LEAST_OUTPUT_AGREEMENT = 0.98
+# Deep forgetting aims at 4 %; the compact ViT ends at 8 % of inverted rows and 0 % of real images.
+# Its agreement on scenes, which are harder than photographs, has the limit below which it fails:
+# EfficientNet-lite0 is at 72 % and loses 3 points of RA (benchmarks/results/deep.md).
+MOST_UNMASK_LEAK = 0.1
+LEAST_DEEP_AGREEMENT = LEAST_AGREEMENT
+NOT_COVERED = "not covered: "  # how a record's warning about something that was left out starts
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a model forgot the classes, by figures that need no data.
+
+    `str` gives it as text for people, `to_dict` as plain values. A pipeline asserts ``passed`` or
+    calls `raise_for_status`.
+
+    Attributes:
+        level: "deep": the features forgot too; "output": only the outputs; "none": the classes are
+            still recognised.
+        asked: the level that was asked for; None for any.
+        forgotten: indices of the classes that were to be forgotten, sorted.
+        leak: share of held-out rows that are assigned to one of them, 0..1. `check` counts rows of
+            these classes, a run all held-out rows of its fit.
+        agreement: share of held-out rows of other classes whose answer is the original's with the
+            forgotten classes masked, 0..1. After a deep run, the lower of the figures of its two
+            stages.
+        unmask_leak, unmask_agreement: the same with the original last layer put back; None if that
+            was not measured.
+        measured_on: the rows, in words.
+        labels: names of forgotten classes by index, where known.
+        not_covered: what the verdict, or the run, leaves out, in sentences.
+        failures: what is below par, in sentences; it did not pass if there are any.
+        warnings: what else the user should know, in sentences, after the failures.
+    """
+
+    level: Level
+    asked: Level | None
+    forgotten: list[int]
+    leak: float
+    agreement: float
+    unmask_leak: float | None = None
+    unmask_agreement: float | None = None
+    measured_on: str = ""
+    labels: dict[int, str] = field(default_factory=dict)
+    not_covered: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Verdict:
+        """The verdict of a finished run, from `Record.to_dict` or the record's JSON file."""
+        depth, best = record["depth"], record["fit"]["best"]
+        first = record["fit"]["history"][0]
+        level: Level = depth.get("level", "output")
+        leak = 1.0 if best is None else best["leak"]
+        agreement = 0.0 if best is None else best["agreement"]
+        unmask_leak = unmask_agreement = None
+        if level == "deep":
+            unmask_leak, unmask_agreement = (
+                depth[name]["after"] for name in ("unmask_leak", "agreement")
+            )
+            agreement = min(agreement, unmask_agreement)
+        elif record["split"]["output_level"]:  # with its last layer back, it is the original
+            unmask_leak, unmask_agreement = first["leak"], first["agreement"]
+        names = {int(index): name for index, name in record.get("labels", {}).items()}
+        least = LEAST_DEEP_AGREEMENT if level == "deep" else LEAST_OUTPUT_AGREEMENT
+        remedy = (
+            f". Training ended: {record['fit']['stopped']}. Try objective='masked', another tail, "
+            f"or more steps, and measure with evaluate()."
+        )
+        below = shortfalls(level, leak, agreement, least, unmask_leak)
+        failures = [text + remedy for text in below]
+        given = [w for w in record["warnings"] if w not in failures]
+        left_out = [w.removeprefix(NOT_COVERED) for w in given if w.startswith(NOT_COVERED)]
+        return cls(
+            level, depth.get("depth"), list(record["forget"]), leak, agreement, unmask_leak,
+            unmask_agreement, "held-out rows of the run", names, left_out, failures,
+            [w for w in given if not w.startswith(NOT_COVERED)],
+        )  # fmt: skip
+
+    @property
+    def passed(self) -> bool:
+        """Whether the level that was asked for was reached and nothing is below par."""
+        reached = self.level == "deep" or self.asked != "deep"
+        return self.level != "none" and reached and not self.failures
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in one plain sentence."""
+        classes = self.class_names()
+        if self.level == "none":
+            return f"Not forgotten: {self.leak:.0%} of the rows of {classes} are still recognised."
+        where = "the outputs and the features" if self.level == "deep" else "the outputs only"
+        text = f"Forgotten in {where}: {classes}"
+        if self.passed:
+            return f"{text}."
+        if self.failures:
+            count = len(self.failures)
+            return f"{text}, but {count} figure{'s are' if count > 1 else ' is'} below par."
+        return f"{text}, but deep forgetting was asked for."
+
+    def class_names(self) -> str:
+        """The forgotten classes, with their names where known: "class 1 (goldfish)"."""
+        return in_words(
+            f"{c} ({self.labels[c]})" if c in self.labels else str(c) for c in self.forgotten
+        )
+
+    def raise_for_status(self) -> None:
+        """Returns if the verdict is ``passed``.
+
+        Raises:
+            VerdictError: it is not; the message is `str` of the verdict.
+        """
+        if not self.passed:
+            raise VerdictError(str(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON, with ``passed`` and ``sentence``."""
+        labels = {str(index): name for index, name in self.labels.items()}
+        computed = {"passed": self.passed, "sentence": self.sentence}
+        return computed | asdict(self) | {"labels": labels}
+
+    def __str__(self) -> str:
+        asked = f" ({self.asked} was asked for)" if self.asked not in (None, self.level) else ""
+        rows = [("result", self.leak, self.agreement)]
+        if self.unmask_leak is not None and self.unmask_agreement is not None:
+            rows.append(("original last layer back", self.unmask_leak, self.unmask_agreement))
+        return "\n".join(
+            [
+                f"{'PASSED' if self.passed else 'FAILED'}: {self.sentence} "
+                f"Level: {self.level}{asked}.",
+                *[
+                    f"  {name + ':':26}{leak:7.2%} of rows still recognised, {same:7.2%} of other "
+                    f"answers kept"
+                    for name, leak, same in rows
+                ],
+                *[f"  below par: {text}" for text in self.failures],
+                *[f"  not covered: {text}" for text in self.not_covered],
+            ]
+        )
+
+
+def in_words(classes: Iterable[int | str]) -> str:
+    """Returns "class 1", or "classes 1, 2"."""
+    names = [str(c) for c in classes]
+    return f"class{'' if len(names) == 1 else 'es'} {shorten(names)}"
+
+
+def shortfalls(
+    level: Level, leak: float, agreement: float, least_agreement: float, unmask_leak: float | None
+) -> list[str]:
+    """Returns a sentence, without the full stop, for each figure that is below par."""
+    texts = []
+    if leak > MOST_LEAK:
+        texts.append(
+            f"{100 * leak:.1f} % of held-out rows are still classified as a forgotten class "
+            f"(at most {100 * MOST_LEAK:.0f} % is expected)"
+        )
+    if agreement < least_agreement:
+        texts.append(
+            f"only {100 * agreement:.1f} % of held-out rows of other classes keep their answer "
+            f"(at least {100 * least_agreement:.0f} % is expected), so the retained classes may "
+            f"have suffered"
+        )
+    if level == "deep" and unmask_leak is not None and unmask_leak > MOST_UNMASK_LEAK:
+        texts.append(
+            f"with the original last layer put back, {100 * unmask_leak:.1f} % of held-out rows "
+            f"of forgotten classes are recognised again (at most {100 * MOST_UNMASK_LEAK:.0f} % is "
+            f"expected), so the features hold a part of them"
+        )
+    return texts
