@@ -145,6 +145,15 @@ def test_a_folder_never_names_code_to_run(tmp_path: Path) -> None:
             load_model(f"hf:{path}")
 
 
+def test_a_folder_chooses_no_other_arguments(tmp_path: Path) -> None:
+    models = pytest.importorskip("torchvision.models")
+    path = save_pretrained(models.squeezenet1_1(num_classes=5).eval(), tmp_path / "out")
+    config = json.loads((path / "config.json").read_text())
+    for arguments in ({"weights": "DEFAULT", "dropout": 0.0, "transform_input": "yes"}, [1]):
+        (path / "config.json").write_text(json.dumps(config | {"arguments": arguments}))
+        assert load_model(f"hf:{path}").classifier[0].p == 0.5
+
+
 def test_a_model_that_its_library_would_build_otherwise_is_refused(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model("resnet10t", num_classes=5)

@@ -21,8 +21,9 @@ from . import zoo
 from .input_spec import InputSpec
 
 KEY, FORMAT = "zsu_fast", "zsu_fast.model/1"
-# Arguments of torchvision's models that change what they compute, and are attributes of theirs too.
-_ARGUMENTS = ("aux_logits", "transform_input")
+# Arguments of torchvision's models that change what they compute and are attributes of theirs too;
+# and the one, no attribute, that spares an initialisation which takes seconds.
+_ARGUMENTS = ("aux_logits", "transform_input", "init_weights")
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,7 @@ def _candidates(model: nn.Module, classes: int) -> Iterator[Architecture]:
         from torchvision import models
 
         accepted = inspect.signature(type(model).__init__).parameters
-        own = {n: getattr(model, n) for n in _ARGUMENTS if n in accepted and hasattr(model, n)}
-        if "init_weights" in accepted:
-            own["init_weights"] = False
+        own = {n: getattr(model, n, False) for n in _ARGUMENTS if n in accepted}
         builders = vars(sys.modules[module])
         for name in models.list_models(module=models):
             if name in builders:
@@ -141,7 +140,9 @@ def from_config(config: dict[str, Any]) -> nn.Module:
             "Pass package.module:factory as the model, and the folder's model.safetensors as "
             "weights.",
         )
-    arguments = {k: v for k, v in (config.get("arguments") or {}).items() if type(v) is bool}
+    given = config.get("arguments")
+    given = given if isinstance(given, dict) else {}
+    arguments = {k: given[k] for k in _ARGUMENTS if type(given.get(k)) is bool}
     model = Architecture(name, classes, arguments).build()
     if (spec := read_spec(config.get("input"))) is not None:
         model.input_spec = spec  # type: ignore[assignment]
