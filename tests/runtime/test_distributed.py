@@ -1,4 +1,4 @@
-"""Several ranks make one call: same bits on all, same result as one process, errors shared."""
+"""Several ranks make one call: same bits on all, one process's result but for rounding."""
 
 from __future__ import annotations
 
