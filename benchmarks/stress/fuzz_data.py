@@ -285,7 +285,9 @@ def data_sets(truth: Truth, _folder: Path) -> tuple[Any, str]:
 
 def is_clear(kind: str, truth: Truth) -> bool:
     """Whether a case leaves nothing open, so that it must not be refused."""
-    source, style, *change = kind.split(", ")[:3] if kind.count(", ") else (kind, "")
+    if not kind:  # refused while it was read
+        return False
+    source, style, *change = kind.split(", ")
     if source == "folders" and change:
         spellings = {"number", "padded"}
         if truth.known:
