@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, UnlearningWarning
 from ..models.class_indices import ANY_NUMBER, check_forget
-from ..models.labels import Labels, known_labels
+from ..models.labels import known_labels
 from ..models.outputs import OutputChoice, check_output, is_ambiguous, pick_logits
 from ..models.parameters import unwrap
 from .data_classes import check_order
@@ -126,8 +126,7 @@ def evaluate(
     source = LabelledData(data, "data", image_spec(model, input_shape, mean, std), class_names)
     predictions: list[Tensor] = []
     targets: list[Tensor] = []
-    labels: Labels | None = None
-    classes = 0
+    labels, classes = None, 0
     with _eval_mode(model):
         for images, given in source.batches(batch):
             if not predictions and not isinstance(unwrap(model), MaskedClassifier):

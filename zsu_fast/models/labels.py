@@ -178,7 +178,7 @@ def _class_index(
     raise ArgumentError(
         argument,
         f"got {text!r}, which is no class in {labels.source}",
-        f"{_suggest(text, labels)}Pass a name as it is written there, or a number.",
+        f"{_suggest(text, labels)}Pass a name as it is written there, or numbers such as 1,2,3.",
     )
 
 

@@ -61,12 +61,12 @@ def audit(
         original: the classifier before unlearning.
         unlearned: the classifier to judge, with the same logits; also a `zsu_fast.mask`.
         forget: the classes that were to be forgotten, as for `unlearn`.
-        data: labelled images that no model was trained on, as for `evaluate`. Without
+        data: labelled images that no model was trained on, as for `evaluate`; without
             ``train_data``, probe and k-NN learn from one half of them.
         golden: a model trained without the forgotten classes, with the same logits.
         train_data: labelled images that the models were trained on, of all classes.
         impressions: of the original, unseen by unlearning; None synthesises them.
-        class_names: the names of the model's classes, as for `unlearn`.
+        class_names: as for `unlearn`.
         impressions_per_class: number to synthesise; at most 4 with more than 50 classes.
         shots: images per class that relearning may use.
         relearn_steps: step limit; 0 leaves relearning out. None: 100, and all weights are left out
