@@ -232,7 +232,8 @@ def _last_map_width(model: nn.Module, shape: Sequence[int], batch: int) -> int:
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     with forward_hooks(layers, note):
         output = model(torch.zeros(batch, *shape, device=device))
-    first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    leaves = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.ndim)
+    first = next(leaves, None)
     rows = len(pick_logits(output) if first is None else first)
     if rows != batch:  # x.view(-1, 400) of a larger map moves pixels into the batch
         raise ValueError(f"{rows} rows of output for {batch} images")
