@@ -130,7 +130,7 @@ class OutputOptions:
         folder: AbstractContextManager[Any] = nullcontext()
         if self.out_folder is not None:
             folder = written_folder(
-                result, self.out_folder, record=record, verdict=getattr(run, "verdict", None),
+                result, self.out_folder, record=record, verdict=run.verdict,
                 force=self.force, compaction=compaction,
             )  # fmt: skip
         with folder, ExitStack() as undo:

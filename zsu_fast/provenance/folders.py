@@ -27,6 +27,7 @@ from ..models.compact_file import compact_metadata
 from ..models.folder_config import Architecture, architectures, read_spec, to_config
 from ..models.infer_spec import resolve_spec
 from ..models.input_spec import InputSpec, noise_images
+from ..models.labels import class_names
 from ..models.loading import load_model
 from ..models.parameters import UNCOPYABLE, deep_copy, state, unwrap, weights_hash
 from ..models.wrapper import pick_logits
@@ -142,7 +143,7 @@ class _Contents:
         """Writes all files into the empty ``folder``, and reads the model back."""
         spec, logits = self._spec_and_logits()
         classes = None if logits is None else int(logits.shape[1])
-        names = None if classes is None else stated_names(self.model, classes)
+        names = None if classes is None else class_names(self.model, classes)
         try:
             library = self._write_model(folder, classes, names, spec, logits)
         except (ZsuFastError, OSError):
@@ -232,20 +233,6 @@ def _logits(model: nn.Module, spec: InputSpec) -> Tensor:
     if logits.ndim != 2:
         raise ModelError(f"its output is {tuple(logits.shape)}", "Pass an image classifier.")
     return logits
-
-
-def stated_names(model: nn.Module, classes: int) -> tuple[str, ...] | None:
-    """The names of the classes by the model's own attributes; None if there are none."""
-    config = getattr(model, "config", None)
-    stated = getattr(config, "id2label", None)
-    cfg = getattr(model, "pretrained_cfg", None)
-    for names in (stated, (cfg or {}).get("label_names"), getattr(model, "class_names", None)):
-        values = list(names.values()) if isinstance(names, dict) else names
-        if isinstance(values, list | tuple) and len(values) == classes:
-            found = tuple(map(str, values))
-            if not all(name.startswith("LABEL_") for name in found):  # transformers' default
-                return found
-    return None
 
 
 def _is_transformers(model: nn.Module) -> bool:

@@ -118,7 +118,7 @@ def expose_class_buffers(model: LogitsModel, images: Tensor) -> list[str]:
     return found
 
 
-def _dims_of(model: LogitsModel, images: Tensor, tensors: dict[str, Tensor]) -> ClassDims:
+def _dims_of(model: LogitsModel, images: Tensor, tensors: Mapping[str, Tensor]) -> ClassDims:
     """`class_dims` of tensors of the model, whose ``requires_grad`` is left as it was."""
     flags = {name: tensor.requires_grad for name, tensor in tensors.items()}
     try:
