@@ -265,6 +265,8 @@ def _skip_squash(work: LogitsModel, images: Tensor, seen: _Seen) -> list[str]:
     else:
         return _skip_bounded(work, images, seen)
 
+    work.returns = kind
+
     def is_right(logits: Tensor) -> bool:
         return bool(((logits.softmax(1) - probabilities).abs() < _TOLERANCE).all())
 
@@ -289,6 +291,7 @@ def _skip_bounded(work: LogitsModel, images: Tensor, seen: _Seen) -> list[str]:
         return bool((rising.diff() >= -1e-6).all()) and not torch.equal(logits, scores)
 
     if _first_right(work, images, seen.makers.values(), is_right):
+        work.returns = "scores"
         return [
             f"it returns scores between {0 if low >= 0 else -1} and 1: it was unlearned ahead of "
             f"the sigmoid or tanh at its end."
