@@ -98,8 +98,8 @@ class ZeroShotUnlearner:
         impressions: `ClassImpressions` to use; None synthesises them.
         space: "input" synthesises images; "tail-input" synthesises what the backbone passes to the
             tail, which is far cheaper because the backbone never runs on it. None: that of
-            ``impressions``, or "tail-input"; at the output level "input" if the classifier takes
-            normalised features with negative values (`Split.directions`).
+            ``impressions``, or "tail-input"; at the output level "input" if the classifier sees
+            only the direction of the features (`Split.directions`).
         impressions_per_class: None: 32, or fewer for many classes; `DeepSettings` for deep
             forgetting with space="tail-input". With 4 or more, one in four is held out for
             validation; with fewer, fresh mixtures serve instead.
@@ -188,6 +188,7 @@ class ZeroShotUnlearner:
             self.split_point: Split | None = None
             self.rows: RowSource | None = None
             self.result: Fit | None = None
+            self._target: nn.Module | None = None
             self._prepare(model, forget, forgotten, ledger)
             sampled = len(self.active_classes) < self.classes - len(self.forgotten)
             if self.options.depth == "deep" and self.options.space == "tail-input":
@@ -351,7 +352,8 @@ class ZeroShotUnlearner:
             raise ArgumentError(
                 "apply()", "called before fit()", "Call run(), or synthesise(), split(), fit()."
             )
-        target, self._target = self._target or self._copy_of_original(), None
+        target = self._target or self._copy_of_original()
+        self._target = None  # the next call gets another copy
         names = self.split_point.parameters
         copies = self._copies()
         trained = trained_parameters(self.work, self.split_point)
@@ -436,7 +438,7 @@ class ZeroShotUnlearner:
         prepared = prepare_model(model, device, options.input_shape, options.mean, options.std)
         self.original, self.work, self.spec = model, prepared.model, prepared.spec
         self.device, self.classes = prepared.device, prepared.classes
-        self._target: nn.Module | None = self._copy_of_original()  # may fail: before the work
+        self._target = self._copy_of_original()  # may fail: before the work
         self.frozen = check_frozen(self.work, noise_images(self.spec, 4).to(self.device))
         self.multiply_adds = prepared.multiply_adds()
         self.forget = check_forget(forget, self.classes)
@@ -486,7 +488,8 @@ class ZeroShotUnlearner:
         else:  # logits have collapsed by now: keep the margin computed from the original
             features, loop = options.features, options.loop
             mixtures = _LAST_MIXTURES if features.mixtures is None else features.mixtures
-            options.features = replace(features, margin=facts["margin"], mixtures=mixtures)
+            margin = features.margin if rows.deep.last.directions else facts["margin"]
+            options.features = replace(features, margin=margin, mixtures=mixtures)
             options.loop = replace(loop, steps=loop.steps or _LAST_STEPS)
         return rows.deep.last
 

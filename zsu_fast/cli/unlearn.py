@@ -100,7 +100,11 @@ class MethodOptions:
 
     def arguments(self) -> dict[str, Any]:
         """The options of `ZeroShotUnlearner`."""
-        chosen: dict[str, Any] = {"tail": parse_tail(self.tail), "depth": self.depth, "objective": self.objective}
+        chosen: dict[str, Any] = {
+            "tail": parse_tail(self.tail),
+            "depth": self.depth,
+            "objective": self.objective,
+        }
         chosen |= {"everywhere": self.everywhere}
         return chosen | paper_preset() if self.paper else chosen
 

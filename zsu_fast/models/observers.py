@@ -97,7 +97,7 @@ def _state_put_back(hooks: list[Any]) -> Iterator[None]:
     """Puts back what the hooks' closures, defaults, globals and own attributes hold."""
     held: list[Any] = []
     for hook in hooks:
-        hook = getattr(hook, "func", hook)  # noqa: PLW2901  functools.partial
+        hook = getattr(hook, "func", hook)
         held.append(getattr(hook, "__self__", hook))
         code = getattr(hook, "__code__", None)
         held += [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]

@@ -38,9 +38,7 @@ class PreparedModel:
         return multiply_adds(self.model, torch.zeros(1, *self.spec.shape, device=self.device))
 
 
-def _copy_with_hooks(
-    model: nn.Module, device: torch.device, spec: InputSpec
-) -> LogitsModel | None:
+def _copy_with_hooks(model: nn.Module, device: torch.device, spec: InputSpec) -> LogitsModel | None:
     """The working copy with those of the user's hooks that change the output; None without any."""
     if not has_hooks(unwrap(model)):
         return None

@@ -2,8 +2,9 @@
 
 A CLIP-like classifier is an expression, such as ``scale * f @ text.T``: no hook sees it, so a split
 by modules lies further ahead, at the layer that makes ``f``. Rows synthesised there are unlike real
-features if ``f`` is normalised. Here the calls of torch functions are watched instead. The first one
-that takes both the classifier and something of the images' is the split; its operand is what passes.
+features if ``f`` is normalised. Here the calls of torch functions are watched instead. The first
+that takes both the classifier and something of the images' is the split: its operand is what passes
+from the backbone to the tail.
 """
 
 from __future__ import annotations
