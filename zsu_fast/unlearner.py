@@ -211,6 +211,8 @@ class ZeroShotUnlearner:
             self.rows: RowSource | None = None
             self.result: Fit | None = None
             self._target: nn.Module | None = None
+            self.unlearned: nn.Module | None = None
+            self.full_size: nn.Module | None = None
             self.verdict: Verdict | None = None
             self._prepare(model, forget, forgotten, ledger, class_names)
             self._check_options(impressions is not None)
