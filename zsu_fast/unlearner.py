@@ -119,6 +119,7 @@ class ZeroShotUnlearner:
         history: the `ValidationResult` of each validation of the fit.
         stopped: why the fit ended, in words.
         record: the `Record` of the run.
+        notes: what was found while probing the model (`PreparedModel.notes`).
         ranks: the ranks that make the call.
         options: the `Options`; the settings of a stage may be replaced before it runs.
     """
@@ -304,6 +305,7 @@ class ZeroShotUnlearner:
             self.record.finish(
                 target, self._synthesised(), self.split_point, self.result, self.class_rule
             )
+            self.record.warnings += self.notes
             self.ranks.check_same({"result": self.record.weights_after})
             for note in self.record.warnings if self.ranks.is_main else ():
                 warnings.warn(note, UnlearningWarning, stacklevel=4)
@@ -350,6 +352,7 @@ class ZeroShotUnlearner:
         prepared = prepare_model(model, device, options.input_shape, options.mean, options.std)
         self.original, self.work, self.spec = model, prepared.model, prepared.spec
         self.device, self.classes = prepared.device, prepared.classes
+        self.notes = prepared.notes
         self.multiply_adds = prepared.multiply_adds()
         self.forget = check_forget(forget, self.classes)
         self.ledger = as_ledger(ledger) if self.ranks.is_main else None

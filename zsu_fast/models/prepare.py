@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -23,12 +23,14 @@ class PreparedModel:
         spec: the images it expects.
         device: where it computes.
         classes: the number of its logits.
+        notes: what was found while probing the model that its user should know, in sentences.
     """
 
     model: LogitsModel
     spec: InputSpec
     device: torch.device
     classes: int
+    notes: list[str] = field(default_factory=list)
 
     def multiply_adds(self) -> int:
         """Multiply-adds of a forward pass of one image."""
