@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .errors import ArgumentError, check_choice, check_flag, check_int
+from .models.multi_label import check_multi_label
 from .synthesis.ascent_settings import AscentSettings
 from .synthesis.impressions import default_per_class
 from .synthesis.space import SPACES, SpaceName
@@ -25,7 +26,7 @@ _FEATURES = ("mixtures", "margin")
 _LOOP = ("steps", "batch", "learning_rate", "early_stop", "loop")
 _ALONE = (
     "tail", "depth", "space", "impressions_per_class", "retain_sample", "input_shape", "mean",
-    "std", "device", "cache", "inplace",
+    "std", "device", "cache", "inplace", "multi_label",
 )  # fmt: skip
 # What ranks may pass differently: it does not change the result.
 PER_RANK = ("device", "cache", "inplace")
@@ -61,6 +62,7 @@ class Options:
     device: str | torch.device | None
     cache: str | Path | None
     inplace: bool
+    multi_label: bool | None
     ascent: AscentSettings
     features: FeatureSettings
     objective: ObjectiveSettings
@@ -96,6 +98,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_flag("inplace", self.inplace)
+        check_multi_label(self.multi_label)
         check_choice("space", self.space, SPACES)
         check_depth(self.depth, self.objective.name)
         if isinstance(self.tail, bool) or not isinstance(self.tail, str | int):
@@ -122,7 +125,13 @@ class Options:
         with the impressions per class if they are given.
         """
         settings, per_class = self.deep.for_classes(classes), self.impressions_per_class
+        settings = replace(settings, multi_label=self.objective.multi_label)
         return settings if per_class is None else replace(settings, inverted=per_class * active)
+
+    def set_multi_label(self, multi_label: bool) -> None:
+        """Sets what each stage takes the model's classes for."""
+        self.ascent = replace(self.ascent, multi_label=multi_label)
+        self.objective = replace(self.objective, multi_label=multi_label)
 
     def set_per_class(self, classes: int) -> None:
         """Sets the impressions per class, unless given, to what suits that many classes."""

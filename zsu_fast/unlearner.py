@@ -111,6 +111,8 @@ class ZeroShotUnlearner:
         callback: called with an `Event`; return True to end the stage early.
         distributed: whether to share the synthesis with the other ranks of torch.distributed's
             default group, which must all make the same call; None: if the group is initialised.
+        multi_label: whether each class has a sigmoid of its own, and an image any number of
+            classes; None: if the model's transformers config says so, or if it ends in a sigmoid.
 
     Attributes:
         impressions: the `ClassImpressions`; None before `synthesise`.
@@ -119,6 +121,7 @@ class ZeroShotUnlearner:
         history: the `ValidationResult` of each validation of the fit.
         stopped: why the fit ended, in words.
         record: the `Record` of the run.
+        multi_label: whether each class has a sigmoid of its own.
         notes: what was found while probing the model (`PreparedModel.notes`).
         ranks: the ranks that make the call.
         options: the `Options`; the settings of a stage may be replaced before it runs.
@@ -164,6 +167,7 @@ class ZeroShotUnlearner:
         progress: bool | None = None,
         callback: Callback | None = None,
         distributed: bool | None = None,
+        multi_label: bool | None = None,
     ) -> None:
         keywords = locals()
         if space is None and isinstance(impressions, ClassImpressions):
@@ -349,7 +353,11 @@ class ZeroShotUnlearner:
         device = options.device
         if device is None and self.ranks.device.type == "cuda":
             device = self.ranks.device
-        prepared = prepare_model(model, device, options.input_shape, options.mean, options.std)
+        prepared = prepare_model(
+            model, device, options.input_shape, options.mean, options.std, options.multi_label
+        )
+        self.multi_label = prepared.multi_label
+        options.set_multi_label(self.multi_label)
         self.original, self.work, self.spec = model, prepared.model, prepared.spec
         self.device, self.classes = prepared.device, prepared.classes
         self.notes = prepared.notes
@@ -373,7 +381,7 @@ class ZeroShotUnlearner:
         self.record.depth |= {"depth": options.depth, "level": options.depth}
         if unused := options.unused():
             self.record.depth["unused"] = unused
-        self.record.forgotten = self.forgotten
+        self.record.forgotten, self.record.multi_label = self.forgotten, self.multi_label
         before = self.record.weights_before
         if self.ledger is not None:
             self.ledger.check(before)

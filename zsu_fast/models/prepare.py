@@ -10,7 +10,8 @@ from torch import nn
 
 from ..runtime.measuring import multiply_adds
 from .infer_spec import resolve_spec
-from .input_spec import InputSpec
+from .input_spec import InputSpec, noise_images
+from .multi_label import resolve_multi_label
 from .wrapper import LogitsModel, count_classes, resolve_device, working_copy
 
 
@@ -24,6 +25,7 @@ class PreparedModel:
         device: where it computes.
         classes: the number of its logits.
         notes: what was found while probing the model that its user should know, in sentences.
+        multi_label: whether each class has a sigmoid of its own.
     """
 
     model: LogitsModel
@@ -31,6 +33,7 @@ class PreparedModel:
     device: torch.device
     classes: int
     notes: list[str] = field(default_factory=list)
+    multi_label: bool = False
 
     def multiply_adds(self) -> int:
         """Multiply-adds of a forward pass of one image."""
@@ -43,6 +46,7 @@ def prepare_model(
     input_shape: Sequence[int] | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
+    multi_label: bool | None = None,
 ) -> PreparedModel:
     """Copies ``model`` and finds out what images it takes and how many classes it has.
 
@@ -50,6 +54,7 @@ def prepare_model(
         model: any image classifier; it is not changed.
         device: where to compute; None for the model's own.
         input_shape, mean, std: see `resolve_spec`; inferred where None.
+        multi_label: see `resolve_multi_label`.
 
     Raises:
         ArgumentError: an argument can't be used, or the model can't (a `ModelError`).
@@ -57,4 +62,7 @@ def prepare_model(
     where = resolve_device(model, device)
     spec = resolve_spec(model, input_shape, mean, std)
     work = working_copy(model, where)
-    return PreparedModel(work, spec, where, count_classes(work, spec, where))
+    classes = count_classes(work, spec, where)
+    images = noise_images(spec, 2).to(where)
+    work, multi_label, notes = resolve_multi_label(model, work, images, multi_label)
+    return PreparedModel(work, spec, where, classes, notes, multi_label)

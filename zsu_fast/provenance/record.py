@@ -30,6 +30,7 @@ class Record:
         model: class name of the user's model.
         forget: the classes to forget.
         forgotten: classes that the model had forgotten before.
+        multi_label: whether each class has a sigmoid of its own.
         classes: number of logits.
         settings: the options of the run.
         input: shape, mean, std and so on of the images, and how they are known (`InputSpec`).
@@ -57,6 +58,7 @@ class Record:
     started: str
     weights_before: str
     forgotten: list[int] = field(default_factory=list)
+    multi_label: bool = False
     weights_after: str = ""
     impressions: dict[str, Any] = field(default_factory=dict)
     depth: dict[str, Any] = field(default_factory=dict)

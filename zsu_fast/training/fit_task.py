@@ -13,8 +13,8 @@ from ..models.wrapper import LogitsModel
 from ..runtime.measuring import multiply_adds
 from ..splitting.split import Split
 from .class_subset import ClassSubsetTail, supports_subset
-from .features import FeatureSet, FeatureSettings
-from .losses import ForgetOnlyKL, MaskedKL, Objective, ObjectiveSettings
+from .features import FeatureSet, FeatureSettings, absence_margin
+from .losses import ForgetOnlyKL, MaskedKL, MultiLabelKL, Objective, ObjectiveSettings
 from .teacher import Teacher, train_val_sets
 
 
@@ -76,15 +76,22 @@ def make_fit_task(
         and all(len(p) == classes for p in parameters)
     )
     names = []
-    if forget_logits_only and classes > settings.limits.subset_above:
+    multi_label = objective.multi_label
+    if forget_logits_only and classes > settings.limits.subset_above and not multi_label:
         trained = {id(p) for p in parameters}
         names = [name for name, p in tail.named_parameters() if id(p) in trained]
         if not supports_subset(tail, names, features):
             names = []
-    teacher = Teacher(tail, forget, names, settings.limits)
+    teacher = Teacher(tail, forget, names, settings.limits, multi_label)
     train, validation, logit_margin = train_val_sets(teacher, features, labels, settings, generator)
-    margin = settings.margin_for(logit_margin, classes, forget_logits_only)
-    loss = MaskedKL(forget, margin, forget_logits_only)
+    if multi_label:
+        margin = settings.margin
+        if margin is None:
+            margin = absence_margin(teacher.forgotten_logits(train))
+        loss: MaskedKL = MultiLabelKL(forget, margin, forget_logits_only)
+    else:
+        margin = settings.margin_for(logit_margin, classes, forget_logits_only)
+        loss = MaskedKL(forget, margin, forget_logits_only)
     if names:
         tail = ClassSubsetTail(tail, names, forget.nonzero()[:, 0], trainable=True)
         parameters, loss = list(tail.parameters()), ForgetOnlyKL(forget, margin)

@@ -10,9 +10,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import ops
 from ..errors import ArgumentError
+from ..models.multi_label import predicted
 from .features import FeatureSet
 
 ObjectiveName = Literal["masked", "differential"]
@@ -89,18 +91,23 @@ class MaskedKL(Objective):
     @torch.no_grad()
     def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:
         """Divergence (NaN if a logit is not finite), leak, agreement: see `ValidationResult`."""
-        divergence = leaks = agree = torch.zeros((), device=self.forget.device)
+        divergence = leaks = agree = counted = torch.zeros((), device=self.forget.device)
         for index in rows.chunks(len(self.forget)):
             part = rows.select(index)
             logits = tail(*part.features)
             bad = torch.where(logits.isfinite().all(), 0.0, torch.nan)
             divergence = divergence + len(index) * (self.divergence(logits, part) + bad)
             leaked, same = self.answers(logits, part)
-            leaks = leaks + leaked.sum()
-            agree = agree + (same & ~part.forgotten).sum()
+            may_leak = self.may_leak(part)
+            leaks, counted = leaks + (leaked & may_leak).sum(), counted + may_leak.sum()
+            agree = agree + (same * ~part.forgotten).sum()
         retained = int((~rows.forgotten).sum())
         agreement = float(agree) / retained if retained else 1.0
-        return float(divergence) / len(rows), float(leaks) / len(rows), agreement
+        return float(divergence) / len(rows), float(leaks) / max(1, int(counted)), agreement
+
+    def may_leak(self, rows: FeatureSet) -> Tensor:
+        """The rows that the leak is a share of, bool [N]: all of them."""
+        return torch.ones_like(rows.forgotten)
 
     def answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         """Whether each row's top class is forgotten, and whether it is the masked teacher's."""
@@ -119,6 +126,48 @@ class MaskedKL(Objective):
         """Logits with the margin, the teacher's, the classes to mask, and the rows' weights."""
         coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
         return logits + self.shift, rows.teacher, self.forget, coef
+
+
+class MultiLabelKL(MaskedKL):
+    """`MaskedKL` for one sigmoid per class, where a forgotten class has to be absent everywhere.
+
+    It is the sum over the classes of the KL divergences of two Bernoulli distributions: from the
+    teacher's probability of a retained class, from a probability of 0 of a forgotten one. Absolute
+    logits are kept, unlike by a softmax. The margin is added to the forgotten logits first, as
+    there: absent is what lies below ``-margin``.
+    """
+
+    def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+        dlogits = ((logits + self.shift).sigmoid() - self._target(rows)) / len(rows)
+        loss = self.divergence(logits, rows)
+        return loss, dlogits * self.forget if self.forget_logits_only else dlogits
+
+    def may_leak(self, rows: FeatureSet) -> Tensor:
+        """The rows in which the teacher predicts a forgotten class."""
+        return rows.forgotten
+
+    def answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+        """Whether each row has a forgotten class, and the share of its retained decisions that are
+        the teacher's. Those for and against a class weigh the same, whatever their number.
+        """
+        now, before = (predicted(x) & ~self.forget for x in (logits, rows.teacher))
+        absent = ~before & ~self.forget
+        kept = (now & before).sum(1) / before.sum(1).clamp(min=1)
+        left_out = (absent & ~now).sum(1) / absent.sum(1).clamp(min=1)
+        both = before.any(1) & absent.any(1)
+        same = torch.where(both, (kept + left_out) / 2, torch.where(before.any(1), kept, left_out))
+        return (predicted(logits) & self.forget).any(1), same
+
+    def divergence(self, logits: Tensor, rows: FeatureSet) -> Tensor:
+        target = self._target(rows)
+        cross = F.binary_cross_entropy_with_logits(logits + self.shift, target, reduction="none")
+        entropy = F.binary_cross_entropy_with_logits(rows.teacher, target, reduction="none")
+        total: Tensor = (cross - entropy.masked_fill(self.forget, 0)).sum() / len(rows)
+        return total
+
+    def _target(self, rows: FeatureSet) -> Tensor:
+        """The probabilities of the masked teacher, [N, C]."""
+        return rows.teacher.sigmoid() * ~self.forget
 
 
 class ForgetOnlyKL(MaskedKL):
@@ -158,13 +207,16 @@ class ObjectiveSettings:
     Attributes:
         name: "masked" (`MaskedKL`) or "differential" (`Differential`).
         weights: (w_f, w_r) of the differential objective.
+        multi_label: whether each class has a sigmoid of its own (`MultiLabelKL`).
 
     Raises:
-        ArgumentError: no such objective, or weights that are not two positive numbers.
+        ArgumentError: no such objective, weights that are not two positive numbers, or the
+            differential objective of a multi-label model.
     """
 
     name: ObjectiveName = "masked"
     weights: tuple[float, float] = (0.9, 0.1)
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -179,6 +231,13 @@ class ObjectiveSettings:
         if not isinstance(self.name, str) or self.name not in OBJECTIVES:
             raise ArgumentError(
                 "objective", f"got {self.name!r}", "Pass 'masked' or 'differential'."
+            )
+        if self.multi_label and self.name == "differential":
+            raise ArgumentError(
+                "objective",
+                "got 'differential' for a multi-label model: its cross-entropy is that of a "
+                "softmax",
+                "Leave objective out, or pass multi_label=False if its classes exclude each other.",
             )
 
     def make(self, validation_loss: MaskedKL) -> Objective:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..features import FeatureSet
-from ..losses import MaskedKL
+from ..losses import MaskedKL, MultiLabelKL
 from .settings import DeepSettings
 from .tail import FrozenClassifierTail, TailOutputs
 
@@ -94,13 +94,20 @@ class DeepObjective(MaskedKL):
     def loss(self, outputs: TailOutputs, rows: FeatureSet) -> Tensor:
         """The loss of a batch, differentiable."""
         s = self.settings
-        forgotten = rows.teacher.softmax(1)[:, self.forget].sum(1)
         change = self._retained(outputs.logits) - self._retained(rows.teacher)
-        kept = ((1 - forgotten) * change.square().mean(1)).mean() / self.size
+        kept = (self._keep_weight(rows) * change.square().mean(1)).mean() / self.size
         loss = self.divergence(outputs.logits, rows) + s.keep * kept
         if s.erase:
             loss = loss + s.erase * self.explained_variance(outputs.features, rows)
         return loss
+
+    def _keep_weight(self, rows: FeatureSet) -> Tensor:
+        """How much the retained logits of each row are to keep their values, [N]."""
+        return 1 - rows.teacher.softmax(1)[:, self.forget].sum(1)
+
+    def _forgotten(self, rows: FeatureSet) -> Tensor:
+        """What a probe of the forgotten classes would predict, [N, F]."""
+        return rows.teacher[:, self.forget] - rows.teacher.mean(1, keepdim=True)
 
     def _retained(self, logits: Tensor) -> Tensor:
         """The retained logits, centred per row."""
@@ -119,7 +126,7 @@ class DeepObjective(MaskedKL):
         def centred(x: Tensor) -> Tensor:
             return weight * (x - (weight * x).sum(0) / count)
 
-        target = centred(rows.teacher[:, self.forget] - rows.teacher.mean(1, keepdim=True))
+        target = centred(self._forgotten(rows))
         target = target / (target.square().sum(0) / count).sqrt().clamp(min=1e-6)
         x = centred(features.flatten(1))
         gram = x @ x.T
@@ -142,6 +149,36 @@ class DeepObjective(MaskedKL):
         finite = bool(logits.isfinite().all())
         divergence = float(self.divergence(logits, rows)) if finite else math.nan
         leaked, same = self.answers(logits, rows)
+        leaked = leaked[self.may_leak(rows)]
+        leak = float(leaked.float().mean()) if len(leaked) else 0.0
         retained = ~rows.forgotten
         agreement = float(same[retained].float().mean()) if bool(retained.any()) else 1.0
-        return divergence, float(leaked.float().mean()), agreement
+        return divergence, leak, agreement
+
+    def unmasked_agreement(self, logits: Tensor, rows: FeatureSet) -> Tensor:
+        """For each row, to what extent its retained answer is the teacher's, 0..1 or bool [N].
+
+        Unlike the answer of `answers`, this one takes no notice of the forgotten logits.
+        """
+        now, before = (x.masked_fill(self.forget, -torch.inf) for x in (logits, rows.teacher))
+        return now.argmax(1) == before.argmax(1)
+
+
+class MultiLabelDeepObjective(MultiLabelKL, DeepObjective):
+    """`DeepObjective` for one sigmoid per class: `MultiLabelKL` in place of the softmaxes' KL.
+
+    The retained logits keep their absolute values, also where the original sees a forgotten class:
+    an image of both has to keep the other one.
+    """
+
+    def _keep_weight(self, rows: FeatureSet) -> Tensor:
+        return torch.ones_like(rows.teacher[:, 0])
+
+    def _forgotten(self, rows: FeatureSet) -> Tensor:
+        return rows.teacher[:, self.forget]
+
+    def _retained(self, logits: Tensor) -> Tensor:
+        return logits.index_select(1, self.retained)
+
+    def unmasked_agreement(self, logits: Tensor, rows: FeatureSet) -> Tensor:
+        return self.answers(logits, rows)[1]

@@ -42,6 +42,7 @@ class DeepSettings:
         factors: by which the change of the weights is multiplied: the first one at which the
             held-out inverted rows leak no more than ``leak``.
         leak: share of held-out inverted rows.
+        multi_label: whether each class has a sigmoid of its own.
     """
 
     scenes: int = 5120
@@ -61,6 +62,7 @@ class DeepSettings:
     ridge: float = 0.1
     factors: tuple[float, ...] = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0)
     leak: float = 0.04
+    multi_label: bool = False
 
     def for_classes(self, classes: int) -> DeepSettings:
         """The settings for a model of that many classes.
