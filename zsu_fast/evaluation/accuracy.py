@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..models.class_indices import ANY_NUMBER, check_forget
+from ..models.multi_label import check_multi_label, stated_multi_label
 from ..models.parameters import unwrap
 from ..models.wrapper import pick_logits
-from .labelled_batches import check_label_range, labelled_batches
+from .labelled_batches import check_label_range, has_several, labelled_batches
+from .multi_label import MultiLabelEvaluation, evaluate_multi_label, is_multi_label
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,22 @@ def evaluate(
     data: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]],
     forget: Any,
     batch: int = 256,
-) -> Evaluation:
+    multi_label: bool | None = None,
+) -> Evaluation | MultiLabelEvaluation:
     """Measures ``model`` on labelled images.
 
     Args:
         model: an image classifier; runs in eval mode and returns to its modes afterwards.
         data: a (images, labels) pair of tensors, or a DataLoader or another iterable of such
-            pairs; images float [N, ...] as the model takes them, labels int [N].
+            pairs; images float [N, ...] as the model takes them, labels int [N];
+            of a multi-label model, [N, C] of 0 and 1, or a list of the classes of each image.
         forget: the forgotten classes, as for `unlearn`.
         batch: the batch size if ``data`` is a pair of tensors.
+        multi_label: whether each class has a sigmoid of its own; None: if the labels hold several
+            classes per image.
+
+    Returns:
+        An `Evaluation`, or a `MultiLabelEvaluation`.
 
     Raises:
         ArgumentError: there are no images, the model has no logit for a label, or ``forget`` is
@@ -95,11 +106,24 @@ def evaluate(
     """
     correct: Tensor | None = None
     first = next(unwrap(model).parameters(), None)
-    with _eval_mode(model):
-        for images, labels in labelled_batches(data, "data", batch):
+    check_multi_label(multi_label)
+    several = multi_label is not False
+
+    def run() -> Iterator[tuple[Tensor, Any]]:
+        for images, labels in labelled_batches(data, "data", batch, several):
             if first is not None:
                 images = images.to(first.device, first.dtype)
-            logits = pick_logits(model(images))
+            yield pick_logits(model(images)), labels
+
+    with _eval_mode(model):
+        outputs = run()
+        head = next(outputs)
+        if several and is_multi_label(model, head[1], multi_label):
+            stated = multi_label is True or stated_multi_label(model)
+            return evaluate_multi_label(chain([head], outputs), forget, stated)
+        for logits, labels in chain([head], outputs):
+            if several and has_several(labels):
+                raise ArgumentError("data", "only some of its labels are [N, C]", "Pass one kind.")
             classes = logits.shape[1]
             if correct is None:
                 forget = check_forget(forget, classes)
