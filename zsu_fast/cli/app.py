@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..errors import LedgerError, shorten
 from ..evaluation.accuracy import evaluate as measure
+from ..evaluation.multi_label import MultiLabelEvaluation
 from ..models import checkpoint
 from ..models.delta import apply_delta
 from ..models.infer_spec import resolve_spec
@@ -141,6 +142,7 @@ def evaluate(
         ),
     ],
     images: options.ImageOptions,
+    multi_label: options.MultiLabel = None,
     device: options.Device = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -151,10 +153,14 @@ def evaluate(
         if device is not None:
             loaded = loaded.to(device)
         started = time.perf_counter()
-        result = measure(loaded, read_images(data, spec), parse_classes(forget))
+        result = measure(
+            loaded, read_images(data, spec), parse_classes(forget), multi_label=multi_label
+        )
         seconds = time.perf_counter() - started
         if as_json:
             output.print_json(result.to_dict())
+        elif isinstance(result, MultiLabelEvaluation):
+            output.print_multi_label(Console(), model.model, result)
         else:
             output.print_accuracies(Console(), model.model, [(model.model, result, seconds)])
 

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ..evaluation.audit import audit as run_audit
-from ..evaluation.audit.metrics import BY_KEY
 from ..evaluation.audit.result import MAIN, Audit, show
 from ..evaluation.report.page import write_report
 from ..models import checkpoint
@@ -51,6 +50,7 @@ def audit(
     forget: options.Forget,
     use: DataOptions,
     images: options.ImageOptions,
+    multi_label: options.MultiLabel = None,
     report: options.Report = None,
     seed: options.Seed = 0,
     device: options.Device = None,
@@ -68,7 +68,7 @@ def audit(
             None if use.golden is None else model.load(use.golden),
             train_data=None if use.train_data is None else read_images(use.train_data, spec),
             shots=use.shots, relearn_steps=use.relearn_steps, **images.arguments(),
-            seed=seed, device=device, progress=False if as_json else None,
+            seed=seed, device=device, progress=False if as_json else None, multi_label=multi_label,
         )  # fmt: skip
         if report is not None:
             title = f"{model.model}: what was forgotten"
@@ -109,5 +109,5 @@ def _print(console: Console, result: Audit) -> None:
     table = Table("", *names, title="models")
     for key in MAIN:
         if any(key in row.values for row in result.rows):
-            table.add_row(BY_KEY[key].title, *[show(row.get(key)) for row in result.rows])
+            table.add_row(result.definitions[key].title, *[show(row.get(key)) for row in result.rows])
     console.print(table)

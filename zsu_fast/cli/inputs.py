@@ -59,7 +59,7 @@ def read_images(source: str, spec: InputSpec) -> Any:
 
     Args:
         source: "demo" (2,000 MNIST images), an .npz file with uint8 ``images`` [N, C, H, W] and
-            ``labels`` [N], or a folder as for `image_folder`.
+            ``labels`` [N], or [N, C] of 0 and 1, or a folder as for `image_folder`.
         spec: describes the images that the model expects.
 
     Raises:
@@ -76,7 +76,8 @@ def read_images(source: str, spec: InputSpec) -> Any:
             raise ArgumentError(
                 "data", f"{source} can't be read ({error})", "Store 'images' and 'labels'."
             ) from error
-        return spec.normalise(images), labels.long()
+        # [N, C] of a multi-label model: nothing is rounded, so that .5 is refused
+        return spec.normalise(images), labels if labels.ndim == 2 else labels.long()
     if path.is_dir():
         return image_folder(path, spec)
     raise ArgumentError(

@@ -44,6 +44,15 @@ Tail = Annotated[
     str,
     typer.Option(help="auto, last, the name of a module, or how many of the last layers to train."),
 ]
+MultiLabel = Annotated[
+    bool | None,
+    typer.Option(
+        "--multi-label/--single-label",
+        help="Whether each class has a sigmoid of its own, and an image any number of classes. "
+        "Default: as the model's config says, or its last operation shows.",
+        show_default=False,
+    ),
+]
 OUT = typer.Option(help="The .safetensors, .pt or .pth file to write.", show_default=False)
 Report = Annotated[
     Path | None,

@@ -89,10 +89,14 @@ class MethodOptions:
     ] = None
     objective: Annotated[str, typer.Option(help="masked or differential.")] = "masked"
     paper: Annotated[bool, typer.Option("--paper", help="Use the published recipe.")] = False
+    multi_label: options.MultiLabel = None
 
     def arguments(self) -> dict[str, Any]:
         """The options of `ZeroShotUnlearner`."""
-        chosen = {"tail": parse_tail(self.tail), "depth": self.depth, "objective": self.objective}
+        chosen = {
+            "tail": parse_tail(self.tail), "depth": self.depth, "objective": self.objective,
+            "multi_label": self.multi_label,
+        }  # fmt: skip
         return chosen | paper_preset() if self.paper else chosen
 
 
@@ -193,7 +197,7 @@ def _write_report(
     images = None if data is None else read_images(data, spec)
     found = audit(
         base, result, run.forget, images, input_shape=spec.shape, mean=spec.mean, std=spec.std,
-        seed=run.options.seed, device=run.device, progress=progress,
+        seed=run.options.seed, device=run.device, progress=progress, multi_label=run.multi_label,
     )  # fmt: skip
     record, names = run.record.to_dict(), class_names(images)
     title = f"{record['model']}: what was forgotten"

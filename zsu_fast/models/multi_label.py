@@ -51,20 +51,16 @@ def stated_multi_label(model: nn.Module) -> bool:
     return _PROBLEM_TYPE in stated
 
 
-def resolve_multi_label(
+def find_multi_label(
     model: nn.Module, work: LogitsModel, images: Tensor, multi_label: bool | None
-) -> tuple[LogitsModel, bool, list[str]]:
-    """Whether a model is multi-label, and the model that returns its logits.
+) -> tuple[bool, list[str]]:
+    """Whether a model is multi-label, and what was assumed, in sentences.
 
     Args:
         model: the user's.
-        work: its working copy.
-        images: two or more that it runs on, [N, ...].
+        work: its working copy, with the sigmoid at its end if it has one.
+        images: two or more that it takes, [N, ...].
         multi_label: what the user says; None to find out.
-
-    Returns:
-        ``work``, or a `BeforeSigmoid` of it; whether it is multi-label; what was assumed, in
-        sentences.
 
     Raises:
         ArgumentError: ``multi_label`` is not True, False or None.
@@ -72,25 +68,31 @@ def resolve_multi_label(
     """
     check_multi_label(multi_label)
     stated = stated_multi_label(model)
-    if multi_label is False:
+    if multi_label is not None:
+        if multi_label or not stated:
+            return multi_label, []
         ignored = f"multi_label=False was passed although the config says {_PROBLEM_TYPE!r}"
-        return work, False, [f"{ignored}: classes exclude each other."] if stated else []
-    sigmoid = ends_in_sigmoid(work, images)
-    notes = []
-    if multi_label is None and not stated:
-        if not sigmoid:
-            return work, False, []
-        notes = [
-            "the model ends in a sigmoid, so it is taken for a multi-label classifier. Pass "
-            "multi_label=False if its classes exclude each other."
-        ]
-    return BeforeSigmoid(work.module).eval() if sigmoid else work, True, notes
+        return False, [f"{ignored}: the classes are taken to exclude each other."]
+    if stated or not ends_in_sigmoid(work, images):
+        return stated, []
+    return True, [
+        "the model ends in a sigmoid, so it is taken for a multi-label classifier. Pass "
+        "multi_label=False if its classes exclude each other."
+    ]
+
+
+def ahead_of_sigmoid(work: LogitsModel, images: Tensor) -> LogitsModel:
+    """The model that returns the logits of ``work``: itself, unless it ends in a sigmoid."""
+    return BeforeSigmoid(work.module).eval() if ends_in_sigmoid(work, images) else work
 
 
 def ends_in_sigmoid(model: LogitsModel, images: Tensor) -> bool:
     """Whether the outputs of ``model`` come out of a sigmoid: a module or a function."""
-    with torch.enable_grad():
-        node: Any = model(images).grad_fn
+    try:
+        with torch.enable_grad():
+            node: Any = model(images).grad_fn
+    except Exception:  # noqa: BLE001  `count_classes` says what is wrong
+        return False
     while node is not None and type(node).__name__.startswith(_NEUTRAL):
         node = node.next_functions[0][0]
     return type(node).__name__ == "SigmoidBackward0"

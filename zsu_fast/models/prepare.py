@@ -11,7 +11,7 @@ from torch import nn
 from ..runtime.measuring import multiply_adds
 from .infer_spec import resolve_spec
 from .input_spec import InputSpec, noise_images
-from .multi_label import resolve_multi_label
+from .multi_label import ahead_of_sigmoid, find_multi_label
 from .wrapper import LogitsModel, count_classes, resolve_device, working_copy
 
 
@@ -54,7 +54,7 @@ def prepare_model(
         model: any image classifier; it is not changed.
         device: where to compute; None for the model's own.
         input_shape, mean, std: see `resolve_spec`; inferred where None.
-        multi_label: see `resolve_multi_label`.
+        multi_label: see `find_multi_label`.
 
     Raises:
         ArgumentError: an argument can't be used, or the model can't (a `ModelError`).
@@ -64,5 +64,7 @@ def prepare_model(
     work = working_copy(model, where)
     classes = count_classes(work, spec, where)
     images = noise_images(spec, 2).to(where)
-    work, multi_label, notes = resolve_multi_label(model, work, images, multi_label)
-    return PreparedModel(work, spec, where, classes, notes, multi_label)
+    is_multi_label, notes = find_multi_label(model, work, images, multi_label)
+    if is_multi_label:
+        work = ahead_of_sigmoid(work, images)
+    return PreparedModel(work, spec, where, classes, notes, is_multi_label)

@@ -70,7 +70,7 @@ def synthesize(
         cache: folder for finished impressions: a run that was interrupted resumes there, and the
             same call finds all of them. None stores nothing.
         progress, callback: see `Reporter`.
-        multi_label: whether each class has a sigmoid of its own; None: see `resolve_multi_label`.
+        multi_label: whether each class has a sigmoid of its own; None: see `find_multi_label`.
 
     Returns:
         The impressions, sorted by class, on the CPU.
