@@ -76,6 +76,17 @@ class MultiLabelEvaluation:
     def from_outputs(cls, outputs: Tensor, labels: Tensor, forget: list[int]) -> MultiLabelEvaluation:
         """Builds the measurements from outputs, float [N, C], and labels, bool [N, C]."""
         kind = "probabilities" if _in_unit_interval(outputs) else "logits"
+        return cls._from(outputs, labels, forget, kind)
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, labels: Tensor, forget: list[int]) -> MultiLabelEvaluation:
+        """The same from outputs that are known to be logits, whatever their values."""
+        return cls._from(logits, labels, forget, "logits")
+
+    @classmethod
+    def _from(
+        cls, outputs: Tensor, labels: Tensor, forget: list[int], kind: str
+    ) -> MultiLabelEvaluation:
         predicted = outputs >= (THRESHOLD if kind == "probabilities" else 0)
         scores = {
             c: _class_scores(outputs[:, c], predicted[:, c], labels[:, c])

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError
 from ...models.input_spec import InputSpec
+from ...models.multi_label import multi_hot
 from ...runtime.hooks import forward_pre_hooks
-from ..labelled_batches import check_label_range, labelled_batches
+from ..labelled_batches import check_label_range, has_several, labelled_batches
 from .audited_model import AuditedModel
 
 # A layer's input is pooled to at most this many numbers per image, the last layer's to the second.
@@ -130,7 +131,7 @@ def _concatenate(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
 
 
 def normalised_batches(
-    data: Any, spec: InputSpec, classes: int, argument: str
+    data: Any, spec: InputSpec, classes: int, argument: str, multi_label: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields normalised images, float32 on the CPU, and labels, int64, from the data of `audit`.
 
@@ -138,13 +139,17 @@ def normalised_batches(
         data: see `labelled_batches`; uint8 images (0..255) are normalised, float ones are not.
         spec, classes: the images that the model takes, and the number of logits.
         argument: the name of the argument, for error messages.
+        multi_label: yield labels as bool [N, C], from what `multi_hot` takes.
 
     Raises:
         ArgumentError: as `labelled_batches`, the model has no logit for a label, or images are not
             of its size.
     """
-    for images, labels in labelled_batches(data, argument, _BATCH):
-        check_label_range(labels, classes, argument)
+    for images, labels in labelled_batches(data, argument, _BATCH, multi_label):
+        if multi_label:
+            labels = multi_hot(_several(labels, argument), classes, argument)
+        else:
+            check_label_range(labels, classes, argument)
         if images.shape[1:] != torch.Size(spec.shape):
             raise ArgumentError(
                 argument,
@@ -153,6 +158,16 @@ def normalised_batches(
             )
         images = images.cpu()
         yield (spec.normalise(images) if images.dtype == torch.uint8 else images.float()), labels
+
+
+def _several(labels: Any, argument: str) -> Any:
+    if has_several(labels):
+        return labels
+    raise ArgumentError(
+        argument,
+        "its labels are one class per image, and the model is multi-label",
+        "Pass labels [N, C] of 0 and 1.",
+    )
 
 
 def sample_layers(layers: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import ModelError
 from ...models.input_spec import InputSpec
+from ...models.multi_label import ahead_of_sigmoid
 from ...models.parameters import UNCOPYABLE, computed_tensors, deep_copy, state, unwrap
 from ...models.wrapper import LogitsModel, working_copy
 from ...splitting.batch_dim import BoundaryTensors
@@ -110,9 +111,11 @@ class AuditedModel:
 
 
 def audited_copy(
-    name: str, model: nn.Module, spec: InputSpec, device: torch.device
+    name: str, model: nn.Module, spec: InputSpec, device: torch.device, multi_label: bool = False
 ) -> AuditedModel:
     """Copies ``model``, also the result of `zsu_fast.mask`, and splits it before its last layer.
+
+    Of a ``multi_label`` model that ends in a sigmoid, the copy returns the logits.
 
     Raises:
         ModelError: its weights or logits are NaN, or it can't be copied.
@@ -122,7 +125,10 @@ def audited_copy(
     while isinstance(inner, MaskedClassifier):
         hidden = sorted({*hidden, *inner.forget})
         inner = unwrap(inner.model)
-    return _split(name, _finite_copy(inner, device), spec, hidden)
+    work = _finite_copy(inner, device)
+    if multi_label:
+        work = ahead_of_sigmoid(work, torch.zeros(2, *spec.shape, device=device))
+    return _split(name, work, spec, hidden)
 
 
 def variant(audited: AuditedModel, name: str, copy_backbone: bool = False) -> AuditedModel:

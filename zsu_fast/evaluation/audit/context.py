@@ -26,6 +26,7 @@ class AuditContext:
         original: the model before unlearning.
         forget: the classes that were to be forgotten; checked here.
         settings: the caller's options.
+        multi_label: whether each class has a sigmoid of its own.
         models: the models that get a row.
         restored: (model's name, part) -> the model with that part of the original's last layer
             put back.
@@ -43,6 +44,7 @@ class AuditContext:
     original: AuditedModel
     forget: list[int]
     settings: dict[str, Any]
+    multi_label: bool = False
     models: list[AuditedModel] = field(default_factory=list)
     restored: dict[tuple[str, Restored], AuditedModel] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
