@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, check_int, is_number
 
-# For `absence_margin`: the quantile, the margin without a negative logit, and the most values that
-# a quantile is taken of.
-_ABSENT, _ABSENT_DEFAULT, _MOST_QUANTILE = 0.95, 4.0, 2**20
+# For `absence_margin`: the margin without a negative logit, and the most values that a quantile is
+# taken of.
+_ABSENT_DEFAULT, _MOST_QUANTILE = 4.0, 2**20
 
 
 @dataclass(frozen=True)
@@ -189,17 +189,16 @@ def logit_margin(logits: Tensor, label: Tensor) -> Tensor:
     return logits.gather(1, label[:, None])[:, 0] - others
 
 
-def absence_margin(logits: Tensor) -> float:
+def absence_margin(logits: Tensor, share: float = 0.95) -> float:
     """How far below 0 the original puts the logits of classes that are not there: most of them.
-
-    The margin of a multi-label model: 19 of 20 negative logits are higher than minus that.
 
     Args:
         logits: of the forgotten classes, the original's, float32 [N, F]. Positive ones don't count.
+        share: of the negative ones, this many are higher than minus the margin.
     """
     absent = -logits[logits < 0]
     absent = absent[:: max(1, len(absent) // _MOST_QUANTILE)]
-    return float(absent.quantile(_ABSENT)) if len(absent) else _ABSENT_DEFAULT
+    return float(absent.quantile(share)) if len(absent) else _ABSENT_DEFAULT
 
 
 def held_out(label: Tensor) -> Tensor:

@@ -211,10 +211,10 @@ def _objective(
     ``teacher`` holds the logits of all rows, the inverted ones, with their ``labels``, at the end.
     """
     if settings.multi_label:
-        margin = features.margin
-        if margin is None:
-            margin = absence_margin(teacher[:, forget])
-        return MultiLabelDeepObjective(tail, train, forget, settings.margin, settings), margin
+        logits = teacher[:, forget]
+        margin = absence_margin(logits) if features.margin is None else features.margin
+        usual = max(settings.margin, absence_margin(logits, 0.5))
+        return MultiLabelDeepObjective(tail, train, forget, usual, settings), margin
     margins = logit_margin(teacher[-len(labels) :], labels)
     margin = features.margin_for(float(margins.mean()), len(forget), forget_logits_only=False)
     reachable = min(settings.margin, USABLE_ROOM * room_above_floor(tail, train, forget))
