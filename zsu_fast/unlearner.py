@@ -411,6 +411,7 @@ class ZeroShotUnlearner:
             mixtures = _LAST_MIXTURES if features.mixtures is None else features.mixtures
             options.features = replace(features, margin=facts["margin"], mixtures=mixtures)
             options.loop = replace(loop, steps=loop.steps or _LAST_STEPS)
+            options.objective = replace(options.objective, constant=self.multi_label)
         return rows.deep.last
 
     @contextmanager

@@ -59,8 +59,7 @@ def main() -> None:
         started = time.perf_counter()
         result = run.run()
         seconds = time.perf_counter() - started
-        print(depth, run.record.depth.get("level"), run.record.fit["best"], flush=True)
-        print({k: run.record.depth.get(k) for k in ("unmask_leak", "agreement", "factor")})
+        print(f"{depth}: level {run.record.depth['level']}, {seconds:.0f} s", flush=True)
         last, new = result.get_submodule(LAST), features[1]
         if depth == "deep":
             headless = copy.deepcopy(result)
@@ -99,7 +98,9 @@ def fit(features: Tensor, labels: Tensor) -> nn.Linear:
     for _ in range(3000):
         chosen = torch.randint(len(features), (256,))
         optimiser.zero_grad()
-        F.binary_cross_entropy_with_logits(head(features[chosen]), labels[chosen].float()).backward()
+        F.binary_cross_entropy_with_logits(
+            head(features[chosen]), labels[chosen].float()
+        ).backward()
         optimiser.step()
     return head.requires_grad_(True).eval()
 

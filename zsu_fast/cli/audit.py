@@ -109,5 +109,7 @@ def _print(console: Console, result: Audit) -> None:
     table = Table("", *names, title="models")
     for key in MAIN:
         if any(key in row.values for row in result.rows):
-            table.add_row(result.definitions[key].title, *[show(row.get(key)) for row in result.rows])
+            table.add_row(
+                result.definitions[key].title, *[show(row.get(key)) for row in result.rows]
+            )
     console.print(table)

@@ -73,7 +73,9 @@ class MultiLabelEvaluation:
     threshold: float = THRESHOLD
 
     @classmethod
-    def from_outputs(cls, outputs: Tensor, labels: Tensor, forget: list[int]) -> MultiLabelEvaluation:
+    def from_outputs(
+        cls, outputs: Tensor, labels: Tensor, forget: list[int]
+    ) -> MultiLabelEvaluation:
         """Builds the measurements from outputs, float [N, C], and labels, bool [N, C]."""
         kind = "probabilities" if _in_unit_interval(outputs) else "logits"
         return cls._from(outputs, labels, forget, kind)
@@ -159,7 +161,8 @@ def evaluate_multi_label(
         ArgumentError: labels that can't be used, or ``forget`` is not a set of class indices.
         ModelError: outputs are NaN or infinite.
     """
-    outputs, labels = [], []
+    outputs: list[Tensor] = []
+    labels: list[Tensor] = []
     for logits, given in batches:
         if not len(outputs):
             forget = check_forget(forget, logits.shape[1])

@@ -154,7 +154,8 @@ class FeatureSettings:
             for the mean logit margin of the impressions times ``2 log10(max(10, classes))``: twice
             it for 10 classes, six times for 1,000, where images differ more from impressions. That
             is doubled if only the forgotten logits are trained (see `make_fit_task`), which costs
-            the retained ones nothing. For a multi-label model it is `absence_margin`.
+            the retained ones nothing. For a multi-label model it is `absence_margin`,
+            doubled likewise.
         limits: what is stored and what is computed again.
 
     Raises:

@@ -88,7 +88,10 @@ def make_fit_task(
         margin = settings.margin
         if margin is None:
             margin = absence_margin(teacher.forgotten_logits(train))
-        loss: MaskedKL = MultiLabelKL(forget, margin, forget_logits_only)
+            margin = 2 * margin if forget_logits_only else margin
+        several = MultiLabelKL(forget, margin, forget_logits_only)
+        several.constant = objective.constant
+        loss: MaskedKL = several
     else:
         margin = settings.margin_for(logit_margin, classes, forget_logits_only)
         loss = MaskedKL(forget, margin, forget_logits_only)

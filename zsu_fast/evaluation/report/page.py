@@ -14,7 +14,6 @@ from markupsafe import Markup
 from ...models import checkpoint
 from ...synthesis.impressions import ClassImpressions
 from ..audit import Audit, Row
-
 from ..audit.result import GOLDEN, MAIN, MASK, ORIGINAL, RANDOM, TRAINED_WORDS, UNLEARNED, show
 from . import charts
 from .pictures import gallery

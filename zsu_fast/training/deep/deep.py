@@ -134,9 +134,7 @@ def forget_deeply(
             else deep.image_features(points)
         )
     tail = FrozenClassifierTail(model, deep)
-    data = DeepRows.label(
-        tail, scenes.features, inverted, labels, forget, settings.multi_label
-    )
+    data = DeepRows.label(tail, scenes.features, inverted, labels, forget, settings.multi_label)
     train, validation = data.select(~data.held), data.select(data.held)
     objective, margin = _objective(
         tail, train, data.rows.teacher, labels, features, settings, forget

@@ -171,6 +171,8 @@ class MultiLabelDeepObjective(MultiLabelKL, DeepObjective):
     an image of both has to keep the other one.
     """
 
+    constant = True
+
     def _keep_weight(self, rows: FeatureSet) -> Tensor:
         return torch.ones_like(rows.teacher[:, 0])
 
