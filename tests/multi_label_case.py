@@ -11,6 +11,7 @@ from support import FEW_ROWS, FORGET, QUICK_DEEP, SPEC, TinyNet
 from torch import Tensor, nn
 
 import zsu_fast
+from zsu_fast.training.deep.settings import DeepSettings
 
 IMAGES: dict[str, Any] = {"input_shape": SPEC.shape, "mean": SPEC.mean, "std": SPEC.std}
 
@@ -48,16 +49,17 @@ def several() -> nn.Module:
 
 
 def run(
-    model: nn.Module | None = None, forget: Any = FORGET, **options: Any
+    model: nn.Module | None = None,
+    forget: Any = FORGET,
+    settings: DeepSettings = FEW_ROWS,
+    **options: Any,
 ) -> tuple[zsu_fast.ZeroShotUnlearner, nn.Module]:
     """A finished run on the small model, by default deep with few rows."""
     given = QUICK_DEEP | IMAGES | {"multi_label": True} | options
     unlearner = zsu_fast.ZeroShotUnlearner(several() if model is None else model, forget, **given)
-    unlearner.options.deep = FEW_ROWS
+    unlearner.options.deep = settings
     return unlearner, unlearner.run()
 
 
 def measure(model: nn.Module, forget: Any = FORGET) -> Any:
     return zsu_fast.evaluate(model, several_data(), forget, multi_label=True)
-
-

@@ -11,7 +11,6 @@ from zsu_fast import ArgumentError
 from zsu_fast.training.features import FeatureSet, absence_margin
 from zsu_fast.training.losses import MultiLabelKL, ObjectiveSettings
 
-
 FORGET = torch.tensor([False, True, False, False])
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import zsu_fast
 from zsu_fast import ArgumentError, UnlearningWarning
+from zsu_fast.training.deep.settings import DeepSettings
 
 RETAINED = [c for c in range(5) if c not in FORGET]
 
@@ -59,21 +60,22 @@ def test_with_two_layers_trained_retained_logits_keep_their_values() -> None:
         moved = (result(images) - model(images))[:, RETAINED]
         size = model(images)[:, RETAINED].abs().mean()
     assert abs(float(moved.mean())) < 0.1 * float(size)  # they don't move together
-    assert runner.record.fit["best"]["agreement"] > 0.95
+    assert runner.record.fit["best"]["agreement"] > 0.9
 
 
 def test_deep_forgetting_survives_the_original_last_layer() -> None:
     model = several()
     with untouched(model):
-        runner, result = run(model)
+        runner, result = run(model, settings=DeepSettings(), steps=None, mixtures=None)
     assert runner.record.depth["level"] == "deep"
     assert runner.record.multi_label
     found, before = measure(result), measure(model)
     assert found.forget_rate <= 1
     assert found.retain_average_precision >= before.retain_average_precision - 2
     assert found.retain_f1 >= before.retain_f1 - 3
-    # what is left ranks images hardly better than chance: a lower threshold brings nothing back
-    assert found.forget_average_precision < (before.forget_average_precision + 34) / 1.5
+    # a lower threshold does not bring the classes back either (chance is 35 %)
+    assert before.forget_average_precision > 99
+    assert found.forget_average_precision < 75
     back = copy.deepcopy(result)
     back.set_submodule("fc2", model.get_submodule("fc2"))
     assert measure(back).forget_rate <= 10
