@@ -14,6 +14,7 @@ from .evaluation.accuracy import Evaluation, evaluate, mask
 from .evaluation.audit.audit import audit
 from .evaluation.audit.result import Audit
 from .evaluation.baselines import random_embeddings
+from .evaluation.multi_label import MultiLabelEvaluation
 from .models.delta import apply_delta, save_delta
 from .models.input_spec import InputSpec
 from .options import paper_preset
@@ -40,6 +41,7 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "ModelError",
+    "MultiLabelEvaluation",
     "OutputError",
     "Plan",
     "RankError",

@@ -1,4 +1,4 @@
-"""Multi-label models: what is forgotten, what stays, and what the original's last layer restores."""
+"""Multi-label models: what is forgotten, what stays, what the original last layer restores."""
 
 from __future__ import annotations
 

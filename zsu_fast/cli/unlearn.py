@@ -224,6 +224,8 @@ def _print(
     facts = run.record.to_dict()
     best, total = facts["fit"]["best"], facts["timings"]["total"]
     console.print(f"Forgot {len(run.forget)} of {run.classes} classes in {total:.1f} s.")
+    if facts["multi_label"]:
+        console.print("Multi-label: each class has a sigmoid of its own.")
     console.print(
         f"Impressions: {facts['impressions']['count']}, "
         f"{100 * facts['impressions']['hit_rate']:.1f} % reached their confidence."

@@ -132,8 +132,8 @@ class MaskedKL(Objective):
 class MultiLabelKL(MaskedKL):
     """`MaskedKL` for one sigmoid per class, where a forgotten class is to be absent everywhere.
 
-    With z the teacher's logits, z' those of a batch, and p* = sigmoid(z) for a retained class, 0 for
-    a forgotten one, the loss is::
+    With z the teacher's logits, z' those of a batch, and p* = sigmoid(z) for a retained class and 0
+    for a forgotten one, the loss is::
 
         mean over rows of sum over classes of KL(Bernoulli(p*) || Bernoulli(sigmoid(z' + margin)))
         + keep * |z'_r - z_r|^2 / |z_r|^2

@@ -133,11 +133,7 @@ def _run(
             _add_restored(context)
         with part("impressions"):
             held_out = data_free_metrics.held_out_impressions(context, impressions)
-            batch, restored = (held_out.images, held_out.labels), list(context.restored.values())
-            stored, variants = context.models, restored
-            if context.multi_label:  # whose metrics need the logits of all
-                stored, variants = [*stored, *restored], []
-            seen = collect_activations([batch], stored, variants, context.forget, len(held_out))
+            seen = _see_impressions(context, held_out)
         with part("agreement and drift"):
             data_free_metrics.add_impression_metrics(context, seen)
             data_free_metrics.add_erasure_cost(context, seen)
@@ -167,6 +163,15 @@ def _run(
         context.settings, context.counts, hashes, context.notes, timings, context.pictures,
         held_out,
     )  # fmt: skip
+
+
+def _see_impressions(context: AuditContext, held_out: ClassImpressions) -> Activations:
+    """The activations on impressions; of a multi-label model, with the logits of all variants."""
+    batch, stored = (held_out.images, held_out.labels), context.models
+    variants = list(context.restored.values())
+    if context.multi_label:
+        stored, variants = [*stored, *variants], []
+    return collect_activations([batch], stored, variants, context.forget, len(held_out))
 
 
 def _measure_images(

@@ -5,6 +5,7 @@ What a softmax or a single top class defines has no counterpart here; `explain_m
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,21 +18,23 @@ from .activations import Activations, collect_activations, normalised_batches
 from .context import AuditContext, percent_true
 from .features import adapted_logits, linear_cka, mean_over_positions, multi_label_probe
 from .metrics import METRICS
+from .relearning import DEFAULT_STEPS, GOAL, RelearnTask, relearn_task
 from .result import GOLDEN, MASK, ORIGINAL, UNMASK_PREFIXES, Row
 
 NOT_A_SOFTMAX = "it is defined for a softmax, and the model has one sigmoid per class"
 _ONE_CLASS = "it needs one class per image, and the model is multi-label"
-_NOT_YET = "it is not implemented for multi-label models"
 _NO_LABEL = "no image of the forgotten classes is in the data"
 # Images whose features are stored, with and without a forgotten class; and those that the adapted
 # last layer is fitted on.
 _MAX_FEATURES, _MAX_ADAPTED = 10_000, 500
+# Images that relearning is measured on, and the most numbers in the images that are stored for it.
+_RELEARN_TEST, _MAX_STORED_VALUES = 600, 1 << 28
 _REASONS = {
     "overall": _ONE_CLASS, "top_answer": _ONE_CLASS, "unmask_ff": _ONE_CLASS,
     "knn_forget": _ONE_CLASS, "knn_retain": _ONE_CLASS,
     "leak": "FA is the share that is predicted already", "agreement_kl": NOT_A_SOFTMAX,
 }  # fmt: skip
-_GROUPS = {"membership": NOT_A_SOFTMAX, "distances": NOT_A_SOFTMAX, "relearn": _NOT_YET}
+_GROUPS = {"membership": NOT_A_SOFTMAX, "distances": NOT_A_SOFTMAX}
 
 
 def explain_missing(context: AuditContext) -> None:
@@ -82,14 +85,15 @@ def measure_images(context: AuditContext, data: Any, train_data: Any) -> None:
                 found = _evaluation(context, seen, labels, name)
                 row.put(f"{prefix}_fa", found.forget_rate, _NO_LABEL)
                 row.put(f"{prefix}_ra", found.retain_average_precision)
-    split = _Split.of(seen, labels)
+    split, learned = _Split.of(seen, labels), None
     if train_data is not None:
-        learn, learn_labels = _collect(context, train_data, "train_data")
+        learned = learn, learn_labels = _collect(context, train_data, "train_data")
         context.counts["train_images"] = len(learn_labels)
         split = _Split(learn, learn_labels[learn.feature_index], None, seen, split.all_labels, None)
     _add_probe(context, split)
     _add_adapted_unmask(context, split)
     _add_cka(context, seen, labels)
+    relearn_task(context, _make_task(context, seen, labels, learned))
 
 
 def _collect(context: AuditContext, data: Any, argument: str) -> tuple[Activations, Tensor]:
@@ -104,8 +108,41 @@ def _collect(context: AuditContext, data: Any, argument: str) -> tuple[Activatio
             yield images, labels[:, context.forget].any(1).long()
 
     models = [*context.models, *context.restored.values()]
-    seen = collect_activations(batches(), models, [], context.forget, _MAX_FEATURES)
+    shots = context.settings["shots"] * (len(context.forget) + 1) + _RELEARN_TEST
+    most = _MAX_STORED_VALUES // max(1, math.prod(context.spec.shape)) // 2
+    images = dict.fromkeys((0, 1), min(shots, most))  # without and with a forgotten class
+    seen = collect_activations(batches(), models, [], context.forget, _MAX_FEATURES, images)
     return seen, torch.cat(hot)
+
+
+def _make_task(
+    context: AuditContext,
+    seen: Activations,
+    labels: Tensor,
+    learned: tuple[Activations, Tensor] | None,
+) -> RelearnTask | str:
+    """What is relearned, from other images than it is measured on; or why nothing is."""
+    steps, before = context.settings["relearn_steps"], context.rows[ORIGINAL].get("fa")
+    if steps == 0:
+        return "relearn_steps=0 leaves it out"
+    if not before:
+        return "the original's FA is 0, so there is nothing to relearn"
+    images, hot = seen.images, labels[seen.image_index]
+    with_forgotten = hot[:, context.forget].any(1)
+    tested = with_forgotten.clone()
+    if learned is None:  # every second image of each kind
+        tested &= with_forgotten.cumsum(0) % 2 == 0
+        shots, shot_labels = images[~tested], hot[~tested]
+    else:
+        shots, shot_labels = learned[0].images, learned[1][learned[0].image_index]
+    if not bool(tested.any()) or not bool(shot_labels[:, context.forget].any(0).all()):
+        return "too few images: it needs shots of each forgotten class and others to test on"
+    context.settings["shots_used"] = int(shot_labels[:, context.forget].sum(0).min())
+    return RelearnTask(
+        images=shots, labels=shot_labels, test_images=images[tested], test_labels=hot[tested],
+        forget=context.forget, goal=GOAL * before,
+        max_steps=DEFAULT_STEPS if steps is None else steps, seed=context.seed,
+    )  # fmt: skip
 
 
 def _evaluation(
