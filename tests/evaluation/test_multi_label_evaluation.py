@@ -118,7 +118,7 @@ def test_one_hot_labels_of_a_softmax_model_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "labels", [LABELS * 0.5, LABELS[:, :2], [[0], [3], [], []], LABELS[:3], [[0], [1]]]
+    "labels", [LABELS * 0, LABELS * 0.5, LABELS[:, :2], [[0], [3], [], []], LABELS[:3], [[0], [1]]]
 )
 def test_labels_that_can_not_be_used(labels: Any) -> None:
     with pytest.raises(ArgumentError, match="data: "):

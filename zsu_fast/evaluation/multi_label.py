@@ -171,6 +171,10 @@ def evaluate_multi_label(
         if bool((outputs[-1].isnan() | (outputs[-1] == torch.inf)).any()):  # a mask gives -inf
             raise ModelError("its outputs are NaN or infinite", "Load weights that are finite.")
     joined = torch.cat(labels)
+    if not bool(joined.any()):
+        raise ArgumentError(
+            "data", "its labels [N, C] are all 0", "Pass 1 for each class it shows."
+        )
     if not stated and bool((joined.sum(1) == 1).all()):
         raise ArgumentError(
             "data",
