@@ -44,6 +44,7 @@ class DeepSettings:
         leak: share of held-out inverted rows.
         spare, spare_factor: share of the held-out scenes that may lose their answer to a larger
             factor than needed, and the largest such factor.
+        multi_label: whether each class has a sigmoid of its own.
     """
 
     scenes: int = 5120
@@ -66,6 +67,7 @@ class DeepSettings:
     leak: float = 0.05
     spare: float = 0.01
     spare_factor: float = 1.25
+    multi_label: bool = False
 
     def for_classes(self, classes: int) -> DeepSettings:
         """The settings for a model of that many classes.
