@@ -104,8 +104,8 @@ class ZeroShotUnlearner:
         impressions: `ClassImpressions` to use; None synthesises them.
         space: "input" synthesises images; "tail-input" synthesises what the backbone passes to the
             tail, which is far cheaper because the backbone never runs on it. None: that of
-            ``impressions``, or "tail-input"; at the output level "input" if the classifier takes
-            normalised features with negative values (`Split.directions`).
+            ``impressions``, or "tail-input"; at the output level "input" if the classifier sees
+            only the direction of the features (`Split.directions`).
         impressions_per_class: None: 32, or fewer for many classes; `DeepSettings` for deep
             forgetting with space="tail-input". With 4 or more, one in four is held out for
             validation; with fewer, fresh mixtures serve instead.
@@ -215,6 +215,8 @@ class ZeroShotUnlearner:
             self.rows: RowSource | None = None
             self.result: Fit | None = None
             self._target: nn.Module | None = None
+            self.unlearned: nn.Module | None = None
+            self.full_size: nn.Module | None = None
             self.verdict: Verdict | None = None
             self._prepare(model, forget, forgotten, ledger, class_names)
             self._check_options(impressions is not None)
@@ -405,7 +407,7 @@ class ZeroShotUnlearner:
                 "apply()", "called before fit()", "Call run(), or synthesise(), split(), fit()."
             )
         target = self._target or self._copy_of_original()
-        self._target = None  # a second call returns another copy
+        self._target = None  # the next call gets another copy
         names = self.split_point.parameters
         copies = self._copies()
         trained = trained_parameters(self.work, self.split_point)
@@ -569,7 +571,8 @@ class ZeroShotUnlearner:
         else:  # logits have collapsed by now: keep the margin computed from the original
             features, loop = options.features, options.loop
             mixtures = _LAST_MIXTURES if features.mixtures is None else features.mixtures
-            options.features = replace(features, margin=facts["margin"], mixtures=mixtures)
+            margin = features.margin if rows.deep.last.directions else facts["margin"]
+            options.features = replace(features, margin=margin, mixtures=mixtures)
             options.loop = replace(loop, steps=loop.steps or _LAST_STEPS)
             options.objective = replace(options.objective, constant=self.multi_label)
         return rows.deep.last

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import encodings.cp437  # noqa: F401  zipfile imports it for names of other systems; not while watched
 import os
 import random
 import sys

@@ -26,7 +26,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ class Case:
         must_load: whether refusing it would be wrong, too.
         must_warn: whether an `UnlearningWarning` has to tell of a choice.
         entry: what to ask for after ``::``.
+        fault: what is wrong with the file, if anything.
     """
 
     kind: str
@@ -125,7 +126,7 @@ class Case:
     must_load: bool = False
     must_warn: bool = False
     entry: str = ""
-    notes: list[str] = field(default_factory=list)
+    fault: str = ""
 
 
 def beside(model: nn.Module, draw: random.Random) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def make_case(model: nn.Module, draw: random.Random) -> Case:
         "criterion.weight": torch.ones(5)
     }
     key = draw.choice(PLAIN_KEYS)
-    case.kind = layout
+    case.kind, case.fault = layout, fault
     if layout == "beside":
         case.content |= extra
         case.must_warn = True
@@ -224,32 +225,41 @@ def make_case(model: nn.Module, draw: random.Random) -> Case:
         if draw.random() < 0.1:
             case.content = {"checkpoint": case.content}
     outer = case.content.get("checkpoint", case.content) if nested else case.content
-    if layout == "ema key":
-        ema_key = draw.choice(EMA_KEYS)
-        outer[ema_key] = prefixed(stored_ema, draw.choice(PLAIN_PREFIXES))
-        case.must_warn = True
-        if draw.random() < 0.4:
-            case.entry, case.right, case.must_load, case.must_warn = ema_key, ema, True, False
-        elif fault == "other model":
-            case.right = ema
-    elif layout == "copy":
-        outer[draw.choice([k for k in PLAIN_KEYS if k != key])] = dict(content)
-    elif layout == "two":  # equally good, other values
-        second = draw.choice([k for k in PLAIN_KEYS if k != key])
-        outer[second] = prefixed(stored_ema, prefix)
-        if fault == "other model":
-            case.right, case.must_load = ema, True
-        elif draw.random() < 0.5:
-            case.entry, case.right, case.must_load = second, ema, True
-        else:
-            case.right, case.must_load = None, False
+    if nested:
+        add_entry(case, outer, key, (stored_ema, ema), draw)
     if fault == "code":
         case.content["config"] = Code()
     if fault in ("code", "cut off"):
         case.right, case.must_load = None, False
-    case.notes.append(fault)
     case.content = shuffled(case.content, draw)
     return case
+
+
+def add_entry(
+    case: Case, outer: dict[str, Any], key: str, ema: tuple[State, State], draw: random.Random
+) -> None:
+    """Adds the second state dict of layouts that have two, beside ``outer[key]``.
+
+    ``ema`` holds other weights, by their names in the file and in the model.
+    """
+    stored, right = ema
+    second = draw.choice([k for k in PLAIN_KEYS if k != key])
+    other_model = case.fault == "other model"  # so that only the second has the model's names
+    if case.kind == "ema key":
+        second = draw.choice(EMA_KEYS)
+        outer[second] = prefixed(stored, draw.choice(PLAIN_PREFIXES))
+        case.must_warn = True
+        if draw.random() < 0.4:
+            case.entry, case.right, case.must_load, case.must_warn = second, right, True, False
+        elif other_model:
+            case.right = right
+    elif case.kind == "copy":
+        outer[second] = dict(outer[key])
+    elif case.kind == "two":  # equally good, other values
+        outer[second] = prefixed(stored, draw.choice(PLAIN_PREFIXES))
+        case.right, case.must_load = (right, True) if other_model else (None, False)
+        if not other_model and draw.random() < 0.5:
+            case.entry, case.right, case.must_load = second, right, True
 
 
 def write(case: Case, path: Path, draw: random.Random) -> None:
@@ -258,7 +268,7 @@ def write(case: Case, path: Path, draw: random.Random) -> None:
         save_file({n: t.clone().contiguous() for n, t in case.content.items()}, path)
     else:
         torch.save(case.content, path, _use_new_zipfile_serialization=draw.random() < 0.8)
-    if "cut off" in case.notes:
+    if case.fault == "cut off":
         whole = path.read_bytes()
         path.write_bytes(whole[: draw.randrange(len(whole) * 9 // 10)])
 
@@ -304,14 +314,13 @@ def fuzz(count: int, seed: int) -> tuple[Counter[tuple[str, str]], list[str]]:
             path = Path(folder) / f"weights{draw.choice(ENDINGS)}"
             write(case, path, draw)
             outcome, finding = check(MODELS[kind](), case, path)
-            fault = next(filter(None, case.notes), "")
-            name = f"{case.kind}, fault" if fault else case.kind
+            name = f"{case.kind}, fault" if case.fault else case.kind
             counts[name, outcome] += 1
             if finding:
                 keys = {k: list(v)[:9] if isinstance(v, dict) else type(v).__name__
                         for k, v in itertools.islice(case.content.items(), 12)}  # fmt: skip
                 wrong.append(
-                    f"{i}: {kind}, {case.kind}, fault {fault!r}, {path.name}, entry "
+                    f"{i}: {kind}, {case.kind}, fault {case.fault!r}, {path.name}, entry "
                     f"{case.entry!r}, {keys}: {finding}"
                 )
             path.unlink()

@@ -84,7 +84,8 @@ def test_the_working_copy_returns_what_the_softmax_takes(form: str) -> None:
     shift = (logits - want).mean(1, keepdim=True)  # some subtract the maximum themselves
     assert torch.allclose(logits - shift, want, atol=1e-5)
     assert "unlearned ahead of its softmax" in found.notes[0]
-    assert ("log-probabilities" in found.notes[0]) == ("log" in form)
+    assert found.model.returns == ("log-probabilities" if "log" in form else "probabilities")
+    assert found.model.returns in found.notes[0]
 
 
 @pytest.mark.parametrize("form", BOUNDED)
@@ -95,7 +96,9 @@ def test_the_working_copy_returns_what_the_sigmoid_takes(form: str) -> None:
         logits, want = found.model(images), tiny()(images)
     scale = float(want.abs().max() / logits.abs().max())
     assert torch.allclose(scale * logits, want, rtol=1e-4, atol=1e-4)
-    assert "ahead of the sigmoid or tanh" in found.notes[0]
+    assert "ahead of the sigmoid" in found.notes[0]
+    assert len(found.notes) == 1
+    assert found.model.returns == "scores"
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -151,6 +154,7 @@ def test_logits_are_taken_as_they_are() -> None:
     found = prepared(tiny())
     assert found.notes == []
     assert found.model.extra_repr() == ""
+    assert found.model.returns == "logits"
     soft = squashed(lambda z: 3 * torch.tanh(z / 3))  # soft-capped logits, beyond 1
     assert torch.equal(prepared(soft).model(noise_images(SPEC, 3)), soft(noise_images(SPEC, 3)))
 

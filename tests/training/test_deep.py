@@ -454,7 +454,7 @@ def test_where_it_is_not_possible_only_the_outputs_forget(
     assert (depth["depth"], depth["level"]) == ("deep", "output")
     assert [n for n in run.record.warnings if n.startswith("level: ") and depth["fallback"] in n]
     last = set(run.record.split["trained"])
-    assert run.record.split["output_level"] == (model is not TwoClassifiers)
+    assert run.record.split["output_level"]  # of two classifiers, the rows of both are trained
     assert changed_tensors(original, made) <= last
     assert changed_tensors(original, run.work.module) <= last  # what was tried is undone
     assert all(bool(p.isfinite().all()) for p in made.parameters())
@@ -462,8 +462,7 @@ def test_where_it_is_not_possible_only_the_outputs_forget(
         with torch.no_grad():
             masked = zsu_fast.mask(original, FORGET)(data[0]).argmax(1)
             same = float((made(data[0]).argmax(1) == masked).float().mean())
-        # ahead of the first of two classifiers, more than the last layer is trained
-        assert same > (0.97 if model is TwoClassifiers else 0.99)
+        assert same > 0.99
 
 
 def test_an_error_or_ctrl_c_leaves_the_working_copy_as_it_was() -> None:

@@ -283,6 +283,8 @@ def _skip_squash(work: LogitsModel, images: Tensor, seen: _Seen, multi_label: bo
             "Pass multi_label=False; or, if each class has a sigmoid of its own, logits.",
         )
 
+    work.returns = kind
+
     def is_right(logits: Tensor) -> bool:
         return bool(((logits.softmax(1) - probabilities).abs() < _TOLERANCE).all())
 
@@ -307,6 +309,7 @@ def _skip_bounded(work: LogitsModel, images: Tensor, seen: _Seen, multi_label: b
         return bool((rising.diff() >= -1e-6).all()) and not torch.equal(logits, scores)
 
     if _first_right(work, images, seen.makers.values(), is_right):
+        work.returns = "scores"
         if multi_label:  # known to end in a sigmoid
             return []
         return [

@@ -30,6 +30,8 @@ class LogitsModel(nn.Module):
     Attributes:
         squash_place: where the model ends in a softmax or sigmoid of its own ``forward``, the place
             in `AheadOfSquash.ahead_of` of what that took; None otherwise.
+        returns: what the module itself returns: "logits", "probabilities", "log-probabilities" or,
+            each by itself, "scores" of 0 to 1 or -1 to 1 (`probe` finds out).
         log: whether the output, probabilities whose logits can't be reached, goes through a log.
         cast: whether the output has to be cast to float32.
     """
@@ -39,6 +41,7 @@ class LogitsModel(nn.Module):
         self.module, self.output = module, output
         self.squash_place: int | None = None
         self.log = self.cast = False
+        self.returns = "logits"
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor

@@ -8,6 +8,7 @@ tell them from layers that happen to be as wide, and from rows that a parametriz
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -120,15 +121,8 @@ def expose_class_buffers(model: LogitsModel, images: Tensor) -> list[str]:
 
 def _dims_of(model: LogitsModel, images: Tensor, tensors: Mapping[str, Tensor]) -> ClassDims:
     """`class_dims` of tensors of the model, whose ``requires_grad`` is left as it was."""
-    flags = {name: tensor.requires_grad for name, tensor in tensors.items()}
-    try:
-        for tensor in tensors.values():
-            tensor.requires_grad_(True)
-        with torch.enable_grad():
-            return class_dims(model(images[:2]), tensors)
-    finally:
-        for name, tensor in tensors.items():
-            tensor.requires_grad_(flags[name])
+    with requiring_gradients(tensors), torch.enable_grad():
+        return class_dims(model(images[:2]), tensors)
 
 
 def _may_be_classifier(name: str, tensor: Tensor, classes: int) -> bool:
@@ -147,3 +141,22 @@ def _plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, value in vars(owner).items():
             if isinstance(value, Tensor):
                 yield f"{path}.{name}" if path else name, value
+
+
+@contextmanager
+def requiring_gradients(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Lets tensors require gradients, frozen ones too, and leaves them as they were."""
+    frozen = [tensor for tensor in tensors.values() if not tensor.requires_grad]
+    try:
+        for tensor in frozen:
+            tensor.requires_grad_(True)
+        yield
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)
+
+
+def layer_of(parameter: str) -> str:
+    """The module that owns a parameter, behind a parametrization or not."""
+    layer, parametrization, _ = parameter.partition(".parametrizations.")
+    return layer if parametrization else parameter.rpartition(".")[0]

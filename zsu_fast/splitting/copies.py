@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..models.parameters import saved_tensors
 from ..models.wrapper import LogitsModel
 from ..runtime.hooks import forward_hooks
-from .class_rows import ClassDims, class_dims
+from .class_rows import ClassDims, class_dims, requiring_gradients
 
 
 def class_copies(model: LogitsModel, images: Tensor, trained: Iterable[str]) -> ClassDims:
@@ -80,21 +80,13 @@ def _in_use(model: LogitsModel, images: Tensor) -> tuple[dict[str, int | None], 
         if isinstance(output, Tensor) and not output.requires_grad:
             unknown.add(names[layer])
 
-    flags = [t.requires_grad for t in tensors.values()]
-    try:
-        for tensor in tensors.values():
-            tensor.requires_grad_(True)
-        with torch.enable_grad(), forward_hooks(names, note):
-            logits = model(images)
-        values = list(tensors.values())
+    with requiring_gradients(tensors), torch.enable_grad(), forward_hooks(names, note):
+        logits = model(images)
         grads = torch.autograd.grad(
-            logits.square().sum(), values, retain_graph=True, allow_unused=True
+            logits.square().sum(), list(tensors.values()), retain_graph=True, allow_unused=True
         )
         reaching = [n for n, g in zip(tensors, grads, strict=True) if g is not None]
         dims = class_dims(logits, {n: tensors[n] for n in reaching})
-    finally:
-        for tensor, flag in zip(tensors.values(), flags, strict=True):
-            tensor.requires_grad_(flag)
     return {name: dims.get(name) for name in reaching}, unknown
 
 

@@ -7,9 +7,7 @@ vector, or a feature map and the skip connection beside it) are the boundary ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -17,64 +15,16 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ModelError, shorten
 from ..models.wrapper import LogitsModel
 from .batch_dim import BoundaryTensors
-from .class_rows import ClassDims, class_dims, expose_class_buffers
+from .class_rows import expose_class_buffers, layer_of, requiring_gradients
+from .classifier import classifier_split, frozen_classifier
 from .fx_split import split_by_fx
-from .layers import CHUNK_BYTES, fisher_ratios, in_chunks, layer_names
-from .operand_split import split_before_operand
+from .layers import fisher_ratios, layer_names
+from .parts import Split as Split
 from .replay_split import ReplayBackbone, split_by_replay
 
 
 class _TiedWeightsError(ArgumentError):
     """The tail would train weights that the backbone uses too."""
-
-
-@dataclass
-class Split:
-    """A model in two parts: ``tail(*backbone(x)) == model(x)``.
-
-    Attributes:
-        backbone: images [N, ...] -> the tuple of boundary tensors, each [N, ...].
-        tail: the boundary tensors -> logits [N, C].
-        name: the module at which the tail starts.
-        reason: why there, in words.
-        parameters: names (in the user's model) of what the tail trains.
-        output_level: True if only the classifier is trained: the features stay as they are, so
-            only the outputs forget.
-        fixed: names of the parameters that the tail uses and does not train.
-        class_dims: if all of ``parameters`` hold one row per class, the dimension of the rows in
-            each; else {}.
-        directions: True if the logits depend on the direction of the features alone, which have
-            negative values too: rows that start anywhere are then unlike those of images.
-        warning: what the user should know about the split, in words; "" for nothing.
-    """
-
-    backbone: nn.Module
-    tail: nn.Module
-    name: str
-    reason: str
-    parameters: list[str]
-    output_level: bool
-    fixed: list[str] = field(default_factory=list)
-    class_dims: ClassDims = field(default_factory=dict)
-    directions: bool = False
-    warning: str = ""
-
-    def features(
-        self, images: Tensor, batch: int | None = None, chunk_bytes: int = CHUNK_BYTES
-    ) -> BoundaryTensors:
-        """The backbone's output for all images, without gradients.
-
-        Args:
-            images: [N, ...].
-            batch: images at a time; None chooses by ``chunk_bytes``.
-            chunk_bytes: bound for the largest feature map of the images that run at a time.
-        """
-        chunks = (
-            in_chunks(self.backbone, images, chunk_bytes) if batch is None else images.split(batch)
-        )
-        with torch.no_grad():
-            parts = [self.backbone(chunk) for chunk in chunks]
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def find_split(model: LogitsModel, at: str | int, images: Tensor, labels: Tensor) -> Split:
@@ -101,7 +51,9 @@ def find_split(model: LogitsModel, at: str | int, images: Tensor, labels: Tensor
     expose_class_buffers(model, probe)
     if isinstance(at, str) and at not in ("auto", "last"):
         found = split_at(model, at, probe, "named by the caller")
-        return _last_split(model, found, images) if _starts_at_last(model, at, probe) else found
+        return (
+            classifier_split(model, found, images) if _starts_at_last(model, at, probe) else found
+        )
     if at == "auto":
         layers, chosen, reason = _first_responsive_layer(model, images, labels)
     else:
@@ -115,7 +67,7 @@ def find_split(model: LogitsModel, at: str | int, images: Tensor, labels: Tensor
         if name != layers[0] and _backbone_gives_logits(found, probe):
             reason = f"{reason}; moved ahead of {name!r}, before which other logits are computed"
             continue
-        return _last_split(model, found, images) if chosen == len(layers) - 1 else found
+        return classifier_split(model, found, images) if chosen == len(layers) - 1 else found
     raise ModelError(
         "each layer shares its weights with an earlier one",
         "Name the module at which the tail is to start, by tail=.",
@@ -190,7 +142,7 @@ def split_at(model: LogitsModel, name: str, images: Tensor, reason: str) -> Spli
         # a replay runs the code of the enclosing modules again: parameters used there (a class
         # token, a position embedding) belong to the backbone and stay as they are
         enclosing = {name[:at] for at, letter in enumerate(name) if letter == "."} | {""}
-        frozen = [p for p in tied if _layer_of(p) in enclosing]
+        frozen = [p for p in tied if layer_of(p) in enclosing]
         parameters = [p for p in parameters if p not in frozen]
         tied = [p for p in tied if p not in frozen]
     if tied:
@@ -199,92 +151,8 @@ def split_at(model: LogitsModel, name: str, images: Tensor, reason: str) -> Spli
             f"{name!r} would train {tied[0]}, which the frozen backbone uses too (tied weights)",
             "Name the module at which the shared weights are used first, or leave tail='auto'.",
         )
-    layers, fixed = {_layer_of(p) for p in parameters}, [n for n in used if n not in parameters]
+    layers, fixed = {layer_of(p) for p in parameters}, [n for n in used if n not in parameters]
     return Split(backbone, tail, name, reason, parameters, len(layers) == 1, fixed)
-
-
-def class_split(model: LogitsModel, split: Split, images: Tensor) -> Split:
-    """Restricts a split before the last layer to the classifier: what holds one row per class.
-
-    That may be less than the layer (a scale of all logits stays as it is), or something else: a
-    matrix that `forward` multiplies by itself, or the last layers of an ensemble. Whatever else the
-    tail uses is not trained then. A tail without such a matrix is returned as it is, with a warning
-    if nothing in it is as long as there are classes.
-
-    Args:
-        model: from `working_copy`.
-        split: its last layer, or less.
-        images: two or more.
-
-    Raises:
-        ModelError: the classifier is frozen, and other parts of the model are not.
-    """
-    named = dict(model.module.named_parameters())
-    used = {n: named[n] for n in [*split.parameters, *split.fixed] if n in named}
-    with torch.no_grad():
-        boundary = split.backbone(images)
-    with _requiring_gradients(used), torch.enable_grad():
-        logits = split.tail(*boundary)
-        dims = class_dims(logits, used)
-    matrices = [n for n in dims if named[n].ndim > 1]
-    trained = [n for n in split.parameters if n in dims]
-    if matrices and not any(named[n].ndim > 1 for n in trained):
-        raise _frozen(matrices[0])
-    if not matrices:
-        wide = any(logits.shape[1] in p.shape for p in used.values())
-        warning = "" if wide else (
-            f"no tensor of the model holds one row per class: {', '.join(split.parameters)} was "
-            f"trained as a whole, and the data-free checks may miss what images show. Measure FA "
-            f"and RA on images."
-        )  # fmt: skip
-        return replace(split, warning=warning)
-    return _restricted(split, used, trained, dims)
-
-
-def _restricted(
-    split: Split, used: Iterable[str], trained: list[str], dims: ClassDims, warning: str = ""
-) -> Split:
-    """``split`` with only the parameters ``trained``, which hold one row per class."""
-    reason = split.reason
-    if trained != split.parameters:
-        reason = f"{reason}; only what holds one row per class is trained: {', '.join(trained)}"
-    return replace(
-        split, reason=reason, parameters=trained, output_level=True,
-        fixed=[n for n in used if n not in trained], class_dims={n: dims[n] for n in trained},
-        warning=warning,
-    )  # fmt: skip
-
-
-def _last_split(model: LogitsModel, split: Split, images: Tensor) -> Split:
-    """The split before the classifier: `class_split`, and after what is before the classifier."""
-    images = images[:3] if len(images) > 2 else images[:1].expand(3, *images.shape[1:])
-    split = _before_classifier(model, class_split(model, split, images[:2]), images)
-    with torch.no_grad():
-        boundary = split.backbone(images)
-        if all(t.is_floating_point() for t in boundary) and any(
-            bool((t < 0).any()) for t in boundary
-        ):
-            near, far = (split.tail(*[t * factor for t in boundary]) for factor in (0.5, 2.0))
-            size = 1e-4 * float(far.abs().max())
-            split.directions = bool(((near - far).abs() <= size).all())
-    return split
-
-
-def _before_classifier(model: LogitsModel, split: Split, images: Tensor) -> Split:
-    """Moves a split from `class_split` on to the classifier itself, if that is no layer."""
-    named = dict(model.module.named_parameters())
-    matrices = [n for n in split.class_dims if named[n].ndim > 1]
-    layers = layer_names(model.module, images)
-    if len(matrices) != 1 or _layer_of(matrices[0]) in layers:
-        return split
-    with torch.no_grad():
-        boundary = split.backbone(images)
-    parts = split_before_operand(split.tail, named[matrices[0]], boundary)
-    if parts is None:
-        return split
-    before, tail = parts
-    reason = f"{split.reason}; before {matrices[0]}, which is no layer"
-    return replace(split, backbone=_Chain(split.backbone, before), tail=tail, reason=reason)
 
 
 def check_frozen(model: LogitsModel, images: Tensor) -> str:
@@ -319,20 +187,11 @@ def _nothing_to_train(
     model: LogitsModel, name: str, used: list[str], images: Tensor
 ) -> ArgumentError:
     if used:
-        return _frozen(used[0])
+        return frozen_classifier(used[0])
     return ArgumentError(
         "tail",
         f"{name!r} is followed by no layer with parameters",
         f"Name an earlier module, such as {layer_names(model.module, images)[-1]!r}.",
-    )
-
-
-def _frozen(parameter: str) -> ModelError:
-    layer = _layer_of(parameter)
-    return ModelError(
-        f"its classifier {parameter} is frozen (requires_grad=False) and other parameters are not",
-        f"Unfreeze it: model.get_parameter({parameter!r}).requires_grad_(True)"
-        + (f", or model.get_submodule({layer!r}).requires_grad_(True)." if layer else "."),
     )
 
 
@@ -406,7 +265,7 @@ def _parameters_behind(
     depends.
     """
     parameters = {n: p for n, p in parameters.items() if p.is_floating_point()}
-    with _requiring_gradients(parameters), torch.enable_grad():
+    with requiring_gradients(parameters), torch.enable_grad():
         sums = [t.sum() for t in run() if t.requires_grad]
         if not sums:
             return []
@@ -415,42 +274,11 @@ def _parameters_behind(
     return [n for n, g in zip(parameters, grads, strict=True) if g is not None]
 
 
-@contextmanager
-def _requiring_gradients(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Lets tensors require gradients, frozen ones too, and leaves them as they were."""
-    frozen = [tensor for tensor in tensors.values() if not tensor.requires_grad]
-    try:
-        for tensor in frozen:
-            tensor.requires_grad_(True)
-        yield
-    finally:
-        for tensor in frozen:
-            tensor.requires_grad_(False)
-
-
-def _layer_of(parameter: str) -> str:
-    """The module that owns a parameter, behind a parametrization or not."""
-    layer, parametrization, _ = parameter.partition(".parametrizations.")
-    return layer if parametrization else parameter.rpartition(".")[0]
-
-
 @torch.no_grad()
 def _backbone_gives_logits(split: Split, probe: Tensor) -> bool:
     """Whether a second classifier, beside the layer at the split, lies in the frozen backbone."""
     boundary = split.backbone(probe)
     return len(boundary) > 1 and any(f.shape == split.tail(*boundary).shape for f in boundary)
-
-
-class _Chain(nn.Module):
-    """Images -> boundary tensors -> those of a later split."""
-
-    def __init__(self, backbone: nn.Module, then: nn.Module) -> None:
-        super().__init__()
-        self.backbone, self.then = backbone, then
-
-    def forward(self, x: Tensor) -> BoundaryTensors:
-        boundary: BoundaryTensors = self.then(*self.backbone(x))
-        return boundary
 
 
 class _CloningTail(nn.Module):

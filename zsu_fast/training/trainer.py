@@ -103,9 +103,10 @@ class Schedule:
             every attempt, instead of every row once per epoch.
         validations: per full attempt.
         patience: validations without a gain after which an attempt ends; None to take all steps.
-        keep: "best": the best state over all attempts, see `ValidationResult`; "last": the last
-            finite state, but only if it is better than the original when training is stopped from
-            outside; "complete": the last state of the first attempt that does not diverge.
+        keep: "best": the best state over all attempts, see `ValidationResult.better_than`; "last":
+            the last finite state, but only if it is better than the original when training is
+            stopped from outside; "complete": the last state of the first attempt that does not
+            diverge.
         slower: factors on the learning rate of further attempts if the first one diverges, or
             changes too many of the retained answers.
         other: the same if the first one leaks.
@@ -252,6 +253,8 @@ class Trainer:
         first = self._validate(0, 0, 0.0, math.nan)
         self.fit.history.append(first)
         self.fit.best, self._best_state = first, start
+        if self.task.start is not None:
+            start = list(self.task.start)
         rates, number = deque([self.schedule.learning_rate]), 0
         try:
             while rates:

@@ -65,7 +65,7 @@ class DeepSettings:
     ridge: float = 0.1
     factors: tuple[float, ...] = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0)
     leak: float = 0.05
-    spare: float = 0.01
+    spare: float = 0.02
     spare_factor: float = 1.25
     multi_label: bool = False
 

@@ -17,8 +17,9 @@ from ...models.wrapper import LogitsModel
 from ...runtime.hooks import forward_pre_hooks, recorded_inputs
 from ...splitting.batch_dim import BoundaryTensors
 from ...splitting.class_rows import expose_class_buffers
+from ...splitting.classifier import class_split, classifier_split
 from ...splitting.layers import layer_names
-from ...splitting.split import Split, class_split, resplit, split_at
+from ...splitting.split import Split, resplit, split_at
 from ...synthesis.space import FlatTail, flatten_boundary
 
 # Few rows determine few weights: more layers cost retained accuracy.
@@ -102,6 +103,7 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
     names = layer_names(model.module, images)
     last = split_at(model, names[-1], images[:2], "the last layer")
     last = class_split(model, last, images[:2])
+    last.directions = classifier_split(model, last, images).directions
     if len(last.backbone(images[:2])) != 1:
         raise ModelError(
             f"its last layer {names[-1]!r} is not the only way from the features to the logits",
