@@ -44,6 +44,7 @@ class DeepSettings:
         leak: share of held-out inverted rows.
         robust, robust_factor: a larger factor than needed, at most the second, is taken if this
             share of the held-out scenes keeps its answer all the same.
+        multi_label: whether each class has a sigmoid of its own.
     """
 
     scenes: int = 5120
@@ -66,6 +67,7 @@ class DeepSettings:
     leak: float = 0.1
     robust: float = 0.88
     robust_factor: float = 1.25
+    multi_label: bool = False
 
     def for_classes(self, classes: int) -> DeepSettings:
         """The settings for a model of that many classes.
