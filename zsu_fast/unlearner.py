@@ -406,8 +406,8 @@ class ZeroShotUnlearner:
             raise ArgumentError(
                 "apply()", "called before fit()", "Call run(), or synthesise(), split(), fit()."
             )
-        target = self._target or self._copy_of_original()
-        self._target = None  # the next call gets another copy
+        target, self._target = self._target, None  # the next call gets another copy
+        target = self._copy_of_original() if target is None else target
         names = self.split_point.parameters
         copies = self._copies()
         trained = trained_parameters(self.work, self.split_point)
