@@ -301,7 +301,8 @@ class ZeroShotUnlearner:
                 with self._stage("deep split"):
                     deep = find_deep_split(self.work, options.tail, self.spec)
             except (ArgumentError, ModelError) as error:
-                if isinstance(error, OnlyLastLayer) and not options.depth_given:
+                named = isinstance(error, OnlyLastLayer) and options.tail != "auto"
+                if named and not options.depth_given:
                     self.options.depth = "output"  # as with tail="last"
                     self.record.depth |= {"depth": "output", "level": "output", "unused": []}
                     return None
