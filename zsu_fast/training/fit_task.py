@@ -102,7 +102,9 @@ def make_fit_task(
         margin = settings.margin_for(logit_margin, classes, forget_logits_only)
         if split.directions and settings.margin is None:
             margin = 0.0  # out of reach for logits without a bias: it would leave more of the class
-        keep = 0.0 if forget_logits_only else _KEEP_LAST if last else _KEEP
+        keep = _KEEP_LAST if last else _KEEP
+        if forget_logits_only or _are_normalised(train.teacher):
+            keep = 0.0
         loss = MaskedKL(forget, margin, forget_logits_only, keep, keep_all=last)
     start = None
     if split.directions and forget_logits_only:
@@ -147,3 +149,9 @@ def load_values(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) ->
     """Copies ``values`` into the parameters."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
+
+
+def _are_normalised(logits: Tensor) -> bool:
+    """Whether rows of [N, C] are (log-)probabilities, which can't stay when others are removed."""
+    sums = torch.stack([logits.sum(1), logits.logsumexp(1).exp()])
+    return bool(((sums - 1).abs() < 1e-3).all(1).any())
