@@ -16,6 +16,7 @@ from .evaluation.audit.audit import audit
 from .evaluation.audit.result import Audit
 from .evaluation.baselines import random_embeddings
 from .evaluation.check import check
+from .evaluation.multi_label import MultiLabelEvaluation
 from .evaluation.verdict import Verdict
 from .models.compact import compact
 from .models.delta import apply_delta, save_delta
@@ -45,6 +46,7 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "ModelError",
+    "MultiLabelEvaluation",
     "OutputError",
     "Plan",
     "RankError",

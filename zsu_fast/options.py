@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .errors import ArgumentError, check_choice, check_flag, check_int
+from .models.multi_label import check_multi_label
 from .models.outputs import OutputChoice, check_output
 from .synthesis.ascent_settings import AscentSettings
 from .synthesis.impressions import default_per_class
@@ -26,7 +27,7 @@ _FEATURES = ("mixtures", "margin")
 _LOOP = ("steps", "batch", "learning_rate", "early_stop", "loop")
 _ALONE = (
     "tail", "depth", "space", "impressions_per_class", "retain_sample", "input_shape", "mean",
-    "std", "output", "device", "cache", "inplace", "compact", "everywhere",
+    "std", "output", "device", "cache", "inplace", "compact", "everywhere", "multi_label",
 )  # fmt: skip
 # What ranks may pass differently: it does not change the result.
 PER_RANK = ("device", "cache", "inplace")
@@ -67,6 +68,7 @@ class Options:
     inplace: bool
     compact: bool
     everywhere: bool
+    multi_label: bool | None
     ascent: AscentSettings
     features: FeatureSettings
     objective: ObjectiveSettings
@@ -109,6 +111,7 @@ class Options:
         check_flag("inplace", self.inplace)
         check_flag("everywhere", self.everywhere)
         check_flag("compact", self.compact)
+        check_multi_label(self.multi_label)
         if self.inplace and self.compact:
             raise ArgumentError(
                 "inplace",
@@ -158,7 +161,13 @@ class Options:
         with the impressions per class if they are given.
         """
         settings, per_class = self.deep.for_classes(classes), self.impressions_per_class
+        settings = replace(settings, multi_label=self.objective.multi_label)
         return settings if per_class is None else replace(settings, inverted=per_class * active)
+
+    def set_multi_label(self, multi_label: bool) -> None:
+        """Sets what each stage takes the model's classes for."""
+        self.ascent = replace(self.ascent, multi_label=multi_label)
+        self.objective = replace(self.objective, multi_label=multi_label)
 
     def set_per_class(self, classes: int) -> None:
         """Sets the impressions per class, unless given, to what suits that many classes."""

@@ -137,6 +137,8 @@ class ZeroShotUnlearner:
         callback: called with an `Event`; return True to end the stage early.
         distributed: whether to share the synthesis with the other ranks of torch.distributed's
             default group, which must all make the same call; None: if the group is initialised.
+        multi_label: whether each class has a sigmoid of its own, and an image any number of
+            classes; None: if the model's transformers config says so, or if it ends in a sigmoid.
 
     Attributes:
         impressions: the `ClassImpressions`; None before `synthesise`.
@@ -145,6 +147,7 @@ class ZeroShotUnlearner:
         history: the `ValidationResult` of each validation of the fit.
         stopped: why the fit ended, in words.
         record: the `Record` of the run.
+        multi_label: whether each class has a sigmoid of its own.
         notes: what was found while probing the model (`PreparedModel.notes`).
         unlearned: what `apply` returns; None before.
         full_size: with compact=True, the same model before the rows were cut; None before `apply`.
@@ -198,6 +201,7 @@ class ZeroShotUnlearner:
         progress: bool | None = None,
         callback: Callback | None = None,
         distributed: bool | None = None,
+        multi_label: bool | None = None,
     ) -> None:
         keywords = locals()
         if space is None and isinstance(impressions, ClassImpressions):
@@ -502,8 +506,11 @@ class ZeroShotUnlearner:
         if device is None and self.ranks.device.type == "cuda":
             device = self.ranks.device
         prepared = prepare_model(
-            model, device, options.input_shape, options.mean, options.std, options.output
-        )
+            model, device, options.input_shape, options.mean, options.std, options.output,
+            options.multi_label,
+        )  # fmt: skip
+        self.multi_label = prepared.multi_label
+        options.set_multi_label(self.multi_label)
         self.original, self.work, self.spec = model, prepared.model, prepared.spec
         self.device, self.classes = prepared.device, prepared.classes
         self.notes = prepared.notes
@@ -534,7 +541,7 @@ class ZeroShotUnlearner:
             model, self.spec, self.forget, self.classes, options.given, self.device
         )
         self.record.depth |= {"depth": options.depth, "level": options.depth}
-        self.record.forgotten = self.forgotten
+        self.record.forgotten, self.record.multi_label = self.forgotten, self.multi_label
         if self.labels is not None:
             self.record.labels = self.labels.named([*self.forget, *self.forgotten])
         before = self.record.weights_before
@@ -567,6 +574,7 @@ class ZeroShotUnlearner:
             margin = features.margin if rows.deep.last.directions else facts["margin"]
             options.features = replace(features, margin=margin, mixtures=mixtures)
             options.loop = replace(loop, steps=loop.steps or _LAST_STEPS)
+            options.objective = replace(options.objective, constant=self.multi_label)
         return rows.deep.last
 
     @contextmanager

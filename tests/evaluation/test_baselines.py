@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support import changed_tensors, same_bits, tiny, tiny_data, untouched
 from torch import Tensor, nn
 
-from zsu_fast import ArgumentError, random_embeddings
+from zsu_fast import ArgumentError, ModelError, random_embeddings
 from zsu_fast.splitting.layers import layer_names
 
 FORGET = [1, 3]
@@ -79,3 +81,10 @@ def test_bad_classes_are_refused(forget: object) -> None:
 def test_auto_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"^tail: got 'auto'"):
         random_embeddings(tiny(), FORGET, tail="auto")
+
+
+def test_random_embeddings_of_a_multi_label_model_are_refused() -> None:
+    model = tiny()
+    model.config = SimpleNamespace(problem_type="multi_label_classification")
+    with pytest.raises(ModelError, match="loss of a softmax"):
+        random_embeddings(model, FORGET)

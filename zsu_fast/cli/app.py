@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..errors import ArgumentError, LedgerError, shorten
 from ..evaluation.accuracy import evaluate as measure
+from ..evaluation.multi_label import MultiLabelEvaluation
 from ..models import checkpoint
 from ..models.compact_file import compact_metadata, file_compaction
 from ..models.delta import apply_delta
@@ -154,6 +155,7 @@ def evaluate(
     ],
     images: options.ImageOptions,
     class_names: options.ClassNames = None,
+    multi_label: options.MultiLabel = None,
     device: options.Device = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -169,11 +171,13 @@ def evaluate(
         labels = labels_of(names, loaded)
         result = measure(
             loaded, labelled, parse_classes(forget, labels), class_names=names,
-            output=images.choice,
+            output=images.choice, multi_label=multi_label,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         if as_json:
             output.print_json(result.to_dict())
+        elif isinstance(result, MultiLabelEvaluation):
+            output.print_multi_label(Console(), model.model, result)
         else:
             console = Console()
             output.print_accuracies(console, model.model, [(model.model, result, seconds)])

@@ -12,7 +12,6 @@ from rich.table import Column, Table
 
 from ..errors import ArgumentError
 from ..evaluation.audit import audit as run_audit
-from ..evaluation.audit.metrics import BY_KEY
 from ..evaluation.audit.result import MAIN, Audit, show
 from ..evaluation.report.page import write_report
 from ..models import checkpoint
@@ -71,6 +70,7 @@ def audit(
     use: DataOptions,
     images: options.ImageOptions,
     class_names: options.ClassNames = None,
+    multi_label: options.MultiLabel = None,
     report: options.Report = None,
     seed: options.Seed = 0,
     device: options.Device = None,
@@ -92,7 +92,7 @@ def audit(
             train_data=None if use.train_data is None else read_images(use.train_data, spec),
             shots=500 if use.shots is None else use.shots, relearn_steps=use.relearn_steps,
             class_names=names, **images.arguments(), output=images.choice, seed=seed,
-            device=device, progress=False if as_json else None,
+            device=device, progress=False if as_json else None, multi_label=multi_label,
         )  # fmt: skip
         if report is not None:
             title = f"{model.model}: what was forgotten"
@@ -139,5 +139,7 @@ def _print(console: Console, result: Audit) -> None:
     table = Table("", *names, title="models")
     for key in MAIN:
         if any(key in row.values for row in result.rows):
-            table.add_row(BY_KEY[key].title, *[show(row.get(key)) for row in result.rows])
+            table.add_row(
+                result.definitions[key].title, *[show(row.get(key)) for row in result.rows]
+            )
     console.print(table)

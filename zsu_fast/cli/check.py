@@ -25,6 +25,7 @@ def check(
         str | None,
         typer.Option(help="The level that is required: deep or output. Default: either."),
     ] = None,
+    multi_label: options.MultiLabel = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     as_json: options.AsJson = False,
@@ -38,7 +39,7 @@ def check(
         original, result = model.load(), model.load(str(unlearned))
         verdict = run_check(
             original, result, classes, depth=depth, **images.arguments(), seed=seed,
-            device=device, progress=False if as_json else None,
+            device=device, progress=False if as_json else None, multi_label=multi_label,
         )  # fmt: skip
         if as_json:
             print_json(verdict.to_dict())

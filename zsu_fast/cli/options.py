@@ -73,6 +73,15 @@ Space = Annotated[
 Steps = Annotated[
     int | None, typer.Option(help="Optimiser steps of the last layer's fit, at most.")
 ]
+MultiLabel = Annotated[
+    bool | None,
+    typer.Option(
+        "--multi-label/--single-label",
+        help="Whether each class has a sigmoid of its own, and an image any number of classes. "
+        "Default: as the model's config says, or its last operation shows.",
+        show_default=False,
+    ),
+]
 OUT = typer.Option(
     help="The file to write: .safetensors, or .pt, .pth, .bin, .ckpt, .pth.tar for torch.save.",
     show_default=False,

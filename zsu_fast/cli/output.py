@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from ..errors import ZsuFastError, shorten
 from ..evaluation.accuracy import Evaluation
+from ..evaluation.multi_label import MultiLabelEvaluation
 from ..models.labels import Labels
 
 
@@ -120,3 +121,16 @@ def print_accuracies(
         f"{counts.retain_count} others; overall: on all "
         f"{counts.forget_count + counts.retain_count}."
     )
+
+
+def print_multi_label(console: Console, title: str, result: MultiLabelEvaluation) -> None:
+    """Prints a table of the forgotten and the retained classes of a multi-label model."""
+    columns = ("average precision %", "predicted %", "F1 %", "chance %", "images")
+    table = Table("class", *[Column(c, justify="right") for c in columns], title=title)
+    for c, scores in result.per_class.items():
+        name = f"{c}, forgotten" if c in result.forget else str(c)
+        figures = (scores.average_precision, scores.rate, scores.f1, scores.prevalence)
+        cells = ["-" if f is None else f"{f:.2f}" for f in figures]
+        table.add_row(name, *cells, str(scores.count))
+    console.print(table)
+    console.print(str(result), markup=False, highlight=False)

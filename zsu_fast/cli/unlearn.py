@@ -188,6 +188,7 @@ class MethodOptions:
         Path | None, typer.Option(help="Class impressions to use, a file of ClassImpressions.save.")
     ] = None
     paper: Annotated[bool, typer.Option("--paper", help="Use the published recipe.")] = False
+    multi_label: options.MultiLabel = None
 
     def arguments(self) -> dict[str, Any]:
         """The options of `ZeroShotUnlearner`.
@@ -208,7 +209,7 @@ class MethodOptions:
                 )
         given = self.impressions
         return chosen | recipe | {
-            "everywhere": self.everywhere, "cache": self.cache,
+            "everywhere": self.everywhere, "cache": self.cache, "multi_label": self.multi_label,
             "impressions": None if given is None else ClassImpressions.load(given),
         }  # fmt: skip
 
@@ -342,7 +343,7 @@ def _write_report(
     found = audit(
         base, result, run.forget, data, class_names=run.labels, output=run.work.output,
         input_shape=spec.shape, mean=spec.mean, std=spec.std, seed=run.options.seed,
-        device=run.device, progress=progress,
+        device=run.device, progress=progress, multi_label=run.multi_label,
     )  # fmt: skip
     assert run.verdict is not None
     record = run.record.to_dict() | {"verdict": run.verdict.to_dict()}
@@ -382,6 +383,8 @@ def _print(
             f"The classifier has {facts['compact']['classes']} classes left, numbered anew: the "
             f"record and the file hold the map."
         )
+    if facts["multi_label"]:
+        console.print("Multi-label: each class has a sigmoid of its own.")
     console.print(
         f"Impressions: {facts['impressions']['count']}, "
         f"{100 * facts['impressions']['hit_rate']:.1f} % reached their confidence."

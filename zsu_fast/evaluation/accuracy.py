@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from ..errors import ModelError, UnlearningWarning
 from ..models.class_indices import ANY_NUMBER, check_forget
 from ..models.labels import known_labels
+from ..models.multi_label import check_multi_label, stated_multi_label
 from ..models.outputs import OutputChoice, check_output, is_ambiguous, pick_logits
 from ..models.parameters import unwrap
 from .data_classes import check_order
 from .labelled_data import LabelledData
+from .multi_label import is_multi_label, measure_multi_label
 from .run_model import check_logits, choose_output, image_spec, run_model
 
 
@@ -88,13 +90,14 @@ def evaluate(
     data: Any,
     forget: Any,
     batch: int = 256,
+    multi_label: bool | None = None,
     *,
     output: OutputChoice | None = None,
     class_names: Any = None,
     input_shape: Sequence[int] | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
-) -> Evaluation:
+) -> Evaluation | Any:  # a union would make every caller narrow it
     """Measures ``model`` on labelled images.
 
     Where the data names its classes (folders, data sets), they are matched with the model's by name
@@ -105,13 +108,19 @@ def evaluate(
         data: a (images, labels) pair of tensors or arrays; a DataLoader, a data set, or another
             iterable of such pairs, of (image, label) rows, or of dicts with keys such as
             ``pixel_values`` and ``labels``. Images are float [N, ...] as the model takes them, or
-            uint8 or pictures where mean and std are known; labels int [N].
+            uint8 or pictures where mean and std are known; labels int [N], and of a multi-label
+            model [N, C] of 0 and 1, or a list of the classes of each image.
         forget: the forgotten classes, as for `unlearn`.
         batch: the batch size if ``data`` is a pair or has rows.
+        multi_label: whether each class has a sigmoid of its own; None: if the labels hold several
+            classes per image.
         output: which item of the model's output holds the logits: an index, a key or attribute, or
             a callable; None: the item that the last layer makes (see `find_output`).
         class_names: the names of the model's classes, as for `unlearn`.
         input_shape, mean, std: the images that the model takes; None: what the model states.
+
+    Returns:
+        An `Evaluation`, or a `MultiLabelEvaluation`.
 
     Raises:
         ArgumentError: there are no images, the model has no logit for a label, the classes of the
@@ -123,30 +132,40 @@ def evaluate(
         UnlearningWarning: what is assumed of the images and labels.
     """
     check_output(output)
+    check_multi_label(multi_label)
     source = LabelledData(data, "data", image_spec(model, input_shape, mean, std), class_names)
-    predictions: list[Tensor] = []
+    outputs: list[Tensor] = []  # predictions, or all outputs of a multi-label model
     targets: list[Tensor] = []
-    labels, classes = None, 0
+    labels, classes, several = None, 0, False
     with _eval_mode(model):
         for images, given in source.batches(batch):
-            if not predictions and not isinstance(unwrap(model), MaskedClassifier):
+            if not outputs and not isinstance(unwrap(model), MaskedClassifier):
                 output = choose_output(model, images, output)
             logits = run_model(model, images, output)
-            if not predictions:
+            if not outputs:
                 classes = logits.shape[1]
                 labels = source.match(model, classes)
                 forget = check_forget(forget, classes, labels)
+                several = is_multi_label(model, given, classes, multi_label)
             check_logits(logits)
-            targets.append(source.targets(given, classes))
-            predictions.append(logits.argmax(1).cpu())
-    pair = torch.cat(predictions), torch.cat(targets)
+            read = source.multi_hot_targets if several else source.targets
+            targets.append(read(given, classes))
+            outputs.append(logits.float().cpu() if several else logits.argmax(1).cpu())
+    pair = torch.cat(outputs), torch.cat(targets)
     facts, doubts = source.format.assumptions()
-    if found := check_order(*pair, classes, forget, source.found):
-        doubts.append(f"data: {found}")
+    result: Any
+    if several:
+        stated = multi_label is True or stated_multi_label(model)
+        result = measure_multi_label(*pair, forget, stated)
+        doubts += source.unconfirmed_order()
+    else:
+        if found := check_order(*pair, classes, forget, source.found):
+            doubts.append(f"data: {found}")
+        result = Evaluation.from_counts(*count_correct(*pair, classes), forget)
     for note in [*facts, *doubts]:
         warnings.warn(note, UnlearningWarning, stacklevel=2)
     return replace(
-        Evaluation.from_counts(*count_correct(*pair, classes), forget),
+        result,
         labels={} if labels is None else labels.named(forget),
         data_classes={} if source.found is None else source.found.classes,
     )

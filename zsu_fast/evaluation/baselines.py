@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ModelError
 from ..models.class_indices import check_forget
 from ..models.input_spec import InputSpec, noise_images
 from ..models.labels import known_labels
@@ -67,6 +67,11 @@ def random_embeddings(
             "Pass 'last', a module's name, or a number.",
         )
     work = prepare_model(model, device, output=output)
+    if work.multi_label:
+        raise ModelError(
+            "it is multi-label, and this baseline trains with the loss of a softmax",
+            "Compare with zsu_fast.mask.",
+        )
     forget_mask = torch.zeros(work.classes, dtype=torch.bool, device=work.device)
     forget_mask[check_forget(forget, work.classes, known_labels(model, work.classes))] = True
     images = noise_images(work.spec, 4).to(work.device)

@@ -62,6 +62,7 @@ def check(
     input_shape: Sequence[int] | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
+    multi_label: bool | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -78,6 +79,8 @@ def check(
         depth: the level that the verdict requires, "deep" or "output"; None for either.
         names: of all classes, for the verdict.
         input_shape, mean, std: see `synthesize`.
+        multi_label: False if the classes of a model that ends in a sigmoid exclude each other.
+            Multi-label models are refused; one that returns plain logits does not show it.
         seed: of the rows.
         device: where to compute; None for the original's device.
         progress: True, False, or None for "if stderr is a terminal".
@@ -89,12 +92,18 @@ def check(
 
     Raises:
         ArgumentError: an argument can't be used.
-        ModelError: the models are of different architectures, or there is no row of the classes to
-            judge by.
+        ModelError: the models are of different architectures, or multi-label, or there is no row of
+            the classes to judge by.
     """
     if depth is not None:
         check_choice("depth", depth, DEPTHS)
-    prepared = prepare_model(original, device, input_shape, mean, std)
+    prepared = prepare_model(original, device, input_shape, mean, std, multi_label=multi_label)
+    if prepared.multi_label:
+        raise ModelError(
+            "it is multi-label, and check() judges by the single top class of each row",
+            "Use audit(), with or without images, or pass multi_label=False if its classes exclude "
+            "each other.",
+        )
     chosen = check_forget(forget, prepared.classes)
     if names is not None and len(names) != prepared.classes:
         raise ArgumentError(

@@ -166,7 +166,9 @@ def _hugging_face_names(data: Any) -> Any:
     features = getattr(data, "features", None)
     if not isinstance(features, Mapping):
         return None
-    return next((getattr(features[k], "names", None) for k in LABEL_KEYS if k in features), None)
+    kinds = [features[key] for key in LABEL_KEYS if key in features]
+    kinds = [getattr(kind, "feature", kind) for kind in kinds]  # of a list: several per image
+    return next((getattr(kind, "names", None) for kind in kinds), None)
 
 
 def check_order(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, shorten
+from ..models.multi_label import has_several
 from .data_classes import LABEL_KEYS
 
 IMAGE_KEYS = ("pixel_values", "images", "image", "img", "inputs", "x")
@@ -69,7 +70,11 @@ def read_labels(labels: Any, argument: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(argument, f"its labels can't be read ({error})", remedy) from error
     if labels.ndim != 1 or "int" not in str(labels.dtype):
-        hint = " One-hot labels: pass labels.argmax(1)." if labels.ndim == 2 else ""
+        hint = (
+            " One-hot labels: pass labels.argmax(1). Several classes per image: multi_label=True."
+            if labels.ndim == 2
+            else ""
+        )
         raise ArgumentError(
             argument,
             f"its labels are {labels.dtype} of shape {tuple(labels.shape)}",
@@ -110,7 +115,7 @@ def _batches(data: Any, argument: str, batch: int) -> Iterator[tuple[Any, Any]]:
     rows: tuple[list[Any], list[Any]] = [], []
     for item in _items(data):
         images, labels = _pair(item, argument)
-        if not _is_one_label(labels):
+        if not _is_one_label(labels) and not _is_one_image(images, labels):
             yield images, labels
             continue
         rows[0].append(images)
@@ -154,14 +159,26 @@ def _is_one_label(label: Any) -> bool:
     return isinstance(label, int | float | np.generic | str) or label is None
 
 
+def _is_one_image(images: Any, labels: Any) -> bool:
+    """Whether several labels belong to a single image: a picture, or one [C, H, W]."""
+    if hasattr(images, "getbands"):  # Pillow's
+        return True
+    channels = len(images) if getattr(images, "ndim", 0) == 3 else 0
+    return channels in (1, 3) and hasattr(labels, "__len__") and len(labels) != channels
+
+
 def _is_pair_of_columns(data: Any) -> bool:
     if not isinstance(data, tuple | list) or len(data) != 2:
         return False
     images, labels = data
     if isinstance(labels, Tensor | np.ndarray):
         return True
-    listed = isinstance(labels, list | tuple) and len(labels) > 0
-    return listed and hasattr(images, "__len__") and all(map(_is_one_label, labels))
+    if not isinstance(labels, list | tuple) or not len(labels) or not hasattr(images, "__len__"):
+        return False
+    # a list of lists: several classes per image, unless it is the second of two batches
+    return all(map(_is_one_label, labels)) or (
+        isinstance(images, Tensor | np.ndarray) and has_several(labels)
+    )
 
 
 def _as_tensor(images: Any, argument: str, read_image: Callable[[Any], Tensor] | None) -> Tensor:

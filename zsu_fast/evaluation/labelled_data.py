@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..models.input_spec import InputSpec
 from ..models.labels import Labels, class_indices, resolve_labels
+from ..models.multi_label import multi_hot
 from .data_classes import ClassMap, classes_of, map_classes
 from .image_format import ImageFormat
 from .labelled_batches import check_label_range, labelled_batches, read_labels
@@ -77,6 +79,34 @@ class LabelledData:
             return self.found.translate(numbers, self.argument)
         check_label_range(numbers, classes, self.argument)
         return numbers
+
+    def multi_hot_targets(self, labels: Any, classes: int) -> Tensor:
+        """The same for any number of classes per image, bool [n, C], from what `multi_hot` takes.
+
+        Classes may be named, in a list for each image.
+
+        Raises:
+            ArgumentError: see `multi_hot`, or names that are not known.
+        """
+        names = [n for row in labels if isinstance(row, list | tuple) for n in row]
+        if names and all(isinstance(name, str) for name in names):
+            labels = [self._named(list(row), classes) for row in labels]
+        elif self.found is not None:
+            indices = list(self.found.classes.values())
+            columns = multi_hot(labels, len(indices), self.argument)
+            targets = torch.zeros(len(columns), classes, dtype=torch.bool)
+            targets[:, indices] = columns
+            return targets
+        return multi_hot(labels, classes, self.argument)
+
+    def unconfirmed_order(self) -> list[str]:
+        """Says so if the order of the data's classes is assumed; `check_order` may confirm it."""
+        if self.found is None or not self.found.assumed:
+            return []
+        return [
+            f"{self.argument}: the names of the model's classes are not known: they are taken to "
+            f"be in the order of the data's. Pass class_names"
+        ]
 
     def _named(self, names: list[str], classes: int) -> list[int]:
         distinct = sorted(set(names))

@@ -11,6 +11,7 @@ from torch import nn
 from ..runtime.measuring import multiply_adds
 from .infer_spec import resolve_spec
 from .input_spec import InputSpec, noise_images
+from .multi_label import find_multi_label
 from .observers import has_hooks, remove_observers
 from .outputs import OutputChoice, check_output
 from .parameters import unwrap
@@ -29,6 +30,7 @@ class PreparedModel:
         device: where it computes.
         classes: the number of its logits.
         notes: what was found while probing the model that its user should know, in sentences.
+        multi_label: whether each class has a sigmoid of its own.
     """
 
     model: LogitsModel
@@ -36,6 +38,7 @@ class PreparedModel:
     device: torch.device
     classes: int
     notes: list[str] = field(default_factory=list)
+    multi_label: bool = False
 
     def multiply_adds(self) -> int:
         """Multiply-adds of a forward pass of one image."""
@@ -77,6 +80,7 @@ def prepare_model(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     output: OutputChoice | None = None,
+    multi_label: bool | None = None,
 ) -> PreparedModel:
     """Copies ``model`` and finds out what images it takes and what it returns (`probe`).
 
@@ -86,6 +90,7 @@ def prepare_model(
         input_shape, mean, std: see `resolve_spec`; inferred where None.
         output: which item of the model's output holds the logits: an index, a key or attribute, or
             a callable; None: see `find_output`.
+        multi_label: see `find_multi_label`.
 
     Raises:
         ArgumentError: an argument can't be used, or the model can't (a `ModelError`).
@@ -95,5 +100,7 @@ def prepare_model(
     spec = resolve_spec(model, input_shape, mean, std)
     work = _copy_with_hooks(model, where, spec, output) or working_copy(model, where, output)
     freeze_as(work.module, model)
-    classes, notes = probe(work, spec, where)
-    return PreparedModel(work, spec, where, classes, notes)
+    images = noise_images(spec, 2).to(where)
+    several, found = find_multi_label(model, work, images, multi_label)
+    classes, notes = probe(work, spec, where, several)
+    return PreparedModel(work, spec, where, classes, found + notes, several)

@@ -36,11 +36,25 @@ _EMBEDDING = (
 )
 
 
-def probe(work: LogitsModel, spec: InputSpec, device: torch.device) -> tuple[int, list[str]]:
+def choose_item(work: LogitsModel, images: Tensor) -> None:
+    """Sets which item of the output holds the logits, unless that is given (`find_output`)."""
+    if work.output is None:
+        work.output = find_output(work.module, images)
+
+
+def probe(
+    work: LogitsModel, spec: InputSpec, device: torch.device, multi_label: bool = False
+) -> tuple[int, list[str]]:
     """Finds out what ``work`` returns, and sets it so that it returns logits.
 
     The item of the output that holds the logits is chosen (`find_output`), a softmax or sigmoid at
     the end is left out, and what the model stores for later calls is computed in each of them.
+
+    Args:
+        work: the working copy.
+        spec: the images that it takes.
+        device: where it is.
+        multi_label: whether each class has a sigmoid of its own (`find_multi_label`).
 
     Returns:
         The number of classes; and what the user should know, in sentences.
@@ -50,13 +64,12 @@ def probe(work: LogitsModel, spec: InputSpec, device: torch.device) -> tuple[int
         ModelError: it does not return logits, or its weights can't be reached.
     """
     images = _probe_images(spec).to(device)
-    if work.output is None:
-        try:
-            work.output = find_output(work.module, images[:2])
-        except ArgumentError:  # a ModelError too
-            raise
-        except Exception:  # noqa: BLE001  `count_classes` says what is wrong
-            work.output = None
+    try:
+        choose_item(work, images[:2])
+    except ArgumentError:  # a ModelError too
+        raise
+    except Exception:  # noqa: BLE001  `count_classes` says what is wrong
+        work.output = None
     classes = count_classes(work, spec, device)
     _check_weights_are_used(work, images[:2])
     with torch.no_grad():
@@ -64,7 +77,7 @@ def probe(work: LogitsModel, spec: InputSpec, device: torch.device) -> tuple[int
         work.cast = seen.scores.dtype != torch.float32
         notes = _compare_with_single(work, images[:1], seen.scores)
         _check_no_embedding(work.module, seen)
-        notes += _skip_squash(work, images, seen)
+        notes += _skip_squash(work, images, seen, multi_label)
     return classes, notes
 
 
@@ -255,7 +268,7 @@ def _all_close(values: Tensor, wanted: float = 1.0) -> bool:
     return bool(((values.float() - wanted).abs() < _TOLERANCE).all())
 
 
-def _skip_squash(work: LogitsModel, images: Tensor, seen: _Seen) -> list[str]:
+def _skip_squash(work: LogitsModel, images: Tensor, seen: _Seen, multi_label: bool) -> list[str]:
     """Makes ``work`` return what a softmax or sigmoid at its end takes; returns notes."""
     scores = seen.scores.float()
     if bool((scores >= -_TOLERANCE).all()) and _all_close(scores.sum(1)):
@@ -263,7 +276,12 @@ def _skip_squash(work: LogitsModel, images: Tensor, seen: _Seen) -> list[str]:
     elif _all_close(scores.exp().sum(1)):
         kind, probabilities = "log-probabilities", scores.exp()
     else:
-        return _skip_bounded(work, images, seen)
+        return _skip_bounded(work, images, seen, multi_label)
+    if multi_label:
+        raise ModelError(
+            f"it returns {kind} of a softmax, so that its classes exclude each other",
+            "Pass multi_label=False; or, if each class has a sigmoid of its own, logits.",
+        )
 
     work.returns = kind
 
@@ -279,7 +297,7 @@ def _skip_squash(work: LogitsModel, images: Tensor, seen: _Seen) -> list[str]:
     ]
 
 
-def _skip_bounded(work: LogitsModel, images: Tensor, seen: _Seen) -> list[str]:
+def _skip_bounded(work: LogitsModel, images: Tensor, seen: _Seen, multi_label: bool) -> list[str]:
     """The same for scores of -1 to 1, each by itself, as from a sigmoid or tanh."""
     scores = seen.scores.float()
     low, high = (float(x) for x in scores.aminmax())
@@ -292,12 +310,19 @@ def _skip_bounded(work: LogitsModel, images: Tensor, seen: _Seen) -> list[str]:
 
     if _first_right(work, images, seen.makers.values(), is_right):
         work.returns = "scores"
+        if multi_label:  # known to end in a sigmoid
+            return []
         return [
             f"it returns scores between {0 if low >= 0 else -1} and 1: it was unlearned ahead of "
             f"the sigmoid or tanh at its end."
         ]
     if low < 0 or high == low:
         return []
+    if multi_label:
+        raise ModelError(
+            "its outputs lie between 0 and 1, and what its sigmoid takes was not found",
+            "Return logits from forward(), ahead of the sigmoid.",
+        )
     return [
         "its outputs lie between 0 and 1 for every image tried, and no sigmoid was found at its "
         "end: they were taken for logits as they are. Return logits from forward() if they are not."

@@ -31,6 +31,7 @@ class Record:
         model: class name of the user's model.
         forget: the classes to forget.
         forgotten: classes that the model had forgotten before.
+        multi_label: whether each class has a sigmoid of its own.
         classes: number of logits.
         labels: class index, as text, -> name, for the forgotten classes; {} if names are unknown.
         settings: the options of the run.
@@ -65,6 +66,7 @@ class Record:
     weights_before: str
     forgotten: list[int] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
+    multi_label: bool = False
     weights_after: str = ""
     weights_file: dict[str, Any] = field(default_factory=dict)
     impressions: dict[str, Any] = field(default_factory=dict)

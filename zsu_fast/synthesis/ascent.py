@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..models.multi_label import THRESHOLD
 from ..runtime import cuda_graph
 from ..runtime.progress import Reporter
 from .ascent_settings import AscentSettings
@@ -164,11 +165,15 @@ class Ascent:
             keep = self.hit.nonzero()[:, 0]
         with torch.no_grad():  # the confidence that the model itself gives, in float32
             for chunk in keep.split(self.width):
-                probability = self.space.exact(self.points[chunk].to(self.device)).softmax(1)
-                own = probability.cpu().gather(1, self.labels[chunk][:, None])[:, 0]
+                logits = self.space.exact(self.points[chunk].to(self.device))
+                own = self.probabilities(logits).cpu().gather(1, self.labels[chunk][:, None])[:, 0]
                 self.confidence[chunk] = own
         columns = (self.points, self.labels, self.confidence, self.target, self.steps, self.hit)
         return AscentResult(*[column[keep] for column in columns])
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probabilities of the classes, [N, C]."""
+        return logits.sigmoid() if self.settings.multi_label else logits.softmax(1)
 
     def step(self, batch: ActiveBatch) -> None:
         """One ascent step of the active points, in place and on the device: it can be captured.
@@ -180,16 +185,19 @@ class Ascent:
         logits = self.model(x)
         own = logits.gather(1, batch.label[:, None])[:, 0]
         objective = own.sum()
-        if batch.penalises:
+        if batch.penalises and not self.settings.multi_label:
             others = logits.scatter(1, batch.label[:, None], -torch.inf).logsumexp(1)
             objective = (own - batch.penalise_others * others).sum()
         if self.space.regulariser is not None:  # times the rows: as strong at any batch size
             weight = self.settings.batch_norm * len(x)
             objective = objective - weight * self.space.regulariser()
         (grad,) = torch.autograd.grad(objective, x)
-        probability = logits.detach().softmax(1)
+        probability = self.probabilities(logits.detach())
         batch.confidence.copy_(probability.gather(1, batch.label[:, None])[:, 0])
-        highest = probability.argmax(1) == batch.label
+        if self.settings.multi_label:
+            highest = batch.confidence >= THRESHOLD
+        else:
+            highest = probability.argmax(1) == batch.label
         last_step = batch.step >= self.settings.max_steps
         stop = last_step if self.settings.confidence is None else batch.confidence >= batch.target
         finite = grad.flatten(1).sum(1).isfinite() & batch.confidence.isfinite()

@@ -53,6 +53,8 @@ class AscentSettings:
             bfloat16 where the device computes in it.
         batch_norm: weight of the distance of the batch's feature statistics from those that the
             model's BatchNorm layers have recorded (`batch_norm_prior`); 0 leaves it out.
+        multi_label: whether the probability is that of the class's sigmoid; the logits of the
+            others are left free then, by retries too.
         limits: of the working batch; not an option of `synthesize`.
 
     Raises:
@@ -68,6 +70,7 @@ class AscentSettings:
     seed: int = 0
     precision: Precision = "auto"
     batch_norm: float = 0.0
+    multi_label: bool = False
     limits: BatchLimits = field(default_factory=BatchLimits)
 
     def __post_init__(self) -> None:
@@ -90,6 +93,8 @@ class AscentSettings:
         """The settings that impressions depend on: all but the limits."""
         facts = asdict(self)
         del facts["limits"]
+        if not self.multi_label:  # keeps the keys of existing caches
+            del facts["multi_label"]
         return facts
 
 

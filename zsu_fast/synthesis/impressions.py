@@ -27,11 +27,12 @@ class ClassImpressions:
         images: float32 [N, channels, H, W], normalised as the model takes them, all valid pixels;
             with ``space`` "tail-input" boundary tensors at the split instead, flattened to [N, D].
         labels: int64 [N], the class that each stands for.
-        confidence: float32 [N], the softmax probability of that class.
+        confidence: float32 [N], the probability of that class: softmax, or for a multi-label model
+            sigmoid.
         target: float32 [N], the confidence at which its ascent was to stop (1 for "never").
         steps: int32 [N], ascent steps taken, restarts included.
-        hit: bool [N], whether the target was reached (without a target: whether the class has the
-            highest logit).
+        hit: bool [N], whether the target was reached (without a target: whether the class is
+            predicted).
         spec: the images' shape and normalisation.
         space: "input", or "tail-input".
     """

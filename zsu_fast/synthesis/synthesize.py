@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def synthesize(
     cache: str | Path | None = None,
     progress: bool | None = None,
     callback: Callback | None = None,
+    multi_label: bool | None = None,
 ) -> ClassImpressions:
     """Synthesises class impressions of ``model`` by ascent on ``logit_c(x) - beta * ||x||^2``.
 
@@ -73,6 +74,7 @@ def synthesize(
         cache: folder for finished impressions: a run that was interrupted resumes there, and the
             same call finds all of them. None stores nothing.
         progress, callback: see `Reporter`.
+        multi_label: whether each class has a sigmoid of its own; None: see `find_multi_label`.
 
     Returns:
         The impressions, sorted by class, on the CPU.
@@ -84,7 +86,8 @@ def synthesize(
         per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm
     )
     report = Reporter(progress, callback)
-    prepared = prepare_model(model, device, input_shape, mean, std, output)
+    prepared = prepare_model(model, device, input_shape, mean, std, output, multi_label)
+    settings = replace(settings, multi_label=prepared.multi_label)
     chosen = list(range(prepared.classes))
     if classes is not None:
         chosen = check_classes(

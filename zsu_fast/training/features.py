@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, check_int, is_number
 
+# For `absence_margin`: the margin without a negative logit, and the most values that a quantile is
+# taken of.
+_ABSENT_DEFAULT, _MOST_QUANTILE = 4.0, 2**20
+
 
 @dataclass(frozen=True)
 class MemoryLimits:
@@ -150,7 +154,8 @@ class FeatureSettings:
             for the mean logit margin of the impressions times ``2 log10(max(10, classes))``: twice
             it for 10 classes, six times for 1,000, where images differ more from impressions. That
             is doubled if only the forgotten logits are trained (see `make_fit_task`), which costs
-            the retained ones nothing.
+            the retained ones nothing. For a multi-label model it is `absence_margin`,
+            doubled likewise.
         limits: what is stored and what is computed again.
 
     Raises:
@@ -183,6 +188,18 @@ def logit_margin(logits: Tensor, label: Tensor) -> Tensor:
     """By how much the logit of each row's label exceeds all others; [N, C], int64 [N] -> [N]."""
     others = logits.scatter(1, label[:, None], -torch.inf).amax(1)
     return logits.gather(1, label[:, None])[:, 0] - others
+
+
+def absence_margin(logits: Tensor, share: float = 0.95) -> float:
+    """How far below 0 the original puts the logits of classes that are not there: most of them.
+
+    Args:
+        logits: of the forgotten classes, the original's, float32 [N, F]. Positive ones don't count.
+        share: of the negative ones, this many are higher than minus the margin.
+    """
+    absent = -logits[logits < 0]
+    absent = absent[:: max(1, len(absent) // _MOST_QUANTILE)]
+    return float(absent.quantile(share)) if len(absent) else _ABSENT_DEFAULT
 
 
 def held_out(label: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from ..models.wrapper import LogitsModel
 from ..runtime.measuring import multiply_adds
 from ..splitting.split import Split
 from .class_subset import ClassSubsetTail, supports_subset
-from .features import FeatureSet, FeatureSettings
-from .losses import ForgetOnlyKL, MaskedKL, Objective, ObjectiveSettings
+from .features import FeatureSet, FeatureSettings, absence_margin
+from .losses import ForgetOnlyKL, MaskedKL, MultiLabelKL, Objective, ObjectiveSettings
 from .teacher import Teacher, train_val_sets
 
 # Weight of the term that keeps retained logits where more than the classifier's rows is trained.
@@ -80,17 +80,27 @@ def make_fit_task(
     dims = split.class_dims
     forget_logits_only = objective.name == "masked" and bool(dims)
     names = []
-    if forget_logits_only and classes > settings.limits.subset_above and not any(dims.values()):
+    multi_label, many = objective.multi_label, classes > settings.limits.subset_above
+    if forget_logits_only and many and not multi_label and not any(dims.values()):
         trained = {id(p) for p in parameters}
         names = [name for name, p in tail.named_parameters() if id(p) in trained]
         if not supports_subset(tail, names, features):
             names = []
-    teacher = Teacher(tail, forget, names, settings.limits)
+    teacher = Teacher(tail, forget, names, settings.limits, multi_label)
     train, validation, logit_margin = train_val_sets(teacher, features, labels, settings, generator)
-    margin = settings.margin_for(logit_margin, classes, forget_logits_only)
-    if split.directions and settings.margin is None:
-        margin = 0.0  # out of reach for logits without a bias: it would leave more of the class
-    loss = MaskedKL(forget, margin, forget_logits_only, 0.0 if forget_logits_only else _KEEP)
+    loss: MaskedKL
+    if multi_label:
+        margin = settings.margin
+        if margin is None:
+            margin = absence_margin(teacher.forgotten_logits(train))
+            margin = 2 * margin if forget_logits_only else margin
+        loss = several = MultiLabelKL(forget, margin, forget_logits_only)
+        several.constant = objective.constant
+    else:
+        margin = settings.margin_for(logit_margin, classes, forget_logits_only)
+        if split.directions and settings.margin is None:
+            margin = 0.0  # out of reach for logits without a bias: would leave more of the class
+        loss = MaskedKL(forget, margin, forget_logits_only, 0.0 if forget_logits_only else _KEEP)
     start = None
     if split.directions and forget_logits_only:
         named = zip(split.parameters, parameters, strict=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..models.multi_label import predicted
 from .class_subset import ClassSubsetTail
 from .features import (
     FeatureMixup,
@@ -36,12 +37,15 @@ class Teacher:
             forgotten logits are trained: feature sets then have `FeatureSet.retained` in place of
             the teacher's logits.
         limits: what feature sets store.
+        multi_label: whether each class has a sigmoid of its own. A row is forgotten then if the
+            tail predicts any forgotten class, whatever its label.
     """
 
     tail: nn.Module
     forget: Tensor
     subset_parameters: Sequence[str] = ()
     limits: MemoryLimits = field(default_factory=MemoryLimits)
+    multi_label: bool = False
 
     @torch.no_grad()
     def label(
@@ -76,7 +80,17 @@ class Teacher:
         if known is not None:
             rows.label[: len(known)] = known
         rows.forgotten = self.forget[rows.label]
+        if self.multi_label:
+            rows.forgotten = predicted(self.forgotten_logits(rows)).any(1)
         return rows
+
+    @torch.no_grad()
+    def forgotten_logits(self, rows: FeatureSet) -> Tensor:
+        """The tail's logits of the forgotten classes, float32 [N, F]."""
+        if rows.teacher.shape[1]:
+            return rows.teacher[:, self.forget]
+        chunks = rows.chunks(len(self.forget))
+        return torch.cat([self.tail(*rows.features_at(part))[:, self.forget] for part in chunks])
 
     def _label_in_tiles(self, rows: FeatureSet) -> RetainedLogits:
         """Sets ``label`` and ``logit_std`` of ``rows``; no tensor has rows times classes values."""

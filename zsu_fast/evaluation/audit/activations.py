@@ -129,18 +129,22 @@ def _concatenate(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def normalised_batches(data: LabelledData, classes: int) -> Iterator[tuple[Tensor, Tensor]]:
+def normalised_batches(
+    data: LabelledData, classes: int, multi_label: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields normalised images, float32 on the CPU, and labels, int64, from the data of `audit`.
 
     Args:
         data: matched with the model; uint8 images (0..255) are normalised, float ones are not.
         classes: the number of logits.
+        multi_label: yield labels as bool [N, C].
 
     Raises:
         ArgumentError: see `LabelledData`.
     """
+    targets = data.multi_hot_targets if multi_label else data.targets
     for images, labels in data.batches(_BATCH):
-        yield images.cpu().float(), data.targets(labels, classes)
+        yield images.cpu().float(), targets(labels, classes)
 
 
 def sample_layers(layers: list[str]) -> list[str]:

@@ -12,14 +12,16 @@ from torch import nn
 
 from ...errors import ArgumentError, ZsuFastError, check_int
 from ...models.infer_spec import resolve_spec
+from ...models.input_spec import noise_images
+from ...models.multi_label import find_multi_label
 from ...models.outputs import OutputChoice, check_output
 from ...models.parameters import weights_hash
-from ...models.wrapper import resolve_device
+from ...models.wrapper import resolve_device, working_copy
 from ...runtime.progress import Reporter
 from ...runtime.torch_settings import threads_for, torch_defaults
 from ...synthesis.impressions import ClassImpressions
 from ..baselines import train_on_noise
-from . import data_free_metrics, data_metrics
+from . import data_free_metrics, data_metrics, multi_label as several_labels
 from .activations import Activations, collect_activations
 from .audited_model import audited_copy, unmasked, variant
 from .checks import Evidence, checks
@@ -51,6 +53,7 @@ def audit(
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
+    multi_label: bool | None = None,
 ) -> Audit:
     """Measures what ``unlearned`` has forgotten and what it only hides.
 
@@ -75,6 +78,9 @@ def audit(
         seed: determines everything random.
         device: where to compute; None for the original's device.
         progress: True, False, or None for "if stderr is a terminal".
+        multi_label: whether each class has a sigmoid of its own, and labels are those that
+            `evaluate` takes of such a model; None: see `find_multi_label`. Tests that a softmax or
+            a single class per image defines can't tell then.
 
     Raises:
         ArgumentError: an argument can't be used.
@@ -91,7 +97,13 @@ def audit(
         "relearn_goal": GOAL, "input": {"shape": spec.shape, "mean": spec.mean, "std": spec.std},
     }  # fmt: skip
     audited = audited_copy(ORIGINAL, original, spec, where, output)
-    context = AuditContext(audited, forget, settings, class_names)
+    work, images = working_copy(original, where, output), noise_images(spec, 2).to(where)
+    several, notes = find_multi_label(original, work, images, multi_label)
+    if several:
+        settings["multi_label"] = True
+        audited = audited_copy(ORIGINAL, original, spec, where, output, several)
+    context = AuditContext(audited, forget, settings, class_names, several)
+    context.notes += notes
     return _run(context, {ORIGINAL: original, UNLEARNED: unlearned, GOLDEN: golden},
                 data, train_data, impressions, progress)  # fmt: skip
 
@@ -125,21 +137,25 @@ def _run(
             _add_restored(context)
         with part("impressions"):
             held_out = data_free_metrics.held_out_impressions(context, impressions)
-            batch, restored = (held_out.images, held_out.labels), list(context.restored.values())
-            seen = collect_activations(
-                [batch], context.models, restored, context.forget, len(held_out)
-            )
+            seen = _see_impressions(context, held_out)
         with part("agreement and drift"):
             data_free_metrics.add_impression_metrics(context, seen)
             data_free_metrics.add_erasure_cost(context, seen)
             last_layer = data_free_metrics.inspect_last_layer(context, seen)
         with part("re-synthesis"):
             data_free_metrics.add_resynthesis(context)
-        if data is not None:
+        if data is not None and context.multi_label:
+            with part("images"):
+                several_labels.measure_images(context, data, train_data)
+        elif data is not None:
             seen = _measure_images(context, data, train_data, part)
         elif train_data is not None:
             context.notes.append("train_data was ignored because data was not given")
-        top_class = _add_top_predictions(context, seen)
+        top_class = -1
+        if context.multi_label:
+            several_labels.explain_missing(context)
+        else:
+            top_class = _add_top_predictions(context, seen)
         _explain_missing(context, data is not None, train_data is not None)
         timings["total"] = time.perf_counter() - started
     rows = [context.rows[name] for name in MODELS if name in context.rows]
@@ -151,6 +167,15 @@ def _run(
         context.settings, context.counts, hashes, context.notes, timings, context.pictures,
         held_out,
     )  # fmt: skip
+
+
+def _see_impressions(context: AuditContext, held_out: ClassImpressions) -> Activations:
+    """The activations on impressions; of a multi-label model, with the logits of all variants."""
+    batch, stored = (held_out.images, held_out.labels), context.models
+    variants = list(context.restored.values())
+    if context.multi_label:
+        stored, variants = [*stored, *variants], []
+    return collect_activations([batch], stored, variants, context.forget, len(held_out))
 
 
 def _measure_images(
@@ -179,7 +204,8 @@ def _measure_images(
 def _add_model(context: AuditContext, name: str, model: nn.Module) -> None:
     """Adds a model, which must have the original's logits."""
     output = context.original.model.output  # the item that was found in the original's
-    audited = audited_copy(name, model, context.spec, context.device, output)
+    several = context.multi_label
+    audited = audited_copy(name, model, context.spec, context.device, output, several)
     with torch.no_grad():
         logits = audited.model(torch.zeros(2, *context.spec.shape, device=context.device))
     if logits.shape != (2, context.classes):
@@ -197,6 +223,10 @@ def _add_baselines(context: AuditContext) -> None:
     masked.hidden = context.forget
     context.add(masked)
     context.rows[RANDOM] = Row(RANDOM)
+    if context.multi_label:
+        reason = "random embeddings are trained with the loss of a softmax"
+        context.rows[RANDOM].missing = {metric.key: reason for metric in METRICS}
+        return
     try:
         trained = variant(context.original, RANDOM)
         forget = context.forget_mask.to(context.device)

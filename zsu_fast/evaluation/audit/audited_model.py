@@ -112,7 +112,7 @@ class AuditedModel:
 
 def audited_copy(
     name: str, model: nn.Module, spec: InputSpec, device: torch.device,
-    output: OutputChoice | None = None,
+    output: OutputChoice | None = None, multi_label: bool = False,
 ) -> AuditedModel:  # fmt: skip
     """Copies ``model``, also the result of `zsu_fast.mask`, and splits it before its last layer.
 
@@ -121,6 +121,7 @@ def audited_copy(
         model: the user's model; it is not changed.
         device: where to copy it.
         output: which item of its output holds the logits; None: see `find_output`.
+        multi_label: whether each class has a sigmoid of its own.
 
     Raises:
         ModelError: its weights or logits are NaN, it does not return logits, or it can't be copied.
@@ -132,7 +133,7 @@ def audited_copy(
         output = inner.output if output is None else output
         inner = unwrap(inner.model)
     work = _finite_copy(inner, device, output)
-    probe(work, spec, device)
+    probe(work, spec, device, multi_label)
     return _split(name, work, spec, hidden)
 
 

@@ -157,6 +157,8 @@ def retained_classes(e: Evidence) -> Check:
         return Check(name, False, f"{share} of the predictions are class {e.top_class}")
     ra, masked = e.value("ra"), e.value("ra", MASK)
     if ra is None or masked is None:
+        if e.value("top_answer") is None:  # of a multi-label model
+            return Check(name, None, e.reason("ra"))
         says = f"the most frequent class gets {share} of the predictions (below {COLLAPSED:.0f} %)"
         return Check(name, True, f"{says}; no RA: {e.reason('ra')}")
     says = f"RA {pct(ra)}, the mask's {pct(masked)} (at most {RETAIN_LOSS:.0f} points lower)"

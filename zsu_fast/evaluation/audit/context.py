@@ -28,6 +28,7 @@ class AuditContext:
         forget: the classes that were to be forgotten; checked here.
         settings: the caller's options.
         class_names: the names of the classes, as the caller gave them.
+        multi_label: whether each class has a sigmoid of its own.
         models: the models that get a row.
         restored: (model's name, part) -> the model with that part of the original's last layer
             put back.
@@ -47,6 +48,7 @@ class AuditContext:
     forget: list[int]
     settings: dict[str, Any]
     class_names: Any = None
+    multi_label: bool = False
     models: list[AuditedModel] = field(default_factory=list)
     restored: dict[tuple[str, Restored], AuditedModel] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from .activations import Activations, sample_layers
 from .audited_model import AuditedModel
 from .context import AuditContext, confusion, percent_true
 from .features import feature_drift, linear_cka, mean_over_positions
+from .multi_label import NOT_A_SOFTMAX, add_impression_outputs
 from .result import MASK, ORIGINAL, UNLEARNED, UNMASK_PREFIXES, Layer, Row
 from .weights import (
     LastLayer,
@@ -64,7 +65,10 @@ def held_out_impressions(
             f"impressions of {len(classes)} of {context.classes} classes, {per_class} per class"
         )
     seed = _HELD_OUT_SEED + context.seed
-    found = _ascend(context.original, classes, per_class=per_class, seed=seed)
+    multi_label = context.multi_label
+    found = _ascend(
+        context.original, classes, per_class=per_class, seed=seed, multi_label=multi_label
+    )
     context.counts["impressions"] = len(found)
     if found.hit_rate < 0.5:
         share = f"only {100 * found.hit_rate:.0f} % of the original's impressions"
@@ -84,7 +88,10 @@ def add_impression_metrics(context: AuditContext, held_out: Activations) -> None
     """Adds metrics on the original's held-out impressions and on weights to every row."""
     forget = context.forget_mask[held_out.labels]
     for audited, row in context.measured():
-        _add_outputs(context, row, held_out)
+        if context.multi_label:
+            add_impression_outputs(context, row, held_out)
+        else:
+            _add_outputs(context, row, held_out)
         new, old = held_out.penultimate(row.name), held_out.penultimate(ORIGINAL)
         reason = "its last layer's input differs in shape from the original's"
         row.put("drift_features_forget", feature_drift(new[forget], old[forget]), reason)
@@ -160,6 +167,9 @@ def add_erasure_cost(context: AuditContext, held_out: Activations) -> None:
     for _, row in context.measured():
         row.put("erasure_cost", None, "it describes the original and the forgotten classes alone")
     row = context.rows[ORIGINAL]
+    if context.multi_label:
+        row.put("erasure_cost", None, NOT_A_SOFTMAX)
+        return
     try:
         weight, _ = context.original.weights_and_biases(context.classes)
     except ZsuFastError as error:
@@ -175,7 +185,7 @@ def add_resynthesis(context: AuditContext) -> None:
     limit, per_class = _RESYNTHESIS if context.classes <= _MANY_CLASSES else _RESYNTHESIS_MANY
     classes = context.subset(context.forget, limit)
     for audited, row in context.measured():
-        steps, found = _resynthesise(audited, classes, per_class, context.seed)
+        steps, found = _resynthesise(context, audited, classes, per_class)
         row.put("resynthesis_hit", 0.0 if found is None else 100 * found.hit_rate)
         row.put("resynthesis_steps", steps)
         if found is not None:
@@ -186,12 +196,12 @@ def add_resynthesis(context: AuditContext) -> None:
         if row.name in (ORIGINAL, MASK):  # both are the original then
             steps = context.rows[ORIGINAL].values["resynthesis_steps"]
         else:
-            steps, _ = _resynthesise(restored, classes, per_class, context.seed)
+            steps, _ = _resynthesise(context, restored, classes, per_class)
         row.put("resynthesis_unmasked_steps", steps)
 
 
 def _resynthesise(
-    audited: AuditedModel, classes: list[int], per_class: int, seed: int
+    context: AuditContext, audited: AuditedModel, classes: list[int], per_class: int
 ) -> tuple[float, ClassImpressions | None]:
     """Synthesises impressions of ``classes`` from this model, one attempt each.
 
@@ -202,7 +212,8 @@ def _resynthesise(
     if set(classes) <= set(audited.hidden):
         return float(_MAX_STEPS), None
     found = _ascend(
-        audited, classes, per_class=per_class, max_steps=_MAX_STEPS, restarts=0, seed=seed
-    )
+        audited, classes, per_class=per_class, max_steps=_MAX_STEPS, restarts=0,
+        seed=context.seed, multi_label=context.multi_label,
+    )  # fmt: skip
     steps = found.steps.float().masked_fill(~found.hit, _MAX_STEPS)
     return float(steps.mean()), found

@@ -51,7 +51,7 @@ def collect_images(
     restored = list(context.restored.values())
     per_class = max(2, _MAX_FEATURES // context.classes)
     images = tested if train_data is not None else {c: shots + n for c, n in tested.items()}
-    source = _matched(context, data, "data")
+    source = matched_data(context, data, "data")
     batches = normalised_batches(source, context.classes)
     test = collect_activations(batches, context.models, restored, context.forget, per_class, images)
     _check_classes(context, source, test)
@@ -61,7 +61,7 @@ def collect_images(
         half, other = split_in_half(test.labels[test.feature_index])
         return test, TrainTestSplit(test, half, test, other)
     per_class = max(2, _MAX_FEATURES // 2 // context.classes)
-    source = _matched(context, train_data, "train_data")
+    source = matched_data(context, train_data, "train_data")
     batches = normalised_batches(source, context.classes)
     images = dict.fromkeys(stored, shots)
     train = collect_activations(batches, context.models, [], context.forget, per_class, images)
@@ -72,7 +72,8 @@ def collect_images(
     return test, TrainTestSplit(train, rows[0], test, rows[1])
 
 
-def _matched(context: AuditContext, data: Any, argument: str) -> LabelledData:
+def matched_data(context: AuditContext, data: Any, argument: str) -> LabelledData:
+    """The labelled images, matched with the original's classes."""
     source = LabelledData(data, argument, context.spec, context.labels, exact_size=True)
     source.match(context.original.model, context.classes)
     if source.found is not None:
@@ -82,11 +83,16 @@ def _matched(context: AuditContext, data: Any, argument: str) -> LabelledData:
 
 def _check_classes(context: AuditContext, source: LabelledData, seen: Activations) -> None:
     """Notes what was assumed of images and labels, and warns where that is doubtful."""
-    facts, doubts = source.format.assumptions()
     pair = seen.predictions[ORIGINAL], seen.labels
     # the original has forgotten nothing, so that all its predictions count
-    if found := check_order(*pair, context.classes, [], source.found):
-        doubts.append(f"{source.argument}: {found}")
+    found = check_order(*pair, context.classes, [], source.found)
+    note_assumptions(context, source, [f"{source.argument}: {found}"] if found else [])
+
+
+def note_assumptions(context: AuditContext, source: LabelledData, more: list[str]) -> None:
+    """Notes what was assumed of the data, and warns where that is doubtful, as ``more`` is."""
+    facts, doubts = source.format.assumptions()
+    doubts += more
     context.notes += facts + doubts
     for doubt in doubts:
         warnings.warn(doubt, UnlearningWarning, stacklevel=2)

@@ -7,6 +7,8 @@ Unlearning?", 2604.08271).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -83,6 +85,18 @@ def probe_predictions(train: Tensor, labels: Tensor, test: Tensor, classes: int)
     Args:
         train, labels, test, classes: as for `knn_predictions`.
     """
+    return _probe_logits(train, labels, test, classes, F.cross_entropy).argmax(1)
+
+
+def multi_label_probe(train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
+    """The same with one sigmoid per class: labels bool [N, C] -> logits, float32 [M, C]."""
+    classes, loss = labels.shape[1], F.binary_cross_entropy_with_logits
+    return _probe_logits(train, labels.float(), test, classes, loss)
+
+
+def _probe_logits(
+    train: Tensor, labels: Tensor, test: Tensor, classes: int, criterion: Callable[..., Tensor]
+) -> Tensor:
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     train, test = (train - mean) / std, (test - mean) / std
     weight = torch.zeros(train.shape[1], classes, requires_grad=True)
@@ -95,18 +109,23 @@ def probe_predictions(train: Tensor, labels: Tensor, test: Tensor, classes: int)
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = F.cross_entropy(train @ weight + bias, labels)
+        value = criterion(train @ weight + bias, labels)
         value = value + _WEIGHT_DECAY * weight.square().sum()
         value.backward()
         return value
 
     with torch.enable_grad():
         optimiser.step(loss)
-    return (test @ weight + bias).detach().argmax(1)
+    return (test @ weight + bias).detach()
 
 
 def adapted_predictions(train: Tensor, logits: Tensor, test: Tensor, weight: Tensor) -> Tensor:
-    """Re-fits a linear layer on other features by ridge regression; returns its predictions.
+    """The class with the largest of `adapted_logits`, int64 [M]."""
+    return adapted_logits(train, logits, test, weight).argmax(1)
+
+
+def adapted_logits(train: Tensor, logits: Tensor, test: Tensor, weight: Tensor) -> Tensor:
+    """Re-fits a linear layer on other features by ridge regression; returns its outputs.
 
     Minimises ``||F W'^T + b' - Z||^2 + r ||W' - W||^2`` over ``W'`` and ``b'`` in closed form and
     float64. The bias is free (columns are centred), and ``r`` is 0.1 N times the mean variance of
@@ -119,7 +138,7 @@ def adapted_predictions(train: Tensor, logits: Tensor, test: Tensor, weight: Ten
         weight: float [C, D], the layer's weights ``W``.
 
     Returns:
-        int64 [M], the class with the largest logit ``test @ W'^T + b'``.
+        float64 [M, C], the logits ``test @ W'^T + b'``.
     """
     mean, weight = train.mean(0, dtype=torch.float64), weight.double()
     train, test, logits = train - mean, test - mean, logits.double()
@@ -129,7 +148,7 @@ def adapted_predictions(train: Tensor, logits: Tensor, test: Tensor, weight: Ten
     gram.diagonal().add_(max(penalty, 1e-30))
     change = residual.T @ torch.linalg.solve(gram, train)
     adapted: Tensor = test @ (weight + change).T + logits.mean(0)
-    return adapted.argmax(1)
+    return adapted
 
 
 def mean_over_positions(features: Tensor, channels: int) -> Tensor:

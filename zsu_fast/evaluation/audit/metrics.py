@@ -6,7 +6,7 @@ the JSON file carry this table, so that no number stands without a definition.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -213,3 +213,46 @@ METRICS: tuple[Metric, ...] = (
     ),
 )  # fmt: skip
 BY_KEY: dict[str, Metric] = {m.key: m for m in METRICS}
+
+_AT_HALF = "with a probability of at least one half"
+_LABELS = f"labels of the forgotten classes that are predicted {_AT_HALF} / all of them"
+_MEAN_AP = "mean average precision (AP) of the retained classes"
+_ON_IMPRESSIONS = f"impressions of the forgotten classes that are predicted {_AT_HALF} / all"
+# What differs in the audit of a multi-label model: title ("" for the same), and formula.
+_MULTI_LABEL = {
+    "fa": ("", _LABELS),
+    "ra": ("RA (mean AP)", _MEAN_AP),
+    "impressions_fa": ("", f"{_ON_IMPRESSIONS}; {_HELD_OUT}"),
+    "unmask_fa": ("", f"{_LABELS}, with the original's last-layer rows of these classes put back"),
+    "unmask_ra": ("un-mask RA (mean AP)", f"{_MEAN_AP}, with these rows put back"),
+    "unmask_impressions_fa": ("", f"{_ON_IMPRESSIONS}, with these rows put back"),
+    "unmask_last_layer_fa": ("", f"{_LABELS}, {_BACK}"),
+    "unmask_last_layer_ra": ("RA (mean AP), whole last layer back", f"{_MEAN_AP}, {_BACK}"),
+    "unmask_last_layer_impressions_fa": ("", f"{_ON_IMPRESSIONS}, {_BACK}"),
+    "unmask_last_layer_impressions_ra": (
+        "", f"impressions of the retained classes that are predicted {_AT_HALF}, {_BACK} / all"),
+    "adapted_unmask_fa": (
+        "", f"{_LABELS}, by the original's last layer re-fitted on the model's features as for "
+        "other models"),
+    "adapted_unmask_ra": ("adapted un-mask RA (mean AP)", f"{_MEAN_AP} of the same layer"),
+    "agreement_top1": (
+        "same decisions as the mask", "mean over impressions of retained classes of the share of "
+        "retained decisions that are the mask's, those for and against a class with the same "
+        "weight"),
+    "probe_forget": (
+        "linear probe, forgotten classes (mean AP)", "mean AP of the forgotten classes of a "
+        "logistic regression per class, fitted to true labels on the last layer's input"),
+    "probe_retain": (
+        "linear probe, other classes (mean AP)", "mean AP of the same probe on the other classes"),
+}  # fmt: skip
+
+
+def definitions(multi_label: bool) -> dict[str, Metric]:
+    """The definition of each metric, by its key, in the audit of a model of either kind."""
+    if not multi_label:
+        return BY_KEY
+    changed = {
+        key: replace(BY_KEY[key], title=title or BY_KEY[key].title, formula=formula)
+        for key, (title, formula) in _MULTI_LABEL.items()
+    }
+    return BY_KEY | changed

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...models.multi_label import predicted
 from ...runtime.torch_settings import torch_defaults
 from ...splitting.batch_dim import BoundaryTensors
 from .audited_model import AuditedModel, variant
@@ -40,7 +41,8 @@ class RelearnTask:
     """Images to relearn from and to measure on, and the goal.
 
     Attributes:
-        images, labels: the shots, [N, ...] and int64 [N], of forgotten and retained classes.
+        images, labels: the shots, [N, ...] and int64 [N], of forgotten and retained classes; of a
+            multi-label model, bool [N, C].
         test_images, test_labels: of forgotten classes only, disjoint from the shots.
         forget: the forgotten classes.
         goal: FA, in per cent, at which the classes count as relearned.
@@ -56,6 +58,24 @@ class RelearnTask:
     goal: float
     max_steps: int
     seed: int
+
+    def forgotten(self) -> Tensor:
+        """The shots that have a forgotten class, bool [N]."""
+        if self.labels.ndim == 2:
+            return self.labels[:, self.forget].any(1)
+        return torch.isin(self.labels, torch.tensor(self.forget))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The cross-entropy of the softmax, or of the sigmoids."""
+        if labels.ndim == 2:
+            return F.binary_cross_entropy_with_logits(logits, labels.float())
+        return F.cross_entropy(logits, labels)
+
+    def recognised(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Which of the test images, or of their labels of forgotten classes, are, bool [n]."""
+        if labels.ndim == 2:
+            return predicted(logits)[:, self.forget][labels[:, self.forget]]
+        return logits.argmax(1) == labels
 
 
 @dataclass
@@ -78,7 +98,11 @@ def relearn_all(context: AuditContext, split: TrainTestSplit, one_set: bool) -> 
 
     If the split is of ``one_set``, the images of the forgotten classes are divided here.
     """
-    task = _make_task(context, split, one_set)
+    relearn_task(context, _make_task(context, split, one_set))
+
+
+def relearn_task(context: AuditContext, task: RelearnTask | str) -> None:
+    """Adds them to every row; ``task`` may be the reason why there is none."""
     for trained in TRAINED_WORDS:
         reason = task if isinstance(task, str) else _too_costly(context, task, trained)
         if isinstance(task, RelearnTask) and not reason:
@@ -223,7 +247,7 @@ def _train(
 ) -> RelearnResult:
     device = shots[0].device
     labels, test_labels = task.labels.to(device), task.test_labels.to(device)
-    forgotten = torch.isin(task.labels, torch.tensor(task.forget))
+    forgotten = task.forgotten()
     pools = [p for p in (forgotten.nonzero()[:, 0], (~forgotten).nonzero()[:, 0]) if len(p)]
     draw = torch.Generator().manual_seed(task.seed)
     optimiser = torch.optim.Adam(parameters, LEARNING_RATE)
@@ -231,8 +255,8 @@ def _train(
     @torch.no_grad()
     def accuracy() -> float:
         batches = zip(*[t.split(250) for t in (*test, test_labels)], strict=True)
-        correct = sum((model(*part).argmax(1) == own).float().sum() for *part, own in batches)
-        return 100 * float(correct) / len(test_labels)
+        found = torch.cat([task.recognised(model(*part), own) for *part, own in batches])
+        return 100 * float(found.float().sum()) / len(found)
 
     def smoothed() -> float:
         """The mean of the last three measurements: a single one may pass the goal by chance."""
@@ -245,7 +269,7 @@ def _train(
             [p[torch.randint(len(p), (BATCH // len(pools),), generator=draw)] for p in pools]
         ).to(device)
         optimiser.zero_grad()
-        F.cross_entropy(model(*[f[chosen] for f in shots]), labels[chosen]).backward()
+        task.loss(model(*[f[chosen] for f in shots]), labels[chosen]).backward()
         optimiser.step()
         # after each of the first 10 steps, then every 10 % more, and at the end
         if step <= 10 or step % (step // 10) == 0 or step == task.max_steps:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ...models import checkpoint
 from ...synthesis.impressions import ClassImpressions
 from ..accuracy import Evaluation
-from .metrics import BY_KEY, METRICS
+from .metrics import BY_KEY, Metric, definitions
 
 # The rows of an audit, in the order of its tables.
 MODELS = ("original", "mask", "random embeddings", "unlearned", "golden")
@@ -186,6 +186,11 @@ class Audit:
         """Whether no check failed; a check that can't tell does not count."""
         return all(c.passed is not False for c in self.checks)
 
+    @property
+    def definitions(self) -> dict[str, Metric]:
+        """The definition of each metric, by its key."""
+        return definitions(bool(self.settings.get("multi_label")))
+
     def row(self, name: str) -> Row:
         """Returns the row of the model called ``name``.
 
@@ -205,7 +210,7 @@ class Audit:
         plain["passed"] = self.passed
         for name in ("findings", "checks", "rows"):
             plain[name] = [asdict(entry) for entry in getattr(self, name)]
-        plain["metrics"] = [asdict(m) for m in METRICS]
+        plain["metrics"] = [asdict(m) for m in self.definitions.values()]
         return plain
 
     def to_json(self) -> str:
@@ -224,11 +229,12 @@ class Audit:
     def __str__(self) -> str:
         keys = [k for k in MAIN if any(k in row.values for row in self.rows)]
         lines = [*self.verdict, ""]
-        width = max(len(BY_KEY[k].title) for k in keys)
+        titles = {k: self.definitions[k].title for k in keys}
+        width = max(map(len, titles.values()))
         lines.append(" " * width + "".join(f"{row.name:>19}" for row in self.rows))
         for key in keys:
             cells = "".join(f"{show(row.get(key)):>19}" for row in self.rows)
-            lines.append(f"{BY_KEY[key].title:<{width}}{cells}")
+            lines.append(f"{titles[key]:<{width}}{cells}")
         return "\n".join(lines)
 
 

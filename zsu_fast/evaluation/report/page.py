@@ -13,7 +13,6 @@ from markupsafe import Markup
 from ...models import checkpoint
 from ...synthesis.impressions import ClassImpressions
 from ..audit import Audit, Row
-from ..audit.metrics import BY_KEY, METRICS
 from ..audit.result import GOLDEN, MAIN, MASK, ORIGINAL, RANDOM, TRAINED_WORDS, UNLEARNED, show
 from . import charts
 from .pictures import gallery
@@ -79,8 +78,8 @@ def _models(audit: Audit, name: ClassName) -> dict[str, Any]:
         "audit": audit,
         "name": name,
         "show": show,
-        "main": [BY_KEY[k] for k in MAIN if any(k in r.values for r in audit.rows)],
-        "metrics": METRICS,
+        "main": [audit.definitions[k] for k in MAIN if any(k in r.values for r in audit.rows)],
+        "metrics": list(audit.definitions.values()),
         "ordered": _rows(audit, *STYLES),
         "legend": [(n, charts.key(i, s)) for i, (n, s) in enumerate(STYLES.items())
                    if _rows(audit, n)],

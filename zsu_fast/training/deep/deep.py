@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...models.multi_label import predicted
 from ...models.wrapper import LogitsModel
 from ...runtime.measuring import multiply_adds
 from ...runtime.progress import Reporter
 from ...splitting.batch_dim import BoundaryTensors
 from ...synthesis.impressions import ClassImpressions
-from ..features import FeatureSet, FeatureSettings, logit_margin
+from ..features import FeatureSet, FeatureSettings, absence_margin, logit_margin
 from ..fit_task import FitTask
 from ..trainer import RELATIVE_STEP, LoopSettings, Schedule, Trainer, relative_learning_rate
-from .losses import USABLE_ROOM, DeepObjective, room_above_floor
+from .losses import USABLE_ROOM, DeepObjective, MultiLabelDeepObjective, room_above_floor
 from .rows import Scenes
 from .settings import DeepSettings
 from .split import DeepSplit
@@ -64,6 +65,7 @@ class DeepRows:
         inverted: BoundaryTensors,
         labels: Tensor,
         forget: Tensor,
+        multi_label: bool = False,
     ) -> DeepRows:
         """Labels the rows by the original tail; ``labels`` are those of the inverted rows."""
         features = tuple(torch.cat(pair) for pair in zip(scenes, inverted, strict=True))
@@ -74,6 +76,8 @@ class DeepRows:
         rows.teacher = torch.cat([part.logits for part in tail.chunks(rows)])
         rows.label = torch.cat([rows.teacher[:count].argmax(1), labels.to(forget.device)])
         rows.forgotten, rows.scene = forget[rows.label], scene
+        if multi_label:
+            rows.forgotten = (predicted(rows.teacher) & forget).any(1)
         place = torch.arange(total, device=forget.device)
         every = torch.where(scene > 0, *_VALIDATION)
         return cls(rows, place % every == every - 1)
@@ -130,12 +134,11 @@ def forget_deeply(
             else deep.image_features(points)
         )
     tail = FrozenClassifierTail(model, deep)
-    data = DeepRows.label(tail, scenes.features, inverted, labels, forget)
+    data = DeepRows.label(tail, scenes.features, inverted, labels, forget, settings.multi_label)
     train, validation = data.select(~data.held), data.select(data.held)
-    margins = logit_margin(data.rows.teacher[-len(labels) :], labels)
-    margin = features.margin_for(float(margins.mean()), len(forget), forget_logits_only=False)
-    reachable = min(settings.margin, USABLE_ROOM * room_above_floor(tail, train, forget))
-    objective = DeepObjective(tail, train, forget, reachable, settings)
+    objective, margin = _objective(
+        tail, train, data.rows.teacher, labels, features, settings, forget
+    )
     named = dict(model.module.named_parameters())
     parameters = [named[name] for name in deep.parameters]
     assert train.scene is not None
@@ -192,6 +195,30 @@ def forget_deeply(
     return facts
 
 
+def _objective(
+    tail: FrozenClassifierTail,
+    train: FeatureSet,
+    teacher: Tensor,
+    labels: Tensor,
+    features: FeatureSettings,
+    settings: DeepSettings,
+    forget: Tensor,
+) -> tuple[DeepObjective, float]:
+    """The objective, and the margin of the last layer's fit.
+
+    ``teacher`` holds the logits of all rows, the inverted ones, with their ``labels``, at the end.
+    """
+    if settings.multi_label:
+        logits = teacher[:, forget]
+        margin = absence_margin(logits) if features.margin is None else features.margin
+        usual = max(settings.margin, absence_margin(logits, 0.5))
+        return MultiLabelDeepObjective(tail, train, forget, usual, settings), margin
+    margins = logit_margin(teacher[-len(labels) :], labels)
+    margin = features.margin_for(float(margins.mean()), len(forget), forget_logits_only=False)
+    reachable = min(settings.margin, USABLE_ROOM * room_above_floor(tail, train, forget))
+    return DeepObjective(tail, train, forget, reachable, settings), margin
+
+
 @dataclass(frozen=True)
 class _Checks:
     """Data-free measurements on held-out rows, with the original last layer."""
@@ -207,12 +234,11 @@ class _Checks:
         assert rows.scene is not None
         logits = torch.cat([part.logits for part in self.tail.chunks(rows)])
         leaked, _ = self.objective.answers(logits, rows)
-        masked = logits.masked_fill(self.objective.forget, -torch.inf).argmax(1)
-        teacher = rows.teacher.masked_fill(self.objective.forget, -torch.inf).argmax(1)
+        same = self.objective.unmasked_agreement(logits, rows)
         inverted, scene = (rows.scene == 0) & rows.forgotten, rows.scene > 0
         return {
             "unmask_leak": _mean(leaked[inverted], 0.0),
-            "agreement": _mean((masked == teacher)[scene & ~rows.forgotten], 1.0),
+            "agreement": _mean(same[scene & ~rows.forgotten], 1.0),
         }
 
 
@@ -228,28 +254,23 @@ def _extrapolate(
 
     Returns that factor with what was measured at it, and the same of each factor that was tried.
 
-    A moderate run that is extrapolated costs less retained accuracy than a longer one. If hardly a
-    scene loses its answer to a larger factor, that one is taken: it hides more from a probe. If
-    each factor leaks, or if too few answers stay before one does not, the one that leaks least of
-    those tried is taken.
+    A moderate run that is extrapolated costs less retained accuracy than a longer one. If nearly
+    all scenes keep their answer, a larger factor is taken: it hides more from a probe. If each
+    factor leaks, or if too few answers stay before one does not, the one that leaks least of those
+    tried is taken.
     """
     after = [p.detach().clone() for p in parameters]
     tried: list[dict[str, float]] = []
     chosen: dict[str, float] | None = None
     for factor in settings.factors:
-        if chosen is not None and factor > settings.spare_factor:
+        if chosen is not None and factor > settings.robust_factor:
             break
         _load(parameters, [a.lerp(b, factor) for a, b in zip(before, after, strict=True)])
         tried.append({"factor": factor, **checks.measure()})
-        leaks = tried[-1]["unmask_leak"] > settings.leak
-        if chosen is None and not leaks:
-            chosen = free = tried[-1]
-        elif chosen is not None:
-            lost = free["agreement"] - tried[-1]["agreement"]
-            if leaks or lost > settings.spare:
-                break
+        leaks, agreement = tried[-1]["unmask_leak"] > settings.leak, tried[-1]["agreement"]
+        if not leaks and (chosen is None or agreement >= settings.robust):
             chosen = tried[-1]
-        if tried[-1]["agreement"] < LEAST_AGREEMENT or (chosen and not settings.spare):
+        elif chosen is not None or agreement < LEAST_AGREEMENT:
             break
     if chosen is None:
         kept = [result for result in tried if result["agreement"] >= LEAST_AGREEMENT] or tried

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..features import FeatureSet
-from ..losses import MaskedKL
+from ..losses import MaskedKL, MultiLabelKL
 from .settings import DeepSettings
 from .tail import FrozenClassifierTail, TailOutputs
 
@@ -97,15 +97,22 @@ class DeepObjective(MaskedKL):
     def loss(self, outputs: TailOutputs, rows: FeatureSet) -> Tensor:
         """The loss of a batch, differentiable."""
         s = self.settings
-        forgotten = rows.teacher.softmax(1)[:, self.forget].sum(1)
         change = self._retained(outputs.logits) - self._retained(rows.teacher)
-        kept = ((1 - forgotten) * change.square().mean(1)).mean() / self.size
+        kept = (self._keep_weight(rows) * change.square().mean(1)).mean() / self.size
         loss = self.divergence(outputs.logits, rows) + s.keep * kept
-        if s.constant:
+        if s.constant and not s.multi_label:  # `MultiLabelKL` has such a term itself
             loss = loss + s.constant * self._variation(outputs.logits, rows)
         if s.erase:
             loss = loss + s.erase * self.explained_variance(outputs.features, rows)
         return loss
+
+    def _keep_weight(self, rows: FeatureSet) -> Tensor:
+        """How much the retained logits of each row are to keep their values, [N]."""
+        return 1 - rows.teacher.softmax(1)[:, self.forget].sum(1)
+
+    def _forgotten(self, rows: FeatureSet) -> Tensor:
+        """What a probe of the forgotten classes would predict, [N, F]."""
+        return rows.teacher[:, self.forget] - rows.teacher.mean(1, keepdim=True)
 
     def _retained(self, logits: Tensor) -> Tensor:
         """The retained logits, centred per row."""
@@ -126,7 +133,7 @@ class DeepObjective(MaskedKL):
         It is fitted on the scenes among ``rows``. In the dual form, whose linear system is as large
         as the batch however wide the features, [N, ...], are.
         """
-        target = _centred(rows.teacher[:, self.forget] - rows.teacher.mean(1, keepdim=True), rows)
+        target = _centred(self._forgotten(rows), rows)
         deviation = (target.square().sum(0) / _weight(rows).sum().clamp(min=1)).sqrt()
         target = target / deviation.clamp(min=1e-6)
         x = _centred(features.flatten(1), rows)
@@ -150,9 +157,41 @@ class DeepObjective(MaskedKL):
         finite = bool(logits.isfinite().all())
         divergence = float(self.divergence(logits, rows)) if finite else math.nan
         leaked, same = self.answers(logits, rows)
+        leaked = leaked[self.may_leak(rows)]
+        leak = float(leaked.float().mean()) if len(leaked) else 0.0
         retained = ~rows.forgotten
         agreement = float(same[retained].float().mean()) if bool(retained.any()) else 1.0
-        return divergence, float(leaked.float().mean()), agreement
+        return divergence, leak, agreement
+
+    def unmasked_agreement(self, logits: Tensor, rows: FeatureSet) -> Tensor:
+        """For each row, to what extent its retained answer is the teacher's, 0..1 or bool [N].
+
+        Unlike the answer of `answers`, this one takes no notice of the forgotten logits.
+        """
+        now, before = (x.masked_fill(self.forget, -torch.inf) for x in (logits, rows.teacher))
+        return now.argmax(1) == before.argmax(1)
+
+
+class MultiLabelDeepObjective(MultiLabelKL, DeepObjective):
+    """`DeepObjective` for one sigmoid per class: `MultiLabelKL` in place of the softmaxes' KL.
+
+    The retained logits keep their absolute values, also where the original sees a forgotten class:
+    an image of both has to keep the other one.
+    """
+
+    constant = True
+
+    def _keep_weight(self, rows: FeatureSet) -> Tensor:
+        return torch.ones_like(rows.teacher[:, 0])
+
+    def _forgotten(self, rows: FeatureSet) -> Tensor:
+        return rows.teacher[:, self.forget]
+
+    def _retained(self, logits: Tensor) -> Tensor:
+        return logits.index_select(1, self.retained)
+
+    def unmasked_agreement(self, logits: Tensor, rows: FeatureSet) -> Tensor:
+        return self.answers(logits, rows)[1]
 
 
 def _weight(rows: FeatureSet) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...models.input_spec import InputSpec
+from ...models.multi_label import log_probabilities
 from ...models.parameters import weights_hash
 from ...runtime import memory
 from ...runtime.hooks import forward_pre_hooks
@@ -183,7 +184,8 @@ class RowSource:
     def _nearest_scenes(self, labels: Tensor) -> Tensor:
         """For each row, int64, the scene that it starts from."""
         starts = self.scenes.starts
-        parts = [self.deep.flat(part).log_softmax(1) for part in starts.split(256)]
+        multi_label = self.settings.multi_label
+        parts = [log_probabilities(self.deep.flat(p), multi_label) for p in starts.split(256)]
         log_probability = torch.cat(parts)
         first = torch.zeros_like(labels)
         for label in labels.unique():
@@ -210,6 +212,8 @@ class RowSource:
             "device": self.forget.device.type,
             "more": more,
         }
+        if self.settings.multi_label:  # keeps the keys of existing caches
+            facts["multi_label"] = True
         return Cache(self.cache, facts)
 
 
@@ -292,7 +296,7 @@ class _Ascent:
             points.requires_grad_(True)
             with torch.enable_grad():
                 logits, distance = self._logits_and_distance(points)
-                own = logits.log_softmax(1).gather(1, label[:, None])[:, 0]
+                own = log_probabilities(logits, s.multi_label).gather(1, label[:, None])[:, 0]
                 moves = own.detach().exp() < target
                 loss = s.statistics * len(points) * distance - (own * moves).sum()
             if step == s.ascent_steps or not bool(moves.any()):

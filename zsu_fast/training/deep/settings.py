@@ -42,8 +42,9 @@ class DeepSettings:
         factors: by which the change of the weights is multiplied: the first one at which the
             held-out inverted rows leak no more than ``leak``, or a larger one that is free.
         leak: share of held-out inverted rows.
-        spare, spare_factor: share of the held-out scenes that may lose their answer to a larger
-            factor than needed, and the largest such factor.
+        robust, robust_factor: a larger factor than needed, at most the second, is taken if this
+            share of the held-out scenes keeps its answer all the same.
+        multi_label: whether each class has a sigmoid of its own.
     """
 
     scenes: int = 5120
@@ -63,9 +64,10 @@ class DeepSettings:
     erase: float = 2.0
     ridge: float = 0.1
     factors: tuple[float, ...] = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0)
-    leak: float = 0.05
-    spare: float = 0.02
-    spare_factor: float = 1.25
+    leak: float = 0.1
+    robust: float = 0.88
+    robust_factor: float = 1.25
+    multi_label: bool = False
 
     def for_classes(self, classes: int) -> DeepSettings:
         """The settings for a model of that many classes.
@@ -78,7 +80,7 @@ class DeepSettings:
             return self
         return replace(
             self, inverted_share=0.5, keep=self.keep / 3, constant=0.0, erase=0.0, leak=0.04,
-            spare=0.0,
+            robust_factor=0.0,
         )  # fmt: skip
 
     def scenes_for(
