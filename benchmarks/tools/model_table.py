@@ -224,7 +224,7 @@ def _measure(
     if len(before.argmax(1).unique()) < CLASSES:
         result.notes.append("some class is the answer for none of the images")
     if result.level == "deep":
-        last = {*run.split_point.parameters}
+        last = run.rows.deep.last.parameters
         mixed = unlearned.state_dict() | {n: model.state_dict()[n] for n in last}
         unmasked = _like(model, mixed)
         result.back = 100 * float(gone[logits_of(unmasked, images).argmax(1)][was_gone].float().mean())
