@@ -70,7 +70,9 @@ def _timm(
     return Case("timm", label or name, family, build, side)
 
 
-def _class(library: str, path: str, family: str, side: int, **options: Any) -> Case:
+def _class(
+    library: str, path: str, family: str, side: int, label: str = "", **options: Any
+) -> Case:
     """A model by its class, whose arguments the library's function for it does not pass on."""
 
     def build() -> nn.Module:
@@ -78,7 +80,7 @@ def _class(library: str, path: str, family: str, side: int, **options: Any) -> C
         kind = getattr(importlib.import_module(module), name)
         return _seeded(kind, num_classes=CLASSES, **options)
 
-    return Case(library, path.rpartition(".")[2], family, build, side)
+    return Case(library, label or path.rpartition(".")[2], family, build, side)
 
 
 def _transformers(
@@ -100,62 +102,69 @@ def _fused(model: nn.Module) -> nn.Module:
 
 
 def _torchvision_cases() -> list[Case]:
-    make = _torchvision
+    make, tv = _torchvision, functools.partial(_class, "torchvision")
+    from torchvision.models.convnext import CNBlockConfig
+    from torchvision.models.resnet import Bottleneck
+
+    one_each: dict[str, Any] = {"block": Bottleneck, "layers": [1, 1, 1, 1]}
+    windows: dict[str, Any] = {
+        "patch_size": [4, 4], "embed_dim": 16, "depths": [1, 1, 2], "num_heads": [1, 2, 4],
+        "window_size": [4, 4], "stochastic_depth_prob": 0.0,
+    }  # fmt: skip
+    v2 = ("PatchMergingV2", "SwinTransformerBlockV2")
     return [
         make("alexnet", "convolutional", 64),
-        make("vgg11_bn", "convolutional", 32),
         make("resnet18", "residual", 32),
-        make("resnext50_32x4d", "residual, grouped", 32),
-        make("wide_resnet50_2", "residual", 32),
-        make("densenet121", "densely connected", 32),
+        tv("torchvision.models.ResNet", "residual, grouped (ResNeXt)", 32, groups=8,
+           width_per_group=4, **one_each),
+        tv("torchvision.models.DenseNet", "densely connected", 32, growth_rate=8,
+           block_config=(2, 2, 2, 2), num_init_features=16),
         make("squeezenet1_1", "convolutional head", 64),
-        make("mobilenet_v2", "inverted residual", 32),
-        make("mobilenet_v3_small", "inverted residual", 32),
+        make("mobilenet_v2", "inverted residual", 32, width_mult=0.35),
+        make("mobilenet_v3_small", "inverted residual", 32, width_mult=0.5),
         make("mnasnet0_5", "inverted residual", 32),
         make("shufflenet_v2_x0_5", "channel shuffle", 32),
         make("efficientnet_b0", "inverted residual", 32),
-        make("regnet_x_400mf", "residual, grouped", 32),
         make("regnet_y_400mf", "residual, squeeze-excitation", 32),
-        make("googlenet", "Inception, two auxiliary heads", 64, "googlenet with aux_logits",
+        make("googlenet", "Inception, two auxiliary heads", 64, "googlenet, aux_logits=True",
              aux_logits=True, init_weights=False),
-        make("inception_v3", "Inception, an auxiliary head", 80, "inception_v3 with aux_logits",
+        make("inception_v3", "Inception, an auxiliary head", 80, "inception_v3, aux_logits=True",
              aux_logits=True, init_weights=False),
-        make("convnext_tiny", "ConvNeXt", 32),
-        make("vit_b_32", "vision transformer", 32, image_size=32),
-        make("swin_t", "shifted windows", 32),
-        make("swin_v2_t", "shifted windows, cosine attention", 32),
-        _class("torchvision", "torchvision.models.MaxVit", "convolution and attention", 64,
-               input_size=(64, 64), stem_channels=16, block_channels=[16, 24, 32, 48],
-               block_layers=[1, 1, 1, 1], partition_size=2, head_dim=8,
-               stochastic_depth_prob=0.0),
+        tv("torchvision.models.ConvNeXt", "ConvNeXt", 32, block_setting=[
+            CNBlockConfig(16, 32, 1), CNBlockConfig(32, 48, 1), CNBlockConfig(48, None, 2)]),
+        tv("torchvision.models.VisionTransformer", "vision transformer", 32, image_size=32,
+           patch_size=8, num_layers=4, num_heads=3, hidden_dim=48, mlp_dim=96),
+        tv("torchvision.models.SwinTransformer", "shifted windows", 32, **windows),
+        tv("torchvision.models.SwinTransformer", "shifted windows, cosine attention", 32,
+           "SwinTransformer, version 2", downsample_layer=_swin(v2[0]), block=_swin(v2[1]),
+           **windows),
+        tv("torchvision.models.MaxVit", "convolution and attention", 64, input_size=(64, 64),
+           stem_channels=16, block_channels=[16, 24, 32, 48], block_layers=[1, 1, 1, 1],
+           partition_size=2, head_dim=8, stochastic_depth_prob=0.0),
     ]  # fmt: skip
+
+
+def _swin(name: str) -> Any:
+    return getattr(importlib.import_module("torchvision.models.swin_transformer"), name)
 
 
 def _timm_convolutional_cases() -> list[Case]:
     make = _timm
     return [
+        _class("timm", "timm.models.vgg.VGG", "convolutional", 32,
+               cfg=(16, "M", 32, "M", 32, "M", 32, "M", 32, "M")),
         make("resnet10t", "residual", 32),
         make("resnetv2_50", "residual, pre-activation", 32, "resnetv2_50, layers=(1, 1, 1, 1)",
              layers=(1, 1, 1, 1)),
         make("resnetv2_50x1_bit", "residual, GroupNorm, standardised weights", 32),
         make("eca_nfnet_l0", "without normalisation, standardised weights", 32),
-        make("nf_resnet26", "without normalisation, standardised weights", 32),
         make("skresnet18", "residual, selective kernels", 32),
         make("resnest14d", "residual, split attention", 32),
         make("res2net50d", "residual, multi-scale", 32, "res2net50d, layers=(1, 1, 1, 1)",
              layers=(1, 1, 1, 1)),
-        make("cspresnet50", "cross-stage partial", 32),
-        make("dla34", "deep layer aggregation", 32),
-        make("dpn48b", "dual path", 32),
-        make("hrnet_w18_small", "parallel resolutions", 64),
         make("tf_efficientnet_lite0", "inverted residual", 32),
-        make("mixnet_s", "inverted residual, mixed kernels", 32),
         make("mobilenetv4_conv_small", "inverted residual", 64),
         make("ghostnet_050", "ghost modules", 32),
-        make("ghostnetv2_100", "ghost modules", 64),
-        make("rexnet_100", "inverted residual", 32),
-        make("vovnet39a", "one-shot aggregation", 32),
-        make("xception41", "separable convolutions", 64),
         make("repvgg_a0", "re-parametrised, before fusing", 32),
         make("repvgg_a0", "re-parametrised, after fusing", 32, "repvgg_a0, fused", _fused),
         make("mobileone_s0", "re-parametrised, before fusing", 32),
@@ -194,7 +203,9 @@ def _timm_transformer_cases() -> list[Case]:
              num_heads=2),
         make("convit_tiny", "gated positional attention", 32, patch_size=8, img_size=32, depth=4,
              embed_dim=12, local_up_to_layer=2),
-        make("crossvit_tiny_240", "two branches (two heads)", 240),
+        _class("timm", "timm.models.crossvit.CrossVit", "two branches (two heads)", 48,
+               img_size=48, img_scale=(1.0, 1.0), patch_size=(6, 8), embed_dim=(24, 48),
+               depth=((1, 1, 0), (1, 1, 0)), num_heads=(2, 2), mlp_ratio=(2.0, 2.0, 1.0)),
         make("swin_tiny_patch4_window7_224", "shifted windows", 32, img_size=32, window_size=4,
              embed_dim=24, depths=(1, 1, 2, 1)),
         make("swinv2_tiny_window8_256", "shifted windows, cosine attention", 64, img_size=64,
@@ -205,26 +216,19 @@ def _timm_transformer_cases() -> list[Case]:
         make("gmlp_ti16_224", "gated MLP", 32, img_size=32),
         make("resmlp_12_224", "residual MLP", 32, img_size=32),
         make("poolformer_s12", "pooling as attention", 32),
-        make("convformer_s18", "MetaFormer, MLP head", 32),
         make("caformer_s18", "MetaFormer, MLP head", 32),
         make("levit_128s", "distilled (two heads), cached biases", 64, img_size=64),
         make("levit_conv_128s", "distilled (two heads), cached biases", 64, img_size=64),
-        make("efficientformer_l1", "distilled (two heads)", 224),
         make("efficientformerv2_s0", "distilled (two heads)", 64, img_size=64),
         make("mobilevit_xxs", "convolution and attention", 32),
         make("mobilevitv2_050", "convolution and attention", 32),
         make("pit_ti_distilled_224", "pooling transformer, distilled (two heads)", 64, img_size=64),
         make("pvt_v2_b0", "pyramid transformer", 32),
-        make("twins_svt_small", "pyramid transformer", 64, img_size=64),
-        make("mvitv2_tiny", "multi-scale transformer", 64, img_size=64),
         make("davit_tiny", "dual attention", 64, depths=(1, 1, 1, 1),
              embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4)),
         make("focalnet_tiny_srf", "focal modulation", 32),
-        make("gcvit_xxtiny", "global context", 64, img_size=64),
-        make("nest_tiny", "nested transformer", 32, img_size=32),
         make("volo_d1_224", "outlook attention, auxiliary head", 64, img_size=64),
         make("efficientvit_b0", "linear attention", 64),
-        make("tiny_vit_5m_224", "convolution and attention", 224),
         make("sequencer2d_s", "recurrent", 32, layers=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48),
              hidden_sizes=(6, 12, 12, 12)),
         make("mambaout_femto", "gated convolutions, MLP head", 64),

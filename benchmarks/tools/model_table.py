@@ -212,7 +212,7 @@ def unlearn(case: Case, model: nn.Module, depth: str) -> tuple[Result, nn.Module
 def _measure(
     result: Result, case: Case, model: nn.Module, unlearned: nn.Module, run: Any
 ) -> None:
-    images = images_of(case, 384, seed=99)
+    images = images_of(case, 320, seed=99)
     before, after = logits_of(model, images), logits_of(unlearned, images)
     gone = torch.zeros(CLASSES, dtype=torch.bool)
     gone[FORGET] = True
