@@ -379,7 +379,7 @@ def test_many_classes_have_settings_of_their_own() -> None:
     settings = DeepSettings(batch=100)
     assert settings.for_classes(100) is settings
     many = settings.for_classes(101)
-    assert (many.inverted_share, many.keep) == (0.5, settings.keep / 3)
+    assert (many.inverted_share, many.keep) == (0.5, settings.keep / 4)
     assert (many.constant, many.erase, many.robust_factor) == (0.0, 0.0, 0.0)
     run = ZeroShotUnlearner(tiny(), FORGET, progress=False)
     run.options.deep = replace(FEW_ROWS, batch=4)  # fewer rows than the five classes

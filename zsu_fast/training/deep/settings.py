@@ -55,18 +55,18 @@ class DeepSettings:
     statistics: float = 2.5
     steps: int = 200
     batch: int = 224
-    inverted_share: float = 1 / 9
+    inverted_share: float = 0.2
     rate: float = 0.02
     betas: tuple[float, float] = (0.9, 0.99)
     margin: float = 4.0
-    keep: float = 12.0
+    keep: float = 16.0
     constant: float = 2.0
     erase: float = 2.0
     ridge: float = 0.1
     factors: tuple[float, ...] = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0)
-    leak: float = 0.1
+    leak: float = 0.08
     robust: float = 0.88
-    robust_factor: float = 1.25
+    robust_factor: float = 1.4
     multi_label: bool = False
 
     def for_classes(self, classes: int) -> DeepSettings:
@@ -79,7 +79,7 @@ class DeepSettings:
         if classes <= self.batch:
             return self
         return replace(
-            self, inverted_share=0.5, keep=self.keep / 3, constant=0.0, erase=0.0, leak=0.04,
+            self, inverted_share=0.5, keep=self.keep / 4, constant=0.0, erase=0.0, leak=0.04,
             robust_factor=0.0,
         )  # fmt: skip
 
