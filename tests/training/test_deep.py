@@ -96,7 +96,7 @@ def test_the_record_says_what_was_measured(karpathynet: Run) -> None:
     assert (recorded["depth"], recorded["level"]) == ("deep", "deep")
     assert "fallback" not in recorded
     assert recorded["unmask_leak"]["before"] > 0.9
-    assert recorded["unmask_leak"]["after"] <= 0.04
+    assert recorded["unmask_leak"]["after"] <= 0.08
     assert recorded["agreement"]["before"] == 1
     assert 0.5 < recorded["agreement"]["after"] < 1
     assert recorded["evidence"]["after"] < recorded["evidence"]["before"] - 0.05
