@@ -301,7 +301,8 @@ class ZeroShotUnlearner:
                 with self._stage("deep split"):
                     deep = find_deep_split(self.work, options.tail, self.spec)
             except (ArgumentError, ModelError) as error:
-                if isinstance(error, OnlyLastLayer) and not options.depth_given:
+                named = isinstance(error, OnlyLastLayer) and options.tail != "auto"
+                if named and not options.depth_given:
                     self.options.depth = "output"  # as with tail="last"
                     self.record.depth |= {"depth": "output", "level": "output", "unused": []}
                     return None
@@ -406,8 +407,8 @@ class ZeroShotUnlearner:
             raise ArgumentError(
                 "apply()", "called before fit()", "Call run(), or synthesise(), split(), fit()."
             )
-        target = self._target or self._copy_of_original()
-        self._target = None  # the next call gets another copy
+        target, self._target = self._target, None  # the next call gets another copy
+        target = self._copy_of_original() if target is None else target
         names = self.split_point.parameters
         copies = self._copies()
         trained = trained_parameters(self.work, self.split_point)

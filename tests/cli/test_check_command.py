@@ -28,8 +28,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_exit_code_is_the_verdict(files: Path) -> None:
     untouched, masked = str(files / "untouched.safetensors"), str(files / "masked.safetensors")
     assert call(*CHECK, untouched, code=1).startswith("FAILED: Not forgotten: 100%")
-    assert call(*CHECK, masked).startswith("PASSED: Forgotten in the outputs only: classes 1, 2.")
+    assert "PASSED: Forgotten in the outputs only: classes 1 (one)" in call(*CHECK, masked)
     assert "(deep was asked for)" in call(*CHECK, masked, "--depth", "deep", code=1)
+
+
+def test_classes_may_be_named(files: Path, tmp_path: Path) -> None:
+    masked, names = str(files / "masked.safetensors"), tmp_path / "names.txt"
+    assert "1 (one), 2 (two)" in call(*CHECK[:3], "one,2", "--unlearned", masked)
+    names.write_text("\n".join("abcdefghij"))
+    given = call(*CHECK[:3], "b,c", "--class-names", str(names), "--unlearned", masked)
+    assert "1 (b), 2 (c)" in given
 
 
 def test_json(files: Path) -> None:

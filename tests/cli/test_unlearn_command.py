@@ -177,7 +177,9 @@ def test_images_that_the_model_cannot_take_are_found_before_the_work(
     monkeypatch.setattr("zsu_fast.ZeroShotUnlearner.run", run_must_not_start)
     text = call("unlearn", "karpathynet", "--forget", "1", "--out", str(tmp_path / "o.pt"),
                 "--report", str(tmp_path / "r.html"), "--report-data", "demo", code=2)  # fmt: skip
-    assert "report_data: the model raises for its images of shape (1, 28, 28)" in text
+    assert "report_data: its images are (1, 28, 28), the model takes (3, 32, 32)" in " ".join(
+        text.split()
+    )
     assert list(tmp_path.iterdir()) == []
 
 

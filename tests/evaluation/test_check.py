@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import FORGET, QUICK, SPEC, TinyNet, deep_run, tiny, untouched
+from support import FORGET, QUICK, SPEC, Returning, TinyNet, deep_run, tiny, untouched
 from torch import nn
 
 import zsu_fast
@@ -44,7 +44,7 @@ def test_lenet5_untouched() -> None:
     verdict = check(zoo.load("lenet5"), zoo.load("lenet5"), DIGITS, progress=False)
     assert figures(verdict) == ("none", False, True)
     assert verdict.leak == 1
-    assert verdict.sentence.startswith("Not forgotten: 100% of the rows of classes 1, 2, 3, 4")
+    assert verdict.sentence.startswith("Not forgotten: 100% of the rows of classes 1 (one)")
 
 
 def test_lenet5_with_a_masked_last_layer() -> None:
@@ -172,8 +172,8 @@ def test_bad_arguments_are_named() -> None:
         judge(tiny(), forget=[5])
     with pytest.raises(ArgumentError, match="depth: got 'deeper'"):
         judge(tiny(), depth="deeper")
-    with pytest.raises(ArgumentError, match="names: got 2 for 5 classes"):
-        judge(tiny(), names=["a", "b"])
+    with pytest.raises(ArgumentError, match="class_names has 2 names"):
+        judge(tiny(), class_names=["a", "b"])
     broken = tiny()
     broken.fc1.weight.data[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"fc1\.weight holds 1 NaN"):
@@ -182,6 +182,20 @@ def test_bad_arguments_are_named() -> None:
 
 def test_names_are_in_the_verdict_and_equal_calls_agree() -> None:
     result = zsu_fast.unlearn(tiny(), FORGET, **QUICK)
-    verdict = judge(result, names=list("abcde"))
+    verdict = judge(result, class_names=list("abcde"))
     assert verdict.labels == {1: "b", 3: "d"}
-    assert judge(result, names=list("abcde")) == verdict
+    assert judge(result, class_names=list("abcde")) == verdict
+    assert judge(result, forget=["b", "d"], class_names=list("abcde")) == verdict
+
+
+def test_output_says_which_item_holds_the_logits() -> None:
+    def two_heads(model: nn.Module) -> nn.Module:
+        return Returning(model, lambda logits: {"other": logits.flip(1), "animal": logits})
+
+    result = masked(tiny(), "fc2", [0], -1e9)
+    for output, level in (("animal", "output"), ("other", "none")):
+        verdict = check(
+            two_heads(tiny()), two_heads(result), [0], output=output, progress=False,
+            **IMAGES,
+        )  # fmt: skip
+        assert verdict.level == level

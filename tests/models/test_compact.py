@@ -163,7 +163,7 @@ def _orthogonal(model: nn.Module) -> None:
     ("make", "head", "words"),
     [
         (_linear("a"), lambda m, f: m.a(f) - m.a(f).mean(1, keepdim=True), "other classes depend"),
-        (_linear("a"), lambda m, f: F.normalize(m.a(f)), "other classes depend"),
+        (_linear("a"), lambda m, f: F.normalize(m.a(f)), "unit vector"),
         (_plain, lambda m, f: f @ m.text.T, "none of its tensors"),
         (_orthogonal, lambda m, f: m.a(f), "parametrization"),
         (_linear("a"), lambda m, f: m.a(f).view(-1, 5), "does not run"),

@@ -201,9 +201,9 @@ def test_copies_are_compared_in_exact_float32() -> None:
     """On a GPU, cuDNN's TF32 moves the gradient of a deep network by more than is let pass."""
     settings: Any = torch.backends.cudnn.conv
     before, seen = settings.fp32_precision, []
-    model = tiny()
-    model.register_forward_hook(lambda *_: seen.append(settings.fp32_precision))
-    inference_copy(working_copy(model, CPU), images())
+    work = working_copy(tiny(), CPU)
+    work.register_forward_hook(lambda *_: seen.append(settings.fp32_precision))
+    inference_copy(work, images())
     assert seen
     assert set(seen) == {"ieee"}
     assert settings.fp32_precision == before

@@ -322,7 +322,7 @@ def test_a_margin_is_no_larger_than_a_floor_of_the_logits_lets_it(floor: bool) -
 
 
 def test_the_change_is_multiplied_by_the_first_factor_that_leaves_no_leak() -> None:
-    few = replace(FEW_ROWS, steps=12, leak=-1.0, spare=0.0)
+    few = replace(FEW_ROWS, steps=12, leak=-1.0)
     factors = (0.25, 1.0, 2.0, 4.0)
     run, _ = deep_run(settings=replace(few, factors=factors))
     tried = run.record.depth["factors"]
@@ -343,23 +343,26 @@ def test_the_change_is_multiplied_by_the_first_factor_that_leaves_no_leak() -> N
     assert float(change.abs().max()) > 1e-3
 
 
-def test_a_larger_factor_that_costs_no_answer_is_taken() -> None:
+def test_a_larger_factor_is_taken_if_the_answers_stay() -> None:
     factors = (0.25, 1.0, 60.0, 80.0)
-    few = replace(FEW_ROWS, steps=12, leak=1.0, factors=factors, spare_factor=80.0)
-    run, _ = deep_run(settings=replace(few, spare=0.0))
-    assert run.record.depth["factor"] == 0.25
-    run, _ = deep_run(settings=replace(few, spare=0.1))
+    few = replace(FEW_ROWS, steps=12, leak=1.0, factors=factors, robust=0.0, robust_factor=80.0)
+    run, _ = deep_run(settings=few)
     tried = run.record.depth["factors"]
-    assert [t["factor"] for t in tried] == [0.25, 1.0, 60.0]
-    assert run.record.depth["factor"] == 1.0
-    lost = [tried[0]["agreement"] - t["agreement"] for t in tried]
-    assert lost[1] <= 0.1 < lost[2]
+    agreements = [t["agreement"] for t in tried]
+    assert run.record.depth["factor"] == 80.0
+    assert agreements[1] > max(agreements[2:])
 
-    run, _ = deep_run(settings=replace(few, spare=1.0, spare_factor=1.0))
-    assert run.record.depth["factor"] == 1.0
-    leaky = replace(few, leak=tried[0]["unmask_leak"], spare=1.0, factors=(0.25, -1.0, 1.0))
-    run, _ = deep_run(settings=leaky)  # the other way round, more leaks
-    assert run.record.depth["factor"] == 0.25
+    def chosen(**changes: Any) -> float:
+        run, _ = deep_run(settings=replace(few, **changes))
+        return run.record.depth["factor"]
+
+    assert chosen(robust=agreements[1]) == 1.0
+    assert chosen(robust_factor=1.0) == 1.0
+    assert chosen(robust_factor=0.0) == 0.25
+    leaks = [t["unmask_leak"] for t in tried]
+    assert leaks[0] > leaks[1]
+    backwards = {"factors": (1.0, 0.25), "leak": leaks[1]}
+    assert chosen(**backwards) == 1.0  # the other one leaks
 
 
 def test_extrapolation_ends_before_too_few_answers_stay() -> None:
@@ -376,8 +379,8 @@ def test_many_classes_have_settings_of_their_own() -> None:
     settings = DeepSettings(batch=100)
     assert settings.for_classes(100) is settings
     many = settings.for_classes(101)
-    assert (many.inverted_share, many.keep) == (0.5, settings.keep / 3)
-    assert (many.constant, many.erase, many.spare) == (0.0, 0.0, 0.0)
+    assert (many.inverted_share, many.keep) == (0.5, settings.keep / 4)
+    assert (many.constant, many.erase, many.robust_factor) == (0.0, 0.0, 0.0)
     run = ZeroShotUnlearner(tiny(), FORGET, progress=False)
     run.options.deep = replace(FEW_ROWS, batch=4)  # fewer rows than the five classes
     assert run.options.deep_settings(5, 5).inverted_share == 0.5

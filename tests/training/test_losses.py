@@ -62,6 +62,27 @@ def test_masked_is_lowest_where_forgotten_logits_are_low() -> None:
     assert float(drops[-1]) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_the_retained_logits_keep_their_values(everywhere: bool) -> None:
+    _, _, rows = case()
+    forget = FORGET.to(rows.teacher.device)
+    logits = (rows.teacher + torch.randn(len(rows), 4)).requires_grad_(True)
+    change = (logits - rows.teacher)[:, ~forget].square()
+    if not everywhere:
+        change = change * (1 - rows.teacher.softmax(1)[:, forget].sum(1, keepdim=True))
+    retained = rows.teacher[:, ~forget]
+    size = (retained - retained.mean(1, keepdim=True)).square().sum()
+    plain = MaskedKL(forget, 2.0)
+    want = plain.divergence(logits, rows) + 5 * change.sum() / size
+    loss, dlogits = MaskedKL(forget, 2.0, keep=5.0, keep_all=everywhere)(logits.detach(), rows)
+    assert float(loss) == pytest.approx(float(want.detach()), rel=1e-5)
+    assert torch.allclose(dlogits, torch.autograd.grad(want, logits)[0], rtol=1e-4, atol=1e-6)
+    shifted = rows.teacher + 10.0  # a softmax does not see it
+    assert float(MaskedKL(forget, 2.0, keep=5.0)(shifted, rows)[0]) > 10 + float(
+        plain(shifted, rows)[0]
+    )
+
+
 def test_the_masked_objective_is_the_validation_loss() -> None:
     validation_loss = MaskedKL(FORGET, 1.0)
     assert ObjectiveSettings("masked").make(validation_loss) is validation_loss

@@ -217,8 +217,8 @@ def test_retained_logits_keep_their_values(space: str) -> None:
     assert_forgets(result, FORGET)
     with torch.no_grad():
         before, after = model(images)[:, KEPT], result(images)[:, KEPT]
-    assert abs(float((after - before).mean())) < 1.0  # 13 to 35 without the term that keeps them
-    assert float((after - before).abs().mean()) < 0.15 * float(before.std())
+    assert abs(float((after - before).mean())) < 2.0  # 13 to 35 without the term that keeps them
+    assert float((after - before).abs().mean()) < 0.2 * float(before.std())
 
 
 def test_a_poor_fit_of_several_layers_is_replaced_by_one_of_the_last(

@@ -236,7 +236,7 @@ def test_modes_of_the_caller_have_no_effect(mode: Any, inplace: bool) -> None:
 
 @pytest.mark.parametrize(
     "forget",
-    [[], set(), range(5), [5], [-1], -1, [1, 1], True, [True], 1.0, [1.5], "1", ["1"], None,
+    [[], set(), range(5), [5], [-1], -1, [1, 1], True, [True], 1.0, [1.5], "1", ["one"], None,
      np.array([0.5]), torch.tensor([True, False, False, False, False]), torch.tensor([1.0])],
     ids=repr,
 )  # fmt: skip

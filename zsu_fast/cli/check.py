@@ -9,7 +9,7 @@ import typer
 
 from ..evaluation.check import check as run_check
 from . import options
-from .inputs import parse_classes
+from .inputs import folder_order, labels_of, parse_classes
 from .output import print_json, report_errors
 
 
@@ -25,6 +25,7 @@ def check(
         str | None,
         typer.Option(help="The level that is required: deep or output. Default: either."),
     ] = None,
+    class_names: options.ClassNames = None,
     multi_label: options.MultiLabel = None,
     seed: options.Seed = 0,
     device: options.Device = None,
@@ -35,11 +36,13 @@ def check(
     Exits with 0 if the verdict is that it has, with 1 if not, with 2 if it can't be told.
     """
     with report_errors(as_json):
-        classes = parse_classes(forget)
+        names = folder_order(class_names, None)
         original, result = model.load(), model.load(str(unlearned))
+        classes = parse_classes(forget, labels_of(names, original))
         verdict = run_check(
-            original, result, classes, depth=depth, **images.arguments(), seed=seed,
-            device=device, progress=False if as_json else None, multi_label=multi_label,
+            original, result, classes, depth=depth, class_names=names, **images.arguments(),
+            output=images.choice, seed=seed, device=device, progress=False if as_json else None,
+            multi_label=multi_label,
         )  # fmt: skip
         if as_json:
             print_json(verdict.to_dict())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ModelError, check_choice, shorten
 from ..models.class_indices import check_forget
 from ..models.input_spec import noise_images
+from ..models.labels import resolve_labels
+from ..models.outputs import OutputChoice
 from ..models.parameters import state
 from ..models.prepare import PreparedModel, prepare_model
 from ..models.wrapper import LogitsModel
@@ -58,10 +61,11 @@ def check(
     forget: object,
     *,
     depth: str | None = None,
-    names: Sequence[str] | None = None,
+    class_names: Any = None,
     input_shape: Sequence[int] | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
+    output: OutputChoice | None = None,
     multi_label: bool | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -77,8 +81,9 @@ def check(
         unlearned: the result, of the same architecture; also a `zsu_fast.mask`.
         forget: the classes that were to be forgotten, as for `unlearn`.
         depth: the level that the verdict requires, "deep" or "output"; None for either.
-        names: of all classes, for the verdict.
+        class_names: the names of all classes, as for `unlearn`; None: what ``original`` states.
         input_shape, mean, std: see `synthesize`.
+        output: which item of both models' output holds the logits, as for `unlearn`.
         multi_label: False if the classes of a model that ends in a sigmoid exclude each other.
             Multi-label models are refused; one that returns plain logits does not show it.
         seed: of the rows.
@@ -97,20 +102,18 @@ def check(
     """
     if depth is not None:
         check_choice("depth", depth, DEPTHS)
-    prepared = prepare_model(original, device, input_shape, mean, std, multi_label=multi_label)
+    prepared = prepare_model(original, device, input_shape, mean, std, output, multi_label)
     if prepared.multi_label:
         raise ModelError(
             "it is multi-label, and check() judges by the single top class of each row",
             "Use audit(), with or without images, or pass multi_label=False if its classes exclude "
             "each other.",
         )
-    chosen = check_forget(forget, prepared.classes)
-    if names is not None and len(names) != prepared.classes:
-        raise ArgumentError(
-            "names", f"got {len(names)} for {prepared.classes} classes", "Pass one for each class."
-        )
-    labels = {c: names[c] for c in chosen} if names is not None else {}
-    other = audited_copy("unlearned", unlearned, prepared.spec, prepared.device)
+    known = resolve_labels(class_names, original, prepared.classes)
+    chosen = check_forget(forget, prepared.classes, known)
+    labels = {c: known.names[c] for c in chosen} if known is not None else {}
+    found = prepared.model.output  # the item that was found in the original's
+    other = audited_copy("unlearned", unlearned, prepared.spec, prepared.device, found)
     _check_alike(prepared.model, other.model)
     with (
         threads_for(prepared.multiply_adds(), prepared.device),

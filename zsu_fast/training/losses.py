@@ -79,16 +79,24 @@ class MaskedKL(Objective):
             are; if each logit has weights of its own, a gradient on them would only carry the
             peculiarities of impressions into weights that real images need (SqueezeNet: RA falls
             from 61 to 45; with this it is 62).
-        keep: weight of ``mean((z'_r - z_r)^2) / mean(z_r^2)``, with z_r the retained logits of the
-            teacher, centred per row in the denominator, and z'_r those that are trained. A softmax
-            does not see a shift of all logits, but sigmoids, thresholds and energy scores do.
+        keep: weight of ``mean((1 - p_f) * (z'_r - z_r)^2) / mean(z_r^2)``, with p_f the teacher's
+            probability of forgotten classes, z_r its retained logits, centred per row in the
+            denominator, and z'_r those that are trained. A softmax does not see a shift of all
+            logits, but sigmoids, thresholds and energy scores do.
+        keep_all: leave out the factor 1 - p_f, for a layer on fixed features, which can keep them
+            on all rows. Deeper, FA would rise: what lowers a class raises the others beside it.
     """
 
     def __init__(
-        self, forget: Tensor, margin: float, forget_logits_only: bool = False, keep: float = 0.0
+        self,
+        forget: Tensor,
+        margin: float,
+        forget_logits_only: bool = False,
+        keep: float = 0.0,
+        keep_all: bool = False,
     ) -> None:
         self.forget, self.margin, self.shift = forget, margin, margin * forget.float()
-        self.forget_logits_only, self.keep = forget_logits_only, keep
+        self.forget_logits_only, self.keep, self.keep_all = forget_logits_only, keep, keep_all
 
     def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         loss, dlogits = ops.masked_cross_entropy_and_grad(*self._operands(logits, rows))
@@ -103,8 +111,11 @@ class MaskedKL(Objective):
         count = retained.sum()
         mean = (rows.teacher * retained).sum(1, keepdim=True) / count
         size = ((rows.teacher - mean).square() * retained).sum().clamp(min=1e-12)
+        seen = torch.ones_like(mean)
+        if not self.keep_all:
+            seen = seen - rows.teacher.softmax(1)[:, self.forget].sum(1, keepdim=True)
         difference = (logits - rows.teacher) * retained
-        return difference.square().sum() / size, 2 * difference / size
+        return (seen * difference.square()).sum() / size, 2 * seen * difference / size
 
     @torch.no_grad()
     def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:

@@ -25,8 +25,8 @@ from .train_step import LOOPS, Loop, make_train_step
 Keep = Literal["best", "last", "complete"]
 Ending = Literal["finished", "diverged", "stopped"]
 
-_LEAK_GOAL = 0.01  # no further attempt is made once the kept state leaks no more than this,
-AGREEMENT_GOAL = 0.98  # and as many retained rows have the masked original's answer
+_LEAK_GOAL = 0.01  # no further attempt is made once the kept state leaks no more than this
+AGREEMENT_GOAL = 0.98  # share of retained rows with the masked original's answer
 RELATIVE_STEP = 0.02  # of Adam's steps, as a share of the weights' root mean square
 _GAIN = 0.01  # patience ends when the divergence falls by less than this share
 _STEP_WORK = 4_000_000_000  # multiply-adds of a step's forward pass by default
@@ -62,11 +62,11 @@ class ValidationResult:
         """By how much leak and agreement miss their goals; 0 if neither does."""
         return max(0.0, self.leak - _LEAK_GOAL) + max(0.0, AGREEMENT_GOAL - self.agreement)
 
-    def better_than(self, other: ValidationResult) -> bool:
-        """Whether it has the lower shortfall, or, if that is the same or ``other`` is the original,
-        the lower divergence.
+    def better_than(self, other: ValidationResult, strictly: bool = False) -> bool:
+        """Whether it has the lower divergence; ``strictly``, the shortfall counts first, unless
+        ``other`` is the original.
         """
-        if other.step and self.shortfall != other.shortfall:
+        if strictly and other.step and self.shortfall != other.shortfall:
             return self.shortfall < other.shortfall
         return self.divergence < other.divergence
 
@@ -107,8 +107,10 @@ class Schedule:
             the last finite state, but only if it is better than the original when training is
             stopped from outside; "complete": the last state of the first attempt that does not
             diverge.
-        slower: factors on the learning rate of further attempts if the first one diverges, or
-            changes too many of the retained answers.
+        strict: whether too many changed answers of retained rows also call for further attempts,
+            and states with fewer are preferred.
+        slower: factors on the learning rate of further attempts if the first one diverges, or, if
+            ``strict``, changes too many answers.
         other: the same if the first one leaks.
     """
 
@@ -122,6 +124,7 @@ class Schedule:
     validations: int = 40
     patience: int | None = 8
     keep: Keep = "best"
+    strict: bool = False
     slower: tuple[float, ...] = ()
     other: tuple[float, ...] = ()
 
@@ -133,7 +136,7 @@ class Schedule:
         """Whether the state of ``new`` replaces that of ``old`` after an attempt."""
         if self.keep == "complete":
             return ending != "diverged"
-        return new.better_than(old) or (self.keep == "last" and ending != "stopped")
+        return new.better_than(old, self.strict) or (self.keep == "last" and ending != "stopped")
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,7 @@ class LoopSettings:
             cosine=self.early_stop,
             patience=Schedule.patience if self.early_stop else None,
             keep="best" if self.early_stop else "last",
+            strict=task.coupled,
             slower=(0.3, 0.1, 0.03) if retry else (),
             other=(3.0, 0.3, 0.1) if retry else (),
         )
@@ -262,9 +266,8 @@ class Trainer:
                 self._load(start)
                 ending = self._attempt(number, rate)
                 best = self.fit.best
-                done = best is not first and (
-                    not best.shortfall or self.schedule.keep == "complete"
-                )
+                met = best.shortfall == 0 if self.schedule.strict else best.leak <= _LEAK_GOAL
+                done = best is not first and (met or self.schedule.keep == "complete")
                 if ending == "stopped" or done:
                     break
                 if number == 0:  # if it leaks, the rate is more likely too low than too high
@@ -308,7 +311,8 @@ class Trainer:
             if not math.isfinite(result.divergence):
                 return f"non-finite values at step {block.stop}, rolled back", "diverged"
             old = self._candidate
-            if old is None or schedule.keep != "best" or result.better_than(old[0]):
+            better = old is None or result.better_than(old[0], schedule.strict)
+            if better or schedule.keep != "best":
                 self._candidate = result, self._state()
             names = ("divergence", "leak", "agreement")
             self.report("fit", block.stop, steps, **{n: getattr(result, n) for n in names})

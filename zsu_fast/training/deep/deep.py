@@ -254,28 +254,23 @@ def _extrapolate(
 
     Returns that factor with what was measured at it, and the same of each factor that was tried.
 
-    A moderate run that is extrapolated costs less retained accuracy than a longer one. If hardly a
-    scene loses its answer to a larger factor, that one is taken: it hides more from a probe. If
-    each factor leaks, or if too few answers stay before one does not, the one that leaks least of
-    those tried is taken.
+    A moderate run that is extrapolated costs less retained accuracy than a longer one. If nearly
+    all scenes keep their answer, a larger factor is taken: it hides more from a probe. If each
+    factor leaks, or if too few answers stay before one does not, the one that leaks least of those
+    tried is taken.
     """
     after = [p.detach().clone() for p in parameters]
     tried: list[dict[str, float]] = []
     chosen: dict[str, float] | None = None
     for factor in settings.factors:
-        if chosen is not None and factor > settings.spare_factor:
+        if chosen is not None and factor > settings.robust_factor:
             break
         _load(parameters, [a.lerp(b, factor) for a, b in zip(before, after, strict=True)])
         tried.append({"factor": factor, **checks.measure()})
-        leaks = tried[-1]["unmask_leak"] > settings.leak
-        if chosen is None and not leaks:
-            chosen = free = tried[-1]
-        elif chosen is not None:
-            lost = free["agreement"] - tried[-1]["agreement"]
-            if leaks or lost > settings.spare:
-                break
+        leaks, agreement = tried[-1]["unmask_leak"] > settings.leak, tried[-1]["agreement"]
+        if not leaks and (chosen is None or agreement >= settings.robust):
             chosen = tried[-1]
-        if tried[-1]["agreement"] < LEAST_AGREEMENT or (chosen and not settings.spare):
+        elif chosen is not None or agreement < LEAST_AGREEMENT:
             break
     if chosen is None:
         kept = [result for result in tried if result["agreement"] >= LEAST_AGREEMENT] or tried

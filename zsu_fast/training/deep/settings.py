@@ -42,8 +42,8 @@ class DeepSettings:
         factors: by which the change of the weights is multiplied: the first one at which the
             held-out inverted rows leak no more than ``leak``, or a larger one that is free.
         leak: share of held-out inverted rows.
-        spare, spare_factor: share of the held-out scenes that may lose their answer to a larger
-            factor than needed, and the largest such factor.
+        robust, robust_factor: a larger factor than needed, at most the second, is taken if this
+            share of the held-out scenes keeps its answer all the same.
         multi_label: whether each class has a sigmoid of its own.
     """
 
@@ -55,18 +55,18 @@ class DeepSettings:
     statistics: float = 2.5
     steps: int = 200
     batch: int = 224
-    inverted_share: float = 1 / 9
+    inverted_share: float = 0.2
     rate: float = 0.02
     betas: tuple[float, float] = (0.9, 0.99)
     margin: float = 4.0
-    keep: float = 12.0
+    keep: float = 16.0
     constant: float = 2.0
     erase: float = 2.0
     ridge: float = 0.1
     factors: tuple[float, ...] = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0)
-    leak: float = 0.05
-    spare: float = 0.02
-    spare_factor: float = 1.25
+    leak: float = 0.08
+    robust: float = 0.88
+    robust_factor: float = 1.4
     multi_label: bool = False
 
     def for_classes(self, classes: int) -> DeepSettings:
@@ -79,8 +79,8 @@ class DeepSettings:
         if classes <= self.batch:
             return self
         return replace(
-            self, inverted_share=0.5, keep=self.keep / 3, constant=0.0, erase=0.0, leak=0.04,
-            spare=0.0,
+            self, inverted_share=0.5, keep=self.keep / 4, constant=0.0, erase=0.0, leak=0.04,
+            robust_factor=0.0,
         )  # fmt: skip
 
     def scenes_for(
