@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from multi_label_case import several, several_data
-from support import FORGET, tiny, tiny_data
+from support import FORGET, SPEC, Returning, tiny, tiny_data
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from zsu_fast import ArgumentError, ModelError, evaluate, mask
+from zsu_fast import ArgumentError, ModelError, UnlearningWarning, check, evaluate, mask
 from zsu_fast.evaluation.multi_label import MultiLabelEvaluation, average_precision
 
 
@@ -136,3 +136,66 @@ def test_no_image_of_the_forgotten_classes() -> None:
     assert result.forget_rate is None
     assert result.forget_average_precision is None
     assert "FA none of 0" in str(result)
+
+
+def test_pictures_rows_dicts_and_arrays_as_for_other_models() -> None:
+    model, (images, labels) = several(), several_data(40)
+    want = evaluate(model, (images, labels), FORGET)
+    hot = labels.long()
+    rows = list(zip(images, hot, strict=True))
+    dicts = [{"pixel_values": x, "labels": y.tolist()} for x, y in rows]
+    batch = {"image": images.numpy(), "labels": hot.numpy()}
+    for data in (rows, dicts, batch, (images, hot.tolist()), (images, list(hot))):
+        assert evaluate(model, data, FORGET) == want
+    bytes_ = torch.randint(256, images.shape, dtype=torch.uint8)
+    given = {"input_shape": SPEC.shape, "mean": SPEC.mean, "std": SPEC.std}
+    normalised = evaluate(model, (SPEC.normalise(bytes_), labels), FORGET)
+    with pytest.warns(UnlearningWarning, match="images are uint8"):
+        assert evaluate(model, (bytes_, labels), FORGET, **given) == normalised
+
+
+def test_classes_may_be_named() -> None:
+    names = [f"name{c}" for c in range(5)]
+    model, (images, labels) = several(), several_data(60)
+    listed = [[names[c] for c in row.nonzero()[:, 0].tolist()] for row in labels]
+    found = evaluate(model, (images, listed), ["name1", "name3"], class_names=names)
+    assert found.labels == {"1": "name1", "3": "name3"}
+    assert found.forget_rate == evaluate(model, (images, labels), [1, 3]).forget_rate
+    with pytest.raises(ArgumentError, match=r"data: .*other"):
+        evaluate(model, (images, [["other"], *listed[1:]]), [1], class_names=names)
+
+
+class NamedColumns(list):  # type: ignore[type-arg]
+    """A data set whose columns are classes in another order than the model's."""
+
+    classes = ("b", "a", "c")
+
+
+def test_columns_are_matched_with_the_models_classes_by_name() -> None:
+    data = NamedColumns([(SCORES, LABELS[:, [1, 0, 2]])])
+    found = evaluate(Returns(), data, ["b"], class_names=["a", "b", "c"])
+    want = evaluate(Returns(), (SCORES, LABELS), [1])
+    assert found.data_classes == {"b": 1, "a": 0, "c": 2}
+    assert found.per_class == want.per_class
+    with pytest.warns(UnlearningWarning, match="taken to be in the order of the data's"):
+        evaluate(Returns(), Folders(data), [0])
+
+
+class Folders(NamedColumns):
+    """The same with classes that are the names of folders, in alphabetical order."""
+
+    samples = ()
+
+
+def test_the_output_that_holds_the_logits() -> None:
+    images, labels = several_data(40)
+    model = Returning(several(), lambda logits: (logits, -logits))
+    want = evaluate(several(), (images, labels), FORGET)
+    assert evaluate(model, (images, labels), FORGET, output=0) == want
+    assert evaluate(model, (images, labels), FORGET, output=1) != want
+
+
+def test_check_refuses_a_multi_label_model() -> None:
+    model = config(several())
+    with pytest.raises(ModelError, match=r"multi-label, and check\(\) judges by the single top"):
+        check(model, model, FORGET, input_shape=SPEC.shape, mean=SPEC.mean, std=SPEC.std)

@@ -120,3 +120,18 @@ def test_synthesize_reads_the_kind_too() -> None:
     with torch.no_grad():
         own = several()(found.images)[:, 0].sigmoid()
     assert torch.allclose(found.confidence, own, atol=1e-4)
+
+
+def test_compact_leaves_the_retained_logits() -> None:
+    model, (images, _) = several(), several_data(20)
+    runner, result = run(model, depth="output", compact=True)
+    with torch.no_grad():
+        assert torch.allclose(result(images), runner.full_size(images)[:, RETAINED], atol=1e-4)
+    assert runner.verdict.passed
+
+
+def test_the_verdict_of_a_run() -> None:
+    runner, _ = run(depth="output")
+    assert runner.verdict.level == "output"
+    assert runner.verdict.passed
+    assert runner.verdict.unmask_leak == 1  # of the rows in which the original sees a class
