@@ -391,7 +391,8 @@ def _print(
     )
     output.print_split(console, facts)
     output.print_level(console, facts)
-    output.print_sentences(console, [str(run.verdict), *says])
+    console.print(str(run.verdict), markup=False, highlight=False, soft_wrap=True)
+    output.print_sentences(console, says)
     if entry is not None:
         console.print(f"Request {entry['request']}, ledger head {entry['hash']}.")
     files = (paths.out, paths.out_folder, paths.delta, paths.record, paths.report)

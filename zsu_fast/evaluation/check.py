@@ -74,7 +74,7 @@ def check(
     """Measures without data whether ``unlearned`` has forgotten classes that ``original`` knows.
 
     The unlearned model may come from any method. `audit` with labelled images tells more, such as
-    what a linear probe finds; this is the test for every day. Neither model is changed.
+    what a linear probe finds. Neither model is changed.
 
     Args:
         original: the classifier before unlearning.
@@ -143,7 +143,7 @@ class _Rows:
 
     Attributes:
         points: [N, D] or images [N, ...]: scenes, then rows of classes.
-        label: int64 [N - scenes], the class that each of the latter was made for.
+        label: int64 [N - scenes], the class that each row of a class was made for.
         scenes: how many scenes there are.
         tails: what makes logits of points: of the original, of the unlearned model.
         words: what they are.

@@ -125,7 +125,7 @@ class Verdict:
         )
 
     def raise_for_status(self) -> None:
-        """Returns if the verdict is ``passed``.
+        """Raises unless the verdict is ``passed``.
 
         Raises:
             VerdictError: it is not; the message is `str` of the verdict.

@@ -2,7 +2,7 @@
 classifier.
 
 Such as the layer that PEFT keeps beside the one it trains, an EMA copy, the heads of an ensemble,
-or an auxiliary head. The logits may not depend on them, so that shapes have to tell what they are.
+or an auxiliary head. The logits may not depend on them, so shapes and names decide what they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .class_rows import ClassDims, class_dims, requiring_gradients
 def class_copies(model: LogitsModel, images: Tensor, trained: Iterable[str]) -> ClassDims:
     """The tensors of the model's ``state_dict()`` that hold one row per class, but for ``trained``.
 
-    Those that reach the logits are told by their gradients. Of the others, a matrix with as many
+    Those that reach the logits are found by their gradients. Of the others, a matrix with as many
     rows as classes counts, and what else of that length its module has, unless it is called like
     one of the model's tensors in use that holds no such rows (a layer of an EMA copy).
 

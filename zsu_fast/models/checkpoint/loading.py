@@ -106,7 +106,7 @@ def load_into(model: nn.Module, path: str | Path, keep_dtype: bool = False) -> O
 
     Prefixes that all names share, or that say no more than "model.", are removed. If the file
     stores its weights in another floating-point dtype, the float32 model takes that dtype.
-    A choice among several weights, and what was left out, is told by an `UnlearningWarning`.
+    A choice among several weights, and what was left out, is reported by an `UnlearningWarning`.
 
     Args:
         model: the model, of which only values and dtype are changed.
