@@ -122,6 +122,20 @@ def test_an_output_of_another_type(output: Any) -> None:
             use(tiny(), {"output": output})
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda f, _: {"pooler_output": f},
+        lambda f, _: {"last_hidden_state": f[:, None], "pooler_output": f.tanh()},
+    ],
+)
+def test_an_embedding_in_a_dict_is_refused(wrap: Callable[[Tensor, Tensor], Any]) -> None:
+    model = Features(wrap)
+    for use in ("unlearn", "evaluate"):
+        with pytest.raises(ModelError, match=r"embedding \(.*'pooler_output'\).*its classifier"):
+            USES[use](model, {})
+
+
 def test_what_is_ambiguous() -> None:
     scores = torch.zeros(2, 5)
     assert not is_ambiguous(scores)

@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ModelError
 from ..runtime.hooks import forward_hooks
 
+# Names of items that are no logits, in transformers' outputs and elsewhere.
+_EMBEDDINGS = {
+    "pooler_output", "last_hidden_state", "image_embeds", "embedding", "embeddings", "feature",
+    "features",
+}  # fmt: skip
+EMBEDDING_REMEDY = (
+    "Its dimensions would be forgotten as if they were classes. Pass the model with its classifier "
+    "(in timm, create_model(..., num_classes=N); in transformers, ...ForImageClassification), or a "
+    "module that applies one to the embedding."
+)
 _BESIDE = "_zsu_fast_beside_logits"
 # An index, a key or attribute, or a function that takes the model's output and returns the logits.
 OutputChoice = int | str | Callable[[Any], Tensor]
@@ -135,7 +145,10 @@ def find_output(module: nn.Module, images: Tensor) -> int | str | None:
         output = module(images)
     if not is_ambiguous(output):
         return None
-    scores = score_items(output)
+    scores = {k: v for k, v in score_items(output).items() if k not in _EMBEDDINGS}
+    if not scores:
+        keys = ", ".join(repr(key) for key, _ in _items(output))
+        raise ModelError(f"its output is an embedding ({keys}), not logits", EMBEDDING_REMEDY)
     made = {key: _layers_behind(item, makers) for key, item in scores.items()}
     left = [
         key

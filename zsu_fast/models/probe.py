@@ -15,6 +15,7 @@ from ..runtime.hooks import forward_hooks
 from .caches import stop_caching
 from .input_spec import InputSpec, noise_images
 from .outputs import (
+    EMBEDDING_REMEDY,
     OutputChoice,
     find_output,
     mark_beside_logits,
@@ -30,10 +31,6 @@ from .wrapper import LogitsModel, count_classes
 _TOLERANCE = 1e-3
 # Names of classifiers; a module of such a name that does nothing stands where one was removed.
 _HEADS = {"fc", "head", "heads", "classifier", "last_linear", "logits", "cls_head", "output_layer"}
-_EMBEDDING = (
-    "Its dimensions would be forgotten as if they were classes. Pass the model with its classifier "
-    "(in timm, create_model(..., num_classes=N)), or a module that applies one to the embedding."
-)
 
 
 def choose_item(work: LogitsModel, images: Tensor) -> None:
@@ -245,7 +242,7 @@ def _check_no_embedding(model: nn.Module, seen: _Seen) -> None:
     elif _all_close(seen.scores.float().norm(dim=1)) and not _all_close(seen.scores.abs().sum(1)):
         why = "each row of its output is a unit vector"
     if why:
-        raise ModelError(f"its output is an embedding of {width} values: {why}", _EMBEDDING)
+        raise ModelError(f"its output is an embedding of {width} values: {why}", EMBEDDING_REMEDY)
 
 
 @torch.no_grad()
