@@ -57,13 +57,13 @@ def test_tail_inputs_are_not_synthesised_for_forgotten_classes() -> None:
 
 
 def test_impressions_reach_every_remaining_class() -> None:
-    """After forgetting, other logits may lead so far that raising one logit is not enough."""
-    options: dict[str, Any] = {"depth": "output", "space": "input", "progress": False}
-    first = zsu_fast.unlearn(zoo.load("lenet5"), 3, impressions_per_class=8, **options)
-    remaining = [c for c in range(10) if c != 3]
-    restarted = zsu_fast.synthesize(first, remaining, per_class=4, progress=False)
+    """Other logits may lead so far that raising one logit is not enough."""
+    model = zoo.load("lenet5")
+    with torch.no_grad():
+        model.fc3.bias[0] += 50
+    restarted = zsu_fast.synthesize(model, range(10), per_class=4, progress=False)
     assert restarted.hit_rate == 1.0
-    once = zsu_fast.synthesize(first, remaining, per_class=4, restarts=0, progress=False)
+    once = zsu_fast.synthesize(model, range(10), per_class=4, restarts=0, progress=False)
     assert once.hit_rate < 0.9
 
 
