@@ -98,6 +98,12 @@ def test_a_scale_of_all_logits_is_not_trained() -> None:
     assert not last_split(tiny()).directions
 
 
+def test_a_layer_that_ignores_its_input_has_no_directions() -> None:
+    model = tiny()
+    nn.init.zeros_(model.fc2.weight)
+    assert not last_split(model).directions
+
+
 @pytest.mark.parametrize("kind", ["buffer", "parameter", "transposed"])
 def test_the_split_lies_before_a_classifier_that_is_no_layer(kind: str) -> None:
     model, images = Functional(kind).eval(), tiny_data(6)[0]

@@ -99,8 +99,8 @@ def prepare_model(
     where = resolve_device(model, device)
     spec = resolve_spec(model, input_shape, mean, std)
     work = _copy_with_hooks(model, where, spec, output) or working_copy(model, where, output)
-    freeze_as(work.module, model)
     images = noise_images(spec, 2).to(where)
     several, found = find_multi_label(model, work, images, multi_label)
     classes, notes = probe(work, spec, where, several)
+    freeze_as(work.module, model)  # the probe needs gradients of all
     return PreparedModel(work, spec, where, classes, found + notes, several)

@@ -81,11 +81,11 @@ def classifier_split(model: LogitsModel, split: Split, images: Tensor) -> Split:
     split = _before_classifier(model, class_split(model, split, images[:2]), images)
     with torch.no_grad():
         boundary = split.backbone(images)
-        if all(t.is_floating_point() for t in boundary):
+        if split.class_dims and all(t.is_floating_point() for t in boundary):
             # a softmax that is saturated at one scale is not at the other
             near, far = (split.tail(*[t * factor for t in boundary]) for factor in (0.02, 2.0))
-            size = 1e-4 * float(far.abs().max())
-            split.directions = bool(((near - far).abs() <= size).all())
+            spread = float((far - far.mean(0)).abs().max())  # 0 where rows have no influence at all
+            split.directions = float((near - far).abs().max()) < 1e-3 * spread
     return split
 
 
@@ -93,8 +93,9 @@ def _before_classifier(model: LogitsModel, split: Split, images: Tensor) -> Spli
     """Moves a split from `class_split` on to the classifier itself, if that is no layer."""
     named = dict(model.module.named_parameters())
     matrices = [n for n in split.class_dims if named[n].ndim > 1]
-    layers = layer_names(model.module, images)
-    if len(matrices) != 1 or layer_of(matrices[0]) in layers:
+    if len(matrices) != 1 or layer_of(matrices[0]) == split.name:
+        return split
+    if layer_of(matrices[0]) in layer_names(model.module, images):
         return split
     with torch.no_grad():
         boundary = split.backbone(images)
