@@ -94,8 +94,11 @@ def _find_boundary(traced: GraphModule, crossing: list[Node], images: Tensor) ->
     runs = []
     for batch in two_batches(images):
         interpreter = torch.fx.Interpreter(traced, garbage_collect_values=False)
-        with torch.no_grad():
-            interpreter.run(batch)
+        try:
+            with torch.no_grad():
+                interpreter.run(batch)
+        except Exception:  # noqa: BLE001  tracing took a wrong branch: a module had returned None
+            return None
         runs.append(interpreter.env)
     boundary = _Boundary()
     for node in crossing:
