@@ -99,12 +99,14 @@ def make_fit_task(
         loss = several = MultiLabelKL(forget, margin, forget_logits_only)
         several.constant = objective.constant
     else:
-        margin = settings.margin_for(logit_margin, classes, forget_logits_only)
-        if split.directions and settings.margin is None:
-            margin = 0.0  # out of reach for logits without a bias: it would leave more of the class
         keep = _KEEP_LAST if last else _KEEP
         if forget_logits_only or _are_normalised(train.teacher):
             keep = 0.0
+        # if retained logits stay, the forgotten ones alone have to make the margin
+        fixed = forget_logits_only or keep > 0
+        margin = settings.margin_for(logit_margin, classes, fixed)
+        if split.directions and settings.margin is None:
+            margin = 0.0  # out of reach for logits without a bias: it would leave more of the class
         loss = MaskedKL(forget, margin, forget_logits_only, keep, keep_all=last)
     start = None
     if split.directions and forget_logits_only:
