@@ -153,9 +153,9 @@ class FeatureSettings:
         margin: by how many logits forgotten classes are pushed below what the mask asks for. None
             for the mean logit margin of the impressions times ``2 log10(max(10, classes))``: twice
             it for 10 classes, six times for 1,000, where images differ more from impressions. That
-            is doubled if only the forgotten logits are trained (see `make_fit_task`), which costs
-            the retained ones nothing. For a multi-label model it is `absence_margin`,
-            doubled likewise.
+            is doubled if the retained logits keep their values (see `make_fit_task`): the forgotten
+            ones alone make it then. For a multi-label model it is `absence_margin`, doubled if only
+            the forgotten logits are trained.
         limits: what is stored and what is computed again.
 
     Raises:

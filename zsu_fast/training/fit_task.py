@@ -103,7 +103,7 @@ def make_fit_task(
         if forget_logits_only or _are_normalised(train.teacher):
             keep = 0.0
         # if retained logits stay, the forgotten ones alone have to make the margin
-        fixed = forget_logits_only or keep > 0
+        fixed = forget_logits_only or (keep > 0 and objective.name == "masked")
         margin = settings.margin_for(logit_margin, classes, fixed)
         if split.directions and settings.margin is None:
             margin = 0.0  # out of reach for logits without a bias: it would leave more of the class
