@@ -111,7 +111,7 @@ def test_numbers_that_are_not_finite_become_null() -> None:
 
 
 def test_a_good_run_has_no_warnings() -> None:
-    assert run(stating(), tail="fc1")[0].record.warnings == []
+    assert run(stating(), tail="fc1", impressions_per_class=16)[0].record.warnings == []
 
 
 def test_output_level_forgetting_warns() -> None:
@@ -123,9 +123,9 @@ def test_output_level_forgetting_warns() -> None:
 
 
 def test_guessed_normalisation_warns() -> None:
-    (note,) = run(tiny(), tail="fc1")[0].record.warnings
+    (note,) = run(tiny(), tail="fc1", impressions_per_class=16)[0].record.warnings
     assert "ImageNet mean and std assumed" in note
-    given = run(tiny(), tail="fc1", mean=SPEC.mean, std=SPEC.std)[0]
+    given = run(tiny(), tail="fc1", impressions_per_class=16, mean=SPEC.mean, std=SPEC.std)[0]
     assert given.record.warnings == []
 
 
@@ -154,4 +154,4 @@ def test_a_run_that_does_not_forget_warns() -> None:
 def test_a_good_run_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        zsu_fast.unlearn(stating(), [1, 3], tail="fc1", **QUICK)
+        zsu_fast.unlearn(stating(), [1, 3], tail="fc1", **QUICK | {"impressions_per_class": 16})
