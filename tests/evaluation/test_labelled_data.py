@@ -17,7 +17,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from benchmarks.stress.fuzz_data import fuzz
 from zsu_fast import ArgumentError, ModelError, UnlearningWarning, evaluate, mask
 from zsu_fast.evaluation.audit import audit
-from zsu_fast.evaluation.data_classes import check_order, classes_of, map_classes
+from zsu_fast.evaluation.class_order import check_order
+from zsu_fast.evaluation.data_classes import classes_of, map_classes
 from zsu_fast.models.labels import Labels
 
 NAMES = ["hen", "jay", "tench", "robin", "crane"]
