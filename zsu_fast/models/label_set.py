@@ -23,12 +23,15 @@ class Labels:
         source: where they come from, in words.
         ids: WordNet ids of the classes, if the source lists them.
         given: whether the caller passed them, rather than the model.
+        assumed: why these names are an assumption, in words; "" if the model or the caller states
+            them.
     """
 
     names: tuple[str, ...]
     source: str
     ids: tuple[str, ...] = ()
     given: bool = False
+    assumed: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
