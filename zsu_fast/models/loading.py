@@ -137,10 +137,10 @@ def _timm(name: str, weights: str | None, classes: int | None) -> nn.Module:
     _need_weights(name, weights)
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     model = timm.create_model(name, pretrained=weights == PRETRAINED, **options)
-    config = getattr(model, "pretrained_cfg", None) or {}
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
     file = Path(str(weights).partition("::")[0]).name
     if weights == PRETRAINED or file == Path(config.get("url") or "unknown").name:
-        model.weights_source = PUBLISHED
+        model.weights_source = PUBLISHED  # type: ignore[assignment]
     return _with_file(model, None if weights == PRETRAINED else weights, name)
 
 
