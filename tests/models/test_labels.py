@@ -231,6 +231,13 @@ def test_files_that_are_refused(tmp_path: Path, text: str, words: str) -> None:
         read_class_names(path, 2)
 
 
+@pytest.mark.parametrize("given", [["a"], ["a", ""], {0: "a", 2: "b"}, {"a": 0, "b": 0}])
+def test_errors_name_class_names_once(given: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^class_names: ") as caught:
+        resolve_labels(given, tiny(), 5)
+    assert str(caught.value).count("class_names") == 1
+
+
 def test_a_file_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"class_names: .*none\.txt can't be read"):
         read_class_names(tmp_path / "none.txt", 2)
