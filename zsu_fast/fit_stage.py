@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from .models.multi_label import predicted
 from .request import Request
 from .splitting.split import Split, find_split
 from .synthesis.impressions import ClassImpressions
@@ -53,6 +55,17 @@ def deepen(request: Request, rows: RowSource, impressions: ClassImpressions) -> 
         options.loop = replace(loop, steps=loop.steps or _LAST_STEPS)
         options.objective = replace(options.objective, constant=request.multi_label)
     return rows.deep.last
+
+
+@torch.no_grad()
+def rows_that_show(request: Request, split: Split, features: Tensor) -> Tensor:
+    """In which of the rows at ``split``, of a multi-label model, a forgotten class is predicted.
+
+    float [N, ...] -> bool [N].
+    """
+    parts = [(predicted(split.tail(part)) & request.forget_mask).any(1)
+             for part in features.split(256)]  # fmt: skip
+    return torch.cat(parts)
 
 
 def features_of(

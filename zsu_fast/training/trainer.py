@@ -47,6 +47,8 @@ class ValidationResult:
         divergence: mean KL from the masked original to the tail, margin included, in nats.
         leak: share of validation rows whose top class is a forgotten one, 0..1.
         agreement: share of retained validation rows with the masked original's top class, 0..1.
+        forgotten_leak: share of the validation rows of forgotten classes whose top class is one,
+            0..1; NaN if there is no such row.
     """
 
     step: int
@@ -56,6 +58,7 @@ class ValidationResult:
     divergence: float
     leak: float
     agreement: float
+    forgotten_leak: float = math.nan
 
     @property
     def shortfall(self) -> float:
