@@ -133,6 +133,16 @@ def test_no_direction_whatsoever_shows_a_forgotten_class(
     assert torch.equal(logits.argmax(1), before.argmax(1))
 
 
+def test_a_cosine_classifier_in_depth_says_what_the_checks_may_miss() -> None:
+    model = tiny()
+    model.fc2 = Cosine()
+    with pytest.warns(UnlearningWarning, match="sees only the direction of the features"):
+        run, _ = deep_run(fitted(model))
+    assert run.record.depth["level"] == "deep"
+    assert run.verdict is not None
+    assert any("Measure FA and RA on images" in text for text in run.verdict.warnings)
+
+
 def test_one_class_left_of_a_classifier_of_directions() -> None:
     """The mean of its logits is its own: a tie, so the rows are trained."""
     model = fitted(Similarities())
