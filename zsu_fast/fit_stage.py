@@ -26,7 +26,7 @@ from .training.trainer import AGREEMENT_GOAL, Fit, train_tail
 
 # The last layer's fit after deep forgetting: the classes hardly reach it any more.
 _LAST_MIXTURES, _LAST_STEPS = 4096, 400
-
+_ENOUGH = 16  # impressions per class for a tail of several layers
 _UNSEEN_DIRECTIONS = (
     "the classifier sees only the direction of the features, and normalises its own rows: images "
     "may lie in directions that the run's rows do not reach, and show a forgotten class although "
@@ -112,6 +112,15 @@ def fit_tail(
     task = fit_task(request, split, features, impressions)
     if split.directions and not task.settled and request.options.depth == "deep":
         request.notes = [*request.notes, _UNSEEN_DIRECTIONS]
+    per_class = len(impressions) / max(1, len(impressions.labels.unique()))
+    deeper = request.options.depth == "output" and not split.output_level
+    if deeper and not request.multi_label and per_class < _ENOUGH:
+        request.notes = [*request.notes, (
+            f"{per_class:.0f} impressions per class are few for more than the last layer (from "
+            f"{split.name!r} on): images may show a forgotten class although no held-out row does "
+            f"(up to 19 % of them on a small model). Pass impressions_per_class={_ENOUGH} or more, "
+            f"or measure FA and RA on images."
+        )]  # fmt: skip
     result = train_tail(task, request.options.loop, request.report)
     if isinstance(task.tail, ClassSubsetTail):
         task.tail.write_back()

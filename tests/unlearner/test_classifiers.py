@@ -143,6 +143,18 @@ def test_a_cosine_classifier_in_depth_says_what_the_checks_may_miss() -> None:
     assert any("Measure FA and RA on images" in text for text in run.verdict.warnings)
 
 
+@pytest.mark.parametrize("tail", ["fc1", "conv"])
+@pytest.mark.parametrize("per_class", [8, 16])
+def test_few_impressions_for_several_layers_are_told(tail: str, per_class: int) -> None:
+    options = OUTPUT | {"impressions_per_class": per_class, "max_steps": 20, "steps": 50}
+    run, _, caught = run_quietly(tiny(), tail=tail, **options)
+    told = [text for text in caught if f"{per_class} impressions per class are few" in text]
+    assert len(told) == (per_class == 8)
+    assert len(run.verdict.warnings) >= len(told)  # type: ignore[union-attr]
+    _, _, caught = run_quietly(tiny(), tail="last", **options)
+    assert not any("impressions per class are few" in text for text in caught)
+
+
 def test_one_class_left_of_a_classifier_of_directions() -> None:
     """The mean of its logits is its own: a tie, so the rows are trained."""
     model = fitted(Similarities())

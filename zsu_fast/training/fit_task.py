@@ -113,7 +113,11 @@ def make_fit_task(
     if split.directions and forget_logits_only:
         named = zip(split.parameters, parameters, strict=True)
         start = [_mean_rows(p, dims[name], forget) for name, p in named]
-        settled = not multi_label and settings.margin is None and _is_mean_of_retained(tail, parameters, start, train, forget)
+        settled = (
+            not multi_label
+            and settings.margin is None
+            and _is_mean_of_retained(tail, parameters, start, train, forget)
+        )
     if names:
         start = None if start is None else [values[forget] for values in start]
         tail = ClassSubsetTail(tail, names, forget.nonzero()[:, 0], trainable=True)
