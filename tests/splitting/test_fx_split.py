@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from splits import assert_splits_right
-from support import TinyNet, tiny_data
+from support import Returning, TinyNet, tiny_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,3 +48,17 @@ def test_a_branch_that_tracing_takes_wrongly_is_left_to_replay() -> None:
     assert split_by_fx(working_copy(model, torch.device("cpu")), "fc2", images) is None
     for name in ("fc1", "fc2"):
         assert_splits_right(model, name, images)
+
+
+def test_a_transformers_vit_is_split_ahead_of_its_layers() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4, num_labels=5,
+    )  # fmt: skip
+    model = Returning(transformers.ViTForImageClassification(config), lambda out: out.logits)
+    images = tiny_data(6)[0]
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for name in (linear[0], linear[-2], linear[-1]):
+        assert_splits_right(model.eval(), name, images)
