@@ -336,6 +336,12 @@ def test_the_range_is_that_of_all_batches_and_told_once() -> None:
     assert len(caught) == 1
 
 
+def test_uint8_images_of_zeros_and_ones_are_told() -> None:
+    images, labels = raw()
+    with pytest.warns(UnlearningWarning, match="no pixel exceeds 1 of 255"):
+        evaluate(model(spec=True), ((images > 127).to(torch.uint8), labels), [1])
+
+
 def test_ranges_are_held_against_a_guess_too() -> None:
     with pytest.warns(UnlearningWarning, match=r"not normalised.*a guess\)"):
         evaluate(tiny(), floats(*UNIT), [1], input_shape=SPEC.shape)

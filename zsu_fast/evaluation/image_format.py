@@ -35,6 +35,7 @@ class ImageFormat:
     _doubts: dict[str, None] = field(default_factory=dict)
     _lowest: float = float("inf")
     _highest: float = float("-inf")
+    _brightest: int = -1  # of uint8 images
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 or float [N, ...] -> normalised float32, or float images as they are.
@@ -61,6 +62,7 @@ class ImageFormat:
                 self._doubts[f"{text}, which is a guess: pass mean and std"] = None
             else:
                 self._facts[text] = None
+            self._brightest = max(self._brightest, int(images.max()) if images.numel() else 0)
             return self.spec.normalise(images)
         if not images.is_floating_point():
             raise ArgumentError(
@@ -87,6 +89,11 @@ class ImageFormat:
         """What was assumed of all batches so far: what the model or the data state, and doubts."""
         if self._lowest <= self._highest:
             self._check_range()
+        if 0 <= self._brightest <= 1:
+            self._doubts[
+                f"images are uint8, and no pixel exceeds {self._brightest} of 255, as if they were "
+                f"rounded after they were scaled to 0..1, or masks: pass pixels in 0..255"
+            ] = None
         facts, doubts = ([f"{self.argument}: {n}" for n in d] for d in (self._facts, self._doubts))
         return facts, doubts
 
