@@ -36,8 +36,7 @@ from zsu_fast.errors import ArgumentError
 from zsu_fast.models import zoo
 from zsu_fast.models.parameters import weights_hash
 from zsu_fast.runtime.progress import Event
-from zsu_fast.training.deep import deep as deep_module
-from zsu_fast.training.deep import settings as settings_module
+from zsu_fast.training.deep import deep as deep_module, settings as settings_module
 from zsu_fast.training.deep.losses import USABLE_ROOM, DeepObjective, room_above_floor
 from zsu_fast.training.deep.settings import DeepSettings
 from zsu_fast.training.deep.tail import FrozenClassifierTail
