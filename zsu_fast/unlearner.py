@@ -87,7 +87,7 @@ class ZeroShotUnlearner(Request):
         space: "input" synthesises images; "tail-input" synthesises what the backbone passes to the
             tail, which is far cheaper because the backbone never runs on it. None: that of
             ``impressions``, or "tail-input"; at the output level "input" if the classifier sees
-            only the direction of the features (`Split.directions`).
+            only the direction of the features (`Split.directions`), or has no bias per class.
         impressions_per_class: None: 32, or fewer for many classes; `DeepSettings` for deep
             forgetting with space="tail-input". With 4 or more, one in four is held out for
             validation; with fewer, fresh mixtures serve instead.
@@ -270,7 +270,8 @@ class ZeroShotUnlearner(Request):
         options = self.options
         if options.space == "tail-input" and not self._space_given:
             split = self.split_point or self.split()
-            if split.directions:
+            rows = [self.work.module.get_parameter(name).ndim for name in split.class_dims]
+            if split.directions or (rows and 1 not in rows):
                 options.space, self.split_point = "input", None
                 options.tail = "last" if options.tail == "auto" else options.tail
 
