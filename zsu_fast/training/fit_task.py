@@ -91,24 +91,9 @@ def make_fit_task(
             names = []
     teacher = Teacher(tail, forget, names, settings.limits, multi_label)
     train, validation, logit_margin = train_val_sets(teacher, features, labels, settings, generator)
-    loss: MaskedKL
-    if multi_label:
-        margin = settings.margin
-        if margin is None:
-            margin = absence_margin(teacher.forgotten_logits(train))
-            margin = 2 * margin if forget_logits_only else margin
-        loss = several = MultiLabelKL(forget, margin, forget_logits_only)
-        several.constant = objective.constant
-    else:
-        keep = _KEEP_LAST if last else _KEEP
-        if forget_logits_only or _are_normalised(train.teacher):
-            keep = 0.0
-        # if retained logits stay, the forgotten ones alone have to make the margin
-        fixed = forget_logits_only or (keep > 0 and objective.name == "masked")
-        margin = settings.margin_for(logit_margin, classes, fixed)
-        if split.directions and settings.margin is None:
-            margin = 0.0  # out of reach for logits without a bias: it would leave more of the class
-        loss = MaskedKL(forget, margin, forget_logits_only, keep, keep_all=last)
+    loss, margin = _make_loss(
+        teacher, train, logit_margin, split, forget, objective, settings, last, forget_logits_only
+    )
     start, settled = None, False
     if split.directions and forget_logits_only:
         named = zip(split.parameters, parameters, strict=True)
@@ -126,6 +111,37 @@ def make_fit_task(
         tail, parameters, train, validation, objective.make(loss), loss, generator,
         start=start, settled=settled, scale_biases=last, coupled=last and not forget_logits_only,
     )  # fmt: skip
+
+
+def _make_loss(
+    teacher: Teacher,
+    train: FeatureSet,
+    logit_margin: float,
+    split: Split,
+    forget: Tensor,
+    objective: ObjectiveSettings,
+    settings: FeatureSettings,
+    last: bool,
+    forget_logits_only: bool,
+) -> tuple[MaskedKL, float]:
+    """The masked loss, and its margin; ``last``: whether the tail is the last layer."""
+    if objective.multi_label:
+        margin = settings.margin
+        if margin is None:
+            margin = absence_margin(teacher.forgotten_logits(train))
+            margin = 2 * margin if forget_logits_only else margin
+        several = MultiLabelKL(forget, margin, forget_logits_only)
+        several.constant = objective.constant
+        return several, margin
+    keep = _KEEP_LAST if last else _KEEP
+    if forget_logits_only or _are_normalised(train.teacher):
+        keep = 0.0
+    # if retained logits stay, the forgotten ones alone have to make the margin
+    fixed = forget_logits_only or (keep > 0 and objective.name == "masked")
+    margin = settings.margin_for(logit_margin, len(forget), fixed)
+    if split.directions and settings.margin is None:
+        margin = 0.0  # out of reach for logits without a bias: it would leave more of the class
+    return MaskedKL(forget, margin, forget_logits_only, keep, keep_all=last), margin
 
 
 def _mean_rows(parameter: Tensor, dim: int, forget: Tensor) -> Tensor:
