@@ -228,6 +228,12 @@ class ZeroShotUnlearner(Request):
             needed = {*self.forget}  # of many classes, some have no row
             with self.stage("synthesise"):
                 self.impressions = rows.invert(self.active_classes, self.report)
+            if not bool(self.impressions.images.isfinite().all()):
+                self.fall_back(
+                    f"the rows inverted ahead of {rows.deep.early.name!r} are not finite"
+                )
+                self.impressions = self.split_point = None
+                return self.synthesise()
         else:
             self._choose_space()
             space = self.search_space()
