@@ -8,7 +8,7 @@ to the front of the queue for another attempt, from other noise.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,13 +16,10 @@ from torch import Tensor
 
 from .. import ops
 from ..models.multi_label import THRESHOLD
-from ..runtime import cuda_graph
 from ..runtime.progress import Reporter
 from .ascent_settings import AscentSettings
 from .space import SearchSpace
-
-# On a GPU, the host looks for finished points after this many steps.
-STEPS_PER_GRAPH = 4
+from .step_graph import StepGraph
 
 
 @dataclass
@@ -104,6 +101,7 @@ class Ascent:
         settings: see `AscentSettings`.
         width: at most this many slots.
         init: where the points start, [N, *shape]; None draws them by ``space.start``.
+        graph: what takes the steps; None for one that the settings ask for.
     """
 
     def __init__(
@@ -114,9 +112,11 @@ class Ascent:
         settings: AscentSettings,
         width: int,
         init: Tensor | None = None,
+        graph: StepGraph | None = None,
     ) -> None:
         self.space, self.settings = space, settings
         self.model, self.device = space.fast_model, space.low.device
+        self.graph = graph or StepGraph(settings.loop, self.device)
         self.rate = settings.step_size * space.step
         self.beta = torch.tensor(float(settings.beta), device=self.device)
         self.labels, self.number, self.init = labels, number, init
@@ -134,7 +134,7 @@ class Ascent:
         """Takes steps until no point is left.
 
         Args:
-            report: called after every step, or after every `STEPS_PER_GRAPH` on a GPU.
+            report: called after every step, or after a few of them on a GPU.
             before, total: points finished before these, and points in all, for the report.
 
         Raises:
@@ -142,9 +142,8 @@ class Ascent:
         """
         finished = 0
         batch = self.fill()
-        take_steps = capture_steps(self.step, self.device)
         while batch.index:
-            take_steps(batch)
+            self.graph.run(self.step, batch)
             active = batch.active.tolist()
             points = enumerate(batch.index)
             done = [slot for slot, point in points if point is not None and not active[slot]]
@@ -157,6 +156,7 @@ class Ascent:
                 elif self.queue:
                     self._refill(batch)
             report("synthesise", before + finished, total, in_flight=float(sum(active)))
+        self.graph.forget()
         return self.result(torch.arange(len(self.labels)))
 
     def result(self, keep: Tensor | None = None) -> AscentResult:
@@ -297,34 +297,6 @@ def bucket_size(rows: int, device: torch.device) -> int:
     while size < rows:
         size = size * 3 // 2 if size > 1 and size & (size - 1) == 0 else max(2, size * 4 // 3)
     return size if rows else 0
-
-
-def capture_steps(
-    step: Callable[[ActiveBatch], None], device: torch.device
-) -> Callable[[ActiveBatch], None]:
-    """``step`` itself on a CPU; on a GPU, `STEPS_PER_GRAPH` of it captured in one CUDA graph."""
-    if device.type != "cuda":
-        return step
-    graph: torch.cuda.CUDAGraph | None = None
-    captured: ActiveBatch | None = None
-    penalises = False
-
-    def replay(batch: ActiveBatch) -> None:
-        nonlocal graph, captured, penalises
-        if captured is not batch or penalises != batch.penalises:
-
-            def steps(count: int) -> None:
-                for _ in range(count):
-                    step(batch)
-
-            graph = captured = None  # frees its memory
-            cuda_graph.warm_up(lambda: steps(3), device)  # the first steps of this batch
-            graph = cuda_graph.capture(lambda: steps(STEPS_PER_GRAPH))
-            captured, penalises = batch, batch.penalises
-        assert graph is not None
-        graph.replay()
-
-    return replay
 
 
 def hash_ints(*numbers: int) -> int:
