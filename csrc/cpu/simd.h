@@ -1,4 +1,4 @@
-// Vectors of 64 bytes in GCC's vector syntax: one zmm, two ymm or four xmm registers, depending on the
+// Vectors of 64 bytes in the vector syntax of GCC and clang: one zmm, two ymm or four xmm registers, depending on the
 // instruction set of the including file. Sums over lanes have one fixed order.
 #pragma once
 
@@ -157,15 +157,19 @@ template <class V>
 ZSU_INLINE V vmax(V a, V b) { return a > b ? a : b; } // b if a is NaN
 
 // Lane i gets lane i ^ by. The indices are literals; otherwise they would be rebuilt for every row.
+#if defined(__clang__) || __GNUC__ >= 12
+#define ZSU_SHUFFLE(v, I, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define ZSU_SHUFFLE(v, I, ...) __builtin_shuffle(v, I{__VA_ARGS__})
+#endif
 template <int by>
 ZSU_INLINE VF swap_lanes(VF v) {
-  return __builtin_shuffle(v, VI{0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by, 8 ^ by, 9 ^ by,
-                                 10 ^ by, 11 ^ by, 12 ^ by, 13 ^ by, 14 ^ by, 15 ^ by});
+  return ZSU_SHUFFLE(v, VI, 0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by, 8 ^ by, 9 ^ by, 10 ^ by, 11 ^ by,
+                     12 ^ by, 13 ^ by, 14 ^ by, 15 ^ by);
 }
 template <int by>
 ZSU_INLINE VD swap_lanes(VD v) {
-  return __builtin_shuffle(
-      v, Vec<double>::I{0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by});
+  return ZSU_SHUFFLE(v, Vec<double>::I, 0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by);
 }
 template <int by, class V, class F>
 ZSU_INLINE auto fold_lanes(V v, F f) {

@@ -31,9 +31,12 @@ class NativeLibrary:
 
 
 def _load(name: str) -> NativeLibrary:
-    found = sorted(Path(__file__).parents[1].glob(f"{name}.*so"))
+    package = Path(__file__).parents[1]
+    found = sorted(package.glob(f"{name}.*so"))
     if not found:
-        return NativeLibrary(name, None, f"{name} was not built (see the output of pip install -v)")
+        left_out = package / f"{name}.left_out.txt"  # written by setup.py
+        why = left_out.read_text().strip() if left_out.exists() else "see the output of pip install -v"
+        return NativeLibrary(name, None, f"{name} was not built ({why})")
     try:
         torch.ops.load_library(str(found[0]))
     except (OSError, RuntimeError) as error:
