@@ -6,11 +6,14 @@ which would broadcast or convert in silence.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import reference
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -31,6 +34,14 @@ def _check_float(t: Tensor, name: str) -> None:
 
 def _check_device(t: Tensor, first: Tensor, name: str) -> None:
     _check(t.device == first.device, f"{name} must be on the device of the first argument")
+
+
+def check_devices(first: Tensor, *others: Tensor) -> None:
+    """Checks that all tensors are on one device; for fake implementations, which run whenever any
+    of them is on the meta device.
+    """
+    for t in others:
+        torch._check(t.device == first.device, lambda: "all tensors must be on one device")
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -60,9 +71,9 @@ def check_signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> 
 
 
 def check_masked_cross_entropy(
-    logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor
+    logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor, *_: Any
 ) -> None:
-    """Checks all arguments, as `check_signed_cross_entropy`."""
+    """Checks these arguments, as `check_signed_cross_entropy`."""
     _check_logits(logits)
     _check_per_row(coef, logits, "coef")
     _check_float(coef, "coef")
@@ -135,9 +146,23 @@ def check_ascent_step(
     check_flat(lr, torch.float32, lr.numel(), "lr", "float32, contiguous")
 
 
-CHECKS: dict[str, Callable[..., Any]] = {
+# What plain torch needs checked; of the ascent, it takes bounds and layouts that kernels don't.
+CHECKS: dict[str, Callable[..., None]] = {
     "signed_cross_entropy": check_signed_cross_entropy,
     "masked_cross_entropy": check_masked_cross_entropy,
     "scale_rows_": check_scale_rows,
-    "ascent_step_": check_ascent_step,
+    "ascent_step_": functools.partial(check_ascent_step, flat=False),
 }
+
+
+def checked_reference(name: str, compiled: bool = False) -> Callable[..., Any]:
+    """Returns the function of `reference` called ``name``, with its arguments checked."""
+    check, function = CHECKS[name], getattr(reference, name)
+    run = torch.compile(function) if compiled else function
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return run(*args, **kwargs)
+
+    return checked
