@@ -229,12 +229,16 @@ def native() -> dict[str, object]:
         log(f"torch cannot be imported ({error}): pure Python, the ops will run in plain torch")
         return {}
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    label = os.environ.get("ZSU_FAST_VERSION_LABEL", "")  # of the version, such as cu130
     required = {name for name, mode in ((CPU, cpp), (CUDA, cuda)) if mode == "1"}
     left_out: dict[str, str] = {}
     return {
         "ext_modules": extensions(cuda, home, left_out),
         "cmdclass": {"build_ext": build_one_by_one(required, left_out)},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+        "options": {
+            "bdist_wheel": {"py_limited_api": "cp310"},
+            "egg_info": {"tag_build": f"+{label}" if label else ""},
+        },
     }
 
 
