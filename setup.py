@@ -97,7 +97,7 @@ def why_unusable(name: str, library: Path) -> str | None:
 import sys, torch
 try:
     torch.ops.load_library(sys.argv[1])
-except OSError as error:  # as in a build for another machine; when it is imported, it gives the reason
+except OSError as error:  # as in a build for another machine: its import will give the reason
     sys.exit(print("it does not load here:", error))
 o = torch.ops.zsu_fast
 try:

@@ -315,7 +315,7 @@ def test_a_wrapper_on_the_path_is_no_toolkit(
     assert build_script.toolkit() == real
 
 
-# ---- before a library is kept ---------------------------------------------------------------------
+# ---- before a library is kept --------------------------------------------------------------------
 def test_a_library_that_dies_where_it_refuses_is_left_out(
     build_script: ModuleType, tmp_path: Path
 ) -> None:
@@ -356,7 +356,7 @@ def test_a_library_that_refuses_nothing_is_left_out(
     assert reason == "an op took arguments that it must refuse"
 
 
-# ---- other compilers ------------------------------------------------------------------------------
+# ---- other compilers -----------------------------------------------------------------------------
 CLANG = ["clang++", *(f"clang++-{version}" for version in range(25, 13, -1))]
 OTHER_COMPILERS = {"clang": CLANG, "g++-aarch64-linux-gnu": ["aarch64-linux-gnu-g++"]}
 

@@ -136,9 +136,7 @@ def test_no_rows_give_no_loss(runner: Runner, shape: tuple[int, int]) -> None:
     logits, coef = torch.zeros(shape, device=device), torch.zeros(0, device=device)
     forget = torch.zeros(shape[1], dtype=torch.bool, device=device)
     target = torch.zeros(0, dtype=torch.int64, device=device)
-    losses, grad = ops.signed_cross_entropy_and_grad(
-        logits, target, coef, backend=runner.backend
-    )
+    losses, grad = ops.signed_cross_entropy_and_grad(logits, target, coef, backend=runner.backend)
     assert losses.tolist() == [0, 0]
     assert grad.shape == shape
     loss, grad = ops.masked_cross_entropy_and_grad(

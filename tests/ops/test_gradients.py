@@ -75,7 +75,9 @@ def test_forward_mode_is_refused(runner: Runner, name: str) -> None:
 def test_gradients_of_coefficients_are_refused(runner: Runner, name: str) -> None:
     coef = torch.ones(4, device=runner.device, requires_grad=True)
     loss = case(name, runner, coef)
-    for x in (torch.randn(4, 5, device=runner.device, requires_grad=grad) for grad in (True, False)):
+    for x in (
+        torch.randn(4, 5, device=runner.device, requires_grad=grad) for grad in (True, False)
+    ):
         with pytest.raises(RuntimeError, match="logits only"):
             loss(x)
         with torch.no_grad():

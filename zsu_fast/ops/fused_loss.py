@@ -151,9 +151,7 @@ def fused_loss(name: str, inputs: tuple[Any, ...], backend: str | None) -> Tenso
     return loss
 
 
-def loss_and_grad(
-    name: str, inputs: tuple[Any, ...], backend: str | None
-) -> tuple[Tensor, Tensor]:
+def loss_and_grad(name: str, inputs: tuple[Any, ...], backend: str | None) -> tuple[Tensor, Tensor]:
     """Returns loss and gradient of op ``name`` on a backend, without autograd."""
     op = backends.choose(name, inputs[0].device, backend)
     if isinstance(op, torch._ops.OpOverload) and not torch.compiler.is_compiling():

@@ -35,7 +35,11 @@ def _load(name: str) -> NativeLibrary:
     found = sorted(package.glob(f"{name}.*so"))
     if not found:
         left_out = package / f"{name}.left_out.txt"  # written by setup.py
-        why = left_out.read_text().strip() if left_out.exists() else "see the output of pip install -v"
+        why = (
+            left_out.read_text().strip()
+            if left_out.exists()
+            else "see the output of pip install -v"
+        )
         return NativeLibrary(name, None, f"{name} was not built ({why})")
     try:
         torch.ops.load_library(str(found[0]))

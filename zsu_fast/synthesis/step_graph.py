@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..runtime.cuda_graph import GraphCapturer, Loop
-
-if TYPE_CHECKING:
-    from .ascent import ActiveBatch
+from .active_batch import ActiveBatch
 
 # On a GPU, the host looks for finished points after this many steps.
 STEPS_PER_GRAPH = 4

@@ -31,7 +31,8 @@ def one_minus_exp(y):
 def ascent_step_kernel(
     x_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, step_ptr, active_ptr, low_ptr, high_ptr, lr_ptr,
     beta_ptr,
-    blocks_per_row, row_size, lr_stride, channels, plane, beta1, beta2, gain1, gain2, log_beta1, log_beta2, eps,
+    blocks_per_row, row_size, lr_stride, channels, plane,
+    beta1, beta2, gain1, gain2, log_beta1, log_beta2, eps,
     BOUNDS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of one row per program; row_size in units of ALIGN elements, offsets in 64 bits.
