@@ -126,11 +126,11 @@ void ascent_step_(
     const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta,
     double beta1, double beta2, double eps) {
   AscentStepArgs a{ascent_step_tensors(x, grad, exp_avg, exp_avg_sq, step, active, low, high, lr, beta)};
-  if (a.rows == 0) return;
+  if (x.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
   const auto aligned = [](const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; };
-  a.plane = a.row_size > 0 ? a.row_size / a.channels : 0;
+  a.plane = a.row_size / a.channels;
   a.packed = aligned(a.x) && aligned(a.grad) && aligned(a.exp_avg) && aligned(a.exp_avg_sq);
   a.beta1 = static_cast<float>(beta1);
   a.beta2 = static_cast<float>(beta2);
@@ -142,10 +142,8 @@ void ascent_step_(
 
   const int64_t groups = a.row_size / 4 + 2; // a misaligned row touches one group more
   const int64_t blocks_per_row = (groups + threads - 1) / threads;
-  if (a.row_size > 0) { // a row without elements counts its step too
-    ascent_step_kernel<<<static_cast<unsigned>(a.rows * blocks_per_row), threads, 0, stream>>>(a, blocks_per_row);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
+  ascent_step_kernel<<<static_cast<unsigned>(a.rows * blocks_per_row), threads, 0, stream>>>(a, blocks_per_row);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
   count_step_kernel<<<static_cast<unsigned>((a.rows + 255) / 256), 256, 0, stream>>>(
       step.mutable_data_ptr<int32_t>(), a.active, a.rows);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
