@@ -71,17 +71,28 @@ def check_signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> 
 
 
 def check_masked_cross_entropy(
-    logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor, *_: Any
-) -> None:
-    """Checks these arguments, as `check_signed_cross_entropy`."""
+    logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor, index: Tensor | None = None,
+    keep: Tensor | None = None, *_: Any,
+) -> None:  # fmt: skip
+    """Checks all but the values of ``index``, as `check_signed_cross_entropy`."""
     _check_logits(logits)
     _check_per_row(coef, logits, "coef")
     _check_float(coef, "coef")
     _check_float(teacher, "teacher")
     _check_device(teacher, logits, "teacher")
     _check_device(forget, logits, "forget")
-    _check(teacher.shape == logits.shape, "teacher must have the shape of logits")
-    classes = logits.shape[1]
+    rows, classes = logits.shape
+    if index is None:
+        _check(teacher.shape == logits.shape, "teacher must have the shape of logits")
+    else:
+        _check_per_row(index, logits, "index")
+        _check(index.dtype == torch.int64, "index must be int64")
+        wide = teacher.ndim == 2 and teacher.shape[1] == classes
+        _check(wide, f"teacher must be [rows, {classes}]")
+        _check(rows == 0 or teacher.shape[0] > 0, "teacher must have rows for the index")
+    if keep is not None:
+        _check_per_row(keep, logits, "keep")
+        _check_float(keep, "keep")
     _check(
         forget.ndim == 1 and forget.shape[0] == classes and forget.dtype == torch.bool,
         f"forget must be bool [classes] = [{classes}]",
