@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from fake_gpu import on_fake_gpu
+from fake_gpu import FakeGraph, on_fake_gpu
 from support import QUICK, tiny
 from torch import Tensor, nn
 
@@ -89,6 +90,27 @@ def test_a_training_loop_that_cannot_be_captured_goes_on_eagerly() -> None:
     eager, silent = run("drop", loop="eager", **options)
     assert silent == []
     close(got, eager)
+
+
+def test_memory_that_runs_out_in_a_capture_halves_the_batch(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And the ascent stays captured."""
+    captures = 0
+
+    def capture(steps: Any) -> Any:
+        nonlocal captures
+        captures += 1
+        if captures == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return FakeGraph(steps)
+
+    with on_fake_gpu(graphs=True), mock.patch.object(cuda_graph, "capture", capture):
+        made = zsu_fast.synthesize(tiny().to("cuda"), per_class=2, max_steps=8, progress=False)
+    assert len(made.labels) == 10
+    assert captures > 1
+    (message,) = caplog.messages
+    assert "5 rows at a time" in message
 
 
 @pytest.mark.parametrize("layer", ["conv", "drop"])

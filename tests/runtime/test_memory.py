@@ -160,7 +160,8 @@ def watch(monkeypatch: pytest.MonkeyPatch, most: int = 10**6, error: Any = None)
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
-     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")],
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+     RuntimeError("aoti_torch_empty_strided failed, most likely out of memory")],  # an op's
     ids=repr,
 )  # fmt: skip
 def test_the_batch_is_halved_and_the_impressions_are_the_same(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, UnlearningWarning
+from .memory import is_out_of_memory
 
 Loop = Literal["auto", "eager", "compiled", "graph"]
 LOOPS: tuple[str, ...] = get_args(Loop)
@@ -65,6 +66,7 @@ class GraphCapturer:
         first_steps: Callable[[], None],
         steps: Callable[[], None],
         state: Sequence[Tensor],
+        can_shrink: bool = False,
     ) -> torch.cuda.CUDAGraph | None:
         """Returns a graph of ``steps``, after it has run ``first_steps``; None if that fails.
 
@@ -72,9 +74,12 @@ class GraphCapturer:
             first_steps: warms up; what it changes stays changed if the capture succeeds.
             steps: what is captured.
             state: every tensor that the two change; restored if either of them fails.
+            can_shrink: whether the caller goes on with smaller batches, in graphs, if memory runs
+                out.
 
         Raises:
             ArgumentError: it fails, and the graph is required.
+            RuntimeError: memory ran out, and the caller ``can_shrink``.
 
         Warns:
             UnlearningWarning: the first failure, with its cause.
@@ -87,10 +92,12 @@ class GraphCapturer:
             return capture(steps)
         # Whatever a model raises while it is captured, it may well run eagerly.
         except Exception as error:  # noqa: BLE001
-            self.failed = True
             with torch.no_grad():
                 for tensor, old in zip(state, before, strict=True):
                     tensor.copy_(old)
+            if can_shrink and is_out_of_memory(error):
+                raise
+            self.failed = True
             # an error within the block also ends the capture, which then raises another
             cause = error.__context__ or error
             text = f"{type(cause).__name__}: {cause}"

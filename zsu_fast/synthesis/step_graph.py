@@ -47,6 +47,7 @@ class StepGraph:
                     lambda: _repeat(step, batch, 3),  # the first steps of this batch
                     lambda: _repeat(step, batch, self.count),
                     batch.tensors(),
+                    can_shrink=len(batch.index) > 1,
                 )
                 self._batch, self._penalises = batch, batch.penalises
             if self._graph is not None:
