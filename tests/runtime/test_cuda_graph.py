@@ -106,11 +106,11 @@ def test_memory_that_runs_out_in_a_capture_halves_the_batch(
         return FakeGraph(steps)
 
     with on_fake_gpu(graphs=True), mock.patch.object(cuda_graph, "capture", capture):
-        made = zsu_fast.synthesize(tiny().to("cuda"), per_class=2, max_steps=8, progress=False)
-    assert len(made.labels) == 10
+        made = zsu_fast.synthesize(tiny().to("cuda"), per_class=1, max_steps=4, progress=False)
+    assert len(made.labels) == 5
     assert captures > 1
     (message,) = caplog.messages
-    assert "5 rows at a time" in message
+    assert "2 rows at a time" in message
 
 
 @pytest.mark.parametrize("layer", ["conv", "drop"])

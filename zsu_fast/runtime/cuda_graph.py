@@ -91,7 +91,7 @@ class GraphCapturer:
             warm_up(first_steps, state[0].device)
             return capture(steps)
         # Whatever a model raises while it is captured, it may well run eagerly.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             with torch.no_grad():
                 for tensor, old in zip(state, before, strict=True):
                     tensor.copy_(old)
