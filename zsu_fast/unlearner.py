@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, ModelError, UnlearningWarning
 from .evaluation.verdict import Verdict
-from .fit_stage import deepen, fit_tail, fit_tail_or_last
+from .fit_stage import deepen, fit_tail, fit_tail_or_last, rows_that_show
 from .models.input_spec import noise_images
 from .models.outputs import OutputChoice
 from .models.parameters import replace_parameters, restored_on_failure
@@ -35,6 +35,7 @@ from .synthesis.synthesize import ascend
 from .training.deep.rows import RowSource
 from .training.deep.settings import Depth
 from .training.deep.split import OnlyLastLayer, find_deep_split
+from .training.features import held_out
 from .training.fit_task import trained_parameters
 from .training.losses import ObjectiveName
 from .training.train_step import Loop
@@ -304,18 +305,28 @@ class ZeroShotUnlearner(Request):
         split = self.split_point or self.split()
         impressions = self._synthesised()
         features: tuple[Tensor, ...] | None = None
+        shown: Tensor | None = None  # rows in which a multi-label original sees a forgotten class
         if (rows := self._row_source()) is not None:
+            points, images = impressions.images.to(self.device), impressions.space == "input"
+            if self.multi_label:
+                original = rows.deep.last_features(self.work, points, images)
+                shown = rows_that_show(self, rows.deep.last, original)
+                if bool((held := held_out(impressions.labels)).any()):
+                    shown &= held.to(self.device)
             with self.stage("deepen"):
                 split = deepen(self, rows, impressions)
             if self.options.depth == "output":
-                self.split_point = split  # it failed: what it trained is put back
-            points, images = impressions.images.to(self.device), impressions.space == "input"
+                self.split_point, shown = split, None  # it failed: what it trained is put back
             features = (rows.deep.last_features(self.work, points, images),)
         with self.stage("fit"):
             if features is None and self.options.tail == "auto" and not split.class_dims:
                 self.split_point, self.result = fit_tail_or_last(self, split, impressions)
             else:
                 self.result = fit_tail(self, split, impressions, features)
+        if shown is not None and features is not None and self.result.best is not None:
+            # to the fit, whose rows are of the new features, hardly any row has a forgotten class
+            leaks = rows_that_show(self, split, features[0])[shown].float().mean()
+            self.result.best.forgotten_leak = float(leaks)
         return self.result
 
     @torch_defaults()

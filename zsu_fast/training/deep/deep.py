@@ -7,6 +7,7 @@ forgetting.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -121,8 +122,9 @@ def forget_deeply(
         fit and ``margin_asked`` here; ``factor``, by which the change was multiplied, and
         ``factors``, the leak and agreement at each that was tried; and, each ``before`` and
         ``after``: ``unmask_leak``, the share of held-out inverted rows of forgotten classes that
-        the original last layer still assigns to one, ``agreement``, the share of held-out scenes
-        whose masked answer stays, and ``evidence``, `DeepObjective.evidence`.
+        the original last layer still assigns to one (NaN if there is none), ``agreement``, the
+        share of held-out scenes whose masked answer stays, and ``evidence``,
+        `DeepObjective.evidence`.
 
     Raises:
         DeepFailed: the checks say so; the parameters are as they were.
@@ -247,7 +249,7 @@ class _Checks:
         same = self.objective.unmasked_agreement(logits, rows)
         inverted, scene = (rows.scene == 0) & rows.forgotten, rows.scene > 0
         return {
-            "unmask_leak": _mean(leaked[inverted], 0.0),
+            "unmask_leak": _mean(leaked[inverted], math.nan),
             "agreement": _mean(same[scene & ~rows.forgotten], 1.0),
         }
 
