@@ -20,6 +20,7 @@ import zsu_fast
 from zsu_fast.ops import backends, library, reference
 from zsu_fast.ops.schemas import SCHEMAS
 from zsu_fast.runtime.doctor import doctor, render
+from zsu_fast.version import VERSION
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(zsu_fast.__file__).parent
@@ -423,8 +424,12 @@ def test_a_pure_python_install_on_request(tmp_path: Path) -> None:
 
 
 def test_an_install_without_a_compiler(tmp_path: Path) -> None:
-    run, names = wheel(tmp_path, CXX="/nonexistent/c++", CC="/nonexistent/cc", ZSU_FAST_CUDA="0")
+    run, names = wheel(
+        tmp_path, CXX="/nonexistent/c++", CC="/nonexistent/cc", ZSU_FAST_CUDA="0",
+        ZSU_FAST_VERSION_LABEL="cu130",
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
+    assert f"zsu_fast-{VERSION}+cu130.dist-info/WHEEL" in names  # of the wheel with CUDA
     assert "zsu_fast/ops/reference.py" in names
     assert not libraries(names)
     assert run.stderr.count("zsu_fast build: pure Python") == 1
