@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import fused_loss
+from .validation import check_devices
 
 
 def masked_cross_entropy(
@@ -49,6 +50,7 @@ def masked_cross_entropy_and_grad(
 
 @torch.library.register_fake("zsu_fast::masked_cross_entropy")
 def _(logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
+    check_devices(logits, teacher, forget, coef)
     torch._check(logits.ndim == 2, lambda: "logits must be [batch, classes]")
     torch._check(teacher.shape == logits.shape, lambda: "teacher must have the shape of logits")
     torch._check(forget.ndim == 1 and forget.shape[0] == logits.shape[1])
@@ -57,8 +59,4 @@ def _(logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor) -> tuple[Te
     return logits.new_empty((), dtype=wide), logits.new_empty(logits.shape)
 
 
-torch.library.register_autograd(
-    "zsu_fast::masked_cross_entropy",
-    fused_loss.backward,
-    setup_context=fused_loss.setup_context,
-)
+fused_loss.register("masked_cross_entropy")
