@@ -18,11 +18,16 @@ from .scale_rows import scale_rows_
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Save dlogits and coef, the last input of every such op, for the backward pass."""
+    """Save dlogits and coef for the backward pass."""
     dlogits = output[1]
     ctx.mark_non_differentiable(dlogits)
     ctx.set_materialize_grads(False)  # None instead of a matrix of zeros
-    ctx.save_for_backward(dlogits, inputs[-1])
+    ctx.save_for_backward(dlogits, _coef(inputs))
+
+
+def _coef(inputs: tuple[Any, ...]) -> Tensor:
+    coef: Tensor = inputs[2] if len(inputs) == 3 else inputs[3]
+    return coef
 
 
 def backward(ctx: Any, grad: Tensor | None, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -55,14 +60,14 @@ class FusedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, op: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, op: Callable[..., tuple[Tensor, Tensor]], *inputs: Any) -> Tensor:
         ctx.native = isinstance(op, torch._ops.OpOverload)
         if ctx.native:
             with torch._C._AutoDispatchBelowAutograd():  # skips the op's own autograd
                 loss, dlogits = op(*inputs)
         else:
             loss, dlogits = op(*inputs)
-        ctx.save_for_backward(dlogits, inputs[-1])
+        ctx.save_for_backward(dlogits, _coef(inputs))
         ctx.other_inputs = len(inputs) - 1
         return loss
 
@@ -79,7 +84,7 @@ class FusedLoss(torch.autograd.Function):
 _scale_rows_ = torch.ops.zsu_fast.scale_rows_.default
 
 
-def fused_loss(name: str, inputs: tuple[Tensor, ...], backend: str | None) -> Tensor:
+def fused_loss(name: str, inputs: tuple[Any, ...], backend: str | None) -> Tensor:
     """Returns the loss of op ``name`` on a backend; ``inputs`` in the order of its schema."""
     logits = inputs[0]
     op = backends.choose(name, logits.device, backend)
@@ -91,9 +96,7 @@ def fused_loss(name: str, inputs: tuple[Tensor, ...], backend: str | None) -> Te
     return loss
 
 
-def loss_and_grad(
-    name: str, inputs: tuple[Tensor, ...], backend: str | None
-) -> tuple[Tensor, Tensor]:
+def loss_and_grad(name: str, inputs: tuple[Any, ...], backend: str | None) -> tuple[Tensor, Tensor]:
     """Returns loss and gradient of op ``name`` on a backend, without autograd."""
     op = backends.choose(name, inputs[0].device, backend)
     if isinstance(op, torch._ops.OpOverload) and not torch.compiler.is_compiling():
