@@ -201,13 +201,13 @@ __device__ void store_values(T* row, int i, int classes, const accumulator<T> (&
 // address, scalar(i) for the elements before the first and after the last pack. Rows that start
 // anywhere (C = 1001) therefore still move by 128 bits.
 template <int threads_per_row, class T, class PackFunction, class ScalarFunction>
-__device__ void for_each_pack(const T* row, int64_t n, int thread, PackFunction pack, ScalarFunction scalar) {
+__device__ void for_each_pack(const T* row, int n, int thread, PackFunction pack, ScalarFunction scalar) {
   constexpr int size = pack_size<T>;
-  const int64_t leading = min(n, static_cast<int64_t>((size - misaligned(row)) & (size - 1)));
-  const int64_t packs = (n - leading) / size, end = leading + packs * size;
-  if (thread < leading) scalar(static_cast<int64_t>(thread));
+  const int leading = min(n, (size - misaligned(row)) & (size - 1));
+  const int end = leading + (n - leading) / size * size;
+  if (thread < leading) scalar(thread);
 #pragma unroll 1 // more would spill
-  for (int64_t p = thread; p < packs; p += threads_per_row) pack(leading + p * size);
+  for (int i = leading + thread * size; i < end; i += threads_per_row * size) pack(i);
   if (thread < n - end) scalar(end + thread);
 }
 
@@ -233,9 +233,9 @@ __device__ inline void write_mask(const bool* forget, uint32_t* words, int64_t c
   }
 }
 // The bits of classes i, i + 1, ... in the lowest places; i > -32.
-__device__ inline uint32_t mask_bits(const uint32_t* words, int64_t i) {
+__device__ inline uint32_t mask_bits(const uint32_t* words, int i) {
   const uint32_t* at = words + (i + 32) / 32;
-  return __funnelshift_r(at[0], at[1], static_cast<uint32_t>(i) & 31);
+  return __funnelshift_r(at[0], at[1], static_cast<uint32_t>(i & 31));
 }
 
 // ---- exponentials --------------------------------------------------------------------------------
@@ -345,7 +345,8 @@ __device__ V<A, n> reduce_row(V<A, n> x) {
         for (int k = 0; k < n; ++k) x.v[k] = V<A, n>::merge(x.v[k], __shfl_xor_sync(lanes, x.v[k], by));
     }
   } else {
-    // without a barrier, nvcc computes 16-bit exponentials a second time after the reduction (sm_80)
+    // As the block's barrier above, it orders what the row's threads write to shared memory before and read
+    // after it. Without it, nvcc also computes 16-bit exponentials a second time (sm_80).
     __syncwarp(lanes);
   }
   return x;

@@ -44,7 +44,7 @@ register_masked_cross_entropy_kernel(MaskedRows<T, Z> a, double* losses) {
   constexpr A lowest = -std::numeric_limits<A>::infinity();
   __shared__ double sums[rows_per_block][2];
   __shared__ uint32_t mask[config::template capacity<T> / 32 + 2];
-  const int thread = threadIdx.x % span, turn = threadIdx.x / span, classes = static_cast<int>(a.logits.classes);
+  const int thread = threadIdx.x % span, turn = threadIdx.x / span, classes = a.logits.classes;
   const int64_t step = static_cast<int64_t>(gridDim.x) * rows_per_block;
   if (thread == 0) sums[turn][0] = sums[turn][1] = 0;
   write_mask(a.forget, mask, classes, threadIdx.x, config::threads_per_block);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(streaming_threads<T>, 1) streaming_masked_cros
   constexpr int size = pack_size<T>, span = streaming_threads<T>;
   __shared__ double sums[1][2];
   const int thread = threadIdx.x;
-  const int64_t classes = a.logits.classes;
+  const int classes = a.logits.classes;
   if (thread == 0) sums[0][0] = sums[0][1] = 0;
 
 #pragma unroll 1
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(streaming_threads<T>, 1) streaming_masked_cros
     T* dx = a.dlogits.row(row);
     const A coef = a.coefs[row], keep = a.keep == nullptr ? A(0) : a.keep[row];
     if (coef == 0) { // whatever the logits are
-      for (int64_t i = thread; i < classes; i += span) from_float(A(0), dx[i]);
+      for (int i = thread; i < classes; i += span) from_float(A(0), dx[i]);
       continue;
     }
     const int64_t of_teacher = teacher_row(a, row);
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(streaming_threads<T>, 1) streaming_masked_cros
       }
     };
     // calls f(x with its shift, z, whether the class is retained, place) for the pack at i
-    const auto visit = [&](int64_t i, auto f) {
+    const auto visit = [&](int i, auto f) {
       A vx[size], vz[size];
       unpack(load_anywhere<size>(x + i), vx);
       unpack(load_anywhere<size>(z + i), vz);
@@ -187,15 +187,15 @@ __global__ void __launch_bounds__(streaming_threads<T>, 1) streaming_masked_cros
 #pragma unroll
       for (int k = 0; k < size; ++k) f(is_set(retained, k) ? vx[k] : vx[k] + a.shift, vz[k], is_set(retained, k), k);
     };
-    const auto visit_one = [&](int64_t i, auto f) {
+    const auto visit_one = [&](int i, auto f) {
       const A of_x = to_float(x[i]);
       const bool retained = is_set(mask_bits(a.mask, i), 0);
       f(retained ? of_x : of_x + a.shift, static_cast<A>(to_float(z[i])), retained);
     };
     for_each_pack<span>(
         x, classes, thread,
-        [&](int64_t i) { visit(i, [&](A of_x, A of_z, bool retained, int) { add(of_x, of_z, retained); }); },
-        [&](int64_t i) { visit_one(i, add); });
+        [&](int i) { visit(i, [&](A of_x, A of_z, bool retained, int) { add(of_x, of_z, retained); }); },
+        [&](int i) { visit_one(i, add); });
     const Largest<A, 2> top = reduce_row<span, 0>(Largest<A, 2>{{student.top, teacher.top}});
     const A top_x = top.v[0], top_z = top.v[1];
     student.rescale(top_x);
@@ -215,12 +215,12 @@ __global__ void __launch_bounds__(streaming_threads<T>, 1) streaming_masked_cros
     };
     for_each_pack<span>(
         dx, classes, thread,
-        [&](int64_t i) {
+        [&](int i) {
           A v[size];
           visit(i, [&](A of_x, A of_z, bool retained, int k) { v[k] = gradient(of_x, of_z, retained); });
           store_raw<size>(dx + i, pack<T>(v));
         },
-        [&](int64_t i) { visit_one(i, [&](A of_x, A of_z, bool retained) { from_float(gradient(of_x, of_z, retained), dx[i]); }); });
+        [&](int i) { visit_one(i, [&](A of_x, A of_z, bool retained) { from_float(gradient(of_x, of_z, retained), dx[i]); }); });
     loss = reduce_row<span, 2>(loss);
     if (thread == 0) add_loss(sums[0], coef, static_cast<double>(scale_z * loss.v[0] + (keep == 0 ? A(0) : keep * loss.v[1])));
   }

@@ -19,9 +19,10 @@ struct RowConfig {
   template <class T>
   static constexpr int capacity = threads_per_row * packs<T> * pack_size<T>;
 };
-// Blocks to fit on an SM, for __launch_bounds__, if a thread may have that many registers.
+// Blocks to fit on an SM, for __launch_bounds__, if a thread may have that many registers: each quarter of an
+// SM has 16,384 of them.
 template <class config, int registers>
-constexpr int blocks_per_processor = 65536 / registers / config::threads_per_block;
+constexpr int blocks_per_processor = 16384 / (32 * registers) * 4 * 32 / config::threads_per_block;
 
 using TinyRows = RowConfig<4, 64, 8>;  // up to 32 classes
 using ShortRows = RowConfig<32, 8, 8>; // up to 256
@@ -45,7 +46,7 @@ template <class T>
 struct Matrix {
   T* first;
   int64_t stride, rows;
-  int64_t classes;
+  int classes;
 
   __device__ T* row(int64_t i) const { return first + i * stride; }
   // Whether packs that reach beyond row i may leave the tensor.
@@ -61,7 +62,9 @@ template <class T>
 Matrix<T> matrix(const Tensor& t) {
   void* data = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t.get(), &data));
-  return {static_cast<T*>(data), t.size(0) > 1 ? t.stride(0) : t.size(1), t.size(0), t.size(1)};
+  // indices within a row are int, so that they take half the registers
+  STD_TORCH_CHECK(t.size(1) < (int64_t{1} << 31) - 65536, "rows must be shorter than 2^31 - 65536");
+  return {static_cast<T*>(data), t.size(0) > 1 ? t.stride(0) : t.size(1), t.size(0), static_cast<int>(t.size(1))};
 }
 
 // Calls f with a value of the element type of t.
@@ -96,7 +99,7 @@ __global__ void __launch_bounds__(256) sum_losses_kernel(const double* sums, A* 
 template <class Configs, bool whole, class T, class F>
 bool with_row_config(const Matrix<const T>& m, F f) {
   const bool aligned = (reinterpret_cast<uintptr_t>(m.first) & 15) == 0 && m.stride % pack_size<T> == 0;
-  const int64_t capacity = m.classes + (aligned ? 0 : pack_size<T> - 1);
+  const int capacity = m.classes + (aligned ? 0 : pack_size<T> - 1);
   using WideRows = typename Configs::template WideRows<whole>;
   using LongRows = typename Configs::template LongRows<whole>;
   if constexpr (sizeof(T) == sizeof(double)) { // the other configurations would spill

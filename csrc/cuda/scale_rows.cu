@@ -22,14 +22,14 @@ __global__ void __launch_bounds__(threads) scale_rows_kernel(
     T* p = rows.row(row);
     for_each_pack<threads>(
         p, rows.classes, threadIdx.x,
-        [&](int64_t i) {
+        [&](int i) {
           A v[size];
           unpack(load_raw<size>(p + i), v);
 #pragma unroll
           for (int k = 0; k < size; ++k) v[k] *= factor;
           store_raw<size>(p + i, pack<T>(v));
         },
-        [&](int64_t i) { from_float(static_cast<A>(to_float(p[i])) * factor, p[i]); });
+        [&](int i) { from_float(static_cast<A>(to_float(p[i])) * factor, p[i]); });
   }
 }
 

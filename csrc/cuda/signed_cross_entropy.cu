@@ -15,7 +15,7 @@ struct SignedRows {
   const accumulator<T>* coefs;
 };
 
-// -1 for a target that is no class.
+// Negative for a target that is no class.
 __device__ inline int checked_target(int64_t target, int classes) {
   return target >= 0 && target < classes ? static_cast<int>(target) : INT32_MIN;
 }
@@ -23,7 +23,7 @@ __device__ inline int checked_target(int64_t target, int classes) {
 // Rows that fit in registers: each logit is read once and its exponential taken once. All loads of a row
 // start before anything waits for one.
 template <class config, class T, bool whole>
-__global__ void __launch_bounds__(config::threads_per_block, blocks_per_processor<config, sizeof(T) == 8 ? 64 : 48>)
+__global__ void __launch_bounds__(config::threads_per_block, blocks_per_processor<config, sizeof(T) == 8 ? 64 : whole ? 48 : 56>)
 register_signed_cross_entropy_kernel(SignedRows<T> a, double* losses) {
   using A = accumulator<T>;
   constexpr int span = config::threads_per_row, size = pack_size<T>, packs = config::template packs<T>;
@@ -31,7 +31,7 @@ register_signed_cross_entropy_kernel(SignedRows<T> a, double* losses) {
   constexpr A lowest = -std::numeric_limits<A>::infinity();
   __shared__ double sums[rows_per_block][2];
   __shared__ A target_logit[rows_per_block];
-  const int thread = threadIdx.x % span, turn = threadIdx.x / span, classes = static_cast<int>(a.logits.classes);
+  const int thread = threadIdx.x % span, turn = threadIdx.x / span, classes = a.logits.classes;
   if (thread == 0) sums[turn][0] = sums[turn][1] = 0;
 
 #pragma unroll 1
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(streaming_threads<T>, 2) streaming_signed_cros
   constexpr int size = pack_size<T>, span = streaming_threads<T>;
   __shared__ double sums[1][2];
   const int thread = threadIdx.x;
-  const int64_t classes = a.logits.classes;
+  const int classes = a.logits.classes;
   if (thread == 0) sums[0][0] = sums[0][1] = 0;
 
 #pragma unroll 1
@@ -117,18 +117,17 @@ __global__ void __launch_bounds__(streaming_threads<T>, 2) streaming_signed_cros
     T* dx = a.dlogits.row(row);
     const A coef = a.coefs[row];
     if (coef == 0) { // whatever the logits are
-      for (int64_t i = thread; i < classes; i += span) from_float(A(0), dx[i]);
+      for (int i = thread; i < classes; i += span) from_float(A(0), dx[i]);
       continue;
     }
-    const int64_t target = a.targets[row];
-    const bool valid = target >= 0 && target < classes;
+    const int target = checked_target(a.targets[row], classes);
+    const bool valid = target >= 0;
     const A target_logit = valid ? static_cast<A>(to_float(x[target])) : A(0);
 
     Softmax<T> others;
-    const auto add = [&](A value, int64_t i) { if (i != target) others.add(value); };
     for_each_pack<span>(
         x, classes, thread,
-        [&](int64_t i) {
+        [&](int i) {
           A v[size];
           unpack(load_raw<size>(x + i), v);
           A highest = v[0];
@@ -136,11 +135,12 @@ __global__ void __launch_bounds__(streaming_threads<T>, 2) streaming_signed_cros
           for (int k = 1; k < size; ++k) highest = larger(highest, v[k]);
           others.rescale(highest);
 #pragma unroll
-          for (int k = 0; k < size; ++k) add(v[k], i + k);
+          for (int k = 0; k < size; ++k)
+            if (i + k != target) others.add(v[k]);
         },
-        [&](int64_t i) {
+        [&](int i) {
           others.rescale(to_float(x[i]));
-          add(to_float(x[i]), i);
+          if (i != target) others.add(to_float(x[i]));
         });
     // of all classes: the target took part in rescaling
     const A top = reduce_row<span, 0>(Largest<A, 1>{{others.top}}).v[0];
@@ -152,17 +152,17 @@ __global__ void __launch_bounds__(streaming_threads<T>, 2) streaming_signed_cros
       const A loss = zsu::row_loss(log(denominator), target_logit - top, rest, denominator);
       add_loss(sums[0], coef, valid ? static_cast<double>(coef * loss) : static_cast<double>(factor));
     }
-    const auto gradient = [&](A value, int64_t i) { return factor * (i == target ? -rest : exp_of_logit<T>(value, top)); };
+    const auto gradient = [&](A value, bool is_target) { return factor * (is_target ? -rest : exp_of_logit<T>(value, top)); };
     for_each_pack<span>(
         dx, classes, thread,
-        [&](int64_t i) {
+        [&](int i) {
           A v[size];
           unpack(load_anywhere<size>(x + i), v);
 #pragma unroll
-          for (int k = 0; k < size; ++k) v[k] = gradient(v[k], i + k);
+          for (int k = 0; k < size; ++k) v[k] = gradient(v[k], i + k == target);
           store_raw<size>(dx + i, pack<T>(v));
         },
-        [&](int64_t i) { from_float(gradient(to_float(x[i]), i), dx[i]); });
+        [&](int i) { from_float(gradient(to_float(x[i]), i == target), dx[i]); });
   }
   write_losses(sums, losses);
 }
