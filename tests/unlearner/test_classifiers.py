@@ -101,6 +101,16 @@ def test_a_classifier_that_is_no_layer(parameter: bool) -> None:
     assert_forgets(result, FORGET)
 
 
+def test_a_classifier_without_biases_sees_images() -> None:
+    model = tiny()
+    model.fc2 = nn.Linear(model.fc2.in_features, 5, bias=False)
+    run, result, _ = run_quietly(fitted(model), **OUTPUT)
+    assert run.options.space == "input"  # no constant can lower a logit for all features alike
+    assert_forgets(result, FORGET)
+    with_biases, _, _ = run_quietly(tiny(), **OUTPUT)
+    assert with_biases.options.space == "tail-input"
+
+
 def test_a_classifier_that_is_no_layer_forgets_in_depth() -> None:
     model = fitted(Similarities())
     with untouched(model):

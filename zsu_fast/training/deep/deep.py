@@ -35,6 +35,9 @@ _VALIDATION = 8, 4  # one scene, and one inverted row, in this many is held out
 # SqueezeNet, whose features can't lose 100 of 1,000 classes, is at 49 % and 74 %; pushed on to 17 %
 # and 52 %, its RA falls from 62 to 17. EfficientNet-lite0 ends at 3 % and 72 %, RA 84 of 87.
 MOST_LEAK, LEAST_AGREEMENT = 0.4, 0.7
+# Mean lead of the inverted rows' classes, in standard deviations of the logits of scenes, above
+# which the rows resemble no image (1e6 in a random RepVGG whose BatchNorm layers are fused).
+_MOST_MARGIN = 1000.0
 
 
 class DeepFailed(Exception):
@@ -214,7 +217,14 @@ def _objective(
         usual = max(settings.margin, absence_margin(logits, 0.5))
         return MultiLabelDeepObjective(tail, train, forget, usual, settings), margin
     margins = logit_margin(teacher[-len(labels) :], labels)
-    margin = features.margin_for(float(margins.mean()), len(forget), forget_logits_only=False)
+    lead, usual = float(margins.mean()), float(teacher[: -len(labels)].std())
+    if lead > _MOST_MARGIN * usual:
+        raise DeepFailed(
+            f"the logits of inverted rows lead by {lead:.3g} on average, where those of scenes "
+            f"have a standard deviation of {usual:.3g}: no image has such features",
+            {},
+        )
+    margin = features.margin_for(lead, len(forget), forget_logits_only=False)
     reachable = min(settings.margin, USABLE_ROOM * room_above_floor(tail, train, forget))
     return DeepObjective(tail, train, forget, reachable, settings), margin
 
