@@ -59,6 +59,22 @@ def run(kind: Any, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     return [p.detach().clone() for p in tail.parameters()], loss.clone()
 
 
+def test_a_step_copies_no_logits_of_the_teacher() -> None:
+    tail, rows, index = case()
+    task = fit_task(tail, rows)
+    seen = []
+
+    class Watched(MaskedKL):
+        def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+            seen.append(rows.teacher)
+            return super().__call__(logits, rows)
+
+    step = EagerTrainStep(replace(task, objective=Watched(FORGET, 2.0)))
+    step.run(index[:2], RATES[:2])
+    assert len(seen) == 2
+    assert all(teacher is rows.teacher for teacher in seen)
+
+
 def test_the_steps_are_adam_on_the_objective() -> None:
     torch.manual_seed(0)
     tail, rows, index = case()
@@ -73,7 +89,7 @@ def test_the_steps_are_adam_on_the_objective() -> None:
         part = rows.select(batch)
         logits = other(*part.features)
         loss = ops.masked_cross_entropy(
-            logits + objective.shift, part.teacher, FORGET, torch.full((64,), 1 / 64)
+            logits + objective.margin * FORGET, part.teacher, FORGET, torch.full((64,), 1 / 64)
         )
         loss.backward()
         optimiser.step()

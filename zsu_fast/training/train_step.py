@@ -101,7 +101,7 @@ class EagerTrainStep:
 
     def step(self, batch: Tensor) -> Tensor:
         """Takes one step on the rows ``batch``, int64 [B], without synchronising; the loss."""
-        rows = self.task.train.select(batch)
+        rows = self.task.train.select(batch, self.task.objective.copies_teacher)
         loss, grads = self.task.objective.gradients(self.tail, self.parameters, rows)
         if self.task.masks is not None:
             grads = [
