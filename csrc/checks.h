@@ -1,6 +1,8 @@
 // What every op checks about its arguments, on any device, and the forms in which kernels read them.
 #pragma once
 
+#include "refusal.h" // before torch's headers
+
 #include "ascent_step.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,10 +11,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
-
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK // its name up to torch 2.11
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
 
 namespace zsu {
 

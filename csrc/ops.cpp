@@ -1,5 +1,7 @@
 // The schemas of every op. zsu_fast/ops/schemas.py holds the same table for installations without this
 // library; tests/test_build.py compares the two.
+#include "refusal.h" // before torch's headers
+
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(zsu_fast, m) {

@@ -101,7 +101,7 @@ class Options:
             given=given,
             depth_given=depth_given,
             **those(_ALONE),
-            ascent=AscentSettings(per_class, **those(_ASCENT)),
+            ascent=AscentSettings(per_class, **those(_ASCENT), loop=keywords["loop"]),
             features=FeatureSettings(**those(_FEATURES)),
             objective=ObjectiveSettings(keywords["objective"], keywords["weights"]),
             loop=LoopSettings(**those(_LOOP)),

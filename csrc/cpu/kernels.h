@@ -6,7 +6,8 @@
 
 #include <cstdint>
 
-// Only GCC compiles one file for another instruction set by pragma; elsewhere the baseline runs.
+// Only GCC compiles one file for another instruction set by pragma; elsewhere the baseline runs, which
+// on aarch64 is NEON.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define ZSU_HAS_ISA_LEVELS
 #endif
@@ -65,6 +66,7 @@ struct Kernels {
 };
 
 namespace baseline { const Kernels& kernels(); }
+namespace neon { const Kernels& kernels(); }
 namespace avx2 { const Kernels& kernels(); }
 namespace avx512 { const Kernels& kernels(); }
 

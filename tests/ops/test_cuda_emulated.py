@@ -43,7 +43,8 @@ def library(tmp_path: Path) -> Path:
     ]  # fmt: skip
     emulator = HERE / "cuda_emulator"
     objects = []
-    for source in [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), emulator / "ops.cpp"]:
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    for source in [*(k for k in kernels if k.stem != "refuse"), emulator / "ops.cpp"]:
         objects.append(tmp_path / f"{source.name}.o")
         kind = (
             ["-include", str(emulator / "emulator.h"), "-x", "c++"]

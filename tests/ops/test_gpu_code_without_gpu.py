@@ -129,7 +129,7 @@ def test_triton_ascent_step(arch: int, per_channel: bool) -> None:
     )  # fmt: skip
     types = {
         **pointers, "step_ptr": "*i32", "active_ptr": "*u8",
-        **dict.fromkeys(["row_size", "lr_stride", "channels", "plane"], "i32"),
+        **dict.fromkeys(["blocks_per_row", "row_size", "lr_stride", "channels", "plane"], "i32"),
         **dict.fromkeys(
             ["beta1", "beta2", "gain1", "gain2", "log_beta1", "log_beta2", "eps"], "fp32"
         ),

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import zsu_fast
 from zsu_fast import ops
-from zsu_fast.errors import ArgumentError
+from zsu_fast.errors import ArgumentError, UnlearningWarning
+from zsu_fast.runtime import cuda_graph
 from zsu_fast.training import train_step
 from zsu_fast.training.features import FeatureSet
 from zsu_fast.training.fit_task import FitTask
@@ -168,34 +169,35 @@ def failing_capture(_block: Any) -> Any:
 
 
 def test_a_failed_capture_falls_back_to_eager_steps_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     attempts: list[Any] = []
-    monkeypatch.setattr(train_step, "warm_up", lambda steps, _device: steps())
+    monkeypatch.setattr(cuda_graph, "warm_up", lambda steps, _device: steps())
     monkeypatch.setattr(
-        train_step, "capture", lambda block: (attempts.append(block), failing_capture(block))
+        cuda_graph, "capture", lambda block: (attempts.append(block), failing_capture(block))
     )
     eager, loss = run(EagerTrainStep)
-    graph, graph_loss = run(GraphTrainStep)  # the warm-up is undone
+    with pytest.warns(UnlearningWarning) as caught:
+        graph, graph_loss = run(GraphTrainStep)  # the warm-up is undone
     for a, b in zip(eager, graph, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
     assert torch.allclose(loss, graph_loss, rtol=1e-4)
     assert len(attempts) == 1
-    (warning,) = caplog.messages
-    assert "runs eagerly" in warning
+    (warning,) = (str(w.message) for w in caught)
+    assert "the training loop runs eagerly" in warning
     assert "a value is read on the host" in warning
 
 
 def test_a_required_graph_that_cannot_be_captured_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(train_step, "warm_up", lambda steps, _device: steps())
-    monkeypatch.setattr(train_step, "capture", failing_capture)
+    monkeypatch.setattr(cuda_graph, "warm_up", lambda steps, _device: steps())
+    monkeypatch.setattr(cuda_graph, "capture", failing_capture)
     tail, rows, index = case()
     start = copy.deepcopy(tail.state_dict())
     step = GraphTrainStep(fit_task(tail, rows), required=True)
     with pytest.raises(
-        ArgumentError, match=r"loop: got 'graph', and capture failed: a value.*auto"
+        ArgumentError, match=r"loop: got 'graph', and the capture of .* failed: .*a value.*auto"
     ):
         step.run(index, RATES)
     assert all(torch.equal(value, start[name]) for name, value in tail.state_dict().items())

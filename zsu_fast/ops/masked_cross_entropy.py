@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import fused_loss
+from .validation import check_devices
 
 
 def masked_cross_entropy(
@@ -89,6 +90,7 @@ def _(
     shift: float = 0.0,  # noqa: ARG001
     forget_only: bool = False,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
+    check_devices(logits, teacher, forget, coef, *(t for t in (index, keep) if t is not None))
     torch._check(logits.ndim == 2, lambda: "logits must be [batch, classes]")
     rows, classes = logits.shape
     torch._check(teacher.ndim == 2 and teacher.shape[1] == classes)
@@ -100,8 +102,4 @@ def _(
     return logits.new_empty((), dtype=wide), logits.new_empty(logits.shape)
 
 
-torch.library.register_autograd(
-    "zsu_fast::masked_cross_entropy",
-    fused_loss.backward,
-    setup_context=fused_loss.setup_context,
-)
+fused_loss.register("masked_cross_entropy")

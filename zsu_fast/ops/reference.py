@@ -48,7 +48,7 @@ def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[
                 f"target {int(target[row])} of row {row} is out of range for {x.shape[1]} classes"
             )
     y = torch.where(valid, target, torch.zeros_like(target)).long()
-    top = x.max(1, keepdim=True).values
+    top = x.amax(1, keepdim=True) if x.numel() else x.new_zeros(x.shape[0], 1)
     e = (x - top).exp()
     others = e.scatter(1, y[:, None], 0.0)
     rest = others.sum(1)

@@ -23,6 +23,7 @@ from ..models.outputs import OutputChoice
 from ..models.parameters import weights_hash
 from ..models.prepare import prepare_model
 from ..runtime import memory
+from ..runtime.cuda_graph import Loop
 from ..runtime.distributed import Ranks, make_shards, ranks_here
 from ..runtime.measuring import multiply_adds
 from ..runtime.progress import Callback, Reporter, Stopped
@@ -33,6 +34,7 @@ from .batch_norm_prior import with_batch_norm_prior
 from .cache import Cache
 from .impressions import ClassImpressions
 from .space import SearchSpace, input_space
+from .step_graph import StepGraph
 
 _log = logging.getLogger(__name__)
 
@@ -60,14 +62,15 @@ def synthesize(
     progress: bool | None = None,
     callback: Callback | None = None,
     multi_label: bool | None = None,
+    loop: Loop = "auto",
 ) -> ClassImpressions:
     """Synthesises class impressions of ``model`` by ascent on ``logit_c(x) - beta * ||x||^2``.
 
     Args:
         model: any image classifier; it is not changed.
         classes: class indices (as ``unlearn``'s forget); None for all.
-        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm:
-            see `AscentSettings`.
+        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm,
+            loop: see `AscentSettings`.
         input_shape, mean, std: see `resolve_spec`; inferred if None.
         output: which item of the model's output holds the logits, see `pick_logits`.
         device: where to compute; None for the model's own.
@@ -83,8 +86,9 @@ def synthesize(
         ArgumentError: an argument can't be used (a `ValueError`).
     """
     settings = AscentSettings(
-        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm
-    )
+        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm,
+        loop=loop,
+    )  # fmt: skip
     report = Reporter(progress, callback)
     prepared = prepare_model(model, device, input_shape, mean, std, output, multi_label)
     settings = replace(settings, multi_label=prepared.multi_label)
@@ -207,6 +211,9 @@ class _ShardAscents:
     init: Tensor | None
     width: int
 
+    def __post_init__(self) -> None:
+        self.graph = StepGraph(self.settings.loop, self.space.low.device)
+
     def run(self, rows: Tensor, before: int) -> _Shard:
         """Runs the ascent of impressions ``rows``, which ``before`` others precede.
 
@@ -215,8 +222,9 @@ class _ShardAscents:
         while True:
             init = None if self.init is None else self.init[rows]
             ascent = Ascent(
-                self.space, self.labels[rows], self.number[rows], self.settings, self.width, init
-            )
+                self.space, self.labels[rows], self.number[rows], self.settings, self.width, init,
+                self.graph,
+            )  # fmt: skip
             try:
                 return _Shard(rows, ascent.run(self.report, before, len(self.labels)))
             except Stopped:
@@ -224,6 +232,7 @@ class _ShardAscents:
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_out_of_memory(error) or ascent.width == 1:
                     raise
+                self.graph.forget()
                 self.width = ascent.width // 2
                 _log.warning("out of memory: impressions go on with %d rows at a time", self.width)
 

@@ -6,22 +6,17 @@ block of steps at a time and validates between blocks.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..runtime.cuda_graph import capture, warm_up
+from ..runtime.cuda_graph import GraphCapturer, Loop as Loop
 from ..runtime.torch_settings import SMALL, fp32_precision, has_bfloat16
 from .fit_task import FitTask
-
-Loop = Literal["auto", "eager", "compiled", "graph"]
-LOOPS: tuple[str, ...] = get_args(Loop)
-_log = logging.getLogger(__name__)
 
 
 def make_train_step(
@@ -191,7 +186,7 @@ class GraphTrainStep(EagerTrainStep):
 
     Row indices, learning rates and losses go through buffers that the graph reads and writes;
     nothing in it depends on a value on the host. Blocks of another length than the first run
-    eagerly. If capture fails, all do, unless the graph is ``required``.
+    eagerly. If capture fails, all do, with a warning, unless the graph is ``required``.
     """
 
     capturable = True
@@ -199,7 +194,7 @@ class GraphTrainStep(EagerTrainStep):
     def __init__(
         self, task: FitTask, scales: Sequence[float] | None = None, required: bool = False
     ) -> None:
-        self.required, self.capture_failed = required, False
+        self.capturer = GraphCapturer("the training loop", required)
         super().__init__(task, scales)
 
     def reset(self) -> None:
@@ -210,8 +205,8 @@ class GraphTrainStep(EagerTrainStep):
 
     def run(self, index: Tensor, rates: Sequence[float] | Tensor) -> Tensor:
         index, rates = index.to(self.device), torch.as_tensor(rates, device=self.device)
-        if self.graph is None and not self.capture_failed:
-            self._try_capture(index, rates)
+        if self.graph is None and not self.capturer.failed:
+            self.graph = self._capture(index, rates)
         if self.graph is None or index.shape != self.index.shape:
             return super().run(index, rates)
         self.index.copy_(index)
@@ -223,22 +218,7 @@ class GraphTrainStep(EagerTrainStep):
         for group in self.optimiser.param_groups:
             group["lr"].copy_(rate * group["scale"])
 
-    def _try_capture(self, index: Tensor, rates: Tensor) -> None:
-        try:
-            self.graph = self._capture(index, rates)
-        except RuntimeError as error:
-            # an error within the block also ends the capture, which then raises another
-            cause = error.__context__ or error
-            if self.required:
-                raise ArgumentError(
-                    "loop", f"got 'graph', and capture failed: {cause}", "Pass loop='auto'."
-                ) from error
-            self.capture_failed = True
-            _log.warning(
-                "the tail loop runs eagerly, its capture in a CUDA graph failed: %s", cause
-            )
-
-    def _capture(self, index: Tensor, rates: Tensor) -> torch.cuda.CUDAGraph:
+    def _capture(self, index: Tensor, rates: Tensor) -> torch.cuda.CUDAGraph | None:
         """Captures the steps of a block; parameters and optimiser stay as they are."""
         self.index, self.rates = index.clone(), rates.clone()
         self.losses = torch.zeros(len(rates), device=self.device)
@@ -247,6 +227,7 @@ class GraphTrainStep(EagerTrainStep):
         def first_steps() -> None:
             for batch in self.index[:3]:
                 self.step(batch)
+            self._restore(before)
 
         def block() -> None:
             for at in range(len(rates)):
@@ -254,10 +235,10 @@ class GraphTrainStep(EagerTrainStep):
                 self.losses[at].copy_(self.step(self.index[at]))
 
         try:
-            warm_up(first_steps, self.device)
+            return self.capturer.try_capture(first_steps, block, self.parameters)
         finally:
-            self._restore(before)
-        return capture(block)
+            if self.capturer.failed:
+                self._restore(before)
 
     @torch.no_grad()
     def _restore(self, parameters: list[Tensor]) -> None:

@@ -6,6 +6,8 @@
 // approximations, and speed.
 #pragma once
 
+#include "../../../csrc/refusal.h" // before torch's headers
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from .. import fused_loss
+from ..validation import check_masked_cross_entropy
 from .common import (
     ONE_PASS_LIMIT,
     accumulator,
@@ -113,9 +114,8 @@ def masked_cross_entropy(
     logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss (scalar) and dlogits [B, C], as `reference.masked_cross_entropy`."""
+    check_masked_cross_entropy(logits, teacher, forget, coef)
     rows, classes = logits.shape
-    if teacher.shape != logits.shape or forget.shape != (classes,) or coef.shape != (rows,):
-        raise RuntimeError("teacher must have the shape of logits, forget be [C], coef [B]")
     logits, teacher = with_dense_rows(logits), with_dense_rows(teacher.to(logits.dtype))
     dtype = accumulator_dtype(logits)
     coef = coef.to(dtype).contiguous()

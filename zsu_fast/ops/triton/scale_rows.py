@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from ..validation import check_scale_rows
 from .common import accumulator
 
 
@@ -31,6 +32,7 @@ def scale_rows_kernel(
 @triton_op("zsu_fast::scale_rows_triton_", mutates_args={"rows"})
 def scale_rows_(rows: Tensor, coef: Tensor, grad: Tensor) -> None:
     """As `reference.scale_rows_`."""
+    check_scale_rows(rows, coef, grad)
     count, classes = rows.shape
     if count:
         block = min(4096, max(16, triton.next_power_of_2(classes)))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from .. import fused_loss
+from ..validation import check_signed_cross_entropy
 from .common import (
     ONE_PASS_LIMIT,
     accumulator,
@@ -97,6 +98,7 @@ def signed_cross_entropy_kernel(
 @triton_op("zsu_fast::signed_cross_entropy_triton", mutates_args=())
 def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
     """Losses [2] and dlogits [B, C], as `reference.signed_cross_entropy`."""
+    check_signed_cross_entropy(logits, target, coef)
     rows, classes = logits.shape
     logits = with_dense_rows(logits)
     dtype = accumulator_dtype(logits)
