@@ -105,10 +105,11 @@ def test_triton_cross_entropies(arch: int, classes: int, dtype: str, size: int) 
     masked = compiled(
         masked_cross_entropy.masked_cross_entropy_kernel,
         {"logits_ptr": dtype, "logits_stride": "i32", "teacher_ptr": dtype, "teacher_stride": "i32",
-         "forget_ptr": "*u8", "dlogits_ptr": dtype, "coef_ptr": "*fp32", "row_loss_ptr": "*fp32",
-         "rows": "i32"},
-        {"CLASSES": classes, "LOOP": loop, "ALIGN_X": align, "ALIGN_Z": align, "ACC": tl.float32,
-         **common.row_tile(classes)},
+         "teacher_rows": "i32", "index_ptr": "*i64", "forget_ptr": "*u8", "dlogits_ptr": dtype,
+         "coef_ptr": "*fp32", "keep_ptr": "*fp32", "row_loss_ptr": "*fp32", "rows": "i32",
+         "shift": "fp32"},
+        {"CLASSES": classes, "INDEXED": True, "KEEP": True, "FORGET_ONLY": False, "LOOP": loop,
+         "ALIGN_X": align, "ALIGN_Z": align, "ACC": tl.float32, **common.row_tile(classes)},
         arch,
     )  # fmt: skip
     for kernel in (signed, masked):
@@ -152,13 +153,13 @@ def test_triton_small_kernels(arch: int) -> None:
     for kernel in (
         compiled(
             common.sum_rows_kernel,
-            {"row_loss_ptr": "*fp32", "coef_ptr": "*fp32", "losses_ptr": "*fp32", "rows": "i32"},
-            {"SPLIT": True, "BLOCK": 1024}, arch,
+            {"row_loss_ptr": "*fp32", "coef_ptr": "*fp32", "sums_ptr": "*fp32", "rows": "i32"},
+            {"SPLIT": True, "BLOCK": common.SUM_BLOCK}, arch,
         ),
         compiled(
             scale_rows.scale_rows_kernel,
             {"rows_ptr": "*fp32", "row_stride": "i32", "coef_ptr": "*fp32", "grad_ptr": "*fp32",
-             "last": "i32", "classes": "i32"},
+             "last": "i32", "rows": "i32", "classes": "i32"},
             {"ACC": tl.float32, "BLOCK": 1024}, arch,
         ),
     ):  # fmt: skip
