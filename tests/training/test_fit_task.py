@@ -13,7 +13,7 @@ from zsu_fast.splitting.split import find_split
 from zsu_fast.training.class_subset import ClassSubsetTail
 from zsu_fast.training.features import FeatureSettings, MemoryLimits, held_out, logit_margin
 from zsu_fast.training.fit_task import FitTask, make_fit_task
-from zsu_fast.training.losses import ForgetOnlyKL, MaskedKL, ObjectiveSettings
+from zsu_fast.training.losses import MaskedKL, ObjectiveSettings
 
 
 def task_of(
