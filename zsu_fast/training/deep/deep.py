@@ -155,7 +155,7 @@ def forget_deeply(
     task = FitTask(
         tail, parameters, train, validation, objective, objective,
         torch.Generator().manual_seed(seed), [_unpruned(p) for p in parameters],
-        betas=settings.betas, sampling=weights.cpu(), bf16_matmul=False,
+        betas=settings.betas, sampling=weights.cpu(), fast_matmul=False,
     )  # fmt: skip
     before = [p.detach().clone() for p in parameters]
     checks = _Checks(tail, objective, validation)

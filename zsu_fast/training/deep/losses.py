@@ -74,6 +74,8 @@ class DeepObjective(MaskedKL):
         settings: the weights.
     """
 
+    copies_teacher = True
+
     def __init__(
         self,
         tail: FrozenClassifierTail,
