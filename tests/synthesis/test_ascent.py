@@ -208,7 +208,9 @@ def test_steps_are_captured_once_per_batch_and_objective(monkeypatch: pytest.Mon
     monkeypatch.setattr(cuda_graph, "warm_up", lambda run, _device: run())
     monkeypatch.setattr(cuda_graph, "capture", Graph)
     tensors = lambda: [torch.zeros(1)]  # noqa: E731
-    one, other = (SimpleNamespace(penalises=False, steps=0, tensors=tensors) for _ in range(2))
+    one, other = (
+        SimpleNamespace(penalises=False, steps=0, tensors=tensors, index=[0]) for _ in range(2)
+    )
 
     def step(batch: Any) -> None:
         batch.steps += 1
