@@ -20,6 +20,7 @@ from .evaluation.multi_label import MultiLabelEvaluation
 from .evaluation.verdict import Verdict
 from .models.compact import compact
 from .models.delta import apply_delta, save_delta
+from .models.embedding_classifier import EmbeddingClassifier
 from .models.input_spec import InputSpec
 from .options import paper_preset
 from .planning.plan import Plan, plan
@@ -40,6 +41,7 @@ __all__ = [
     "Audit",
     "CheckpointError",
     "ClassImpressions",
+    "EmbeddingClassifier",
     "Evaluation",
     "Event",
     "InputSpec",
