@@ -1,8 +1,9 @@
 """Galleries: the templates of enrolled identities, with their names, in one safetensors file.
 
 The file holds ``templates`` float32 [T, D], ``identity`` int64 [T] (the index in ``names`` that
-each template belongs to) and, if there is one, ``bias`` float32 [C]. Its metadata holds the format, the
-names (JSON), the metric, the scale, the hash of the encoder's weights, and how they were enrolled.
+each template belongs to) and, if there is one, ``bias`` float32 [C]. Its metadata holds the
+format, the names (JSON), the metric, the scale, the hash of the encoder's weights, and how they
+were enrolled.
 Templates of faces and voices are biometric data: the file is as sensitive as the photos.
 """
 
@@ -14,7 +15,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,10 @@ from ..errors import (
     shorten,
 )
 from . import checkpoint
+from .embedding_classifier import METRICS, EmbeddingClassifier, Metric
 from .parameters import weights_hash
 
 FORMAT = "zsu_fast.gallery/1"
-METRICS = ("cosine", "dot", "euclidean")
 _ENROL = "Write it again with zsu-fast enroll, or Gallery(...).save()."
 
 
@@ -43,9 +44,8 @@ class Gallery:
         templates: float [T, D], finite and not zero; stored as float32.
         names: of the identities, all different.
         identity: int64 [T], the index in ``names`` of each template; None: one template each.
-        metric: how embeddings and templates are compared, one of `METRICS`.
-        scale: what similarities are multiplied by to give logits; None: fitted by
-            `EmbeddingClassifier`.
+        metric: how embeddings and templates are compared; see `EmbeddingClassifier`.
+        scale: what similarities are multiplied by to give logits; None: see `EmbeddingClassifier`.
         bias: float [C], added to the logits; None for none.
         encoder: `weights_hash` of the encoder that computed the templates, "" if that is unknown.
         enrolled: how the templates were computed, plain values.
@@ -58,7 +58,7 @@ class Gallery:
     templates: Tensor
     names: tuple[str, ...]
     identity: Tensor | None = None
-    metric: str = "cosine"
+    metric: Metric = "cosine"
     scale: float | None = None
     bias: Tensor | None = None
     encoder: str = ""
@@ -105,6 +105,32 @@ class Gallery:
                 f"Pass one of {shorten(self.names)}.",
             )
         return self.templates[self.identity == self.names.index(name)]
+
+    @classmethod
+    def of_classifier(cls, classifier: EmbeddingClassifier) -> Gallery:
+        """The gallery of a classifier; identities without names are called "0", "1", ..."""
+        count = int(classifier.identity.max()) + 1
+        return cls(
+            classifier.templates, classifier.class_names or tuple(map(str, range(count))),
+            classifier.identity, classifier.metric, classifier.scale, classifier.bias,
+            weights_hash(classifier.encoder),
+        )  # fmt: skip
+
+    def classifier(self, encoder: nn.Module) -> EmbeddingClassifier:
+        """The encoder and this gallery as one classifier.
+
+        Raises:
+            ArgumentError: there is only one identity; see `EmbeddingClassifier`.
+        """
+        assert self.identity is not None
+        order = self.identity.argsort(stable=True)
+        counts = torch.bincount(self.identity)
+        ordered = self.templates[order]
+        single = int(counts.max()) == 1
+        templates = ordered if single else list(ordered.split(counts.tolist()))
+        return EmbeddingClassifier(
+            encoder, templates, self.names, self.scale, self.metric, self.bias
+        )
 
     def check_encoder(self, encoder: nn.Module) -> None:
         """Warns if the templates were computed by other weights than those of ``encoder``.
@@ -159,8 +185,9 @@ class Gallery:
             scale = metadata.get("scale")
             return cls(
                 tensors["templates"], json.loads(metadata["names"]), tensors["identity"],
-                metadata["metric"], None if scale is None else float(scale), tensors.get("bias"),
-                metadata.get("encoder", ""), json.loads(metadata.get("enrolled", "{}")),
+                cast(Metric, metadata["metric"]), None if scale is None else float(scale),
+                tensors.get("bias"), metadata.get("encoder", ""),
+                json.loads(metadata.get("enrolled", "{}")),
             )  # fmt: skip
         except KeyError as error:
             raise CheckpointError(f"gallery: {path} has no {error}. {_ENROL}") from error
@@ -193,10 +220,9 @@ def _check_names(names: Any) -> tuple[str, ...]:
     odd = [n for n in names if not isinstance(n, str) or not n.strip()]
     if odd:
         raise ArgumentError("names", f"got {odd[0]!r}, which is no name", remedy)
-    if len(set(names)) < len(names):
-        twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice := [name for name, n in Counter(map(str.strip, names)).items() if n > 1]:
         raise ArgumentError("names", f"{shorten(map(repr, twice))} occurs twice", remedy)
-    return tuple(names)
+    return tuple(name.strip() for name in names)
 
 
 def _check_templates(templates: Any) -> Tensor:
