@@ -28,10 +28,11 @@ from .provenance.folders import save_pretrained
 from .provenance.ledger import Ledger
 from .runtime.doctor import doctor
 from .runtime.progress import Event
+from .split_model import split
 from .splitting.split import Split
 from .synthesis.impressions import ClassImpressions
 from .synthesis.synthesize import synthesize
-from .unlearner import ZeroShotUnlearner, split, unlearn
+from .unlearner import ZeroShotUnlearner, unlearn
 from .version import VERSION
 
 __version__ = VERSION

@@ -53,7 +53,8 @@ def spread(model: nn.Module, images: Tensor) -> None:
     """Gives a random model statistics and a last layer with which each class is some answer.
 
     BatchNorm layers take the statistics of ``images``. The last layers, whose rows are the classes,
-    are multiplied by the matrix that makes their outputs uncorrelated, of equal variance 4.
+    are multiplied by the matrix that makes their outputs uncorrelated, of equal variance 4; where
+    a model starts with zeros there, they are drawn at random first.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
@@ -66,6 +67,9 @@ def spread(model: nn.Module, images: Tensor) -> None:
         norm.momentum = 0.1
         norm.eval()
     heads = [m for m in model.modules() if _is_head(m)]
+    for head in heads:
+        if not head.weight.any():
+            nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
     seen: dict[nn.Module, list[Tensor]] = {head: [] for head in heads}
 
     def note(layer: nn.Module, _args: Any, output: Tensor) -> None:
@@ -160,7 +164,9 @@ def _measure(result: Result, case: Case, model: nn.Module, unlearned: nn.Module,
 def _like(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """A copy of ``model`` with the tensors of ``state``."""
     other = copy.deepcopy(model)
-    other.load_state_dict(state)
+    own = other.state_dict()  # with the metadata without which MNASNet refuses to load
+    own.update(state)
+    other.load_state_dict(own)
     return other
 
 

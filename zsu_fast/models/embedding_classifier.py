@@ -14,6 +14,7 @@ from .embeddings import embedding_method, pick_embedding
 from .parameters import unwrap
 
 Metric = Literal["cosine", "dot", "euclidean"]
+GALLERY = "gallery"  # the name of the module that holds the templates
 METRICS: tuple[str, ...] = get_args(Metric)
 # `fitted_scale`: this confidence is reached at a template itself, by the median identity.
 _REACHED, _FITTED_ON, _LARGEST_SCALE = 0.995, 256, 1e4

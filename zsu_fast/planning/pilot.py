@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..fit_stage import features_of, fit_task
 from ..models.parameters import deep_copy, weights_hash
 from ..runtime.measuring import PeakMemory, Stopwatch, multiply_adds
 from ..runtime.memory import bytes_per_row
@@ -217,10 +218,10 @@ class Pilot:
                 features = self.space.parts(impressions.images.to(run.device))
                 self.seconds["feature"] = 0.0
             else:
-                features = run.features_of(split, impressions)
+                features = features_of(run, split, impressions)
                 self.seconds["feature"] = self.watch.lap() / len(impressions)
             self.watch.lap()
-            task = run.fit_task(split, features, impressions)
+            task = fit_task(run, split, features, impressions)
             pilot_rows = len(task.train) + len(task.validation)
             self.seconds["label"] = self.watch.lap() / pilot_rows
         run.options.features = settings

@@ -155,6 +155,20 @@ def split_at(model: LogitsModel, name: str, images: Tensor, reason: str) -> Spli
     return Split(backbone, tail, name, reason, parameters, len(layers) == 1, fixed)
 
 
+def split_before(model: LogitsModel, name: str, images: Tensor, reason: str) -> Split:
+    """Splits ``model`` before its module ``name``, of which nothing is to be trained.
+
+    Args:
+        model, name, images, reason: as for `split_at`.
+
+    Raises:
+        ModelError: backbone and tail together give other logits than the model.
+    """
+    backbone, tail, boundary = _checked_split(model, name, images)
+    used = _parameters_behind(lambda: [tail(*boundary)], dict(model.module.named_parameters()))
+    return Split(backbone, tail, name, reason, [], False, used)
+
+
 def check_frozen(model: LogitsModel, images: Tensor) -> str:
     """What stays as it is because part of the user's model is frozen, in words; "" if nothing is.
 

@@ -23,6 +23,7 @@ from ..features import FeatureSet, FeatureSettings, absence_margin, logit_margin
 from ..fit_task import FitTask
 from ..trainer import RELATIVE_STEP, LoopSettings, Schedule, Trainer, relative_learning_rate
 from .losses import USABLE_ROOM, DeepObjective, MultiLabelDeepObjective, room_above_floor
+from .open_set import StrangerObjective, acceptance_threshold
 from .rows import Scenes
 from .settings import DeepSettings
 from .split import DeepSplit
@@ -213,9 +214,14 @@ def _objective(
         margin = absence_margin(logits) if features.margin is None else features.margin
         usual = max(settings.margin, absence_margin(logits, 0.5))
         return MultiLabelDeepObjective(tail, train, forget, usual, settings), margin
-    margins = logit_margin(teacher[-len(labels) :], labels)
+    inverted = teacher[-len(labels) :]
+    margins = logit_margin(inverted, labels)
     margin = features.margin_for(float(margins.mean()), len(forget), forget_logits_only=False)
     reachable = min(settings.margin, USABLE_ROOM * room_above_floor(tail, train, forget))
+    if settings.stranger:
+        threshold = acceptance_threshold(inverted, labels, forget, settings.false_accepts)
+        stranger = StrangerObjective(tail, train, forget, reachable, settings, threshold)
+        return stranger, margin
     return DeepObjective(tail, train, forget, reachable, settings), margin
 
 

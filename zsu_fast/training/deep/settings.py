@@ -45,6 +45,8 @@ class DeepSettings:
         robust, robust_factor: a larger factor than needed, at most the second, is taken if this
             share of the held-out scenes keeps its answer all the same.
         multi_label: whether each class has a sigmoid of its own.
+        stranger: whether forgotten identities become strangers, see `StrangerObjective`.
+        false_accepts: the rate at which the threshold of a stranger is set.
     """
 
     scenes: int = 5120
@@ -68,6 +70,8 @@ class DeepSettings:
     robust: float = 0.88
     robust_factor: float = 1.4
     multi_label: bool = False
+    stranger: bool = False
+    false_accepts: float = 1e-2
 
     def for_classes(self, classes: int) -> DeepSettings:
         """The settings for a model of that many classes.

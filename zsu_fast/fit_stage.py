@@ -1,0 +1,127 @@
+"""The third stage of `ZeroShotUnlearner`: fits the tail, after the layers ahead of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from .request import Request
+from .splitting.split import Split, find_split
+from .synthesis.impressions import ClassImpressions
+from .synthesis.space import tail_input_space
+from .training.class_subset import ClassSubsetTail
+from .training.deep.deep import DeepFailed, forget_deeply
+from .training.deep.rows import RowSource
+from .training.fit_task import (
+    FitTask,
+    copied_values,
+    load_values,
+    make_fit_task,
+    trained_parameters,
+)
+from .training.trainer import AGREEMENT_GOAL, Fit, train_tail
+
+# The last layer's fit after deep forgetting: the classes hardly reach it any more.
+_LAST_MIXTURES, _LAST_STEPS = 4096, 400
+
+
+def deepen(request: Request, rows: RowSource, impressions: ClassImpressions) -> Split:
+    """Trains the layers ahead of the last; returns the split that is fitted afterwards.
+
+    Where deep forgetting fails its checks, the request goes on at the output level.
+    """
+    options, ranks, failure = request.options, request.ranks, ""
+    try:
+        facts = forget_deeply(
+            request.work, rows.deep, rows.scenes, impressions, request.forget_mask,
+            options.features, options.loop, rows.settings, options.seed, request.report,
+        )  # fmt: skip
+    except DeepFailed as error:
+        failure, facts = str(error), error.facts
+    ranks.exchange()  # a new stage: a stop request must not carry over into the fit
+    failure, facts = ranks.broadcast_object((failure, facts))
+    ranks.copy_from_main(trained_parameters(request.work, rows.deep.split))
+    request.record.depth |= facts
+    if failure:
+        request.fall_back(failure)
+    else:  # logits have collapsed by now: keep the margin computed from the original
+        features, loop = options.features, options.loop
+        mixtures = _LAST_MIXTURES if features.mixtures is None else features.mixtures
+        margin = features.margin if rows.deep.last.directions else facts["margin"]
+        options.features = replace(features, margin=margin, mixtures=mixtures)
+        options.loop = replace(loop, steps=loop.steps or _LAST_STEPS)
+        options.objective = replace(options.objective, constant=request.multi_label)
+    return rows.deep.last
+
+
+def features_of(
+    request: Request, split: Split, impressions: ClassImpressions
+) -> tuple[Tensor, ...]:
+    """The backbone's output for the impressions, which may be such an output already."""
+    points = impressions.images.to(request.device)
+    if request.options.space == "tail-input":
+        return tail_input_space(split, request.spec, request.device).parts(points)
+    return split.features(points)
+
+
+def fit_task(
+    request: Request, split: Split, features: tuple[Tensor, ...], impressions: ClassImpressions
+) -> FitTask:
+    """The data that the tail is trained on, and the loss."""
+    return make_fit_task(
+        request.work, split, features, impressions.labels.to(request.device),
+        request.forget_mask, request.options.objective, request.options.features,
+        request.options.seed,
+    )  # fmt: skip
+
+
+def fit_tail(
+    request: Request,
+    split: Split,
+    impressions: ClassImpressions,
+    features: tuple[Tensor, ...] | None = None,
+) -> Fit:
+    """Trains the tail of ``split``, in place.
+
+    Args:
+        features: the backbone's output for the impressions; None: computed.
+    """
+    if features is None:
+        features = features_of(request, split, impressions)
+    task = fit_task(request, split, features, impressions)
+    result = train_tail(task, request.options.loop, request.report)
+    if isinstance(task.tail, ClassSubsetTail):
+        task.tail.write_back()
+    result = request.ranks.broadcast_object(result)
+    request.ranks.copy_from_main(trained_parameters(request.work, split))
+    return result
+
+
+def fit_tail_or_last(
+    request: Request, split: Split, impressions: ClassImpressions
+) -> tuple[Split, Fit]:
+    """Trains the tail of ``split``; if too few retained answers stayed, fits the last layer alone.
+
+    Returns:
+        The split and the fit that are better.
+    """
+    before = copied_values(trained_parameters(request.work, split))
+    first = fit_tail(request, split, impressions)
+    best = first.best
+    if best is None or best.agreement >= AGREEMENT_GOAL or request.options.space != "input":
+        return split, first
+    parameters = trained_parameters(request.work, split)
+    after = copied_values(parameters)
+    load_values(parameters, before)
+    images, labels = impressions.images[:4], impressions.labels[:4]
+    last = find_split(request.work, "last", images.to(request.device), labels.to(request.device))
+    untrained = copied_values(trained_parameters(request.work, last))
+    second = fit_tail(request, last, impressions)
+    if second.best is not None and second.best.better_than(best):
+        kept = f"{best.agreement:.0%} of the retained answers stayed"
+        last.reason = f"{last.reason}; trained from {split.name!r} on, {kept}"
+        return last, second
+    load_values(trained_parameters(request.work, last), untrained)
+    load_values(parameters, after)
+    return split, first
