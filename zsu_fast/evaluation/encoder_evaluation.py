@@ -23,16 +23,6 @@ from .run_model import eval_mode, image_spec
 PARTS = ("forget", "retain")
 
 
-def rate_keys() -> list[str]:
-    """The names of all rates of `identification_rates`."""
-    keys = [f"rank1_{part}" for part in PARTS]
-    for far in FARS:
-        name = far_name(far)
-        keys += [f"{kind}_{part}_{name}" for kind in ("identified", "tar") for part in PARTS]
-        keys += [f"accused_{name}", f"strangers_{name}", f"attraction_{name}"]
-    return keys
-
-
 def far_name(far: float) -> str:
     """The end of a metric's name: 1e2 for a false-accept rate of 1e-2."""
     return f"{far:.0e}".replace("e-0", "e")
@@ -41,8 +31,8 @@ def far_name(far: float) -> str:
 def identification_rates(found: Matches) -> tuple[dict[str, float], dict[str, str]]:
     """All rates of one encoder, in per cent, and for those without a value the reason.
 
-    ``rank1``: closed set. At each false-accept rate, with the threshold that the retained
-    identities' impostor pairs set: ``identified`` (rank 1 and above the threshold), ``tar``
+    ``rank1``: closed set. At each false-accept rate, with the ``threshold`` (a similarity) that the
+    retained identities' impostor pairs set: ``identified`` (rank 1 and above the threshold), ``tar``
     (true-accept rate), ``accused`` (images of forgotten identities that a retained one attracts),
     ``strangers`` (the same of images of retained identities without their own template), and
     ``attraction`` (the most that one retained identity attracts, over an equal share; no per cent).
@@ -56,7 +46,7 @@ def identification_rates(found: Matches) -> tuple[dict[str, float], dict[str, st
             f"the data gives {len(found.impostors):,} impostor pairs, and a false-accept rate of "
             f"{far:.0e} needs {round(1 / far):,}"
         )
-        at: dict[str, float | None] = {}
+        at: dict[str, float | None] = {f"threshold_{name}": above}
         for part, own in rows.items():
             at[f"identified_{part}_{name}"] = None if above is None else found.rank1(own, above)
             at[f"tar_{part}_{name}"] = None if above is None else found.true_accepts(own, above)
@@ -76,7 +66,6 @@ class EncoderEvaluation:
     Attributes:
         rates: see `identification_rates`; those without a value are left out.
         missing: rate -> why it has no value.
-        thresholds: false-accept rate, as text -> the similarity above which images are accepted.
         per_identity: identity -> closed-set rank-1 in per cent, for those with images.
         forget_count, retain_count: numbers of images.
         identities: in the gallery.
@@ -87,7 +76,6 @@ class EncoderEvaluation:
 
     rates: dict[str, float]
     missing: dict[str, str]
-    thresholds: dict[str, float]
     per_identity: dict[int, float]
     forget_count: int
     retain_count: int
@@ -184,10 +172,8 @@ def evaluate_encoder(
     rates, missing = identification_rates(found)
     right, total = found.best == found.labels, torch.bincount(found.labels, minlength=classes)
     correct = torch.bincount(found.labels[right], minlength=classes)
-    thresholds = {f"{far:.0e}": found.threshold(far) for far in FARS}
     return EncoderEvaluation(
-        rates, missing, {far: t for far, t in thresholds.items() if t is not None},
-        {c: 100 * int(correct[c]) / int(total[c]) for c in total.nonzero()[:, 0].tolist()},
+        rates, missing, {c: 100 * int(correct[c]) / int(total[c]) for c in total.nonzero()[:, 0].tolist()},
         int(found.forgotten.sum()), int((~found.forgotten).sum()), classes, chosen,
         {} if labels is None else labels.named(chosen),
         {} if source.found is None else source.found.classes,

@@ -41,6 +41,9 @@ def _at(far: float) -> tuple[Metric, ...]:
                    "IJB-C, 1:1 verification", "data")
             for part, words in _PARTS
         ),
+        Metric(f"threshold_{name}", f"threshold at FAR {percent}", "identification",
+               f"an image is accepted {threshold}",
+               "that of similarities", "descriptive", _SOURCE, "data"),
         Metric(f"accused_{name}", f"taken for another at FAR {percent}", "strangers",
                f"images of the forgotten identities with a retained identity {threshold} / all "
                f"of them", _PERCENT, "as for strangers", "ours", "data"),
