@@ -72,12 +72,16 @@ class Gallery(nn.Module):
 
     def part(self, identities: Sequence[int]) -> Gallery:
         """A gallery of some identities, numbered from 0 in the order given."""
-        rows = [(self.identity == c).nonzero()[:, 0] for c in identities]
-        numbers = [torch.full_like(r, i) for i, r in enumerate(rows)]
-        bias = None if self.bias is None else self.bias[list(identities)]
-        return Gallery(
-            self.templates[torch.cat(rows)], torch.cat(numbers), self.metric, self.scale, bias
+        chosen = torch.tensor(list(identities), device=self.identity.device)
+        counts = torch.bincount(self.identity)
+        first, counts = (counts.cumsum(0) - counts)[chosen], counts[chosen]
+        number = torch.arange(len(chosen), device=chosen.device).repeat_interleave(counts)
+        place = (
+            torch.arange(len(number), device=chosen.device) - (counts.cumsum(0) - counts)[number]
         )
+        bias = None if self.bias is None else self.bias[chosen]
+        rows = self.templates[first[number] + place]
+        return Gallery(rows, number, self.metric, self.scale, bias)
 
     def extra_repr(self) -> str:
         size = f"{len(self)} identities, {len(self.templates)} templates"
@@ -152,6 +156,15 @@ class EmbeddingClassifier(nn.Module):
         self.gallery = Gallery(rows, identity, metric, factor, offset)
         if scale is None and metric != "dot":
             self.gallery.scale = fitted_scale(self.gallery)
+
+    @classmethod
+    def of_gallery(cls, model: EmbeddingClassifier, gallery: Gallery) -> EmbeddingClassifier:
+        """The encoder of ``model`` with another gallery, without names."""
+        other = cls.__new__(cls)
+        nn.Module.__init__(other)
+        other.class_names, other.encoder, other.gallery = None, model.encoder, gallery
+        other.training = model.training  # without train(), which would reach into the encoder
+        return other
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, ...] -> logits [N, C]."""

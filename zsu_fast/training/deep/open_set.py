@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..features import FeatureSet
 from .losses import DeepObjective
 from .settings import DeepSettings
-from .tail import FrozenClassifierTail, TailOutputs
+from .tail import FrozenClassifierTail
 
 _MOST_SCORES = 2**22  # impostor scores that a quantile is taken of
 

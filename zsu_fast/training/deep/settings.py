@@ -11,6 +11,8 @@ from ...errors import ArgumentError, check_choice
 
 Depth = Literal["output", "deep"]
 DEPTHS: tuple[str, ...] = get_args(Depth)
+ForgottenAs = Literal["stranger", "redistribute"]
+FORGOTTEN_AS: tuple[str, ...] = get_args(ForgottenAs)
 # Multiply-adds of forward passes on a CPU, minutes on one thread each: of the backbone on all
 # scenes, of all ascent steps of the inverted rows, of all optimiser steps, and of one of them.
 _SCENE_WORK, _ASCENT_WORK, _FIT_WORK, _STEP_WORK = 1e12, 5e12, 5e12, 2e10

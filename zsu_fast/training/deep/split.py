@@ -133,6 +133,8 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
             split = replace(whole, tail=tail)
         except ZsuFastError:  # the rows are stored at the early split then
             split = replace(early, parameters=whole.parameters, reason=reason)
+    if isinstance(model.module, EmbeddingClassifier):
+        split.output_level = False  # a single layer of the encoder is no classifier
     return DeepSplit(split, early, flat, middle, last, parameters, tuple(images.shape[1:]))
 
 
