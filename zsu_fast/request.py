@@ -21,6 +21,7 @@ from .models.prepare import prepare_model
 from .options import ENCODER_REMEDY, PER_RANK, Options
 from .provenance.ledger import as_ledger
 from .provenance.record import Record
+from .provenance.templates import hash_templates
 from .runtime.distributed import Ranks
 from .runtime.progress import Reporter
 from .runtime.torch_settings import threads_for
@@ -125,11 +126,17 @@ class Request:
             options.retain_sample, options.seed,
         )  # fmt: skip
 
-    def _choose_forgotten(self, forgotten: Any, ledger: Any, classes: int) -> None:
+    def _choose_forgotten(
+        self, forgotten: Any, ledger: Any, classes: int, encoder: EmbeddingClassifier | None = None
+    ) -> None:
         """Checks the classes that were forgotten before, and opens the ledger."""
         self.ledger = as_ledger(ledger) if self.ranks.is_main else None
         if forgotten is None:
-            known = self.ledger.forgotten() if self.ledger else None
+            known: list[int] | None = None
+            if self.ledger is not None and encoder is not None:
+                known = self.ledger.forgotten_identities(encoder)
+            elif self.ledger is not None:
+                known = self.ledger.forgotten()
             forgotten = self.ranks.broadcast_object(known)
         self.forgotten = check_forgotten(forgotten, self.forget, classes, self.labels)
         if self.ledger is not None:
@@ -143,7 +150,7 @@ class Request:
         self.labels, self.compaction = resolve_labels(names, model, count), None
         templates = as_templates(forget, model.templates.shape[1])
         self.forget = [] if templates is not None else check_forget(forget, count, self.labels)
-        self._choose_forgotten(forgotten, ledger, count)
+        self._choose_forgotten(forgotten, ledger, count, model)
         if templates is not None:
             templates = templates.to(model.templates.device)
         self.gallery = WorkingGallery.choose(
@@ -163,6 +170,8 @@ class Request:
         if self.labels is not None:
             known = [c for c in (*self.forget, *self.forgotten) if c < len(self.labels)]
             self.record.labels = self.labels.named(known)
+        if self.gallery is not None:
+            self.record.identities = hash_templates(self.gallery.templates_to_forget())
         before = self.record.weights_before
         if self.ledger is not None:
             self.ledger.check(before)

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..errors import ArgumentError, UnlearningWarning
 from ..models.class_indices import check_forget
 from ..models.embedding_classifier import EmbeddingClassifier
-from ..models.labels import Labels
 from .data_classes import check_order
 from .embed import embed, scores_of
 from .identification import FARS, Matches, match
@@ -127,14 +126,6 @@ def refuse_for_encoder(output: Any, multi_label: bool | None) -> None:
         )  # fmt: skip
 
 
-def gallery_labels(classifier: EmbeddingClassifier, class_names: Any = None) -> Any:
-    """What names the identities: ``class_names`` if given, else the gallery, or None."""
-    names = classifier.class_names
-    if class_names is not None or names is None:
-        return class_names
-    return Labels(tuple(names), "the gallery", given=True)
-
-
 def evaluate_encoder(
     classifier: EmbeddingClassifier,
     data: Any,
@@ -151,7 +142,7 @@ def evaluate_encoder(
         ArgumentError, ModelError: see `evaluate`.
     """
     spec = image_spec(classifier.encoder, input_shape, mean, std)
-    source = LabelledData(data, "data", spec, gallery_labels(classifier, class_names))
+    source = LabelledData(data, "data", spec, class_names)
     classes = int(classifier.identity.max()) + 1
     labels = source.match(classifier, classes)
     chosen = check_forget(forget, classes, labels)

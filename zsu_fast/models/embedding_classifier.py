@@ -232,6 +232,12 @@ def as_embedding_classifier(model: nn.Module) -> EmbeddingClassifier | None:
     return inner if isinstance(inner, EmbeddingClassifier) else None
 
 
+def deliverable(model: nn.Module) -> nn.Module:
+    """What is written and hashed: the encoder of an `EmbeddingClassifier`, else ``model``."""
+    classifier = as_embedding_classifier(model)
+    return model if classifier is None else classifier.encoder
+
+
 @torch.no_grad()
 def fitted_scale(gallery: Gallery) -> float:
     """The scale at which a template itself is recognised with a confidence of 99.5 %.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ArgumentError
+from .embedding_classifier import as_embedding_classifier
 from .input_spec import torchvision_entry
 from .label_set import WORDNET_ID, Labels, make_labels
 from .parameters import unwrap
@@ -22,8 +23,14 @@ def known_labels(model: nn.Module, classes: int | None = None) -> Labels | None:
     The first of these counts: an attribute such as ``class_names``, ``id2label`` of a transformers
     config (unless it is the default LABEL_0, LABEL_1, ...), timm's ``pretrained_cfg`` (its
     ``label_names``, or the ImageNet variant that timm infers from the number of classes), and the
-    ``categories`` of the torchvision weights that fit the model. Wrappers are looked through.
+    ``categories`` of the torchvision weights that fit the model. Wrappers are looked through. Of an
+    `EmbeddingClassifier`, its names count, and none of its encoder's.
     """
+    if (classifier := as_embedding_classifier(model)) is not None:
+        named = classifier.class_names
+        if named is None or (classes is not None and len(named) != classes):
+            return None
+        return Labels(tuple(named), "the gallery", given=True)
     for module in _wrapped(model):
         for read in (_from_attribute, _from_transformers, _from_timm, _from_torchvision):
             labels = read(module, classes)

@@ -99,6 +99,12 @@ class WorkingGallery:
         before = {*self.gone} - {*self.forget}
         return [place for place, c in enumerate(self.identities) if c not in before]
 
+    def templates_to_forget(self) -> list[Tensor]:
+        """The templates float [k, D] of each identity in ``forget``."""
+        gallery = self.classifier.gallery
+        places = [self.identities.index(c) for c in self.forget]
+        return [gallery.templates[gallery.identity == place] for place in places]
+
     def as_users(self, impressions: ClassImpressions) -> ClassImpressions:
         """Impressions whose labels are places, with the user's numbers instead."""
         return replace(impressions, labels=torch.tensor(self.identities)[impressions.labels])

@@ -15,7 +15,11 @@ from torch import nn
 
 from ...errors import ArgumentError
 from ...models.class_indices import check_forget
-from ...models.embedding_classifier import EmbeddingClassifier, as_embedding_classifier
+from ...models.embedding_classifier import (
+    EmbeddingClassifier,
+    as_embedding_classifier,
+    deliverable,
+)
 from ...models.input_spec import InputSpec
 from ...models.labels import resolve_labels
 from ...models.parameters import weights_hash
@@ -28,7 +32,6 @@ from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import input_space
 from ...synthesis.synthesize import ascend
 from ..embed import embed
-from ..encoder_evaluation import gallery_labels
 from . import encoder_data
 from .checks import Evidence
 from .encoder_checks import CHECKS, encoder_findings, encoder_verdict
@@ -80,7 +83,8 @@ def audit_encoder(
             encoder_data.measure(context, data, train_data)
         report("audit", 1, 2)
     hashes = {
-        name: weights_hash(_encoder(model)) for name, model in {ORIGINAL: original, **given}.items()
+        name: weights_hash(deliverable(model))
+        for name, model in {ORIGINAL: original, **given}.items()
     }
     _add_drift(context)
     _explain_missing(context, data is not None)
@@ -97,18 +101,13 @@ def audit_encoder(
     )  # fmt: skip
 
 
-def _encoder(model: nn.Module) -> nn.Module:
-    classifier = as_embedding_classifier(model)
-    return model if classifier is None else classifier.encoder
-
-
 def _context(
     original: EmbeddingClassifier, given: dict[str, nn.Module], forget: Any, class_names: Any,
     spec: InputSpec, device: torch.device, settings: dict[str, Any],
 ) -> EncoderContext:  # fmt: skip
     """Copies the models, and checks what was given."""
     classes = int(original.identity.max()) + 1
-    labels = resolve_labels(gallery_labels(original, class_names), original, classes)
+    labels = resolve_labels(class_names, original, classes)
     chosen = check_forget(forget, classes, labels)
     mask = torch.zeros(classes, dtype=torch.bool)
     mask[chosen] = True
@@ -127,7 +126,7 @@ def _context(
                 f"Pass one with the original's {classes}, in the same order.",
             )  # fmt: skip
         copied = _copy(space, device)
-        copied.encoder = working_copy(_encoder(model), device).module
+        copied.encoder = working_copy(deliverable(model), device).module
         context.add(name, copied)
         if name == GOLDEN and own is None:
             context.without_templates.add(name)
