@@ -31,10 +31,11 @@ def identification_rates(found: Matches) -> tuple[dict[str, float], dict[str, st
     """All rates of one encoder, in per cent, and for those without a value the reason.
 
     ``rank1``: closed set. At each false-accept rate, with the ``threshold`` (a similarity) that the
-    retained identities' impostor pairs set: ``identified`` (rank 1 and above the threshold), ``tar``
-    (true-accept rate), ``accused`` (images of forgotten identities that a retained one attracts),
-    ``strangers`` (the same of images of retained identities without their own template), and
-    ``attraction`` (the most that one retained identity attracts, over an equal share; no per cent).
+    retained identities' impostor pairs set: ``identified`` (rank 1 and above the threshold),
+    ``tar`` (true-accept rate), ``accused`` (images of forgotten identities that a retained one
+    attracts), ``strangers`` (the same of images of retained identities without their own template),
+    and ``attraction`` (the most that one retained identity attracts, over an equal share; no per
+    cent).
     """
     rows = dict(zip(PARTS, (found.forgotten, ~found.forgotten), strict=True))
     values: dict[str, float | None] = {f"rank1_{p}": found.rank1(r) for p, r in rows.items()}
@@ -164,7 +165,8 @@ def evaluate_encoder(
     right, total = found.best == found.labels, torch.bincount(found.labels, minlength=classes)
     correct = torch.bincount(found.labels[right], minlength=classes)
     return EncoderEvaluation(
-        rates, missing, {c: 100 * int(correct[c]) / int(total[c]) for c in total.nonzero()[:, 0].tolist()},
+        rates, missing,
+        {c: 100 * int(correct[c]) / int(total[c]) for c in total.nonzero()[:, 0].tolist()},
         int(found.forgotten.sum()), int((~found.forgotten).sum()), classes, chosen,
         {} if labels is None else labels.named(chosen),
         {} if source.found is None else source.found.classes,

@@ -82,10 +82,8 @@ def audit_encoder(
         else:
             encoder_data.measure(context, data, train_data)
         report("audit", 1, 2)
-    hashes = {
-        name: weights_hash(deliverable(model))
-        for name, model in {ORIGINAL: original, **given}.items()
-    }
+    everyone = {ORIGINAL: original, **given}
+    hashes = {name: weights_hash(deliverable(model)) for name, model in everyone.items()}
     _add_drift(context)
     _explain_missing(context, data is not None)
     rows = list(context.rows.values())
