@@ -33,6 +33,9 @@ class Record:
         forgotten: classes that the model had forgotten before.
         multi_label: whether each class has a sigmoid of its own.
         classes: number of logits.
+        gallery: of an `EmbeddingClassifier`: ``identities``, their number; ``metric``; ``scale``;
+            ``templates``, how many of ``forget`` are in no gallery: these are numbered on from its
+            last identity; and ``forgotten_as``. Else {}.
         labels: class index, as text, -> name, for the forgotten classes; {} if names are unknown.
         settings: the options of the run.
         input: shape, mean, std and so on of the images, and how they are known (`InputSpec`).
@@ -67,6 +70,7 @@ class Record:
     forgotten: list[int] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
     multi_label: bool = False
+    gallery: dict[str, Any] = field(default_factory=dict)
     weights_after: str = ""
     weights_file: dict[str, Any] = field(default_factory=dict)
     impressions: dict[str, Any] = field(default_factory=dict)
