@@ -208,8 +208,8 @@ class Options:
         with the impressions per class if they are given.
         """
         settings, per_class = self.deep.for_classes(classes), self.impressions_per_class
-        stranger = self.forgotten_as == "stranger"
-        settings = replace(settings, multi_label=self.objective.multi_label, stranger=stranger)
+        settings = replace(settings, multi_label=self.objective.multi_label)
+        settings = settings.for_strangers() if self.forgotten_as == "stranger" else settings
         return settings if per_class is None else replace(settings, inverted=per_class * active)
 
     def set_multi_label(self, multi_label: bool) -> None:

@@ -167,6 +167,8 @@ class Request:
         )
         self.record.depth |= {"depth": self.options.depth, "level": self.options.depth}
         self.record.forgotten, self.record.multi_label = self.forgotten, self.multi_label
+        if self.gallery is not None:
+            self.record.gallery = self.gallery.facts() | {"forgotten_as": self.options.forgotten_as}
         if self.labels is not None:
             known = [c for c in (*self.forget, *self.forgotten) if c < len(self.labels)]
             self.record.labels = self.labels.named(known)

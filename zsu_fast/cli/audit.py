@@ -88,7 +88,7 @@ def audit(
         labels = labels_of(names, original)
         result = run_audit(
             original, model.load(unlearned), parse_classes(forget, labels), data,
-            None if use.golden is None else model.load(use.golden),
+            None if use.golden is None else model.load_alone(use.golden),
             train_data=None if use.train_data is None else read_images(use.train_data, spec),
             shots=500 if use.shots is None else use.shots, relearn_steps=use.relearn_steps,
             class_names=names, **images.arguments(), output=images.choice, seed=seed,

@@ -13,7 +13,8 @@ import json
 import math
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,6 +132,26 @@ class Gallery:
         return EmbeddingClassifier(
             encoder, templates, self.names, self.scale, self.metric, self.bias
         )
+
+    def without(self, identities: Sequence[int]) -> Gallery:
+        """The gallery without these identities; the others are numbered anew.
+
+        Raises:
+            ArgumentError: nobody is left.
+        """
+        assert self.identity is not None
+        gone = set(identities)
+        kept = [c for c in range(len(self.names)) if c not in gone]
+        if not kept:
+            raise ArgumentError("identities", "nobody is left", "Keep at least one.")
+        number = torch.full((len(self.names),), -1)
+        number[kept] = torch.arange(len(kept))
+        rows = number[self.identity] >= 0
+        return replace(
+            self, templates=self.templates[rows], names=tuple(self.names[c] for c in kept),
+            identity=number[self.identity[rows]],
+            bias=None if self.bias is None else self.bias[kept], enrolled={},
+        )  # fmt: skip
 
     def check_encoder(self, encoder: nn.Module) -> None:
         """Warns if the templates were computed by other weights than those of ``encoder``.

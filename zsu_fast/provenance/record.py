@@ -34,6 +34,9 @@ class Record:
         forgotten: classes that the model had forgotten before.
         multi_label: whether each class has a sigmoid of its own.
         classes: number of logits.
+        gallery: of an `EmbeddingClassifier`: ``identities``, their number; ``metric``; ``scale``;
+            ``templates``, how many of ``forget`` are in no gallery: these are numbered on from its
+            last identity; and ``forgotten_as``. Else {}.
         labels: class index, as text, -> name, for the forgotten classes; {} if names are unknown.
         identities: of an encoder with a gallery: a salt, and the salted hashes of the templates of
             each of ``forget`` (`zsu_fast.provenance.templates`); else {}.
@@ -72,6 +75,7 @@ class Record:
     labels: dict[str, str] = field(default_factory=dict)
     identities: dict[str, Any] = field(default_factory=dict)
     multi_label: bool = False
+    gallery: dict[str, Any] = field(default_factory=dict)
     weights_after: str = ""
     weights_file: dict[str, Any] = field(default_factory=dict)
     impressions: dict[str, Any] = field(default_factory=dict)

@@ -31,6 +31,7 @@ class WorkingGallery:
         forget: the user's numbers of the identities to forget now.
         gone: of those, and of the ones forgotten before.
         classes: identities of the user's gallery, and templates that are in none.
+        outside: the number of the latter.
         rule: which identities stay, in words.
     """
 
@@ -39,6 +40,7 @@ class WorkingGallery:
     forget: list[int]
     gone: list[int]
     classes: int
+    outside: int
     rule: str
 
     @classmethod
@@ -86,7 +88,7 @@ class WorkingGallery:
         identities = sorted({*chosen, *forgotten})
         working = EmbeddingClassifier.of_gallery(classifier, whole.part(identities))
         gone = sorted({*forget, *forgotten})
-        return cls(working, tuple(identities), forget, gone, count + len(rows), rule)
+        return cls(working, tuple(identities), forget, gone, count + len(rows), len(rows), rule)
 
     @property
     def forget_mask(self) -> Tensor:
@@ -104,6 +106,16 @@ class WorkingGallery:
         gallery = self.classifier.gallery
         places = [self.identities.index(c) for c in self.forget]
         return [gallery.templates[gallery.identity == place] for place in places]
+
+    def facts(self) -> dict[str, Any]:
+        """For the record, see `Record`."""
+        gallery = self.classifier.gallery
+        return {
+            "identities": self.classes - self.outside,
+            "templates": self.outside,
+            "metric": gallery.metric,
+            "scale": gallery.scale,
+        }
 
     def as_users(self, impressions: ClassImpressions) -> ClassImpressions:
         """Impressions whose labels are places, with the user's numbers instead."""

@@ -16,6 +16,7 @@ from .losses import DeepObjective
 from .settings import DeepSettings
 from .tail import FrozenClassifierTail
 
+ACCEPTED_AT = 1e-2  # the false accept rate of the threshold that results are compared with
 _MOST_SCORES = 2**22  # impostor scores that a quantile is taken of
 
 
@@ -55,6 +56,8 @@ class StrangerObjective(DeepObjective):
     Args:
         tail, rows, forget, margin, settings: as for `DeepObjective`.
         threshold: t, in logits.
+        accept_from: the logit from which an identity is accepted. It is higher than t: in training
+            a stranger is to be like any other one, not just below acceptance.
     """
 
     def __init__(
@@ -65,9 +68,14 @@ class StrangerObjective(DeepObjective):
         margin: float,
         settings: DeepSettings,
         threshold: float,
+        accept_from: float,
     ) -> None:
         super().__init__(tail, rows, forget, margin, settings)
-        self.threshold = threshold  # the size of the retained logits is that of the centred ones
+        self.threshold, self.accept_from = threshold, accept_from
+
+    def accepted(self, logits: Tensor) -> Tensor:
+        """Whether any identity, forgotten or not, accepts a row: [N, C] -> bool [N]."""
+        return logits.amax(1) >= self.accept_from
 
     def divergence(self, logits: Tensor, rows: FeatureSet) -> Tensor:
         probability = self._with_stranger(rows.teacher).softmax(1)

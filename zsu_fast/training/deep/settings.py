@@ -48,7 +48,9 @@ class DeepSettings:
             share of the held-out scenes keeps its answer all the same.
         multi_label: whether each class has a sigmoid of its own.
         stranger: whether forgotten identities become strangers, see `StrangerObjective`.
-        false_accepts: the rate at which the threshold of a stranger is set.
+        stranger_rate: false accept rate of the threshold that a stranger is to stay below in
+            training: lower than one of 1 %, which real images would exceed.
+        stranger_keep: factor on ``keep`` then.
     """
 
     scenes: int = 5120
@@ -73,7 +75,8 @@ class DeepSettings:
     robust_factor: float = 1.4
     multi_label: bool = False
     stranger: bool = False
-    false_accepts: float = 1e-2
+    stranger_rate: float = 0.2
+    stranger_keep: float = 2.0
 
     def for_classes(self, classes: int) -> DeepSettings:
         """The settings for a model of that many classes.
@@ -88,6 +91,10 @@ class DeepSettings:
             self, inverted_share=0.5, keep=self.keep / 4, constant=0.0, erase=0.0, leak=0.04,
             robust_factor=0.0,
         )  # fmt: skip
+
+    def for_strangers(self) -> DeepSettings:
+        """The settings for identities that are to become strangers."""
+        return replace(self, stranger=True, keep=self.keep * self.stranger_keep)
 
     def scenes_for(
         self, pixels: int, values: int, classes: int, work: int, device: torch.device
