@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ArgumentError, UnlearningWarning
 from ..models.class_indices import check_forget
-from ..models.embedding_classifier import EmbeddingClassifier
+from ..models.embedding_classifier import EmbeddingClassifier, deliverable
+from ..synthesis.gallery_sampling import WorkingGallery
 from .data_classes import check_order
 from .embed import embed, scores_of
 from .identification import FARS, Matches, match
@@ -171,3 +172,16 @@ def evaluate_encoder(
         {} if labels is None else labels.named(chosen),
         {} if source.found is None else source.found.classes,
     )  # fmt: skip
+
+
+def working_gallery(
+    classifier: EmbeddingClassifier, unlearned: nn.Module, forget: list[int], seed: int
+) -> tuple[EmbeddingClassifier, EmbeddingClassifier, list[int]]:
+    """Both encoders with the original's templates, of whom to forget and of some others.
+
+    Returns also the places of the identities to forget in that gallery.
+    """
+    working = WorkingGallery.choose(classifier, forget, [], None, None, seed)
+    other = EmbeddingClassifier.of_gallery(classifier, working.classifier.gallery)
+    other.encoder = deliverable(unlearned)
+    return working.classifier, other, [working.identities.index(c) for c in forget]

@@ -50,6 +50,8 @@ class Verdict:
         not_covered: what the verdict, or the run, leaves out, in sentences.
         failures: what is below par, in sentences; it did not pass if there are any.
         warnings: what else the user should know, in sentences, after the failures.
+        encoder: whether the model is an encoder, and its classes are identities of a gallery. Rows
+            that no template accepts do not count as recognised then.
     """
 
     level: Level
@@ -64,6 +66,7 @@ class Verdict:
     not_covered: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    encoder: bool = False
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Verdict:
@@ -96,7 +99,7 @@ class Verdict:
         return cls(
             level, depth.get("depth"), list(record["forget"]), leak, agreement, unmask_leak,
             unmask_agreement, "held-out rows of the run", names, left_out, failures,
-            [w for w in given if not w.startswith(NOT_COVERED)],
+            [w for w in given if not w.startswith(NOT_COVERED)], bool(record.get("gallery")),
         )  # fmt: skip
 
     @property
@@ -112,6 +115,7 @@ class Verdict:
         if self.level == "none":
             return f"Not forgotten: {self.leak:.0%} of the rows of {classes} are still recognised."
         where = "the outputs and the features" if self.level == "deep" else "the outputs only"
+        where = "the embeddings" if self.encoder else where
         text = f"Forgotten in {where}: {classes}"
         if self.passed:
             return f"{text}."
@@ -122,9 +126,8 @@ class Verdict:
 
     def class_names(self) -> str:
         """The forgotten classes, with their names where known: "class 1 (goldfish)"."""
-        return in_words(
-            f"{c} ({self.labels[c]})" if c in self.labels else str(c) for c in self.forgotten
-        )
+        named = (f"{c} ({self.labels[c]})" if c in self.labels else str(c) for c in self.forgotten)
+        return in_words(named, self.encoder)
 
     def raise_for_status(self) -> None:
         """Raises unless the verdict is ``passed``.
@@ -144,7 +147,7 @@ class Verdict:
     def __str__(self) -> str:
         asked = f" ({self.asked} was asked for)" if self.asked not in (None, self.level) else ""
         rows = [("result", self.leak, self.agreement)]
-        if self.unmask_leak is not None and self.unmask_agreement is not None:
+        if self.unmask_leak is not None and self.unmask_agreement is not None and not self.encoder:
             rows.append(("original last layer back", self.unmask_leak, self.unmask_agreement))
         return "\n".join(
             [
@@ -161,10 +164,11 @@ class Verdict:
         )
 
 
-def in_words(classes: Iterable[int | str]) -> str:
-    """Returns "class 1", or "classes 1, 2"."""
+def in_words(classes: Iterable[int | str], identities: bool = False) -> str:
+    """Returns "class 1", or "classes 1, 2"; of ``identities``, "identity 1"."""
     names = [str(c) for c in classes]
-    return f"class{'' if len(names) == 1 else 'es'} {shorten(names)}"
+    one, several = ("identity", "identities") if identities else ("class", "classes")
+    return f"{one if len(names) == 1 else several} {shorten(names)}"
 
 
 def shortfalls(
