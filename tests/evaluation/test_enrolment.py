@@ -38,9 +38,12 @@ def test_the_encoder_runs_in_eval_mode_and_returns_to_its_modes() -> None:
     assert encoder.training
 
 
-def test_numbers_become_names() -> None:
+def test_numbers_become_names_in_their_order_whatever_that_of_the_images() -> None:
     images, labels = tiny_data(20)
-    assert enroll(tiny_encoder(), (images, labels)).names == ("0", "1", "2", "3", "4")
+    labels = torch.tensor([7, 10, 0, 9, 8])[labels]
+    gallery = enroll(tiny_encoder(), (images.flip(0), labels.flip(0)))
+    assert gallery.names == ("0", "7", "8", "9", "10")
+    assert torch.equal(gallery.of("7"), enroll(tiny_encoder(), (images, labels)).of("7"))
 
 
 def test_fewer_images_than_asked_for_are_warned_of() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ def enroll(
             its modes afterwards.
         data: labelled images as for `evaluate`, one class per identity; names of folders, or of the
             data set's classes, or labels that are texts, become names. Labels that are numbers, of
-            data without names, become names as they are.
+            data without names, become names as they are. Identities are numbered in the order of
+            the folders or classes, or else of the sorted labels.
         images_per_identity: use the first of each identity, at most this many; None: all.
         every_image: whether each image gives a template; otherwise their mean is the template of
             the identity (with metric="cosine", of embeddings of length 1).
@@ -66,7 +67,7 @@ def enroll(
     source = LabelledData(data, "data", image_spec(encoder, input_shape, mean, std))
     found = _collect(encoder, source, images_per_identity, batch)
     stated = classes_of(data)
-    names = list(found) if stated is None else stated[0]
+    names = _sorted(found) if stated is None else stated[0]
     if without := [name for name in names if not found.get(name)]:
         raise ArgumentError(
             "data", f"there is no image of {shorten(map(repr, without))}",
@@ -143,6 +144,11 @@ def _names(labels: Any, stated: list[str] | None) -> list[str]:
             "data", f"a label is beyond its {len(stated)} classes", "Pass labels from 0 on."
         )
     return [stated[v] if isinstance(v, int) else v for v in values]
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    """Names in alphabetical order, as those of folders; numbers by their size."""
+    return sorted(names, key=lambda n: (not n.isdecimal(), int(n) if n.isdecimal() else 0, n))
 
 
 def _gallery(

@@ -13,8 +13,9 @@ from .verdict import count_of_tests
 # that may be lost.
 IDENTIFIED, RETAIN_LOSS = 3.0, 2.0
 # The most that one retained identity may attract, in equal shares; and the most images that may be
-# taken for another identity: in strangers' rates, and in per cent.
-ATTRACTION, STRANGERS, FEW_ACCUSED = 2.0, 2.0, 5.0
+# taken for another identity: in strangers' rates, in points above the original's rate without
+# their own templates, and in per cent.
+ATTRACTION, STRANGERS, MORE_ACCUSED, FEW_ACCUSED = 2.0, 2.0, 2.0, 5.0
 
 
 def identification(e: Evidence) -> Check:
@@ -59,14 +60,15 @@ def strangers(e: Evidence) -> Check:
     """Nobody is accused: forgotten identities are accepted as somebody else as strangers are."""
     name = CheckName.STRANGERS
     accused, ratio = e.value("accused_1e2"), e.value("attraction_1e2")
-    stranger = e.value("strangers_1e2", ORIGINAL)
-    if accused is None or ratio is None or stranger is None:
+    stranger, before = e.value("strangers_1e2", ORIGINAL), e.value("accused_1e2", ORIGINAL)
+    if accused is None or ratio is None or stranger is None or before is None:
         return Check(name, None, e.reason("accused_1e2"))
-    limit = max(STRANGERS * stranger, FEW_ACCUSED)
+    limit = max(STRANGERS * stranger, before + MORE_ACCUSED, FEW_ACCUSED)
     says = (
         f"{pct(accused)} of the images of forgotten identities are taken for a retained one (at "
-        f"most {pct(limit)}; strangers in the original: {pct(stranger)}), and one attracts "
-        f"{ratio:.2f} equal shares of them (at most {ATTRACTION:.0f})"
+        f"most {pct(limit)}; in the original, {pct(before)} without their own templates, and "
+        f"{pct(stranger)} of other strangers), and one attracts {ratio:.2f} equal shares of them "
+        f"(at most {ATTRACTION:.0f})"
     )
     return Check(name, accused <= limit and ratio <= ATTRACTION, says)
 
