@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ArgumentError, ModelError, check_choice, is_number, shorten
-from .embeddings import embedding_method, pick_embedding
+from .embeddings import embed_images
 from .parameters import unwrap
 
 Metric = Literal["cosine", "dot", "euclidean"]
@@ -176,9 +176,7 @@ class EmbeddingClassifier(nn.Module):
         Raises:
             ModelError: the encoder does not return one vector of D values per image.
         """
-        method = embedding_method(self.encoder)
-        output = self.encoder(x) if method is None else getattr(self.encoder, method)(x)
-        embeddings = pick_embedding(output)
+        embeddings = embed_images(self.encoder, x)
         if isinstance(embeddings, Tensor):
             self._check_embeddings(embeddings, len(x))
         return embeddings.flatten(1)

@@ -19,9 +19,15 @@ _ITEMS = (
 _METHODS = ("get_image_features", "encode_image")
 
 
-def embedding_method(encoder: nn.Module) -> str | None:
-    """The method that gives the embeddings of images; None for ``forward``."""
-    return next((m for m in _METHODS if callable(getattr(encoder, m, None))), None)
+def embed_images(encoder: nn.Module, images: Tensor) -> Any:
+    """The encoder's output for ``images``, [N, ...]: the item of it that holds the embeddings.
+
+    Raises:
+        ModelError: there is none.
+    """
+    method = next((m for m in _METHODS if callable(getattr(encoder, m, None))), None)
+    output = encoder(images) if method is None else getattr(encoder, method)(images)
+    return pick_embedding(output)
 
 
 def pick_embedding(output: Any) -> Any:
