@@ -101,6 +101,16 @@ def test_the_ledger_names_nobody_and_knows_the_encoder(files: Path) -> None:
     assert "without --model" in call("ledger", "verify", ledger, "--gallery", gallery, code=2)
 
 
+def test_who_holds_the_gallery_finds_the_request(files: Path) -> None:
+    ledger = str(files / "made" / "ledger.jsonl")
+    found = json.loads(
+        call("ledger", "find", ledger, "--gallery", str(files / "gallery.safetensors"), "--json")
+    )
+    assert [row["identities"] for row in found] == [["bob"]]
+    left = str(files / "made" / "gallery.safetensors")
+    assert "No request concerns" in call("ledger", "find", ledger, "--gallery", left)
+
+
 def test_a_delta_gives_the_same_encoder(files: Path) -> None:
     made, out = files / "made", str(files / "applied.safetensors")
     gallery = str(files / "gallery.safetensors")

@@ -43,7 +43,8 @@ def test_numbers_become_names_in_their_order_whatever_that_of_the_images() -> No
     labels = torch.tensor([7, 10, 0, 9, 8])[labels]
     gallery = enroll(tiny_encoder(), (images.flip(0), labels.flip(0)))
     assert gallery.names == ("0", "7", "8", "9", "10")
-    assert torch.equal(gallery.of("7"), enroll(tiny_encoder(), (images, labels)).of("7"))
+    other = enroll(tiny_encoder(), (images, labels))  # sums in another order
+    torch.testing.assert_close(gallery.of("7"), other.of("7"))
 
 
 def test_fewer_images_than_asked_for_are_warned_of() -> None:

@@ -40,10 +40,11 @@ def test_a_hash_depends_on_the_template_and_on_the_salt() -> None:
 
 def test_who_holds_the_template_finds_the_person_in_a_gallery_numbered_anew() -> None:
     classifier = tiny_classifier()
-    hashed = hash_templates([of(classifier, 1), of(classifier, 3)])
+    hashed = {"identities": hash_templates([of(classifier, 1), of(classifier, 3)])}
     assert matching(hashed, classifier) == [1, 3]
     other = EmbeddingClassifier(classifier.encoder, classifier.templates[[3, 0, 2]])
     assert matching(hashed, other) == [0]
+    assert matching({}, classifier) == []
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,9 @@ def test_an_entry_holds_neither_name_nor_template(entry: Any) -> None:
     path, classifier, _ = entry
     text = path.read_text()
     assert "bob" not in text
-    found = json.loads(text)["metrics"]["identities"]
-    assert matching(found, classifier) == [1]
-    assert len(found["salt"]) == 32
+    metrics = json.loads(text)["metrics"]
+    assert matching(metrics, classifier) == [1]
+    assert len(metrics["identities"]["salt"]) == 32
     for value in of(classifier, 1).flatten().tolist():
         assert f"{value:.6g}"[:7] not in text
 

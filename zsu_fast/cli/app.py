@@ -19,11 +19,13 @@ from ..models import checkpoint
 from ..models.compact_file import compact_metadata, file_compaction
 from ..models.delta import apply_delta
 from ..models.embedding_classifier import deliverable
+from ..models.gallery import Gallery
 from ..models.infer_spec import resolve_spec
 from ..models.loading import load_model
 from ..models.parameters import weights_hash
 from ..planning.plan import plan as make_plan
 from ..provenance.ledger import Entry, Ledger, verify as find_problems
+from ..provenance.templates import matching
 from ..runtime.accelerators import ACCELERATORS
 from ..runtime.doctor import doctor as examine, render
 from . import options, output
@@ -253,6 +255,35 @@ def show(path: LedgerFile, as_json: options.AsJson = False) -> None:
             output.print_json(entries)
         else:
             Console().print(_table(path, entries))
+
+
+@ledger_app.command()
+def find(
+    path: LedgerFile,
+    gallery: Annotated[
+        Path, typer.Option(help="A gallery, written by enroll.", show_default=False)
+    ],
+    as_json: options.AsJson = False,
+) -> None:
+    """Lists the requests to forget identities of a gallery, whose templates identify them."""
+    with output.report_errors(as_json):
+        if not path.is_file():
+            raise LedgerError(f"ledger: {path} is not a file. Name a ledger that exists.")
+        people = Gallery.load(gallery)
+        found = []
+        for entry in Ledger(path).entries():
+            names = [people.names[c] for c in matching(entry["metrics"], people)]
+            if names:
+                found.append({
+                    "request": entry["request"], "time": entry["time"], "identities": names,
+                })  # fmt: skip
+        if as_json:
+            output.print_json(found)
+            return
+        for row in found:
+            typer.echo(f"{row['request']} ({row['time']}): {', '.join(row['identities'])}")
+        if not found:
+            typer.echo("No request concerns an identity of this gallery.")
 
 
 def _table(path: Path, entries: list[Entry]) -> Table:

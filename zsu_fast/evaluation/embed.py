@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..models.embedding_classifier import EmbeddingClassifier, as_embedding_classifier
-from ..models.embeddings import embedding_method, pick_embedding
+from ..models.embeddings import embed_images
 from .run_model import as_model_takes, call_model
 
 
@@ -28,9 +29,8 @@ def embed(encoder: nn.Module, images: Tensor, argument: str = "data") -> Tensor:
     """
     classifier = as_embedding_classifier(encoder)
     encoder = encoder if classifier is None else classifier.encoder
-    method = embedding_method(encoder)
-    run = encoder if method is None else getattr(encoder, method)
-    found = pick_embedding(call_model(run, as_model_takes(encoder, images), argument))
+    run = partial(embed_images, encoder)
+    found = call_model(run, as_model_takes(encoder, images), argument)
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if (
         not isinstance(found, Tensor)

@@ -107,8 +107,7 @@ class Ledger:
         found: set[int] = set()
         for entry in [] if self.other_base else self.entries():
             found = set() if entry["new_base"] else found
-            hashed = entry["metrics"].get("identities")
-            found |= {*matching(hashed, classifier)} if hashed else set()
+            found |= {*matching(entry["metrics"], classifier)}
         return sorted(found)
 
     def check_forgotten(self, forgotten: Sequence[int]) -> None:

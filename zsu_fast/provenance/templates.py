@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..models.embedding_classifier import EmbeddingClassifier
+from ..models.gallery import Gallery
 
 _BYTES = 16  # of a salt
 
@@ -33,18 +34,21 @@ def hash_templates(groups: Sequence[Tensor], salt: str | None = None) -> dict[st
     return {"salt": salt, "templates": [[_digest(row, salt) for row in g] for g in groups]}
 
 
-def matching(hashed: Mapping[str, Any], classifier: EmbeddingClassifier) -> list[int]:
+def matching(metrics: Mapping[str, Any], gallery: EmbeddingClassifier | Gallery) -> list[int]:
     """The identities of a gallery that have a template among the hashed ones, sorted.
 
     Args:
-        hashed: from `hash_templates`.
-        classifier: its templates are hashed with the same salt.
+        metrics: of a ledger's entry; its ``identities``, if there are any, are from
+            `hash_templates`.
+        gallery: its templates are hashed with the same salt.
     """
+    hashed = metrics.get("identities") or {"templates": []}
     known = {digest for group in hashed["templates"] for digest in group}
     if not known:
         return []
-    rows, salt = classifier.templates.detach().cpu(), hashed["salt"]
-    pairs = zip(rows, classifier.identity.tolist(), strict=True)
+    assert gallery.identity is not None
+    rows, salt = gallery.templates.detach().cpu(), hashed["salt"]
+    pairs = zip(rows, gallery.identity.tolist(), strict=True)
     return sorted({identity for row, identity in pairs if _digest(row, salt) in known})
 
 
