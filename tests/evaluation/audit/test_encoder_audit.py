@@ -11,7 +11,7 @@ from encoder_case import TinyEncoder, blinded, labelled, tiny_classifier, tiny_e
 from torch import nn
 
 from zsu_fast import ArgumentError, Audit, EmbeddingClassifier, audit
-from zsu_fast.evaluation.audit.result import CheckName, FindingName
+from zsu_fast.evaluation.audit.result import CheckName, EncoderCheckName, FindingName
 
 QUICK: dict[str, Any] = {"relearn_steps": 5, "shots": 20, "progress": False}
 
@@ -68,7 +68,7 @@ def test_the_original_itself_fails_whatever_its_gallery_holds() -> None:
     emptied.gallery.templates[1] = 0.0  # bob's template is removed
     result = audit(original, emptied, "bob", labelled(400), **QUICK)
     assert result.found(FindingName.UNTOUCHED)
-    assert passed(result)[CheckName.IDENTIFICATION] is False
+    assert passed(result)[EncoderCheckName.IDENTIFICATION] is False
     assert passed(result)[CheckName.PROBE] is False
     assert result.row("unlearned").values["rank1_forget"] > 90
 
@@ -83,7 +83,7 @@ def test_an_encoder_that_takes_bob_for_another_is_found() -> None:
     move = torch.eye(len(bob)) + torch.outer(cleo / cleo.norm() - axis, axis)
     layer.weight.data, layer.bias.data = move @ layer.weight.data, move @ layer.bias.data
     result = audit(original, accusing, "bob", labelled(400), **QUICK)
-    assert passed(result)[CheckName.STRANGERS] is False
+    assert passed(result)[EncoderCheckName.STRANGERS] is False
     assert result.found(FindingName.ACCUSES)
 
 
@@ -96,7 +96,7 @@ def test_a_damaged_encoder_is_found() -> None:
             parameter.data += torch.randn_like(parameter)
     result = audit(original, broken, "bob", labelled(400), **QUICK)
     assert result.found(FindingName.DAMAGED)
-    assert passed(result)[CheckName.RETAINED_IDENTITIES] is False
+    assert passed(result)[EncoderCheckName.RETAINED_IDENTITIES] is False
 
 
 def test_train_data_enrols_and_relearns_and_data_measures() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from .checks import Evidence, pct, relearning, separability
-from .result import ORIGINAL, Check, CheckName, Finding, FindingName
+from .result import ORIGINAL, Check, CheckName, EncoderCheckName, Finding, FindingName
 from .verdict import count_of_tests
 
 # In per cent: of images of forgotten identities that may be identified, of rank-1 of retained ones
@@ -20,7 +20,7 @@ ATTRACTION, STRANGERS, MORE_ACCUSED, FEW_ACCUSED = 2.0, 2.0, 2.0, 5.0
 
 def identification(e: Evidence) -> Check:
     """The forgotten identities are not identified, at the new or at the original threshold."""
-    name = CheckName.IDENTIFICATION
+    name = EncoderCheckName.IDENTIFICATION
     found = {
         "identified_forget_1e2": "at the threshold of a false-accept rate of 1 %",
         "identified_forget_original": "at the original's",
@@ -50,15 +50,15 @@ def retained(e: Evidence) -> Check:
         if after is not None and before is not None:
             says = f"{words}: {pct(after)}, the original's {pct(before)}"
             return Check(
-                CheckName.RETAINED_IDENTITIES, after >= before - RETAIN_LOSS,
+                EncoderCheckName.RETAINED_IDENTITIES, after >= before - RETAIN_LOSS,
                 f"{says} (at most {RETAIN_LOSS:.0f} points lower)",
             )  # fmt: skip
-    return Check(CheckName.RETAINED_IDENTITIES, None, e.reason("rank1_retain"))
+    return Check(EncoderCheckName.RETAINED_IDENTITIES, None, e.reason("rank1_retain"))
 
 
 def strangers(e: Evidence) -> Check:
     """Nobody is accused: forgotten identities are accepted as somebody else as strangers are."""
-    name = CheckName.STRANGERS
+    name = EncoderCheckName.STRANGERS
     accused, ratio = e.value("accused_1e2"), e.value("attraction_1e2")
     stranger, before = e.value("strangers_1e2", ORIGINAL), e.value("accused_1e2", ORIGINAL)
     if accused is None or ratio is None or stranger is None or before is None:
@@ -75,7 +75,7 @@ def strangers(e: Evidence) -> Check:
 
 CHECKS: tuple[Callable[[Evidence], Check], ...] = (
     identification, retained, strangers,
-    partial(separability, name=CheckName.REENROLMENT, key="reenrolled_rank1_forget"),
+    partial(separability, name=EncoderCheckName.REENROLMENT, key="reenrolled_rank1_forget"),
     partial(separability, name=CheckName.PROBE, key="probe_forget"),
     partial(relearning, name=CheckName.RELEARN_FULL, trained="full"),
 )  # fmt: skip

@@ -60,6 +60,11 @@ class CheckName:
     RELEARN_LAST_LAYER = "relearning (last layer)"
     RELEARN_FULL = "relearning (all weights)"
     DIVERGENCE = "outputs like the golden model's"
+
+
+class EncoderCheckName:
+    """The tests of an unlearned encoder, besides the linear probe and relearning."""
+
     IDENTIFICATION = "identification"
     RETAINED_IDENTITIES = "retained identities"
     STRANGERS = "like a stranger"
@@ -134,7 +139,7 @@ class Check:
     """One test of the unlearned model.
 
     Attributes:
-        name: one of `CheckName`.
+        name: one of `CheckName` or `EncoderCheckName`.
         passed: True, False, or None if the test can't tell.
         says: the numbers and the limit, in words, or why the test can't tell.
     """
