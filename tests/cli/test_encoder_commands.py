@@ -88,6 +88,7 @@ def test_the_gallery_that_is_written_is_without_the_forgotten(files: Path) -> No
     after = Gallery.load(files / "made" / "gallery.safetensors")
     assert after.names == ("ann", "cleo", "dan", "eve")
     assert torch.equal(after.of("dan"), before.of("dan"))
+    assert after.encoder == before.encoder
 
 
 def test_the_ledger_names_nobody_and_knows_the_encoder(files: Path) -> None:

@@ -17,7 +17,7 @@ from ..models import checkpoint
 from ..models.compact import Compaction
 from ..models.compact_file import compact_metadata, file_compaction
 from ..models.delta import check_ending, save_delta
-from ..models.embedding_classifier import as_embedding_classifier, deliverable
+from ..models.embedding_classifier import deliverable
 from ..models.gallery import Gallery, check_gallery_path
 from ..provenance.folders import written_folder
 from ..provenance.new_folder import check_folder
@@ -129,7 +129,7 @@ class OutputOptions:
 
     @contextmanager
     def written(
-        self, base: nn.Module, run: ZeroShotUnlearner, record: Record, weights: str | None
+        self, base: nn.Module, run: ZeroShotUnlearner, record: Record, model: options.ModelOptions
     ) -> Iterator[None]:
         """Writes the files; removes them again if one of them, or the block, fails.
 
@@ -137,10 +137,10 @@ class OutputOptions:
             base: the model before the run.
             run: gives the model after it, and the verdict.
             record: of the run.
-            weights: the file that ``base`` was loaded from, which may be a compact model's.
+            model: where ``base`` was loaded from: a file that may be a compact model's, a gallery.
         """
         assert run.unlearned is not None
-        result, compaction = deliverable(run.unlearned), _all_compactions(record, weights)
+        result, compaction = deliverable(run.unlearned), _all_compactions(record, model.weights)
         folder: AbstractContextManager[Any] = nullcontext()
         if self.out_folder is not None:
             folder = written_folder(
@@ -163,10 +163,8 @@ class OutputOptions:
                 content = record.to_json().encode()
                 checkpoint.write_atomically(self.record, lambda f: f.write(content), self.force)
                 undo.callback(self.record.unlink, missing_ok=True)
-            if self.out_gallery is not None:
-                classifier = as_embedding_classifier(run.unlearned)
-                assert classifier is not None
-                left = Gallery.of_classifier(classifier).without(record.forgotten_rows)
+            if self.out_gallery is not None and model.gallery is not None:
+                left = Gallery.load(model.gallery).without(record.forgotten_rows)
                 left.save(self.out_gallery, self.force)
                 undo.callback(self.out_gallery.unlink, missing_ok=True)
             yield

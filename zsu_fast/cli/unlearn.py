@@ -189,7 +189,7 @@ def unlearn(
         base = deep_copy(loaded, UNCOPYABLE) if needs_base else loaded
 
         def write(record: Record) -> AbstractContextManager[None]:
-            return paths.written(base, run, record, model.weights)
+            return paths.written(base, run, record, model)
 
         ledger = None
         if request.ledger is not None:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 # The false-accept rates that are reported.
 FARS = (1e-2, 1e-3)
-# Images per chunk, and the most impostor similarities that are kept: of more, those with a random
-# subset of the identities.
-_CHUNK, _MAX_IMPOSTORS = 512, 1 << 24
+# Images and similarities per chunk, and the most impostor similarities that are kept: of more,
+# those with a random subset of the identities.
+_CHUNK, _CHUNK_VALUES, _MAX_IMPOSTORS = 512, 1 << 24, 1 << 24
 # Bins of a distribution.
 _BINS = 40
 
@@ -123,7 +123,8 @@ def match(
         columns = columns[torch.randperm(len(columns), generator=generator)[:most]].sort().values
     found: list[tuple[Tensor, ...]] = []
     impostors: list[Tensor] = []
-    for part, own in zip(embeddings.split(_CHUNK), labels.split(_CHUNK), strict=True):
+    chunk = max(1, min(_CHUNK, _CHUNK_VALUES // len(forget)))
+    for part, own in zip(embeddings.split(chunk), labels.split(chunk), strict=True):
         table = similarities(part).float().cpu()
         rows = torch.arange(len(table))
         best_similarity, best = table.max(1)

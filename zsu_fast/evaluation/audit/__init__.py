@@ -22,6 +22,6 @@ from .result import (
 )
 
 __all__ = [
-    "METRICS", "Audit", "Check", "CheckName", "EncoderCheckName", "Finding", "FindingName", "Layer", "Metric", "Row",
-    "audit",
+    "METRICS", "Audit", "Check", "CheckName", "EncoderCheckName", "Finding", "FindingName",
+    "Layer", "Metric", "Row", "audit",
 ]  # fmt: skip
