@@ -11,6 +11,7 @@ import pytest
 import torch
 from command import call
 from encoder_case import NAMES, tiny_encoder
+from PIL import Image
 from support import SPEC, tiny_data
 
 from zsu_fast.models import checkpoint
@@ -67,6 +68,23 @@ def test_enroll_writes_a_gallery_of_the_named_identities(files: Path) -> None:
     assert "cosine, dot" in call(
         "enroll", MODEL, str(files / "enrol.npz"), "--out", out, "--force", "--metric", "l1", code=2
     )
+
+
+def test_folders_are_identities_and_an_empty_one_is_refused(tmp_path: Path) -> None:
+    images, labels = tiny_data(10, 2)
+    for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        folder = tmp_path / "people" / NAMES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = ((image - image.min()) * 60).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    out = str(tmp_path / "gallery.safetensors")
+    call("enroll", MODEL, str(tmp_path / "people"), "--out", out)
+    assert Gallery.load(out).names == NAMES
+    assert Gallery.load(out).enrolled["images"] == [2] * 5
+    (tmp_path / "people" / "zoe").mkdir()
+    says = call("enroll", MODEL, str(tmp_path / "people"), "--out", out, "--force", code=2)
+    assert "there is no image of 'zoe'" in says
+    assert Gallery.load(out).names == NAMES
 
 
 def test_unlearn_writes_the_encoder_in_its_own_layout(files: Path) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from encoder_case import blinded, labelled, tiny_classifier
+from encoder_case import NAMES, blinded, labelled, tiny_classifier, tiny_encoder
 
-from zsu_fast import ArgumentError, evaluate
+from zsu_fast import ArgumentError, EmbeddingClassifier, ModelError, evaluate
 from zsu_fast.evaluation.encoder_evaluation import EncoderEvaluation
 
 
@@ -53,3 +53,9 @@ def test_options_of_classifiers_are_refused() -> None:
             evaluate(tiny_classifier(), labelled(), "bob", **option)
     with pytest.raises(ArgumentError, match=r"'zoe', which is no class in the gallery"):
         evaluate(tiny_classifier(), labelled(), "zoe")
+
+
+def test_a_gallery_of_another_width_is_refused() -> None:
+    classifier = EmbeddingClassifier(tiny_encoder(), torch.randn(5, 7), NAMES)
+    with pytest.raises(ModelError, match="vectors of 32 values, and the templates have 7"):
+        evaluate(classifier, labelled(), "bob")

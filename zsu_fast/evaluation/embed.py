@@ -25,7 +25,8 @@ def embed(encoder: nn.Module, images: Tensor, argument: str = "data") -> Tensor:
 
     Raises:
         ArgumentError: the encoder raises for these images.
-        ModelError: it does not return one vector per image, or vectors that are NaN or infinite.
+        ModelError: it does not return one vector per image, or vectors that are NaN or infinite, or
+            not as wide as the templates, if there are any.
     """
     classifier = as_embedding_classifier(encoder)
     encoder = encoder if classifier is None else classifier.encoder
@@ -41,6 +42,12 @@ def embed(encoder: nn.Module, images: Tensor, argument: str = "data") -> Tensor:
         raise ModelError(
             f"for {len(images)} images its encoder returns {shape}, not one vector each",
             "Pass an encoder that returns [N, D], such as with its pooling.",
+        )
+    if classifier is not None and found.shape[1] != (width := classifier.templates.shape[1]):
+        raise ModelError(
+            f"its encoder returns vectors of {found.shape[1]} values, and the templates have "
+            f"{width}",
+            "Pass templates that were enrolled with this encoder.",
         )
     vectors = found.float().flatten(1).cpu()
     bad = (~vectors.isfinite()).any(1)

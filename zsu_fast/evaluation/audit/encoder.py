@@ -129,7 +129,7 @@ def _context(
         if name == GOLDEN and own is None:
             context.without_templates.add(name)
             continue
-        found = embed(copied, torch.zeros(2, *spec.shape), name).shape[1]
+        found = embed(copied.encoder, torch.zeros(2, *spec.shape), name).shape[1]
         if found != space.templates.shape[1]:
             raise ArgumentError(
                 name, f"it returns vectors of {found} values, the templates have {width}",
