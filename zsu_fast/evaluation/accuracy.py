@@ -21,7 +21,7 @@ from ..models.labels import known_labels
 from ..models.multi_label import check_multi_label, stated_multi_label
 from ..models.outputs import OutputChoice, check_output, is_ambiguous, pick_logits
 from ..models.parameters import unwrap
-from .data_classes import check_order
+from .class_order import check_order
 from .labelled_data import LabelledData
 from .multi_label import is_multi_label, measure_multi_label
 from .run_model import check_logits, choose_output, image_spec, run_model

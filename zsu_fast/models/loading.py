@@ -22,6 +22,7 @@ from . import checkpoint, folder_config, zoo
 from .compact_file import fit_to_file
 from .input_spec import torchvision_spec
 from .parameters import deep_copy
+from .stated_labels import PUBLISHED
 
 PRETRAINED = "pretrained"
 
@@ -115,6 +116,8 @@ def _torchvision(name: str, weights: str | None, classes: int | None) -> nn.Modu
         options["transform_input"] = True  # as torchvision sets it for these weights
     model = models.get_model(name, weights=chosen, **options)
     model.input_spec = torchvision_spec((chosen or published or default).transforms())
+    if chosen is not None or published is not None:
+        model.weights_source = PUBLISHED
     return _with_file(model, weights if chosen is None else None, name)
 
 
@@ -134,6 +137,10 @@ def _timm(name: str, weights: str | None, classes: int | None) -> nn.Module:
     _need_weights(name, weights)
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     model = timm.create_model(name, pretrained=weights == PRETRAINED, **options)
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    file = Path(str(weights).partition("::")[0]).name
+    if weights == PRETRAINED or file == Path(config.get("url") or "unknown").name:
+        model.weights_source = PUBLISHED  # type: ignore[assignment]
     return _with_file(model, None if weights == PRETRAINED else weights, name)
 
 

@@ -217,14 +217,15 @@ def _entry(record: Record, ledger: Ledger, entries: list[Entry]) -> Entry:
     facts = record.to_dict()
     best = facts["fit"]["best"] or {}
     metrics = {
-        **{name: best.get(name) for name in ("leak", "agreement", "divergence")},
+        "leak": best.get("forgotten_leak", best.get("leak")),
+        **{name: best.get(name) for name in ("agreement", "divergence")},
         "hit_rate": facts["impressions"]["hit_rate"],
         "stopped": facts["fit"]["stopped"],
         "trained": facts["split"]["trained"],
         "seconds": facts["timings"]["total"],
         "warnings": facts["warnings"],
         # in here, since the entry's own fields are fixed by its format
-        **({"labels": facts["labels"]} if facts["labels"] else {}),
+        **{name: facts[name] for name in ("labels", "weights_file") if facts[name]},
     }
     entry: Entry = {
         "format": FORMAT,
