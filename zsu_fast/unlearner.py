@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, ModelError, UnlearningWarning
 from .evaluation.verdict import Verdict
-from .fit_stage import deepen, deepen_encoder, fit_tail, fit_tail_or_last
+from .fit_stage import deepen, deepen_encoder, fit_tail, fit_tail_or_last, rows_that_show
 from .models.input_spec import noise_images
 from .models.outputs import OutputChoice
 from .models.parameters import replace_parameters, restored_on_failure
@@ -35,6 +35,7 @@ from .synthesis.synthesize import ascend
 from .training.deep.rows import RowSource
 from .training.deep.settings import Depth, ForgottenAs
 from .training.deep.split import OnlyLastLayer, find_deep_split
+from .training.features import held_out
 from .training.fit_task import trained_parameters
 from .training.losses import ObjectiveName
 from .training.train_step import Loop
@@ -86,7 +87,7 @@ class ZeroShotUnlearner(Request):
         space: "input" synthesises images; "tail-input" synthesises what the backbone passes to the
             tail, which is far cheaper because the backbone never runs on it. None: that of
             ``impressions``, or "tail-input"; at the output level "input" if the classifier sees
-            only the direction of the features (`Split.directions`).
+            only the direction of the features (`Split.directions`), or has no bias per class.
         impressions_per_class: None: 32, or fewer for many classes; `DeepSettings` for deep
             forgetting with space="tail-input". With 4 or more, one in four is held out for
             validation; with fewer, fresh mixtures serve instead.
@@ -277,7 +278,8 @@ class ZeroShotUnlearner(Request):
         options = self.options
         if options.space == "tail-input" and not self._space_given:
             split = self.split_point or self.split()
-            if split.directions:
+            rows = [self.work.module.get_parameter(name).ndim for name in split.class_dims]
+            if split.directions or (rows and 1 not in rows):
                 options.space, self.split_point = "input", None
                 options.tail = "last" if options.tail == "auto" else options.tail
 
@@ -316,18 +318,28 @@ class ZeroShotUnlearner(Request):
             with self.stage("deepen"):
                 self.result = deepen_encoder(self, self.gallery, rows, impressions)
             return self.result
+        shown: Tensor | None = None  # rows in which a multi-label original sees a forgotten class
         if rows is not None:
+            points, images = impressions.images.to(self.device), impressions.space == "input"
+            if self.multi_label:
+                original = rows.deep.last_features(self.work, points, images)
+                shown = rows_that_show(self, rows.deep.last, original)
+                if bool((held := held_out(impressions.labels)).any()):
+                    shown &= held.to(self.device)
             with self.stage("deepen"):
                 split = deepen(self, rows, impressions)
             if self.options.depth == "output":
-                self.split_point = split  # it failed: what it trained is put back
-            points, images = impressions.images.to(self.device), impressions.space == "input"
+                self.split_point, shown = split, None  # it failed: what it trained is put back
             features = (rows.deep.last_features(self.work, points, images),)
         with self.stage("fit"):
             if features is None and self.options.tail == "auto" and not split.class_dims:
                 self.split_point, self.result = fit_tail_or_last(self, split, impressions)
             else:
                 self.result = fit_tail(self, split, impressions, features)
+        if shown is not None and features is not None and self.result.best is not None:
+            # to the fit, whose rows are of the new features, hardly any row has a forgotten class
+            leaks = rows_that_show(self, split, features[0])[shown].float().mean()
+            self.result.best.forgotten_leak = float(leaks)
         return self.result
 
     @torch_defaults()

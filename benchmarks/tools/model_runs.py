@@ -133,7 +133,10 @@ def unlearn(case: Case, model: nn.Module, depth: str) -> tuple[Result, nn.Module
     if "fallback" in run.record.depth:
         said.append(str(run.record.depth["fallback"]))
     wrong = _shortfalls(result)
-    if wrong and not run.verdict.failures:
+    changed = [text for text in run.verdict.warnings if "retained answers" in text]
+    told = run.verdict.failures or (changed and wrong == _kept_shortfall(result))
+    said += changed if wrong else []
+    if wrong and not told:
         result.outcome, result.reason = "silent", "; ".join(wrong)
     elif said or wrong:
         result.outcome, result.reason = "warned", " ".join(dict.fromkeys(said + wrong))
@@ -174,14 +177,19 @@ def _shortfalls(result: Result) -> list[str]:
     """What is wrong on images, in words."""
     texts = []
     assert result.leak is not None
-    assert result.kept is not None
     if result.leak > 1:
         texts.append(f"{result.leak:.1f} % of images are assigned to a forgotten class")
-    if result.kept < KEPT[result.level]:
-        texts.append(f"only {result.kept:.1f} % of other answers stayed on images")
+    texts += _kept_shortfall(result)
     if result.back is not None and result.back > MOST_BACK:
         texts.append(f"the original last layer recognises {result.back:.1f} % again")
     return texts
+
+
+def _kept_shortfall(result: Result) -> list[str]:
+    assert result.kept is not None
+    if result.kept >= KEPT[result.level]:
+        return []
+    return [f"only {result.kept:.1f} % of other answers stayed on images"]
 
 
 def reload(case: Case, unlearned: nn.Module, folder: Path) -> str:

@@ -172,7 +172,7 @@ def test_bad_arguments_are_named() -> None:
         judge(tiny(), forget=[5])
     with pytest.raises(ArgumentError, match="depth: got 'deeper'"):
         judge(tiny(), depth="deeper")
-    with pytest.raises(ArgumentError, match="class_names has 2 names"):
+    with pytest.raises(ArgumentError, match="class_names: it has 2 names"):
         judge(tiny(), class_names=["a", "b"])
     broken = tiny()
     broken.fc1.weight.data[0, 0] = torch.nan

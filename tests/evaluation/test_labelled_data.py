@@ -17,7 +17,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from benchmarks.stress.fuzz_data import fuzz
 from zsu_fast import ArgumentError, ModelError, UnlearningWarning, evaluate, mask
 from zsu_fast.evaluation.audit import audit
-from zsu_fast.evaluation.data_classes import check_order, classes_of, map_classes
+from zsu_fast.evaluation.class_order import check_order
+from zsu_fast.evaluation.data_classes import classes_of, map_classes
 from zsu_fast.models.labels import Labels
 
 NAMES = ["hen", "jay", "tench", "robin", "crane"]
@@ -281,12 +282,69 @@ def test_channels_last() -> None:
         assert figures(evaluate(model(spec=True), data, [1, 3])) == figures(EXPECTED)
 
 
-@pytest.mark.parametrize("scale", [1, 255])
-def test_float_images_that_are_not_normalised_are_told(scale: int) -> None:
+UNIT, BYTES, SYMMETRIC = (0.0, 1.0), (0.0, 255.0), (-1.0, 1.0)
+NORMALISED = (-2.1, 2.6)  # with ImageNet's mean and std
+# what a model takes: mean and std, as given to `evaluate`
+TAKES: dict[tuple[float, float], dict[str, Any]] = {
+    UNIT: {"mean": 0, "std": 1},
+    BYTES: {"mean": 0, "std": 1 / 255},
+    SYMMETRIC: {"mean": 0.5, "std": 0.5},
+    NORMALISED: {"mean": SPEC.mean, "std": SPEC.std},
+}
+
+
+def floats(low: float, high: float) -> tuple[Tensor, Tensor]:
     images, labels = raw()
     images[0, 0, 0, :2] = torch.tensor([0, 255])
-    with pytest.warns(UnlearningWarning, match="as if they were not normalised.*mean 0.485"):
-        evaluate(model(spec=True), (images / 255 * scale, labels), [1])
+    return images / 255 * (high - low) + low, labels
+
+
+@pytest.mark.parametrize("takes", TAKES)
+@pytest.mark.parametrize("given", TAKES)
+def test_float_images_of_another_range_are_told(
+    given: tuple[float, float], takes: tuple[float, float]
+) -> None:
+    options = TAKES[takes] | {"input_shape": SPEC.shape}
+    if given == takes:
+        evaluate(tiny(), floats(*given), [1], **options)  # without a warning
+        return
+    words = {
+        UNIT: r"not normalised \(0 to 1\)",
+        BYTES: r"not normalised \(0 to 255\)",
+        SYMMETRIC: r"mean 0.5 and std 0.5 \(-1 to 1\)",
+        NORMALISED: "normalised otherwise",
+    }
+    with pytest.warns(UnlearningWarning, match=f"^data: float images.*{words[given]}; the model"):
+        evaluate(tiny(), floats(*given), [1], **options)
+
+
+@pytest.mark.parametrize("given", TAKES)
+def test_the_range_is_told_where_the_model_does_not_state_its_own(
+    given: tuple[float, float],
+) -> None:
+    if given == NORMALISED:
+        evaluate(tiny(), floats(*given), [1])  # without a warning
+        return
+    with pytest.warns(UnlearningWarning, match="run as they are.*taken to be trained on such"):
+        evaluate(tiny(), floats(*given), [1])
+
+
+def test_the_range_is_that_of_all_batches_and_told_once() -> None:
+    images, labels = floats(*UNIT)
+    with pytest.warns(UnlearningWarning, match="0 to 1") as caught:
+        evaluate(model(spec=True), [(images[:5], labels[:5]), (images[5:], labels[5:])], [1])
+    assert len(caught) == 1
+
+
+def test_uint8_images_of_zeros_and_ones_are_told() -> None:
+    images, labels = raw()
+    with pytest.warns(UnlearningWarning, match="no pixel exceeds 1 of 255"):
+        evaluate(model(spec=True), ((images > 127).to(torch.uint8), labels), [1])
+
+
+def test_ranges_are_held_against_a_guess_too() -> None:
+    with pytest.warns(UnlearningWarning, match=r"not normalised.*a guess\)"):
+        evaluate(tiny(), floats(*UNIT), [1], input_shape=SPEC.shape)
 
 
 # --- logits that are not finite --------------------------------------------------------------

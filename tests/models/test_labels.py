@@ -21,6 +21,7 @@ from zsu_fast.models.labels import (
     read_class_names,
     resolve_labels,
 )
+from zsu_fast.models.loading import load_model
 
 FISH = ("tench, Tinca tinca", "goldfish", "great white shark", "crane", "crane")
 
@@ -127,6 +128,7 @@ def test_names_of_imagenet_models() -> None:
     for labels in (by_timm, by_torchvision):
         assert labels is not None
         assert class_indices(["n01440764", "goldfish", "n02012849"], labels, 1000) == [0, 1, 134]
+        assert "is not known" in labels.assumed
     assert class_names(timm.create_model("resnet10t", num_classes=10), 10) is None
     assert class_names(models.resnet18(num_classes=10), 10) is None
     assert by_timm is not None
@@ -135,6 +137,48 @@ def test_names_of_imagenet_models() -> None:
     moved = Labels((by_timm.names[1], by_timm.names[0], *by_timm.names[2:]), "swapped")
     with pytest.raises(ArgumentError, match="no class in swapped"):
         class_indices(["n01440764"], moved, 1000)
+
+
+def test_names_that_are_only_assumed_are_told() -> None:
+    timm = pytest.importorskip("timm")
+    models = pytest.importorskip("torchvision.models")
+    for model, words in (
+        (timm.create_model("resnet10t"), r"tench.*assumed.*timm's weights resnet10t\.c3_in1k"),
+        (models.squeezenet1_1(), r"tench.*torchvision's weights SqueezeNet1_1_Weights\.IMAGENET"),
+    ):
+        with pytest.warns(UnlearningWarning, match=f"^class_names: not given.*{words}"):
+            resolve_labels(None, model, 1000)
+        assert resolve_labels(class_names(model), model, 1000) is not None  # confirmed
+        own = resolve_labels([f"mine {i}" for i in range(1000)], model, 1000)
+        assert own is not None
+        assert own.names[0] == "mine 0"
+
+
+def test_a_number_of_classes_alone_does_not_make_imagenet() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet10t")
+    model.pretrained_cfg = dict(model.pretrained_cfg, tag="my_photos")
+    assert known_labels(model, 1000) is None
+    model.pretrained_cfg["tag"] = "augreg_in21k"
+    assert known_labels(model, 1000) is None
+    model.pretrained_cfg["tag"] = "augreg_in21k_ft_in1k"
+    assert known_labels(model, 1000) is not None
+
+
+def test_weights_that_a_library_publishes_are_of_known_classes(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    models = pytest.importorskip("torchvision.models")
+    built = {
+        "torchvision:squeezenet1_1": (models.squeezenet1_1(), "squeezenet1_1-b8a52dc0.pth"),
+        "timm:resnet10t": (timm.create_model("resnet10t"), "resnet10t_176_c3-f3215ab1.pth"),
+    }
+    for name, (model, file) in built.items():
+        for published in (file, "own.pth"):
+            torch.save(model.state_dict(), tmp_path / published)
+            loaded = load_model(name, str(tmp_path / published))
+            labels = known_labels(loaded, 1000)
+            assert labels is not None
+            assert (labels.assumed == "") == (published == file)
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -185,6 +229,13 @@ def test_files_that_are_refused(tmp_path: Path, text: str, words: str) -> None:
     path.write_text(text)
     with pytest.raises(ArgumentError, match=f"^class_names: .*{words}"):
         read_class_names(path, 2)
+
+
+@pytest.mark.parametrize("given", [["a"], ["a", ""], {0: "a", 2: "b"}, {"a": 0, "b": 0}])
+def test_errors_name_class_names_once(given: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^class_names: ") as caught:
+        resolve_labels(given, tiny(), 5)
+    assert str(caught.value).count("class_names") == 1
 
 
 def test_a_file_that_is_missing(tmp_path: Path) -> None:

@@ -103,6 +103,12 @@ def test_timm(tmp_path: Path, name: str, options: dict[str, Any], dtype: torch.d
     assert timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=2).num_classes == 2
 
 
+def test_names_that_are_only_assumed_are_not_written(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    path = save_pretrained(timm.create_model("test_resnet"), tmp_path / "out")
+    assert "tench" not in (path / "config.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from support import QUICK, assert_forgets, deep_run, same_bits, tiny, untouched
 
 import zsu_fast
 from zsu_fast import ArgumentError, Ledger, LedgerError, OutputError
+from zsu_fast.models.checkpoint import load_into
 from zsu_fast.models.parameters import weights_hash
 from zsu_fast.provenance import ledger
 from zsu_fast.provenance.ledger import verify
@@ -73,6 +75,20 @@ def test_successive_requests(path: Path) -> None:
     assert Ledger(path).forgotten() == [1, 3]
     assert Ledger(path).head == two["hash"]
     assert len(verify(path, model=first)) == 1
+
+
+def test_the_ledger_says_which_weights_were_read(
+    path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    weights = tmp_path_factory.mktemp("weights") / "last.pt"
+    torch.save({"state_dict": tiny().state_dict(), "state_dict_ema": tiny().state_dict()}, weights)
+    model = tiny()
+    load_into(model, f"{weights}::state_dict_ema")
+    zsu_fast.unlearn(model, [1], ledger=path, **FAST)
+    (entry,) = (json.loads(line) for line in path.read_text().splitlines())
+    assert entry["metrics"]["weights_file"]["file"] == str(weights)
+    assert entry["metrics"]["weights_file"]["entry"] == "state_dict_ema"
+    assert verify(path, head=entry["hash"]) == []
 
 
 def test_deep_requests_follow_each_other(path: Path) -> None:

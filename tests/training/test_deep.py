@@ -36,7 +36,7 @@ from zsu_fast.errors import ArgumentError
 from zsu_fast.models import zoo
 from zsu_fast.models.parameters import weights_hash
 from zsu_fast.runtime.progress import Event
-from zsu_fast.training.deep import settings as settings_module
+from zsu_fast.training.deep import deep as deep_module, settings as settings_module
 from zsu_fast.training.deep.losses import USABLE_ROOM, DeepObjective, room_above_floor
 from zsu_fast.training.deep.settings import DeepSettings
 from zsu_fast.training.deep.tail import FrozenClassifierTail
@@ -424,6 +424,20 @@ def test_scenes_of_forgotten_classes_alone_are_no_failure() -> None:
 
 
 # --- fallbacks -------------------------------------------------------------------------------
+
+
+def test_rows_that_no_image_has_are_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deep_module, "_MOST_MARGIN", 0.1)
+    with pytest.warns(UnlearningWarning, match="level: output. .*no image has such features"):
+        run, made = deep_run()
+    assert changed_tensors(tiny(), made) == set(run.record.split["trained"])
+
+
+def test_many_changed_answers_are_warned_of() -> None:
+    settings = replace(FEW_ROWS, factors=(3.0,))
+    with pytest.warns(UnlearningWarning, match="changed .*% of the retained answers on held-out"):
+        run, _ = deep_run(settings=settings)
+    assert 0.7 <= run.record.depth["agreement"]["after"] < 0.8
 
 
 def single_layer() -> nn.Module:

@@ -73,7 +73,7 @@ def test_leak_and_agreement() -> None:
     assert same.tolist() == [0.5, 0.5, 1, 1]
     tail = torch.nn.Identity()
     rows.features = (teacher - 10 * FORGET,)
-    assert loss.score(tail, rows)[1:] == (0, 1)
+    assert loss.score(tail, rows)[1:] == (0, 1, 0)
     rows.features = (teacher - 10 * FORGET * torch.tensor([1.0, 1, 1, 0])[:, None],)
     assert loss.score(tail, rows)[1] == 0.5  # of the rows in which the teacher sees one
 

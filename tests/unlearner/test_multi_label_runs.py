@@ -63,6 +63,30 @@ def test_with_two_layers_trained_retained_logits_keep_their_values() -> None:
     assert runner.record.fit["best"]["agreement"] > 0.9
 
 
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("depth", ["output", "deep"])
+def test_a_class_that_is_never_predicted_can_not_be_told(depth: Any) -> None:
+    """Its leak was 0 of 0, and the verdict passed."""
+    model = several()
+    model.fc2.weight.data[FORGET] *= 1e-3
+    model.fc2.bias.data[FORGET] = -3
+    runner, _ = run(model, depth=depth)
+    assert runner.verdict is not None
+    assert runner.verdict.leak is None
+    assert not runner.verdict.passed
+    assert "Cannot be told" in str(runner.verdict)
+
+
+def test_the_leak_of_a_deep_run_is_of_rows_that_the_original_recognises() -> None:
+    """After it, the last layer's fit has no row in which a forgotten class is seen."""
+    runner, _ = run()
+    assert runner.verdict is not None
+    assert runner.record.depth["level"] == "deep"
+    assert runner.verdict.leak is not None
+    assert runner.verdict.leak <= 0.01
+    assert runner.verdict.passed
+
+
 def test_deep_forgetting_survives_the_original_last_layer() -> None:
     model = several()
     with untouched(model):

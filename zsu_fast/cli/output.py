@@ -44,8 +44,8 @@ def report_errors(as_json: bool, quiet: bool = False) -> Iterator[None]:
             console.print("interrupted; nothing was changed")
             raise typer.Exit(130) from error
         finally:
-            for warning in caught:
-                console.print(f"[yellow]warning:[/] {escape(str(warning.message))}")
+            for text in dict.fromkeys(str(warning.message) for warning in caught):
+                console.print(f"[yellow]warning:[/] {escape(text)}")
 
 
 def escape(text: str) -> str:

@@ -21,7 +21,7 @@ from ..models.labels import known_labels
 from ..models.multi_label import check_multi_label, stated_multi_label
 from ..models.outputs import OutputChoice, check_output, is_ambiguous, pick_logits
 from ..models.parameters import unwrap
-from .data_classes import check_order
+from .class_order import check_order
 from .encoder_evaluation import evaluate_encoder, refuse_for_encoder
 from .labelled_data import LabelledData
 from .multi_label import is_multi_label, measure_multi_label

@@ -2,7 +2,7 @@
 
 Folders and data sets number their own classes; a model numbers its logits. The two are matched by
 name or number, never by position, unless nothing is known of the model's names. Then the order is
-assumed, and held against the model's predictions (`check_order`).
+assumed, and held against the model's predictions (`class_order`).
 """
 
 from __future__ import annotations
@@ -169,97 +169,3 @@ def _hugging_face_names(data: Any) -> Any:
     kinds = [features[key] for key in LABEL_KEYS if key in features]
     kinds = [getattr(kind, "feature", kind) for kind in kinds]  # of a list: several per image
     return next((getattr(kind, "names", None) for kind in kinds), None)
-
-
-def check_order(
-    predictions: Tensor, labels: Tensor, classes: int, forget: Sequence[int], found: ClassMap | None
-) -> str:
-    """Holds the numbering of the data's classes against the model's predictions.
-
-    In the right order, a class's images are mostly predicted as that class, unless it was to be
-    forgotten.
-
-    Args:
-        predictions, labels: of the images, int64 [N] on the CPU.
-        classes: the number of logits.
-        forget: the classes that were to be forgotten; predictions as another of them count.
-        found: the classes of the data; None if the labels are plain numbers.
-
-    Returns:
-        A warning if the labels look like those of another numbering, else "".
-
-    Raises:
-        ArgumentError: the order was assumed, and predictions do not confirm it; or the labels are
-            off by one.
-    """
-    counts = _counts(predictions, labels)
-    # the most frequent prediction; of equally frequent ones, the right one
-    top = {c: max(row, key=lambda p: (row[p], p == c)) for c, row in counts.items()}
-    forgotten = set(forget)
-    retained = [c for c in counts if c not in forgotten]
-    moved = [c for c in retained if top[c] != c]
-    if found is None or not found.assumed:
-        clear = [c for c in moved if 2 * counts[c][top[c]] > sum(counts[c].values())]
-        return _numbering_problem({c: top[c] for c in clear}, len(retained))
-    lost = [c for c in counts if c in forgotten and top[c] != c]
-    # Where all retained classes have images, those of a forgotten one can't be of another class,
-    # unless they are more clearly of that class than its own.
-    complete = len(retained) == classes - len(forgotten)
-
-    def share(label: int, predicted: int) -> float:
-        return counts[label].get(predicted, 0) / sum(counts[label].values())
-
-    wrong = moved + [
-        c for c in lost
-        if not complete or top[c] in forgotten or share(c, top[c]) > share(top[c], top[c])
-    ]  # fmt: skip
-    if not wrong:
-        return ""
-    names = list(found.classes)
-    raise ArgumentError(
-        "data",
-        f"the names of the model's classes are not known, and in the order of the data's classes "
-        f"the model predicts most images of {names[wrong[0]]!r} (class {wrong[0]}) as class "
-        f"{top[wrong[0]]}; {len(wrong)} of {len(counts)} classes differ like this",
-        "Pass the names of the model's classes in the order of its logits (class_names=, "
-        "--class-names); if they are in this order, pass them as they are, or --class-names "
-        "sorted.",
-    )
-
-
-def _counts(predictions: Tensor, labels: Tensor) -> dict[int, dict[int, int]]:
-    """Label -> predicted class -> number of images, for labels that occur, sorted."""
-    counts: dict[int, dict[int, int]] = {}
-    pairs, numbers = torch.stack([labels, predictions]).unique(dim=1, return_counts=True)
-    for label, predicted, count in zip(*pairs.tolist(), numbers.tolist(), strict=True):
-        counts.setdefault(label, {})[predicted] = count
-    return counts
-
-
-def _numbering_problem(moved: dict[int, int], retained: int) -> str:
-    """A warning if most classes are consistently predicted as another one each, else "".
-
-    Args:
-        moved: class -> the other class that most of its images are predicted as.
-        retained: number of retained classes with images.
-
-    Raises:
-        ArgumentError: that is the next class, or the one before, each time.
-    """
-    if len(moved) < 2 or 2 * len(moved) < retained or len({*moved.values()}) < len(moved):
-        return ""
-    label, predicted = next(iter(moved.items()))
-    text = (
-        f"most images of class {label} are predicted as class {predicted}, and {len(moved)} of "
-        f"{retained} retained classes are like this"
-    )
-    shifts = {p - c for c, p in moved.items()}
-    if shifts in ({1}, {-1}):
-        raise ArgumentError(
-            "data",
-            f"the labels are off by one: {text}",
-            "Number the classes as the model's logits, from 0, with a background class if the "
-            "model has one; or pass the names of the model's classes (class_names=, "
-            "--class-names).",
-        )
-    return f"the labels look like those of another numbering: {text}. Pass the model's own"

@@ -14,7 +14,7 @@ from ..errors import ArgumentError, UnlearningWarning
 from ..models.class_indices import check_forget
 from ..models.embedding_classifier import EmbeddingClassifier, deliverable
 from ..synthesis.gallery_sampling import WorkingGallery
-from .data_classes import check_order
+from .class_order import check_order
 from .embed import embed, scores_of
 from .identification import FARS, Matches, match
 from .labelled_data import LabelledData

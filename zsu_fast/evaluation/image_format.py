@@ -11,6 +11,12 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..models.input_spec import InputSpec
 
+# The share of the range of the model's images by which others may lie beyond it: the channels'
+# ranges differ, and resizing with a bicubic filter overshoots.
+_TOLERANCE = 0.15
+# Pictures together usually cover more of the range than this share.
+_NARROW = 0.1
+
 
 @dataclass
 class ImageFormat:
@@ -29,6 +35,7 @@ class ImageFormat:
     _doubts: dict[str, None] = field(default_factory=dict)
     _lowest: float = float("inf")
     _highest: float = float("-inf")
+    _brightest: int = -1  # of uint8 images
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 or float [N, ...] -> normalised float32, or float images as they are.
@@ -55,6 +62,7 @@ class ImageFormat:
                 self._doubts[f"{text}, which is a guess: pass mean and std"] = None
             else:
                 self._facts[text] = None
+            self._brightest = max(self._brightest, int(images.max()) if images.numel() else 0)
             return self.spec.normalise(images)
         if not images.is_floating_point():
             raise ArgumentError(
@@ -79,19 +87,44 @@ class ImageFormat:
 
     def assumptions(self) -> tuple[list[str], list[str]]:
         """What was assumed of all batches so far: what the model or the data state, and doubts."""
-        spec = self.spec
-        if spec is not None and not spec.assumed and float(spec.low.max()) < 0:
-            unit = 0 <= self._lowest <= 0.1 and 0.9 <= self._highest <= 1
-            byte = self._lowest >= 0 and 128 <= self._highest <= 256
-            if unit or (byte and self._highest > 2 * float(spec.high.max())):
-                text = (
-                    f"float images are run as they are, and theirs lie in {self._lowest:.3g} to "
-                    f"{self._highest:.3g}, as if they were not normalised; the model takes mean "
-                    f"{_show(spec.mean)} and std {_show(spec.std)} ({spec.source})"
-                )
-                self._doubts[text] = None
+        if self._lowest <= self._highest:
+            self._check_range()
+        if 0 <= self._brightest <= 1:
+            self._doubts[
+                f"images are uint8, and no pixel exceeds {self._brightest} of 255, as if they were "
+                f"rounded after they were scaled to 0..1, or masks: pass pixels in 0..255"
+            ] = None
         facts, doubts = ([f"{self.argument}: {n}" for n in d] for d in (self._facts, self._doubts))
         return facts, doubts
+
+    def _check_range(self) -> None:
+        """Notes float images whose range is not that of the images that the model takes."""
+        found = f"{self._lowest:.3g} to {self._highest:.3g}"
+        form = _recognise(self._lowest, self._highest)
+        if self.spec is None:
+            if form:
+                self._doubts[
+                    f"float images are run as they are, and theirs lie in {found}, {form}; the "
+                    f"model does not state its mean and std, so it is taken to be trained on such "
+                    f"images. If it was not, normalise them, or pass uint8 images, mean and std"
+                ] = None
+            return
+        low, high = float(self.spec.low.min()), float(self.spec.high.max())
+        margin = _TOLERANCE * (high - low)
+        # few pictures, all dark, cover little of the range too, but they lie within it
+        narrow = 0 < self._highest - self._lowest < _NARROW * (high - low)
+        outside = self._lowest < low - margin or self._highest > high + margin
+        outside |= narrow and self._lowest < low - 1e-3
+        fits = abs(low - self._lowest) <= margin and abs(high - self._highest) <= margin
+        if not (outside or (form and not fits)):
+            return
+        guess = ", a guess" if self.spec.assumed else ""
+        self._doubts[
+            f"float images are run as they are, and theirs lie in {found}, "
+            f"{form or 'as if they were normalised otherwise'}; the model takes {low:.3g} to "
+            f"{high:.3g}, by mean {_show(self.spec.mean)} and std {_show(self.spec.std)} "
+            f"({self.spec.source}{guess})"
+        ] = None
 
     def _layout(self, images: Tensor) -> Tensor:
         spec = self.spec
@@ -124,6 +157,17 @@ class ImageFormat:
             )
             self._doubts[text] = None
         return images
+
+
+def _recognise(lowest: float, highest: float) -> str:
+    """How images of this range look, or "" if that can't be told."""
+    if 0 <= lowest <= 0.1 and 0.9 <= highest <= 1:
+        return "as if they were not normalised (0 to 1)"
+    if lowest >= 0 and 128 <= highest <= 256:
+        return "as if they were not normalised (0 to 255)"
+    if -1 <= lowest <= -0.95 and 0.95 <= highest <= 1:
+        return "as if normalised with mean 0.5 and std 0.5 (-1 to 1)"
+    return ""
 
 
 def _show(values: tuple[float, ...]) -> str:

@@ -15,7 +15,7 @@ from ..training.deep.deep import LEAST_AGREEMENT
 
 Level = Literal["deep", "output", "none"]
 
-MOST_LEAK = 0.01  # of the held-out rows; `train_tail` has the same goal
+MOST_LEAK = 0.01  # of the held-out rows of forgotten classes
 # The last layer alone can change without touching any retained answer, and by default does.
 LEAST_OUTPUT_AGREEMENT = 0.98
 # Deep forgetting aims at 10 %; the compact ViT ends at 10 % of inverted rows, 0 % of real images.
@@ -23,6 +23,11 @@ LEAST_OUTPUT_AGREEMENT = 0.98
 # EfficientNet-lite0 is at 72 % and loses 3 points of RA (benchmarks/results/deep.md).
 MOST_UNMASK_LEAK = 0.15
 LEAST_DEEP_AGREEMENT = LEAST_AGREEMENT
+_UNKNOWN = (
+    "the original recognises a forgotten class in none of the held-out rows, so it cannot be told "
+    "whether the classes were forgotten. Pass more impressions_per_class, check input_shape, mean "
+    "and std, or measure with evaluate()."
+)
 NOT_COVERED = "not covered: "  # how a record's warning about something that was left out starts
 
 
@@ -38,8 +43,9 @@ class Verdict:
             still recognised.
         asked: the level that was asked for; None for any.
         forgotten: indices of the classes that were to be forgotten, sorted.
-        leak: share of held-out rows that are assigned to one of them, 0..1. `check` counts rows of
-            these classes, a run all held-out rows of its fit.
+        leak: share of the held-out rows of these classes that are assigned to one of them, 0..1;
+            None if there is no such row, or if the original recognises none: then it can't be told
+            whether they were forgotten.
         agreement: share of held-out rows of other classes whose answer is the original's with the
             forgotten classes masked, 0..1. After a deep run, the lower of the figures of its two
             stages.
@@ -57,7 +63,7 @@ class Verdict:
     level: Level
     asked: Level | None
     forgotten: list[int]
-    leak: float
+    leak: float | None
     agreement: float
     unmask_leak: float | None = None
     unmask_agreement: float | None = None
@@ -74,7 +80,7 @@ class Verdict:
         depth, best = record["depth"], record["fit"]["best"]
         first = record["fit"]["history"][0]
         level: Level = depth.get("level", "output")
-        leak = 1.0 if best is None else best["leak"]
+        leak, leak_before = (None if v is None else _leak(v) for v in (best, first))
         agreement = 0.0 if best is None else best["agreement"]
         unmask_leak = unmask_agreement = None
         if level == "deep":
@@ -82,10 +88,13 @@ class Verdict:
                 depth[name]["after"] for name in ("unmask_leak", "agreement")
             )
             agreement = min(agreement, unmask_agreement)
+            leak_before = depth["unmask_leak"]["before"]  # of the features before they forgot
         elif record["split"]["output_level"]:  # with its last layer back, it is the original
-            unmask_leak, unmask_agreement = first["leak"], first["agreement"]
+            unmask_leak, unmask_agreement = leak_before, first["agreement"]
         names = {int(index): name for index, name in record.get("labels", {}).items()}
         least = LEAST_DEEP_AGREEMENT if level == "deep" else LEAST_OUTPUT_AGREEMENT
+        if not leak_before:
+            leak = None  # nothing was recognised that could be forgotten
         remedy = (
             f". Training ended: {record['fit']['stopped']}. Try objective='masked', another tail, "
             f"or more steps, and measure with evaluate()."
@@ -94,6 +103,8 @@ class Verdict:
         if record.get("gallery"):  # the templates are the original last layer
             below = shortfalls(level, leak, agreement, least, None, MOST_UNMASK_LEAK)
         failures = [text + remedy for text in below]
+        if leak is None:
+            failures.insert(0, _UNKNOWN)
         given = [w for w in record["warnings"] if w not in failures]
         left_out = [w.removeprefix(NOT_COVERED) for w in given if w.startswith(NOT_COVERED)]
         return cls(
@@ -106,12 +117,15 @@ class Verdict:
     def passed(self) -> bool:
         """Whether the level that was asked for was reached and nothing is below par."""
         reached = self.level == "deep" or self.asked != "deep"
-        return self.level != "none" and reached and not self.failures
+        told = self.leak is not None
+        return told and self.level != "none" and reached and not self.failures
 
     @property
     def sentence(self) -> str:
         """The verdict in one plain sentence."""
         classes = self.class_names()
+        if self.leak is None:
+            return f"Cannot be told whether the model forgot {classes}."
         if self.level == "none":
             return f"Not forgotten: {self.leak:.0%} of the rows of {classes} are still recognised."
         where = "the outputs and the features" if self.level == "deep" else "the outputs only"
@@ -147,21 +161,27 @@ class Verdict:
     def __str__(self) -> str:
         asked = f" ({self.asked} was asked for)" if self.asked not in (None, self.level) else ""
         rows = [("result", self.leak, self.agreement)]
-        if self.unmask_leak is not None and self.unmask_agreement is not None and not self.encoder:
+        if self.unmask_agreement is not None and not self.encoder:
             rows.append(("original last layer back", self.unmask_leak, self.unmask_agreement))
+        outcome = "PASSED" if self.passed else "UNKNOWN" if self.leak is None else "FAILED"
         return "\n".join(
             [
-                f"{'PASSED' if self.passed else 'FAILED'}: {self.sentence} "
-                f"Level: {self.level}{asked}.",
+                f"{outcome}: {self.sentence} Level: {self.level}{asked}.",
                 *[
-                    f"  {name + ':':26}{leak:7.2%} of rows still recognised, {same:7.2%} of other "
-                    f"answers kept"
+                    f"  {name + ':':26}{'?' if leak is None else f'{leak:.2%}':>7} of rows "
+                    f"still recognised, {same:7.2%} of other answers kept"
                     for name, leak, same in rows
                 ],
                 *[f"  below par: {text}" for text in self.failures],
                 *[f"  not covered: {text}" for text in self.not_covered],
             ]
         )
+
+
+def _leak(validation: Mapping[str, Any]) -> float | None:
+    """Of the rows of forgotten classes; a record of an earlier version has that of all rows."""
+    leak: float | None = validation.get("forgotten_leak", validation["leak"])
+    return leak
 
 
 def in_words(classes: Iterable[int | str], identities: bool = False) -> str:
@@ -173,7 +193,7 @@ def in_words(classes: Iterable[int | str], identities: bool = False) -> str:
 
 def shortfalls(
     level: Level,
-    leak: float,
+    leak: float | None,
     agreement: float,
     least_agreement: float,
     unmask_leak: float | None,
@@ -181,9 +201,9 @@ def shortfalls(
 ) -> list[str]:
     """Returns a sentence, without the full stop, for each figure that is below par."""
     texts = []
-    if leak > most_leak:
+    if leak is not None and leak > most_leak:
         texts.append(
-            f"{100 * leak:.1f} % of held-out rows are still classified as a forgotten class "
+            f"{100 * leak:.1f} % of held-out rows of forgotten classes are still classified as one "
             f"(at most {100 * most_leak:.0f} % is expected)"
         )
     if agreement < least_agreement:

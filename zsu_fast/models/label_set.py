@@ -23,12 +23,15 @@ class Labels:
         source: where they come from, in words.
         ids: WordNet ids of the classes, if the source lists them.
         given: whether the caller passed them, rather than the model.
+        assumed: why these names are an assumption, in words; "" if the model or the caller states
+            them.
     """
 
     names: tuple[str, ...]
     source: str
     ids: tuple[str, ...] = ()
     given: bool = False
+    assumed: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -78,17 +81,18 @@ def make_labels(names: Any, source: str, classes: int | None) -> Labels:
         ArgumentError: they are not one name per class.
     """
     remedy = "Pass one name per class, in the order of the logits, or a dict of indices and names."
+    subject = "it" if source == "class_names" else source
     if isinstance(names, Mapping):
         names = _ordered(names)
         if names is None:
             raise ArgumentError(
-                "class_names", f"the indices in {source} are not 0, 1, ... without gaps", remedy
+                "class_names", f"the indices in {subject} are not 0, 1, ... without gaps", remedy
             )
     if isinstance(names, str | bytes) or not isinstance(names, Iterable):
         raise ArgumentError("class_names", f"got a {type(names).__name__}", remedy)
     items = [", ".join(n) if isinstance(n, tuple) else n for n in names]
     if not items or not all(isinstance(n, str) and n.strip() for n in items):
-        raise ArgumentError("class_names", f"{source} does not hold one name per class", remedy)
+        raise ArgumentError("class_names", f"{subject} does not hold one name per class", remedy)
     texts = [n.strip() for n in items]
     ids, found = tuple(n[:9] if WORDNET_ID.match(n) else "" for n in texts), tuple(texts)
     if all(ids):
@@ -98,12 +102,12 @@ def make_labels(names: Any, source: str, classes: int | None) -> Labels:
 
 def check_number(labels: Labels, classes: int | None) -> Labels:
     if classes is not None and len(labels) != classes:
-        hint = ""
+        hint, subject = "", "it" if labels.source == "class_names" else labels.source
         if len(labels) == classes - 1:
             hint = " Is one of the logits a background class? Then name it too, at its place."
         raise ArgumentError(
             "class_names",
-            f"{labels.source} has {len(labels)} names, the model has {classes} logits",
+            f"{subject} has {len(labels)} names, the model has {classes} logits",
             f"Pass one name per logit, in their order.{hint}",
         )
     return labels

@@ -72,8 +72,8 @@ def resolve_labels(given: Any, model: nn.Module, classes: int) -> Labels | None:
         ArgumentError: ``given`` is none of these, or has another number of names than ``classes``.
 
     Warns:
-        UnlearningWarning: the model states another order of the same names, or nothing is known of
-            1,001 classes.
+        UnlearningWarning: the names are assumed (`Labels.assumed`), the model states another order
+            of the same names, or nothing is known of 1,001 classes.
     """
     if isinstance(given, Labels):
         return check_number(given, classes)
@@ -84,6 +84,14 @@ def resolve_labels(given: Any, model: nn.Module, classes: int) -> Labels | None:
                 "the model has 1,001 logits, often ImageNet's classes behind a background class, "
                 "as in TensorFlow: then class 0 is the background, and tench is 1, not 0. Class "
                 "numbers count the logits; pass class_names to see what they are",
+                UnlearningWarning,
+                stacklevel=2,
+            )
+        if known is not None and known.assumed:
+            warnings.warn(
+                f"class_names: not given. The names {shorten(known.names, 2)} are assumed: "
+                f"{known.assumed}. If it was trained on others, pass their names (class_names=, "
+                f"--class-names)",
                 UnlearningWarning,
                 stacklevel=2,
             )

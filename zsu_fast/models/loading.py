@@ -23,6 +23,7 @@ from .compact_file import fit_to_file
 from .headless import remove_classifier
 from .input_spec import torchvision_spec
 from .parameters import deep_copy
+from .stated_labels import PUBLISHED
 
 PRETRAINED = "pretrained"
 
@@ -153,6 +154,8 @@ def _torchvision(
         options["transform_input"] = True  # as torchvision sets it for these weights
     model = models.get_model(name, weights=chosen, **options)
     model.input_spec = torchvision_spec((chosen or published or default).transforms())
+    if chosen is not None or published is not None:
+        model.weights_source = PUBLISHED
     return _with_file(model, weights if chosen is None else None, name, encoder)
 
 
@@ -172,6 +175,10 @@ def _timm(name: str, weights: str | None, classes: int | None, encoder: bool = F
     _need_weights(name, weights)
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     model = timm.create_model(name, pretrained=weights == PRETRAINED, **options)
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    file = Path(str(weights).partition("::")[0]).name
+    if weights == PRETRAINED or file == Path(config.get("url") or "unknown").name:
+        model.weights_source = PUBLISHED  # type: ignore[assignment]
     own = None if weights == PRETRAINED else weights
     return _with_file(model, own, name, encoder and classes != 0)
 

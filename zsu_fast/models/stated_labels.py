@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +15,11 @@ from .input_spec import torchvision_entry
 from .label_set import WORDNET_ID, Labels, make_labels
 from .parameters import unwrap
 
+# What `weights_source` of a model says that `load_model` gave the weights that its library
+# publishes for it, so that what the library states of their classes is true of the model.
+PUBLISHED = "published by the model's library"
+# Numbers of classes of the ImageNet variants, by their names in the tags of timm's weights.
+_TIMM_TAGS = {"in1k": (1000,), "in12k": (11821,), "in21k": (11221, 21843), "in22k": (21841, 21842)}
 # Attributes in which models, also those of ultralytics and mmpretrain, keep their classes' names.
 _ATTRIBUTES = ("class_names", "categories", "classes", "CLASSES", "names")
 
@@ -22,8 +29,10 @@ def known_labels(model: nn.Module, classes: int | None = None) -> Labels | None:
 
     The first of these counts: an attribute such as ``class_names``, ``id2label`` of a transformers
     config (unless it is the default LABEL_0, LABEL_1, ...), timm's ``pretrained_cfg`` (its
-    ``label_names``, or the ImageNet variant that timm infers from the number of classes), and the
-    ``categories`` of the torchvision weights that fit the model. Wrappers are looked through. Of an
+    ``label_names``, or the ImageNet variant that its tag names, as in "ra_in1k"), and the
+    ``categories`` of the torchvision weights that fit the model. The last two describe weights that
+    the library publishes: `Labels.assumed` says so unless the model's are known to be those
+    (``weights_source``). Wrappers are looked through. Of an
     `EmbeddingClassifier`, its names count, and none of its encoder's.
     """
     if (classifier := as_embedding_classifier(model)) is not None:
@@ -100,12 +109,15 @@ def _from_timm(model: nn.Module, classes: int | None) -> Labels | None:
         from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
     except ImportError:
         return None
-    if (subset := infer_imagenet_subset(model)) is None:
+    subset, tag = infer_imagenet_subset(model), str(config.get("tag"))
+    variants = re.findall(r"in\d+k", tag)  # of "augreg_in21k_ft_in1k", the last one
+    if subset is None or not variants or count not in _TIMM_TAGS.get(variants[-1], ()):
         return None
     info = ImageNetInfo(subset)
     ids = tuple(info.label_names())
-    source = f"{subset}, as timm infers from {count} classes"
-    return Labels(tuple(map(info.label_name_to_description, ids)), source, ids)
+    weights = f"timm's weights {config.get('architecture')}.{tag}"
+    names = tuple(map(info.label_name_to_description, ids))
+    return Labels(names, f"{subset}, by {weights}", ids, assumed=_assumed(model, weights))
 
 
 def _wordnet_only(ids: Iterable[Any]) -> tuple[str, ...]:
@@ -116,4 +128,17 @@ def _wordnet_only(ids: Iterable[Any]) -> tuple[str, ...]:
 def _from_torchvision(model: nn.Module, _classes: int | None) -> Labels | None:
     entry = torchvision_entry(model)
     names = None if entry is None else entry.meta.get("categories")
-    return _stated(names, "the categories of torchvision's weights")
+    labels = _stated(names, f"the categories of torchvision's weights {entry}")
+    if labels is None:
+        return None
+    return replace(labels, assumed=_assumed(model, f"torchvision's weights {entry}"))
+
+
+def _assumed(model: nn.Module, weights: str) -> str:
+    """Why the names of the classes of ``weights`` may not be the model's, or ""."""
+    if getattr(model, "weights_source", None) == PUBLISHED:
+        return ""
+    return (
+        f"they are those of {weights}, which have the model's architecture and number of classes; "
+        f"whether its own weights are these or trained on other classes is not known"
+    )

@@ -27,7 +27,7 @@ from ..models.compact_file import compact_metadata
 from ..models.folder_config import Architecture, architectures, read_spec, to_config
 from ..models.infer_spec import resolve_spec
 from ..models.input_spec import InputSpec, noise_images
-from ..models.labels import class_names
+from ..models.labels import known_labels
 from ..models.loading import load_model
 from ..models.parameters import UNCOPYABLE, deep_copy, state, unwrap, weights_hash
 from ..models.wrapper import pick_logits
@@ -143,7 +143,9 @@ class _Contents:
         """Writes all files into the empty ``folder``, and reads the model back."""
         spec, logits = self._spec_and_logits()
         classes = None if logits is None else int(logits.shape[1])
-        names = None if classes is None else class_names(self.model, classes)
+        labels = None if classes is None else known_labels(self.model, classes)
+        # assumed names would look like facts in the folder; whoever loads it is told again
+        names = None if labels is None or labels.assumed else labels.names
         try:
             library = self._write_model(folder, classes, names, spec, logits)
         except (ZsuFastError, OSError):

@@ -241,7 +241,8 @@ def _entry(record: Record, ledger: Ledger, entries: list[Entry]) -> Entry:
     labels = {} if anonymous else facts["labels"]
     best = facts["fit"]["best"] or {}
     metrics = {
-        **{name: best.get(name) for name in ("leak", "agreement", "divergence")},
+        "leak": best.get("forgotten_leak", best.get("leak")),
+        **{name: best.get(name) for name in ("agreement", "divergence")},
         "hit_rate": facts["impressions"]["hit_rate"],
         "stopped": facts["fit"]["stopped"],
         "trained": facts["split"]["trained"],
@@ -250,6 +251,7 @@ def _entry(record: Record, ledger: Ledger, entries: list[Entry]) -> Entry:
         # in here, since the entry's own fields are fixed by its format
         **({"labels": labels} if labels else {}),
         **({"identities": facts["identities"]} if facts["identities"] else {}),
+        **({"weights_file": facts["weights_file"]} if facts["weights_file"] else {}),
     }
     entry: Entry = {
         "format": FORMAT,

@@ -86,16 +86,17 @@ def _told(record: Mapping[str, Any], verdict: str) -> dict[str, Any]:
     measured = "On held-out rows that the run synthesised, "
     if best:
         measured += (
-            f"{best['leak']:.2%} are assigned a forgotten class, and {best['agreement']:.2%} of "
+            f"{_share(best.get('forgotten_leak', best['leak']))} of those of forgotten classes are "
+            f"assigned one, and {best['agreement']:.2%} of "
             f"the others agree with the original model with the forgotten classes masked."
         )
     else:
         measured += "nothing was measured: the fit had no validation."
     if level == "deep" and "unmask_leak" in depth:
         measured += (
-            f" With the original last layer put back, {depth['unmask_leak']['after']:.2%} of the "
-            f"held-out rows of forgotten classes are assigned one of them "
-            f"({depth['unmask_leak']['before']:.2%} before the run)."
+            f" With the original last layer put back, {_share(depth['unmask_leak']['after'])} of "
+            f"the held-out rows of forgotten classes are assigned one of them "
+            f"({_share(depth['unmask_leak']['before'])} before the run)."
         )
     words = "deep: the features forget too" if level == "deep" else "output: only the outputs"
     if depth.get("fallback"):
@@ -111,6 +112,10 @@ def _told(record: Mapping[str, Any], verdict: str) -> dict[str, Any]:
         "measured": measured,
         "notes": record["warnings"],
     }
+
+
+def _share(value: float | None) -> str:
+    return "an unknown share" if value is None else f"{value:.2%}"
 
 
 def _named(classes: Sequence[int], labels: Mapping[str, str]) -> list[str]:

@@ -39,6 +39,7 @@ class FitTask:
     sampling: Tensor | None = None  # float32 [N], how often each row is drawn; None for equally
     bf16_matmul: bool = True  # allow products in bfloat16
     start: Sequence[Tensor] | None = None  # values that training starts from; None: the original's
+    settled: bool = False  # whether `start` can't be improved on, see `_is_mean_of_retained`
     scale_biases: bool = False  # step biases in proportion to the logits, not to the weights
     coupled: bool = False  # only the last layer is trained, and its rows depend on one another
 
@@ -90,36 +91,57 @@ def make_fit_task(
             names = []
     teacher = Teacher(tail, forget, names, settings.limits, multi_label)
     train, validation, logit_margin = train_val_sets(teacher, features, labels, settings, generator)
-    loss: MaskedKL
-    if multi_label:
-        margin = settings.margin
-        if margin is None:
-            margin = absence_margin(teacher.forgotten_logits(train))
-            margin = 2 * margin if forget_logits_only else margin
-        loss = several = MultiLabelKL(forget, margin, forget_logits_only)
-        several.constant = objective.constant
-    else:
-        keep = _KEEP_LAST if last else _KEEP
-        if forget_logits_only or _are_normalised(train.teacher):
-            keep = 0.0
-        # if retained logits stay, the forgotten ones alone have to make the margin
-        fixed = forget_logits_only or (keep > 0 and objective.name == "masked")
-        margin = settings.margin_for(logit_margin, classes, fixed)
-        if split.directions and settings.margin is None:
-            margin = 0.0  # out of reach for logits without a bias: it would leave more of the class
-        loss = MaskedKL(forget, margin, forget_logits_only, keep, keep_all=last)
-    start = None
+    loss, margin = _make_loss(
+        teacher, train, logit_margin, split, forget, objective, settings, last, forget_logits_only
+    )
+    start, settled = None, False
     if split.directions and forget_logits_only:
         named = zip(split.parameters, parameters, strict=True)
         start = [_mean_rows(p, dims[name], forget) for name, p in named]
+        settled = (
+            not multi_label
+            and settings.margin is None
+            and _is_mean_of_retained(tail, parameters, start, train, forget)
+        )
     if names:
         start = None if start is None else [values[forget] for values in start]
         tail = ClassSubsetTail(tail, names, forget.nonzero()[:, 0], trainable=True)
         parameters, loss = list(tail.parameters()), ForgetOnlyKL(forget, margin)
     return FitTask(
         tail, parameters, train, validation, objective.make(loss), loss, generator,
-        start=start, scale_biases=last, coupled=last and not forget_logits_only,
+        start=start, settled=settled, scale_biases=last, coupled=last and not forget_logits_only,
     )  # fmt: skip
+
+
+def _make_loss(
+    teacher: Teacher,
+    train: FeatureSet,
+    logit_margin: float,
+    split: Split,
+    forget: Tensor,
+    objective: ObjectiveSettings,
+    settings: FeatureSettings,
+    last: bool,
+    forget_logits_only: bool,
+) -> tuple[MaskedKL, float]:
+    """The masked loss, and its margin; ``last``: whether the tail is the last layer."""
+    if objective.multi_label:
+        margin = settings.margin
+        if margin is None:
+            margin = absence_margin(teacher.forgotten_logits(train))
+            margin = 2 * margin if forget_logits_only else margin
+        several = MultiLabelKL(forget, margin, forget_logits_only)
+        several.constant = objective.constant
+        return several, margin
+    keep = _KEEP_LAST if last else _KEEP
+    if forget_logits_only or _are_normalised(train.teacher):
+        keep = 0.0
+    # if retained logits stay, the forgotten ones alone have to make the margin
+    fixed = forget_logits_only or (keep > 0 and objective.name == "masked")
+    margin = settings.margin_for(logit_margin, len(forget), fixed)
+    if split.directions and settings.margin is None:
+        margin = 0.0  # out of reach for logits without a bias: it would leave more of the class
+    return MaskedKL(forget, margin, forget_logits_only, keep, keep_all=last), margin
 
 
 def _mean_rows(parameter: Tensor, dim: int, forget: Tensor) -> Tensor:
@@ -133,6 +155,33 @@ def _mean_rows(parameter: Tensor, dim: int, forget: Tensor) -> Tensor:
     rows = values.movedim(dim, 0)
     rows[forget] = rows[~forget].mean(0)
     return values
+
+
+@torch.no_grad()
+def _is_mean_of_retained(
+    tail: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    start: Sequence[Tensor],
+    rows: FeatureSet,
+    forget: Tensor,
+) -> bool:
+    """Whether the forgotten logits are the mean of the retained ones at ``start``.
+
+    They are where logits are linear in the classifier's rows. Then no features whatsoever have a
+    forgotten class at the top. Training would lower those logits further on the rows that it sees,
+    and raise them elsewhere, since there is no bias: FA on images rose to 9 % at a leak of 0. They
+    are not where the rows are normalised, as in a cosine classifier.
+    """
+    before = copied_values(parameters)
+    load_values(parameters, start)
+    logits = tail(*rows.features_at(torch.arange(min(64, len(rows)), device=forget.device)))
+    load_values(parameters, before)
+    retained = logits[:, ~forget]
+    if retained.shape[1] < 2:
+        return False  # the mean of one is a tie
+    spread = float((retained - retained.mean(0)).abs().max())
+    difference = logits[:, forget] - retained.mean(1, keepdim=True)
+    return float(difference.abs().max()) <= 1e-3 * spread
 
 
 def trained_parameters(model: LogitsModel, split: Split) -> list[nn.Parameter]:

@@ -118,9 +118,12 @@ class MaskedKL(Objective):
         return (seen * difference.square()).sum() / size, 2 * seen * difference / size
 
     @torch.no_grad()
-    def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:
-        """Divergence (NaN if a logit is not finite), leak, agreement: see `ValidationResult`."""
+    def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float, float]:
+        """Divergence (NaN if a logit is not finite), leak, agreement, forgotten leak: see
+        `ValidationResult`.
+        """
         divergence = leaks = agree = counted = torch.zeros((), device=self.forget.device)
+        leaks_of_forgotten = leaks
         for index in rows.chunks(len(self.forget)):
             part = rows.select(index)
             logits = tail(*part.features)
@@ -129,10 +132,16 @@ class MaskedKL(Objective):
             leaked, same = self.answers(logits, part)
             may_leak = self.may_leak(part)
             leaks, counted = leaks + (leaked & may_leak).sum(), counted + may_leak.sum()
+            leaks_of_forgotten = leaks_of_forgotten + (leaked & part.forgotten).sum()
             agree = agree + (same * ~part.forgotten).sum()
-        retained = int((~rows.forgotten).sum())
-        agreement = float(agree) / retained if retained else 1.0
-        return float(divergence) / len(rows), float(leaks) / max(1, int(counted)), agreement
+        forgotten = int(rows.forgotten.sum())
+        retained = len(rows) - forgotten
+        return (
+            float(divergence) / len(rows),
+            float(leaks) / max(1, int(counted)),
+            float(agree) / retained if retained else 1.0,
+            float(leaks_of_forgotten) / forgotten if forgotten else math.nan,
+        )
 
     def may_leak(self, rows: FeatureSet) -> Tensor:
         """The rows that the leak is a share of, bool [N]: all of them."""

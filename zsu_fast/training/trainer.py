@@ -47,6 +47,8 @@ class ValidationResult:
         divergence: mean KL from the masked original to the tail, margin included, in nats.
         leak: share of validation rows whose top class is a forgotten one, 0..1.
         agreement: share of retained validation rows with the masked original's top class, 0..1.
+        forgotten_leak: share of the validation rows of forgotten classes whose top class is one,
+            0..1; NaN if there is no such row.
     """
 
     step: int
@@ -56,6 +58,7 @@ class ValidationResult:
     divergence: float
     leak: float
     agreement: float
+    forgotten_leak: float = math.nan
 
     @property
     def shortfall(self) -> float:
@@ -259,6 +262,8 @@ class Trainer:
         self.fit.best, self._best_state = first, start
         if self.task.start is not None:
             start = list(self.task.start)
+        if self.task.settled:
+            return self._settle(start)
         rates, number = deque([self.schedule.learning_rate]), 0
         try:
             while rates:
@@ -277,6 +282,17 @@ class Trainer:
                 number += 1
         finally:  # also on Ctrl-C: never leave the tail in the middle of a bad step
             self._load(self._best_state)
+        return self.fit
+
+    def _settle(self, state: list[Tensor]) -> Fit:
+        """Takes the state that training would start from."""
+        self._load(state)
+        self.fit.best = self._validate(0, 0, 0.0, math.nan)
+        self.fit.history.append(self.fit.best)
+        self.fit.stopped = (
+            "the forgotten logits are the mean of the others, so that they are never the highest, "
+            "whatever the image"
+        )
         return self.fit
 
     def _attempt(self, number: int, rate: float) -> Ending:

@@ -10,7 +10,7 @@ import torch
 
 from ...errors import UnlearningWarning, ZsuFastError
 from ..accuracy import Evaluation, count_correct
-from ..data_classes import check_order
+from ..class_order import check_order
 from ..labelled_data import LabelledData
 from . import outputs
 from .activations import Activations, collect_activations, normalised_batches

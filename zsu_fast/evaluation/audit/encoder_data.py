@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import UnlearningWarning
 from ...models.embedding_classifier import EmbeddingClassifier, Metric
 from ...models.parameters import UNCOPYABLE, deep_copy
-from ..data_classes import check_order
+from ..class_order import check_order
 from ..embed import embed, scores_of
 from ..encoder_evaluation import identification_rates
 from ..enrolment import enroll_embeddings

@@ -7,6 +7,7 @@ forgetting.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,6 +37,9 @@ _VALIDATION = 8, 4  # one scene, and one inverted row, in this many is held out
 # SqueezeNet, whose features can't lose 100 of 1,000 classes, is at 49 % and 74 %; pushed on to 17 %
 # and 52 %, its RA falls from 62 to 17. EfficientNet-lite0 ends at 3 % and 72 %, RA 84 of 87.
 MOST_LEAK, LEAST_AGREEMENT = 0.4, 0.7
+# Mean lead of the inverted rows' classes, in standard deviations of the logits of scenes, above
+# which the rows resemble no image (1e6 in a random RepVGG whose BatchNorm layers are fused).
+_MOST_MARGIN = 1000.0
 
 
 class DeepFailed(Exception):
@@ -119,10 +123,10 @@ def forget_deeply(
         fit and ``margin_asked`` here; ``factor``, by which the change was multiplied, and
         ``factors``, the leak and agreement at each that was tried; and, each ``before`` and
         ``after``: ``unmask_leak``, the share of held-out inverted rows of forgotten classes that
-        the original last layer still assigns to one, ``agreement``, the share of held-out scenes
-        whose masked answer stays, and ``evidence``, `DeepObjective.evidence`. For strangers also
-        ``accepted``, the share of the former rows that any identity accepts, and ``threshold``,
-        the logit from which one does.
+        the original last layer still assigns to one (NaN if there is none), ``agreement``, the
+        share of held-out scenes whose masked answer stays, and ``evidence``,
+        `DeepObjective.evidence`. For strangers also ``accepted``, the share of the former rows that
+        any identity accepts, and ``threshold``, the logit from which one does.
 
     Raises:
         DeepFailed: the checks say so; the parameters are as they were.
@@ -220,7 +224,14 @@ def _objective(
         return MultiLabelDeepObjective(tail, train, forget, usual, settings), margin
     inverted = teacher[-len(labels) :]
     margins = logit_margin(inverted, labels)
-    margin = features.margin_for(float(margins.mean()), len(forget), forget_logits_only=False)
+    lead, usual = float(margins.mean()), float(teacher[: -len(labels)].std())
+    if lead > _MOST_MARGIN * usual:
+        raise DeepFailed(
+            f"the logits of inverted rows lead by {lead:.3g} on average, where those of scenes "
+            f"have a standard deviation of {usual:.3g}: no image has such features",
+            {},
+        )
+    margin = features.margin_for(lead, len(forget), forget_logits_only=False)
     reachable = min(settings.margin, USABLE_ROOM * room_above_floor(tail, train, forget))
     if settings.stranger:
         thresholds = [
@@ -249,7 +260,7 @@ class _Checks:
         same = self.objective.unmasked_agreement(logits, rows)
         inverted, scene = (rows.scene == 0) & rows.forgotten, rows.scene > 0
         measured = {
-            "unmask_leak": _mean(leaked[inverted], 0.0),
+            "unmask_leak": _mean(leaked[inverted], math.nan),
             "agreement": _mean(same[scene & ~rows.forgotten], 1.0),
         }
         if isinstance(self.objective, StrangerObjective):

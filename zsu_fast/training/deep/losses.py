@@ -156,16 +156,17 @@ class DeepObjective(MaskedKL):
         return float(self.explained_variance(features, rows))
 
     @torch.no_grad()
-    def score(self, _tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float]:
+    def score(self, _tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float, float]:
         logits = torch.cat([part.logits for part in self.tail.chunks(rows)])
         finite = bool(logits.isfinite().all())
         divergence = float(self.divergence(logits, rows)) if finite else math.nan
         leaked, same = self.answers(logits, rows)
-        leaked = leaked[self.may_leak(rows)]
-        leak = float(leaked.float().mean()) if len(leaked) else 0.0
+        counted, of_forgotten = leaked[self.may_leak(rows)], leaked[rows.forgotten]
+        leak = float(counted.float().mean()) if len(counted) else 0.0
+        forgotten_leak = float(of_forgotten.float().mean()) if len(of_forgotten) else math.nan
         retained = ~rows.forgotten
         agreement = float(same[retained].float().mean()) if bool(retained.any()) else 1.0
-        return divergence, leak, agreement
+        return divergence, leak, agreement, forgotten_leak
 
     def unmasked_agreement(self, logits: Tensor, rows: FeatureSet) -> Tensor:
         """For each row, to what extent its retained answer is the teacher's, 0..1 or bool [N].

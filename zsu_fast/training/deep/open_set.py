@@ -46,15 +46,15 @@ class StrangerObjective(DeepObjective):
     """`DeepObjective` in which forgotten identities become strangers.
 
     The teacher's softmax has one more entry, the threshold t. The probability of the forgotten
-    identities moves there, instead of to the others::
+    identities, p_f, moves there, instead of to the others::
 
-        KL([p_r, 0, p_t + p_f] || softmax([z'_r, z'_f + margin, t]))
+        KL([p_r, 0, p_t + p_f] || softmax([z'_r + m p_f, z'_f + m p_f + margin, t]))
 
-    Similarities are compared with a threshold, so that the retained logits keep their absolute
-    values, not only their differences.
+    With m, the logits of a stranger are to stay that far below t. Similarities are compared with a
+    threshold, so that the retained logits keep their absolute values, not only their differences.
 
     Args:
-        tail, rows, forget, margin, settings: as for `DeepObjective`.
+        tail, rows, forget, margin, settings: as for `DeepObjective`; m is ``stranger_margin``.
         threshold: t, in logits.
         accept_from: the logit from which an identity is accepted. It is higher than t: in training
             a stranger is to be like any other one, not just below acceptance.
@@ -82,7 +82,8 @@ class StrangerObjective(DeepObjective):
         gone = probability[:, :-1] * self.forget
         target = probability - F.pad(gone, (0, 1))
         target = target + F.pad(gone.sum(1, keepdim=True), (len(self.forget), 0))
-        log_q = self._with_stranger(logits + self.shift).log_softmax(1)
+        raised = self.settings.stranger_margin * gone.sum(1, keepdim=True)
+        log_q = self._with_stranger(logits + self.shift + raised).log_softmax(1)
         entropy = torch.special.entr(target).sum(1)
         return -((target * log_q).sum(1) + entropy).mean()
 

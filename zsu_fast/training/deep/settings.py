@@ -48,9 +48,10 @@ class DeepSettings:
             share of the held-out scenes keeps its answer all the same.
         multi_label: whether each class has a sigmoid of its own.
         stranger: whether forgotten identities become strangers, see `StrangerObjective`.
-        stranger_rate: false accept rate of the threshold that a stranger is to stay below in
-            training: lower than one of 1 %, which real images would exceed.
-        stranger_keep: factor on ``keep`` then.
+        stranger_rate: false accept rate of the threshold of a stranger in training: higher than one
+            of 1 %, so that the threshold is lower, as real images exceed what inverted rows do.
+        stranger_margin: in logits, how far below it a stranger's logits are to be.
+        stranger_share: share of inverted rows in a batch then, at least.
     """
 
     scenes: int = 5120
@@ -75,8 +76,9 @@ class DeepSettings:
     robust_factor: float = 1.4
     multi_label: bool = False
     stranger: bool = False
-    stranger_rate: float = 0.2
-    stranger_keep: float = 2.0
+    stranger_rate: float = 0.3
+    stranger_margin: float = 4.0
+    stranger_share: float = 0.4
 
     def for_classes(self, classes: int) -> DeepSettings:
         """The settings for a model of that many classes.
@@ -94,7 +96,8 @@ class DeepSettings:
 
     def for_strangers(self) -> DeepSettings:
         """The settings for identities that are to become strangers."""
-        return replace(self, stranger=True, keep=self.keep * self.stranger_keep)
+        share = max(self.inverted_share, self.stranger_share)
+        return replace(self, stranger=True, inverted_share=share)
 
     def scenes_for(
         self, pixels: int, values: int, classes: int, work: int, device: torch.device
