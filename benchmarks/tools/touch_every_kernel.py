@@ -58,7 +58,9 @@ def main(device: str) -> None:
     backend = "cuda" if device == "cuda" else "cpp"
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        for rows, classes in ((3, 1), (5, 10), (7, 1001), (3, 1000), (2, 4097), (2, 4096), (2, 8209)):
+        for rows, classes in (
+            (3, 1), (5, 10), (7, 1001), (3, 1000), (2, 4097), (2, 4096), (2, 8209)
+        ):  # fmt: skip
             run_losses(rows, classes, dtype, device, backend)
     for shape in ((3, 3, 32, 32), (2, 3, 7, 5), (4, 5), (3, 16, 5, 5)):
         for layout in (torch.contiguous_format, torch.channels_last):
