@@ -4,17 +4,18 @@ The encoder is LeNet5 without its last layer, and the ten "persons" are the digi
 each are enrolled. Whoever holds the encoder and a template of the 3 and the 8 recognises them. So
 the encoder itself has to change; the templates stay what they are, and no images are used.
 
-Afterwards a forgotten person is a stranger: no template is as similar as the threshold at which 1 %
-of the comparisons of two different persons are accepted, neither the own one nor anyone else's.
-Someone who enrols the forgotten persons anew with the new encoder recognises them again, as any
-other stranger: forgetting is not a ban.
+Afterwards a forgotten person is to be a stranger, less similar to every template than the threshold
+at which 1 % of the comparisons of two other persons are accepted. With their own template, that is
+so for all images here; a fifth are still similar enough to someone else's. Someone who enrols the
+forgotten persons anew with the new encoder recognises them again, as any other stranger: forgetting
+is not a ban.
 
 Takes about 20 seconds on one CPU core. Prints shares of 1,950 other MNIST test images, which are
 used for measuring only::
 
-    original: forgotten recognised ... %, taken for someone else ... %; others right ... %
-    unlearned: forgotten recognised ... %, taken for someone else ... %; others right ... %
-    unlearned, enrolled anew: forgotten recognised ... %
+    original: forgotten recognised 96.7%, taken for someone else 3.1%; others right 98.7%
+    unlearned: forgotten recognised 0.0%, taken for someone else 20.8%; others right 98.8%
+    unlearned, enrolled anew: forgotten recognised 74.1%
 """
 
 import torch
@@ -30,7 +31,8 @@ names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 images, labels = mnist_test()
 first = torch.cat([(labels == c).nonzero()[:5, 0] for c in range(10)])
 others = torch.ones(len(labels), dtype=torch.bool).index_fill(0, first, False)
-gone = torch.isin(labels[others], torch.tensor([names.index(name) for name in forget]))
+left = torch.tensor([name not in forget for name in names])
+gone = ~left[labels[others]]
 
 
 @torch.no_grad()
@@ -43,9 +45,9 @@ def enrol(encoder: nn.Module) -> EmbeddingClassifier:
 def identify(classifier: EmbeddingClassifier, encoder: nn.Module) -> tuple[Tensor, Tensor]:
     """Whose template is best, and whether it is accepted."""
     scores, who = classifier.similarities(encoder(images[others])), labels[others]
-    impostors = scores[~gone].scatter(1, who[~gone, None], -1.0)
+    impostors = left & (who[:, None] != torch.arange(10))
     best = scores.max(1)
-    return best.indices, best.values >= impostors.flatten().quantile(0.99)
+    return best.indices, best.values >= scores[~gone][impostors[~gone]].quantile(0.99)
 
 
 encoder = load_model("lenet5")

@@ -143,14 +143,18 @@ class Options:
                 "Pass 'auto', 'last', a module's name, or a whole number.",
             )
 
-    def check_encoder(self) -> None:
+    def check_encoder(self, bias: bool) -> None:
         """Checks the options for an `EmbeddingClassifier`, whose encoder alone is trained.
+
+        Args:
+            bias: whether its templates have a bias: then they are the rows of a classifier, whose
+                classes are compared with each other rather than with a threshold.
 
         Raises:
             ArgumentError: one of them asks for something else.
         """
         why, leave = "and the model is an encoder with templates", "Leave it out."
-        self.forgotten_as = self.forgotten_as or "stranger"
+        self.forgotten_as = self.forgotten_as or ("redistribute" if bias else "stranger")
         if self.objective.name != "masked":
             raise ArgumentError("objective", f"got {self.objective.name!r}, {why}", leave)
         if self.depth != "deep":

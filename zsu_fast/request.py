@@ -83,7 +83,7 @@ class Request:
         classifier = as_embedding_classifier(model)
         self.gallery: WorkingGallery | None = None
         if classifier is not None:
-            options.check_encoder()
+            options.check_encoder(classifier.bias is not None)
             self._choose_identities(classifier, forget, forgotten, ledger, class_names)
         elif options.forgotten_as == "stranger":
             raise ArgumentError(

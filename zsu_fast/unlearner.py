@@ -124,7 +124,8 @@ class ZeroShotUnlearner(Request):
         forgotten_as: of an `EmbeddingClassifier`, what becomes of a forgotten identity: "stranger"
             (its images are less similar to every template than the threshold that the others set
             at a false accept rate of 1 %), or "redistribute" (they go to whomever they resemble, as
-            with classes). None: "stranger".
+            with classes). None: "stranger", or "redistribute" if there is a bias, as of the rows of
+            a linear classifier.
 
     Attributes:
         impressions: the `ClassImpressions`; None before `synthesise`.

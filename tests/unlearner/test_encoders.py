@@ -95,6 +95,16 @@ def test_redistributed_images_stay_more_similar_to_others_than_a_strangers() -> 
     assert highest["stranger"] < highest["redistribute"] - 0.03
 
 
+def test_rows_of_a_classifier_are_classes_and_not_strangers() -> None:
+    model = tiny()
+    rows = EmbeddingClassifier(tiny_encoder(), model.fc2.weight, metric="dot", bias=model.fc2.bias)
+    torch.testing.assert_close(rows(tiny_data()[0]), model(tiny_data()[0]))
+    run = zsu_fast.ZeroShotUnlearner(rows, [1], **OPTIONS)
+    assert run.options.forgotten_as == "redistribute"
+    run = zsu_fast.ZeroShotUnlearner(rows, [1], forgotten_as="stranger", **OPTIONS)
+    assert run.record.gallery["forgotten_as"] == "stranger"
+
+
 def test_templates_that_are_in_no_gallery_are_forgotten() -> None:
     encoder = tiny_encoder()
     people = enrolled(encoder)

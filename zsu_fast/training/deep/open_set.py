@@ -83,7 +83,7 @@ class StrangerObjective(DeepObjective):
         target = probability - F.pad(gone, (0, 1))
         target = target + F.pad(gone.sum(1, keepdim=True), (len(self.forget), 0))
         raised = self.settings.stranger_margin * gone.sum(1, keepdim=True)
-        log_q = self._with_stranger(logits + self.shift + raised).log_softmax(1)
+        log_q = self._with_stranger(logits + self.margin * self.forget + raised).log_softmax(1)
         entropy = torch.special.entr(target).sum(1)
         return -((target * log_q).sum(1) + entropy).mean()
 
