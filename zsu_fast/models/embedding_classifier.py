@@ -25,7 +25,7 @@ _TEMPLATES = (
 )
 
 
-class Gallery(nn.Module):
+class SimilarityLayer(nn.Module):
     """Embeddings [N, D] -> logits [N, C]; the last layer of an `EmbeddingClassifier`.
 
     Args:
@@ -70,7 +70,7 @@ class Gallery(nn.Module):
             similarity = 2 * (embeddings @ templates.T) - square
         return similarity if self._places is None else similarity[:, self._places].amax(2)
 
-    def part(self, identities: Sequence[int]) -> Gallery:
+    def part(self, identities: Sequence[int]) -> SimilarityLayer:
         """A gallery of some identities, numbered from 0 in the order given."""
         chosen = torch.tensor(list(identities), device=self.identity.device)
         counts = torch.bincount(self.identity)
@@ -81,7 +81,7 @@ class Gallery(nn.Module):
         )
         bias = None if self.bias is None else self.bias[chosen]
         rows = self.templates[first[number] + place]
-        return Gallery(rows, number, self.metric, self.scale, bias)
+        return SimilarityLayer(rows, number, self.metric, self.scale, bias)
 
     def extra_repr(self) -> str:
         size = f"{len(self)} identities, {len(self.templates)} templates"
@@ -153,12 +153,14 @@ class EmbeddingClassifier(nn.Module):
             offset = offset.to(device)
         factor = 1.0 if scale is None else _check_scale(scale)
         self.encoder = encoder
-        self.gallery = Gallery(rows, identity, metric, factor, offset)
+        self.gallery = SimilarityLayer(rows, identity, metric, factor, offset)
         if scale is None and metric != "dot":
             self.gallery.scale = fitted_scale(self.gallery)
 
     @classmethod
-    def of_gallery(cls, model: EmbeddingClassifier, gallery: Gallery) -> EmbeddingClassifier:
+    def of_gallery(
+        cls, model: EmbeddingClassifier, gallery: SimilarityLayer
+    ) -> EmbeddingClassifier:
         """The encoder of ``model`` with another gallery, without names."""
         other = cls.__new__(cls)
         nn.Module.__init__(other)
@@ -237,7 +239,7 @@ def deliverable(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def fitted_scale(gallery: Gallery) -> float:
+def fitted_scale(gallery: SimilarityLayer) -> float:
     """The scale at which a template itself is recognised with a confidence of 99.5 %.
 
     That is, by the median of up to 256 identities, in a softmax over all of them. It needs no

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ArgumentError, check_int, shorten
-from ..models.embedding_classifier import EmbeddingClassifier, Gallery, check_vectors
+from ..models.embedding_classifier import EmbeddingClassifier, SimilarityLayer, check_vectors
 from .class_sampling import ALL, TILE_VALUES, sample_classes, sample_size
 from .impressions import ClassImpressions
 
@@ -71,7 +71,7 @@ class WorkingGallery:
         rows = templates if templates is not None else gallery.templates[:0]
         gone = [*forget, *forgotten]
         retained = sorted({*range(count)} - {*gone})
-        whole = Gallery(
+        whole = SimilarityLayer(
             torch.cat([gallery.templates, rows]),
             torch.cat([gallery.identity, count + torch.arange(len(rows), device=rows.device)]),
             gallery.metric, gallery.scale, gallery.bias,
@@ -147,7 +147,7 @@ def as_templates(forget: Any, width: int) -> Tensor | None:
     return rows.clone()
 
 
-def _means(gallery: Gallery) -> Tensor:
+def _means(gallery: SimilarityLayer) -> Tensor:
     """The mean template of each identity, [C, D]."""
     total = gallery.templates.new_zeros(len(gallery), gallery.templates.shape[1])
     total.index_add_(0, gallery.identity, gallery.templates)
@@ -155,7 +155,10 @@ def _means(gallery: Gallery) -> Tensor:
 
 
 def _check_apart(
-    gallery: Gallery, forget: Sequence[int], retained: Sequence[int], names: Sequence[str] | None
+    gallery: SimilarityLayer,
+    forget: Sequence[int],
+    retained: Sequence[int],
+    names: Sequence[str] | None,
 ) -> None:
     """Raises if a template is of one to forget and of one to stay."""
     stays = torch.isin(
