@@ -73,7 +73,9 @@ def spread(model: nn.Module, images: Tensor) -> None:
     seen: dict[nn.Module, list[Tensor]] = {head: [] for head in heads}
 
     def note(layer: nn.Module, _args: Any, output: Tensor) -> None:
-        seen[layer].append(output.flatten(2).mean(2) if output.ndim == 4 else output)
+        if output.ndim == 4:  # [N, C, height, width]
+            output = output.flatten(2).mean(2)
+        seen[layer].append(output.flatten(0, -2))  # of tokens too, [N, tokens, C]
 
     handles = [head.register_forward_hook(note) for head in heads]
     logits_of(model, images)
