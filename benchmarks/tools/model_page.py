@@ -142,5 +142,9 @@ def _reasons_of(row: Row) -> list[str]:
 def _plain(text: str) -> str:
     """One line, without Markdown's special letters, so that equal reasons are equal."""
     text = re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"Forgotten in the outputs only: [^.]*\. ", "", text)  # the cell says so
+    text = re.sub(r"(only|assigns) \d+%", r"\1 some %", text)
+    text = re.sub(r", \d+% before", "", text)
+    text = re.sub(r"last layer '[^']*'", "last layer", text)
     text = text[:_REASON] + (" ..." if len(text) > _REASON else "")
     return re.sub(r"([*_|<>\[\]`])", r"\\\1", text).rstrip(".")
