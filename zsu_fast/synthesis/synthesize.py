@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from ..models.outputs import OutputChoice
 from ..models.parameters import weights_hash
 from ..models.prepare import prepare_model
 from ..runtime import memory
+from ..runtime.allocator import keep_freed_memory
 from ..runtime.distributed import Ranks, make_shards, ranks_here
 from ..runtime.measuring import multiply_adds
 from ..runtime.progress import Callback, Reporter, Stopped
-from ..runtime.torch_settings import Precision, threads_for, torch_defaults
+from ..runtime.torch_settings import SMALL, Precision, threads_for, torch_defaults
 from .ascent import Ascent, AscentResult
 from .ascent_settings import AscentSettings, BatchLimits
 from .batch_norm_prior import with_batch_norm_prior
@@ -145,7 +147,7 @@ def ascend(
         store = Cache(cache, _facts(model, space, labels, settings) | layout)
     ascents = _ShardAscents(space, labels, number, settings, report, init, width)
     finished = [_Shard(torch.empty(0, dtype=torch.int64), AscentResult.empty(space.shape))]
-    with threads_for(work, space.low.device):
+    with threads_for(work, space.low.device), _allocation(work, space.low.device):
         for i in ranks.claim_shards(len(shards)):
             stored = store.load(i) if store else None
             if stored is not None:
@@ -157,6 +159,11 @@ def ascend(
             if store:
                 store.save(i, vars(finished[-1].result))
     return _gather(finished, space, ranks)
+
+
+def _allocation(work: int, device: torch.device) -> AbstractContextManager[None]:
+    """Small models, whose activations fit in any heap, need nothing."""
+    return keep_freed_memory() if device.type == "cpu" and work > SMALL else nullcontext()
 
 
 def batch_rows(
