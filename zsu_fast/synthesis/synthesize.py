@@ -8,6 +8,7 @@ has a cross-entropy gradient of exactly 0, from which the tail learns nothing.
 from __future__ import annotations
 
 import logging
+import platform
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,7 @@ from ..runtime.distributed import Ranks, make_shards, ranks_here
 from ..runtime.measuring import multiply_adds
 from ..runtime.progress import Callback, Reporter, Stopped
 from ..runtime.torch_settings import SMALL, Precision, threads_for, torch_defaults
+from . import candidates
 from .ascent import Ascent, AscentResult
 from .ascent_settings import AscentSettings, BatchLimits
 from .batch_norm_prior import with_batch_norm_prior
@@ -136,6 +138,12 @@ def ascend(
     number = torch.arange(settings.per_class).repeat(len(classes))
     shard_rows, width = batch_rows(space, settings.limits, 1 if ranks.single else ranks_here())
     work = multiply_adds(space.exact, space.one_point())
+    chosen: dict[str, Any] = {}
+    computed = ""
+    if ranks.single and candidates.may_choose(space, work):
+        choice = _choose(space, _facts(model, space, labels, settings), settings, width, cache)
+        space, width = candidates.apply(choice, space, settings.precision), choice.rows
+        chosen, computed = choice.facts(), str(choice)
     if ranks.single:
         shards = list(torch.arange(len(labels)).split(shard_rows))
     else:
@@ -144,7 +152,7 @@ def ascend(
     if cache is not None:
         # renaming a key would make existing caches unreadable
         layout = {"rows a shard": shard_rows} if ranks.single else {"pieces": len(shards)}
-        store = Cache(cache, _facts(model, space, labels, settings) | layout)
+        store = Cache(cache, _facts(model, space, labels, settings) | layout | chosen)
     ascents = _ShardAscents(space, labels, number, settings, report, init, width)
     finished = [_Shard(torch.empty(0, dtype=torch.int64), AscentResult.empty(space.shape))]
     with threads_for(work, space.low.device), _allocation(work, space.low.device):
@@ -158,7 +166,32 @@ def ascend(
                 break
             if store:
                 store.save(i, vars(finished[-1].result))
-    return _gather(finished, space, ranks)
+    impressions = _gather(finished, space, ranks)
+    impressions.computed = computed
+    return impressions
+
+
+def _choose(
+    space: SearchSpace,
+    facts: dict[str, Any],
+    settings: AscentSettings,
+    width: int,
+    cache: str | Path | None,
+) -> candidates.Choice:
+    """The fastest way to compute the steps on this machine, or the one of the run before."""
+    points = len(facts["classes"]) * settings.per_class
+    width = min(width, points)
+    row = memory.bytes_per_row(space.fast_model, space.one_point())
+    most = min(points, memory.rows_that_fit(row, space.low.device))
+
+    def timed() -> candidates.Choice:
+        with keep_freed_memory():
+            return candidates.choose(space, width, most, points, settings.precision)
+
+    facts = facts | {"processor": platform.processor(), "threads": torch.get_num_threads()}
+    choice = candidates.remembered(cache, facts, timed)
+    _log.info("impressions are computed by: %s", choice)
+    return replace(choice, rows=min(choice.rows, most))
 
 
 def _allocation(work: int, device: torch.device) -> AbstractContextManager[None]:
