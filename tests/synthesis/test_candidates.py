@@ -65,6 +65,24 @@ def test_fused_convolutions_give_the_same_logits_and_gradient(dtype: torch.dtype
         assert error < (1e-5 if dtype == torch.float32 else 0.05)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(7, 2, 0), (7, 2, 3), (3, 3, 1), (1, 2, 0)]
+)
+@pytest.mark.parametrize("size", [23, 24, 25])
+def test_the_gradient_of_an_image_is_computed_by_phases(
+    kernel: int, stride: int, padding: int, size: int
+) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, kernel, stride, padding).requires_grad_(False)
+    frozen = FrozenConv(conv)
+    assert frozen.phases is not None
+    results = []
+    for layer in (conv, frozen):
+        x = torch.linspace(-2, 2, 3 * size * size).view(1, 3, size, size).requires_grad_(True)
+        results.append(torch.autograd.grad(layer(x).square().sum(), x)[0])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
 def space() -> SearchSpace:
     return input_space(working_copy(tiny(), torch.device("cpu")), SPEC, "float32")
 

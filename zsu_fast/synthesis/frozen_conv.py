@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 _CHANNELS_LAST = torch.channels_last
+_FEW = 4  # channels of an image, at most
 
 
 class Activation(NamedTuple):
@@ -67,6 +69,10 @@ class FrozenConv(nn.Module):
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), False)
         self.weight = nn.Parameter(weight.contiguous(memory_format=_CHANNELS_LAST), False)
         self.register_buffer("flipped", flipped.contiguous(memory_format=_CHANNELS_LAST))
+        phases = None
+        if conv.groups == 1 and conv.in_channels <= _FEW and 1 < conv.stride[0] == conv.stride[1]:
+            phases = _phase_weights(weight, conv.stride[0])
+        self.register_buffer("phases", phases)
 
     def forward(self, x: Tensor) -> Tensor:
         """float [N, I, H, W] -> [N, O, H', W'], in the weights' dtype."""
@@ -82,6 +88,8 @@ class FrozenConv(nn.Module):
 
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of x, of shape [N, I, H, W], from that of the convolution's output."""
+        if self.phases is not None:
+            return self._gradient_by_phases(grad, shape)
         if self.stride != (1, 1) and self.groups == 1 and self.kernel != (1, 1):
             like = torch.empty(shape, dtype=grad.dtype, memory_format=_CHANNELS_LAST)  # not read
             found: Tensor = torch.ops.aten.convolution_backward(
@@ -100,6 +108,32 @@ class FrozenConv(nn.Module):
             grad = dilated
         flipped: Tensor = self.get_buffer("flipped")
         return _onednn(grad, flipped, None, padding, (1, 1), self.groups, NONE)
+
+    def _gradient_by_phases(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """`input_gradient` of a strided convolution of an image: one without stride gives the
+        pixels of each phase as channels. For the first layer of SqueezeNet or ResNet, oneDNN's
+        own gradient takes 2.5 times as long.
+        """
+        phases = self.get_buffer("phases")
+        reach = [n - 1 for n in phases.shape[2:]]
+        padded = _onednn(grad, phases, None, reach, (1, 1), 1, NONE)
+        padded = F.pixel_shuffle(padded, self.stride[0])
+        (top, left), (height, width) = self.padding, shape[2:]
+        out = padded[:, :, top : top + height, left : left + width]
+        # the last rows and columns may be beyond the reach of any output
+        return F.pad(out, (0, width - out.shape[3], 0, height - out.shape[2]))
+
+
+def _phase_weights(weight: Tensor, stride: int) -> Tensor:
+    """Weights [O, I, K, L] -> [I * stride^2, O, ceil(K / stride), ceil(L / stride)], as
+    ``pixel_shuffle`` orders them, flipped.
+    """
+    outputs, inputs, *kernel = weight.shape
+    down, right = (-(-k // stride) for k in kernel)
+    padded = F.pad(weight, (0, right * stride - kernel[1], 0, down * stride - kernel[0]))
+    phases = padded.reshape(outputs, inputs, down, stride, right, stride).permute(1, 3, 5, 0, 2, 4)
+    phases = phases.flip(4, 5).reshape(inputs * stride**2, outputs, down, right)
+    return phases.contiguous(memory_format=_CHANNELS_LAST)
 
 
 def _onednn(
