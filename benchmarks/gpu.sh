@@ -2,7 +2,8 @@
 # Everything that needs a GPU: build, GPU tests, compute-sanitizer on every kernel, op benchmarks,
 # captured loops against eager ones, full shapes, whole calls. Runs without network, with the torch
 # (2.11 or later) and Triton that are installed. Tables and logs go to $OUT (default: gpu-results);
-# tables name card, clocks and power if nvidia-ml-py is installed.
+# tables name card, clocks, power and temperature if nvidia-ml-py is installed, and a benchmark fails
+# if the card was throttled.
 #
 #   OUT=/tmp/out benchmarks/gpu.sh                   # all of it
 #   OUT=/tmp/out benchmarks/gpu.sh check             # build, tests, sanitizer
@@ -46,7 +47,7 @@ if [ "$what" = --cpu ]; then
   step doctor "${doctor[@]}"
   step collect-gpu-tests "${pytest[@]}" tests -m gpu --collect-only
   step touch "$python" -m benchmarks.tools.touch_every_kernel --device cpu
-  step gpu-state "$python" -c 'from benchmarks import harness; print(harness.gpu_state())'
+  step gpu-state "$python" -c 'from benchmarks import harness; print(harness.gpu_facts())'
   step bench-loops "${pytest[@]}" benchmarks/end_to_end/bench_loops.py
   finish "rehearsal passed"
 fi

@@ -18,17 +18,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from zsu_fast.synthesis import ascent
+from zsu_fast.runtime.nvml import GpuState, gpu_state
 
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
 GRAPH_CALLS = 6  # inputs rotate among 2 or 3
@@ -56,11 +54,20 @@ class Row:
     speedup: float  # over the first contender
     floor: float  # multiple of the floor's time; nan without a floor
     gigabytes: float  # per second, counting only unavoidable traffic
+    # of the GPU while the row was measured, see GpuLog.facts
+    sm_clock: str = ""
+    power: str = ""
+    temperature: str = ""
+    throttled: str = ""
 
 
 @dataclass
 class Table:
-    """All rows of one benchmark file, written to the results folder at its end."""
+    """All rows of one benchmark file, written to the results folder at its end.
+
+    If the GPU was throttled during any of them, `write` writes ``throttled_...`` instead and raises
+    `Throttled`: such figures must not be taken for results.
+    """
 
     name: str
     title: str
@@ -69,7 +76,8 @@ class Table:
 
     def write(self) -> None:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        target = RESULTS / f"{DEVICE}_{self.name}"
+        slow = [row for row in self.rows if row.throttled]
+        target = RESULTS / f"{'throttled_' if slow else ''}{DEVICE}_{self.name}"
         with target.with_suffix(".csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*Row.__dataclass_fields__, *machine()])
@@ -88,8 +96,21 @@ class Table:
                 f" | {duration(row.low)} to {duration(row.high)}"
                 f" | {row.speedup:.2f} | {floor} | {rate} |"
             )
-        lines += ["", *(f"- {note}" for note in self.notes), ""]
+        notes = [*self.notes, *self._gpu_notes()]
+        lines += ["", *(f"- {note}" for note in notes), ""]
         target.with_suffix(".md").write_text("\n".join(lines))
+        if slow:
+            causes = sorted({row.throttled for row in slow})
+            raise Throttled(f"{target.name}: no result, the GPU was throttled: {'; '.join(causes)}")
+
+    def _gpu_notes(self) -> list[str]:
+        """Clocks, power and temperature of each case, once each."""
+        known = [row for row in self.rows if row.sm_clock]
+        return list(dict.fromkeys(
+            f"{row.case}: {row.sm_clock} at least, {row.power} and {row.temperature} at most"
+            + (f", throttled: {row.throttled}" if row.throttled else "")
+            for row in known
+        ))  # fmt: skip
 
 
 def duration(seconds: float) -> str:
@@ -108,7 +129,7 @@ def machine() -> dict[str, str]:
         "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
     }
     if DEVICE == "cuda":
-        facts |= gpu_state()
+        facts |= gpu_facts()
     return facts
 
 
@@ -130,27 +151,46 @@ def run_child(module: str, *arguments: str) -> dict[str, Any]:
     return result
 
 
-def gpu_state() -> dict[str, str]:
-    """Card, clocks and power from NVML, or the reason why they are unknown."""
-    try:
-        import pynvml
-    except ImportError:
-        return {"clocks": "unknown: nvidia-ml-py is not installed"}
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return {"clocks": f"unknown: {error}"}
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    sm, memory = (
-        pynvml.nvmlDeviceGetClockInfo(handle, kind)
-        for kind in (pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM)
-    )
-    return {
-        "card": str(pynvml.nvmlDeviceGetName(handle)),
-        "driver": str(pynvml.nvmlSystemGetDriverVersion()),
-        "clocks": f"{sm} MHz SM, {memory} MHz memory",
-        "power": f"{pynvml.nvmlDeviceGetPowerUsage(handle) / 1000:.0f} W",
-    }
+def gpu_facts() -> dict[str, str]:
+    """The GPU's state by NVML, or the reason why it is unknown."""
+    return {"gpu": str(gpu_state())}
+
+
+class Throttled(RuntimeError):
+    """The card ran below its clocks while it was measured: the figures are no results."""
+
+
+class GpuLog:
+    """Notes the GPU's state while it works. Time spent asking for it is not measured: the host
+    asks while kernels are in flight.
+    """
+
+    def __init__(self) -> None:
+        self.states: list[GpuState] = []
+
+    def note(self) -> None:
+        """Notes the state now, on a GPU whose state is known."""
+        state = gpu_state() if DEVICE == "cuda" else "no GPU"
+        if isinstance(state, GpuState):
+            self.states.append(state)
+
+    def facts(self) -> dict[str, str]:
+        """The states since the last call: lowest clock, most power, highest temperature, and
+        every reason for throttling; empty strings if nothing is known.
+        """
+        states, self.states = self.states, []
+        if not states:
+            return dict.fromkeys(("sm_clock", "power", "temperature", "throttled"), "")
+        reasons = {reason: None for state in states for reason in state.throttled}
+        return {
+            "sm_clock": f"{min(state.sm_clock for state in states)} MHz",
+            "power": f"{max(state.power for state in states):.0f} W",
+            "temperature": f"{max(state.temperature for state in states)} C",
+            "throttled": ", ".join(reasons),
+        }
+
+
+GPU_LOG = GpuLog()
 
 
 def race(
@@ -219,13 +259,6 @@ def captured(run: Callable[[], Any]) -> tuple[Any, Any]:
     return graph, output
 
 
-@contextmanager
-def eager_ascent() -> Iterator[None]:
-    """Runs ascent steps one by one instead of capturing them."""
-    with mock.patch.object(ascent, "capture_steps", lambda step, _device: step):
-        yield
-
-
 def measure(run: Callable[[], Any], calls: int) -> float:
     """Seconds per call, over ``calls`` calls."""
     if DEVICE == "cuda":
@@ -235,6 +268,7 @@ def measure(run: Callable[[], Any], calls: int) -> float:
         for _ in range(calls):
             run()
         end.record()
+        GPU_LOG.note()
         torch.cuda.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / calls
     begin = time.thread_time()
@@ -265,6 +299,7 @@ def compare(
         Median seconds per call, by contender.
     """
     times = race(contenders, **options)
+    gpu = GPU_LOG.facts()
     medians = {name: statistics.median(values) for name, values in times.items()}
     base = next(iter(medians.values()))
     if floor is not None and floor not in medians:
@@ -281,6 +316,7 @@ def compare(
                 speedup=base / medians[name],
                 floor=medians[name] / medians[floor] if floor else float("nan"),
                 gigabytes=floor_bytes / medians[name] / 1e9,
+                **gpu,
             )
         )
     return medians

@@ -1,6 +1,8 @@
 // What every op checks about its arguments, on any device, and the forms in which kernels read them.
 #pragma once
 
+#include "refusal.h" // before torch's headers
+
 #include "ascent_step.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -8,9 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK // its name up to torch 2.11
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
+#include <optional>
 
 namespace zsu {
 
@@ -95,28 +95,45 @@ inline SignedCrossEntropyInputs signed_cross_entropy_inputs(
 // ---- masked_cross_entropy ------------------------------------------------------------------------
 struct MaskedCrossEntropyInputs {
   Tensor logits;  // dense rows
-  Tensor teacher; // of the type of logits, dense rows
+  Tensor teacher; // of the type of logits or of the accumulator, dense rows
   Tensor forget;  // contiguous
   Tensor coef;    // of the accumulator's type, contiguous
+  std::optional<Tensor> index; // int64, contiguous
+  std::optional<Tensor> keep;  // of the accumulator's type, contiguous
 };
 
 inline MaskedCrossEntropyInputs masked_cross_entropy_inputs(
-    const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef) {
+    const Tensor& logits, const Tensor& teacher, const Tensor& forget, const Tensor& coef,
+    const std::optional<Tensor>& index, const std::optional<Tensor>& keep) {
   check_logits(logits);
   check_coef(coef, logits);
   check_float(teacher, "teacher");
   check_same_device(logits, teacher, "teacher");
   check_same_device(logits, forget, "forget");
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  STD_TORCH_CHECK(
-      teacher.dim() == 2 && teacher.size(0) == rows && teacher.size(1) == classes, "teacher must have the shape of logits");
+  STD_TORCH_CHECK(teacher.dim() == 2 && teacher.size(1) == classes, "teacher must have the classes of logits");
   STD_TORCH_CHECK(
       forget.dim() == 1 && forget.size(0) == classes && forget.scalar_type() == ScalarType::Bool,
       "forget must be bool [classes] = [", classes, "]");
-  const ScalarType type = logits.scalar_type();
-  return {
-      with_dense_rows(logits), with_dense_rows(teacher.scalar_type() == type ? teacher : torch::stable::to(teacher, type)),
-      contiguous_as(forget, ScalarType::Bool), contiguous_as(coef, accumulator_of(logits))};
+  if (index) {
+    check_per_row(*index, logits, "index");
+    STD_TORCH_CHECK(index->scalar_type() == ScalarType::Long, "index must be int64");
+    STD_TORCH_CHECK(rows == 0 || teacher.size(0) > 0, "teacher must have the rows that index names");
+  } else {
+    STD_TORCH_CHECK(teacher.size(0) == rows, "teacher must have the shape of logits, without index");
+  }
+  if (keep) {
+    check_per_row(*keep, logits, "keep");
+    check_float(*keep, "keep");
+  }
+  const ScalarType type = accumulator_of(logits);
+  const bool same = teacher.scalar_type() == logits.scalar_type();
+  MaskedCrossEntropyInputs in{
+      with_dense_rows(logits), with_dense_rows(same ? teacher : torch::stable::to(teacher, type)),
+      contiguous_as(forget, ScalarType::Bool), contiguous_as(coef, type), std::nullopt, std::nullopt};
+  if (index) in.index = contiguous_as(*index, ScalarType::Long);
+  if (keep) in.keep = contiguous_as(*keep, type);
+  return in;
 }
 
 // ---- scale_rows_ ---------------------------------------------------------------------------------

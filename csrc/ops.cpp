@@ -1,10 +1,14 @@
 // The schemas of every op. zsu_fast/ops/schemas.py holds the same table for installations without this
 // library; tests/test_build.py compares the two.
+#include "refusal.h" // before torch's headers
+
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(zsu_fast, m) {
   m.def("signed_cross_entropy(Tensor logits, Tensor target, Tensor coef) -> (Tensor losses, Tensor dlogits)");
-  m.def("masked_cross_entropy(Tensor logits, Tensor teacher, Tensor forget, Tensor coef) -> (Tensor loss, Tensor dlogits)");
+  m.def(
+      "masked_cross_entropy(Tensor logits, Tensor teacher, Tensor forget, Tensor coef, Tensor? index=None, "
+      "Tensor? keep=None, float shift=0.0, bool forget_only=False) -> (Tensor loss, Tensor dlogits)");
   m.def("scale_rows_(Tensor(a!) rows, Tensor coef, Tensor grad) -> ()");
   m.def(
       "ascent_step_(Tensor(a!) x, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, "

@@ -1,12 +1,14 @@
 """A GPU for machines without one: CPU tensors that report the device cuda:0.
 
 `on_fake_gpu` runs code with device="cuda" on the CPU, and raises if an op gets tensors of both
-devices, as a real GPU would. There are no kernels, graphs or streams: loops run eagerly.
+devices, as a real GPU would. There are no kernels or streams. Loops run eagerly, or with
+``graphs=True`` in graphs that behave as CUDA's: capture changes no tensor and refuses reads by the
+host, replay runs what was captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
-from zsu_fast.synthesis import ascent
+from zsu_fast.runtime import cuda_graph
 from zsu_fast.training import train_step
 
 GPU = torch.device("cuda", 0)
@@ -26,6 +28,10 @@ MIXING = {
     "aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put", "aten::index_put_",
     "aten::_index_put_impl_", "aten::index_add",
 }  # fmt: skip
+
+
+# ops that make the host wait for a value of the device
+HOST_READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
 
 
 class DeviceMixError(RuntimeError):
@@ -51,12 +57,14 @@ class GpuTensor(Tensor):
         return GPU
 
     def tolist(self) -> Any:
+        _refuse_while_capturing("tolist")
         return self.inner.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise DeviceMixError("numpy() of a tensor on the GPU")
 
     def cpu(self, *_: Any, **__: Any) -> Tensor:
+        _refuse_while_capturing("cpu")
         return _ToCpu.apply(self)
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -87,6 +95,42 @@ class _ToCpu(torch.autograd.Function):
         return GpuTensor(grad)
 
 
+class FakeGraph:
+    """A captured function. Its capture runs it and then undoes what it did to tensors."""
+
+    current: FakeGraph | None = None
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.replay = run
+        self._storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        FakeGraph.current = self
+        try:
+            run()
+        except RuntimeError as error:  # as on a GPU, the end of the capture raises another
+            raise RuntimeError("CUDA error: operation failed due to a previous error") from error
+        finally:
+            FakeGraph.current = None
+            for storage, old in self._storages.values():
+                storage.copy_(old)
+
+    def before(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Notes the storages that an op is about to change."""
+        if func._schema.name in HOST_READS:
+            _refuse_while_capturing(func._schema.name)
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            for tensor in tree_leaves(value):
+                storage = getattr(tensor, "inner", tensor).untyped_storage()
+                self._storages.setdefault(storage.data_ptr(), (storage, storage.clone()))
+
+
+def _refuse_while_capturing(name: str) -> None:
+    if FakeGraph.current is not None:
+        raise RuntimeError(f"CUDA error: {name} not permitted when stream is capturing")
+
+
 def _device_in(args: Any, kwargs: dict[str, Any]) -> torch.device | None:
     for value in (*args, kwargs.get("device")):
         if isinstance(value, str | torch.device):
@@ -98,6 +142,8 @@ def _device_in(args: Any, kwargs: dict[str, Any]) -> torch.device | None:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
+    if FakeGraph.current is not None:
+        FakeGraph.current.before(func, args, kwargs)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     ours = [t for t in tensors if isinstance(t, GpuTensor)]
     others = [t for t in tensors if not isinstance(t, GpuTensor)]
@@ -153,15 +199,28 @@ def _tensor(data: Any, *args: Any, **kwargs: Any) -> Tensor:
     return tensor if device is None or torch.device(device).type == "cpu" else GpuTensor(tensor)
 
 
+def _as_tensor(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Replaces `torch.as_tensor`, likewise."""
+    return data.to(*args, **kwargs) if isinstance(data, Tensor) else _tensor(data, *args, **kwargs)
+
+
 _real_to, _real_tensor = nn.Module.to, torch.tensor
 
 
 @contextmanager
-def on_fake_gpu() -> Iterator[None]:
-    """In the block, device="cuda" is the fake GPU."""
+def on_fake_gpu(graphs: bool = False) -> Iterator[None]:
+    """In the block, device="cuda" is the fake GPU; see the module for ``graphs``."""
     # Before there is a device guard, autograd starts without GPU threads, so that tests can fork.
     torch.ones(1, requires_grad=True).sum().backward()
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]  as FakeTensor does
+    eagerly = (
+        (cuda_graph.GraphCapturer, "try_capture", lambda *_: None),
+        (train_step, "GraphTrainStep", lambda *args, **_: train_step.EagerTrainStep(*args)),
+    )
+    captured = (
+        (cuda_graph, "warm_up", lambda run, _device: run()),
+        (cuda_graph, "capture", FakeGraph),
+    )
     with ExitStack() as stack:
         for owner, name, value in (
             (torch.cuda, "_lazy_init", lambda: None),
@@ -175,9 +234,9 @@ def on_fake_gpu() -> Iterator[None]:
             (torch.cuda, "max_memory_allocated", lambda _device=None: 1 << 20),
             (torch.cuda, "reset_peak_memory_stats", lambda _device=None: None),
             (torch, "tensor", _tensor),
+            (torch, "as_tensor", _as_tensor),
             (nn.Module, "to", _move),
-            (ascent, "capture_steps", lambda step, _device: step),
-            (train_step, "GraphTrainStep", lambda *args, **_: train_step.EagerTrainStep(*args)),
+            *(captured if graphs else eagerly),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(_Factories())

@@ -11,14 +11,16 @@ import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 import zsu_fast
-from zsu_fast.ops import backends, library
+from zsu_fast.ops import backends, library, reference
 from zsu_fast.ops.schemas import SCHEMAS
 from zsu_fast.runtime.doctor import doctor, render
+from zsu_fast.version import VERSION
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(zsu_fast.__file__).parent
@@ -68,6 +70,29 @@ def test_only_the_stable_abi_is_used(lib: library.NativeLibrary) -> None:
     assert not cxx
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="about the linker of Linux")
+@pytest.mark.parametrize("lib", [library.CPU, library.CUDA], ids=lambda lib: lib.name)
+def test_one_runtime_throws_and_formats(lib: library.NativeLibrary) -> None:
+    """pytorch#109923: libc10 exports iostreams of the libstdc++ that it was built with. A library
+    that uses them may die where it should raise.
+    """
+    if not lib.path or not shutil.which("readelf") or not shutil.which("nm"):
+        pytest.skip(lib.reason or "no readelf or nm")
+
+    def output(*command: Any) -> str:
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        return run.stdout
+
+    needed = re.findall(r"NEEDED.*\[(.*)\]", output("readelf", "-d", lib.path))
+    first = next(i for i, name in enumerate(needed) if name.startswith("libstdc++"))
+    assert all(not name.startswith(("libc10", "libtorch")) for name in needed[:first])
+    used = output("nm", "-D", "--undefined-only", lib.path)
+    assert "basic_ostringstream" not in used
+    assert "basic_stringstream" not in used
+    unversioned = [line.split()[-1] for line in used.splitlines() if "@" not in line]
+    assert [name for name in unversioned if name.startswith("_Z")] == []
+
+
 def test_denormals_survive_the_import() -> None:
     """Linking with -ffast-math would flush them to zero in the whole process."""
     run = python(
@@ -83,6 +108,8 @@ def test_every_instruction_set(isa: str) -> None:
     if not library.CPU.loaded:
         pytest.skip(str(library.CPU.reason))
     order = ["baseline", "avx2", "avx512"]
+    if library.cpu_isa() not in order:
+        pytest.skip(f"this CPU has {library.cpu_isa()} only")
     if order.index(isa) > order.index(str(library.cpu_isa())):
         pytest.skip(f"this CPU stops at {library.cpu_isa()}")
     run = python(
@@ -164,6 +191,21 @@ def test_a_library_that_does_not_load_gives_a_reason(pure_python: Path) -> None:
     assert "_C_cpu.abi3.so does not load" in run.stdout
 
 
+def test_why_a_library_was_left_out_is_its_reason(pure_python: Path) -> None:
+    """setup.py writes it."""
+    note = pure_python / "zsu_fast" / "_C_cpu.left_out.txt"
+    note.write_text("its build failed: the process dies of signal 6\n")
+    try:
+        run = python(
+            "from zsu_fast.runtime.doctor import render\nprint(render())",
+            PYTHONPATH=str(pure_python),
+        )
+    finally:
+        note.unlink()
+    assert run.returncode == 0, run.stderr
+    assert "was not built (its build failed: the process dies of signal 6)" in run.stdout
+
+
 # ---- choosing ------------------------------------------------------------------------------------
 def test_explicit_choices_run_or_raise() -> None:
     cpu = torch.device("cpu")
@@ -176,7 +218,7 @@ def test_explicit_choices_run_or_raise() -> None:
         backends.choose("signed_cross_entropy", cpu, "fortran")
     with backends.use_backend("eager"):
         chosen = backends.choose("signed_cross_entropy", cpu)
-        assert chosen is backends.reference.signed_cross_entropy
+        assert chosen.__wrapped__ is reference.signed_cross_entropy
         with backends.use_backend("auto"):
             assert backends.forced_backend() is None
     assert backends.choose("signed_cross_entropy", cpu) is not chosen or not library.CPU.loaded
@@ -274,6 +316,100 @@ def test_a_wrapper_on_the_path_is_no_toolkit(
     assert build_script.toolkit() == real
 
 
+# ---- before a library is kept --------------------------------------------------------------------
+def test_a_library_that_dies_where_it_refuses_is_left_out(
+    build_script: ModuleType, tmp_path: Path
+) -> None:
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        pytest.skip("no C compiler")
+    library_that_dies = tmp_path / "dies.so"
+    (tmp_path / "dies.c").write_text(
+        "#include <stdlib.h>\n__attribute__((constructor)) void die(void) { abort(); }\n"
+    )
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", library_that_dies, tmp_path / "dies.c"], check=True
+    )
+    reason = build_script.why_unusable(build_script.CPU, library_that_dies)
+    assert reason == "the process dies of signal 6 where an op refuses its arguments"
+
+
+def test_a_library_that_refuses_or_is_for_another_machine_is_kept(
+    build_script: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.so"
+    other.write_bytes(b"for another machine")
+    assert build_script.why_unusable(build_script.CPU, other) is None
+    assert "does not load here" in capfd.readouterr().err
+    for name, lib in ((build_script.CPU, library.CPU), (build_script.CUDA, library.CUDA)):
+        if lib.path:
+            assert build_script.why_unusable(name, lib.path) is None
+            assert "refuses:" in capfd.readouterr().err
+
+
+def test_a_library_that_refuses_nothing_is_left_out(
+    build_script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library.CPU.path:
+        pytest.skip(str(library.CPU.reason))
+    monkeypatch.setitem(build_script.REFUSALS, build_script.CPU, "pass")
+    reason = build_script.why_unusable(build_script.CPU, library.CPU.path)
+    assert reason == "an op took arguments that it must refuse"
+
+
+# ---- other compilers -----------------------------------------------------------------------------
+CLANG = ["clang++", *(f"clang++-{version}" for version in range(25, 13, -1))]
+OTHER_COMPILERS = {"clang": CLANG, "g++-aarch64-linux-gnu": ["aarch64-linux-gnu-g++"]}
+
+
+@pytest.mark.parametrize("package", OTHER_COMPILERS)
+def test_other_compilers_build_the_cpu_code(package: str, tmp_path: Path) -> None:
+    """Clang is macOS's compiler; aarch64 is that of Macs and of ARM servers."""
+    compiler = next(filter(None, map(shutil.which, OTHER_COMPILERS[package])), None)
+    if compiler is None:
+        pytest.skip(f"{OTHER_COMPILERS[package][0]} is not installed (Debian's package {package})")
+    if not (ROOT / "csrc").exists():
+        pytest.skip("no sources next to the tests")
+    from torch.utils.cpp_extension import include_paths
+
+    includes = [part for path in include_paths() for part in ("-isystem", path)]
+    for source in (ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))):
+        run = subprocess.run(
+            [compiler, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror",
+             "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000", *includes, "-c", source,
+             "-o", tmp_path / "out.o"], capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-4000:]
+
+
+def test_neon_kernels_compute_what_the_others_do(tmp_path: Path) -> None:
+    """The same program for this CPU and, in an emulator, for aarch64: both print their results."""
+    cross, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    host = shutil.which(os.environ.get("CXX", "c++"))
+    if not cross or not emulator or not host:
+        pytest.skip("needs c++, and Debian's packages g++-aarch64-linux-gnu and qemu-user")
+    if not (ROOT / "csrc").exists():
+        pytest.skip("no sources next to the tests")
+    sources = [*sorted((ROOT / "csrc" / "cpu").glob("isa_*.cpp")), ROOT / "csrc/cpu/dispatch.cpp"]
+    results = []
+    for compiler, run in ((host, []), (cross, [emulator])):
+        program = tmp_path / f"kernels-{len(results)}"
+        subprocess.run(
+            [compiler, "-std=c++20", "-O1", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
+             "-static", f"-I{ROOT / 'csrc' / 'cpu'}", *sources,
+             Path(__file__).parent / "ops" / "print_kernels.cpp", "-o", program], check=True,
+        )  # fmt: skip
+        printed = subprocess.run([*run, program], capture_output=True, text=True, check=True)
+        name, *lines = printed.stdout.splitlines()
+        results.append([line.split() for line in lines])
+    assert name == "neon"
+    assert len(results[0]) == len(results[1]) > 1000
+    for (kind, a), (other, b) in zip(*results, strict=True):
+        assert kind == other
+        digits = {"bfloat16": 1e-2, "float16": 2e-3, "float64": 1e-12}.get(kind, 2e-6)
+        assert float(b) == pytest.approx(float(a), rel=digits, abs=1e-7)
+
+
 def libraries(names: list[str]) -> list[str]:
     return [n for n in names if n.endswith(".so")]
 
@@ -288,12 +424,17 @@ def test_a_pure_python_install_on_request(tmp_path: Path) -> None:
 
 
 def test_an_install_without_a_compiler(tmp_path: Path) -> None:
-    run, names = wheel(tmp_path, CXX="/nonexistent/c++", CC="/nonexistent/cc", ZSU_FAST_CUDA="0")
+    run, names = wheel(
+        tmp_path, CXX="/nonexistent/c++", CC="/nonexistent/cc", ZSU_FAST_CUDA="0",
+        ZSU_FAST_VERSION_LABEL="cu130",
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
+    assert f"zsu_fast-{VERSION}+cu130.dist-info/WHEEL" in names  # of the wheel with CUDA
     assert "zsu_fast/ops/reference.py" in names
     assert not libraries(names)
     assert run.stderr.count("zsu_fast build: pure Python") == 1
     assert "zsu_fast._C_cpu left out, its build failed" in run.stderr
+    assert "zsu_fast/_C_cpu.left_out.txt" in names
 
 
 def test_a_build_that_must_succeed_fails(tmp_path: Path) -> None:

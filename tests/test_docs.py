@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 import zsu_fast
 from zsu_fast.cli.app import app
-from zsu_fast.evaluation.audit import CheckName, FindingName
+from zsu_fast.evaluation.audit import CheckName, EncoderCheckName, FindingName
 from zsu_fast.provenance.record import Record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -245,6 +245,14 @@ def test_the_evidence_page_has_every_check_and_finding() -> None:
         listed = [line.split(" | ")[0].strip("| ") for line in section.splitlines() if "|" in line]
         wanted = [value for name, value in vars(names).items() if name.isupper()]
         assert sorted(listed[2:]) == sorted(wanted)
+
+
+def test_the_page_on_encoders_has_every_test_of_theirs() -> None:
+    page = (ROOT / "docs" / "encoders.md").read_text()
+    section = page.partition("\n| test | passes when |\n")[2].partition("\n\n")[0]
+    listed = [line.split(" | ")[0].strip("| ") for line in section.splitlines()[1:]]
+    wanted = [value for name, value in vars(EncoderCheckName).items() if name.isupper()]
+    assert listed == [*wanted, f"{CheckName.PROBE}, {CheckName.RELEARN_FULL}"]
 
 
 def test_the_results_page_names_every_file() -> None:

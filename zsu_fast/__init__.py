@@ -16,10 +16,14 @@ from .evaluation.audit.audit import audit
 from .evaluation.audit.result import Audit
 from .evaluation.baselines import random_embeddings
 from .evaluation.check import check
+from .evaluation.encoder_evaluation import EncoderEvaluation
+from .evaluation.enrolment import enroll
 from .evaluation.multi_label import MultiLabelEvaluation
 from .evaluation.verdict import Verdict
 from .models.compact import compact
 from .models.delta import apply_delta, save_delta
+from .models.embedding_classifier import EmbeddingClassifier
+from .models.gallery import Gallery
 from .models.input_spec import InputSpec
 from .options import paper_preset
 from .planning.plan import Plan, plan
@@ -41,8 +45,11 @@ __all__ = [
     "Audit",
     "CheckpointError",
     "ClassImpressions",
+    "EmbeddingClassifier",
+    "EncoderEvaluation",
     "Evaluation",
     "Event",
+    "Gallery",
     "InputSpec",
     "Ledger",
     "LedgerError",
@@ -63,6 +70,7 @@ __all__ = [
     "check",
     "compact",
     "doctor",
+    "enroll",
     "evaluate",
     "mask",
     "paper_preset",

@@ -10,6 +10,7 @@ from torch import Tensor
 from .models.multi_label import predicted
 from .request import Request
 from .splitting.split import Split, find_split
+from .synthesis.gallery_sampling import WorkingGallery
 from .synthesis.impressions import ClassImpressions
 from .synthesis.space import tail_input_space
 from .training.class_subset import ClassSubsetTail
@@ -22,7 +23,7 @@ from .training.fit_task import (
     make_fit_task,
     trained_parameters,
 )
-from .training.trainer import AGREEMENT_GOAL, Fit, train_tail
+from .training.trainer import AGREEMENT_GOAL, Fit, ValidationResult, train_tail
 
 # The last layer's fit after deep forgetting: the classes hardly reach it any more.
 _LAST_MIXTURES, _LAST_STEPS = 4096, 400
@@ -62,6 +63,35 @@ def deepen(request: Request, rows: RowSource, impressions: ClassImpressions) -> 
         options.loop = replace(loop, steps=loop.steps or _LAST_STEPS)
         options.objective = replace(options.objective, constant=request.multi_label)
     return rows.deep.last
+
+
+def deepen_encoder(
+    request: Request, gallery: WorkingGallery, rows: RowSource, impressions: ClassImpressions
+) -> Fit:
+    """Trains the encoder's layers; the templates, its last layer, stay as they are.
+
+    Raises:
+        ModelError: deep forgetting failed its checks.
+    """
+    options, ranks, failure = request.options, request.ranks, ""
+    placed = replace(impressions, labels=gallery.places(impressions.labels))
+    try:
+        facts = forget_deeply(
+            request.work, rows.deep, rows.scenes, placed, request.forget_mask, options.features,
+            options.loop, rows.settings, options.seed, request.report,
+        )  # fmt: skip
+    except DeepFailed as error:
+        failure, facts = str(error), error.facts
+    failure, facts = ranks.broadcast_object((failure, facts))
+    if failure:
+        request.fall_back(failure)
+    ranks.copy_from_main(trained_parameters(request.work, rows.deep.split))
+    request.record.depth |= facts
+    history = [ValidationResult(**result) for result in facts["history"]]
+    after = {name: facts[name]["after"] for name in ("unmask_leak", "agreement")}
+    leak, agreement = after["unmask_leak"], after["agreement"]
+    best = replace(history[-1], leak=leak, forgotten_leak=leak, agreement=agreement)
+    return Fit(history, best, facts["stopped"], facts["learning_rate"])
 
 
 @torch.no_grad()

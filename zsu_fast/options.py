@@ -15,7 +15,13 @@ from .models.outputs import OutputChoice, check_output
 from .synthesis.ascent_settings import AscentSettings
 from .synthesis.impressions import default_per_class
 from .synthesis.space import SPACES, SpaceName
-from .training.deep.settings import DeepSettings, Depth, check_depth
+from .training.deep.settings import (
+    FORGOTTEN_AS,
+    DeepSettings,
+    Depth,
+    ForgottenAs,
+    check_depth,
+)
 from .training.features import FeatureSettings
 from .training.losses import ObjectiveSettings
 from .training.trainer import LoopSettings
@@ -28,7 +34,13 @@ _LOOP = ("steps", "batch", "learning_rate", "early_stop", "loop")
 _ALONE = (
     "tail", "depth", "space", "impressions_per_class", "retain_sample", "input_shape", "mean",
     "std", "output", "device", "cache", "inplace", "compact", "everywhere", "multi_label",
+    "forgotten_as",
 )  # fmt: skip
+# What to do where the encoder of an `EmbeddingClassifier` can't forget.
+ENCODER_REMEDY = (
+    "Name an earlier module by tail=, raise steps, or forget fewer identities at once. There is no "
+    "other level: the templates are beside the model, and whoever holds one recognises the person."
+)
 # What ranks may pass differently: it does not change the result.
 PER_RANK = ("device", "cache", "inplace")
 
@@ -69,6 +81,7 @@ class Options:
     compact: bool
     everywhere: bool
     multi_label: bool | None
+    forgotten_as: ForgottenAs | None
     ascent: AscentSettings
     features: FeatureSettings
     objective: ObjectiveSettings
@@ -101,7 +114,7 @@ class Options:
             given=given,
             depth_given=depth_given,
             **those(_ALONE),
-            ascent=AscentSettings(per_class, **those(_ASCENT)),
+            ascent=AscentSettings(per_class, **those(_ASCENT), loop=keywords["loop"]),
             features=FeatureSettings(**those(_FEATURES)),
             objective=ObjectiveSettings(keywords["objective"], keywords["weights"]),
             loop=LoopSettings(**those(_LOOP)),
@@ -112,6 +125,8 @@ class Options:
         check_flag("everywhere", self.everywhere)
         check_flag("compact", self.compact)
         check_multi_label(self.multi_label)
+        if self.forgotten_as is not None:
+            check_choice("forgotten_as", self.forgotten_as, FORGOTTEN_AS)
         if self.inplace and self.compact:
             raise ArgumentError(
                 "inplace",
@@ -127,6 +142,42 @@ class Options:
                 f"got {self.tail!r}",
                 "Pass 'auto', 'last', a module's name, or a whole number.",
             )
+
+    def check_encoder(self, bias: bool) -> None:
+        """Checks the options for an `EmbeddingClassifier`, whose encoder alone is trained.
+
+        Args:
+            bias: whether its templates have a bias: then they are the rows of a classifier, whose
+                classes are compared with each other rather than with a threshold.
+
+        Raises:
+            ArgumentError: one of them asks for something else.
+        """
+        why, leave = "and the model is an encoder with templates", "Leave it out."
+        self.forgotten_as = self.forgotten_as or ("redistribute" if bias else "stranger")
+        if self.objective.name != "masked":
+            raise ArgumentError("objective", f"got {self.objective.name!r}, {why}", leave)
+        if self.depth != "deep":
+            name = "depth" if self.depth_given else "tail"
+            raise ArgumentError(
+                name,
+                f"got {getattr(self, name)!r}, {why}: they stay as they are beside it, and whoever "
+                f"holds one would recognise the person as before",
+                "Leave it out: the layers of the encoder are trained (depth='deep').",
+            )
+        for name in ("compact", "everywhere"):
+            if getattr(self, name):
+                raise ArgumentError(
+                    name, f"got True, {why}",
+                    "Leave it out, and delete the templates of the forgotten from the gallery.",
+                )  # fmt: skip
+        if self.multi_label:
+            raise ArgumentError("multi_label", f"got True, {why}", leave)
+        if self.output is not None:
+            raise ArgumentError(
+                "output", f"got {self.output!r}, {why}",
+                "Leave it out: give EmbeddingClassifier an encoder that returns its embeddings.",
+            )  # fmt: skip
 
     @property
     def seed(self) -> int:
@@ -162,6 +213,7 @@ class Options:
         """
         settings, per_class = self.deep.for_classes(classes), self.impressions_per_class
         settings = replace(settings, multi_label=self.objective.multi_label)
+        settings = settings.for_strangers() if self.forgotten_as == "stranger" else settings
         return settings if per_class is None else replace(settings, inverted=per_class * active)
 
     def set_multi_label(self, multi_label: bool) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, ModelError, UnlearningWarning
 from .evaluation.verdict import Verdict
-from .fit_stage import deepen, fit_tail, fit_tail_or_last, rows_that_show
+from .fit_stage import deepen, deepen_encoder, fit_tail, fit_tail_or_last, rows_that_show
 from .models.input_spec import noise_images
 from .models.outputs import OutputChoice
 from .models.parameters import replace_parameters, restored_on_failure
@@ -33,7 +33,7 @@ from .synthesis.impressions import ClassImpressions, check_impressions
 from .synthesis.space import SearchSpace, SpaceName, input_space, tail_input_space
 from .synthesis.synthesize import ascend
 from .training.deep.rows import RowSource
-from .training.deep.settings import Depth
+from .training.deep.settings import Depth, ForgottenAs
 from .training.deep.split import OnlyLastLayer, find_deep_split
 from .training.features import held_out
 from .training.fit_task import trained_parameters
@@ -121,6 +121,11 @@ class ZeroShotUnlearner(Request):
             default group, which must all make the same call; None: if the group is initialised.
         multi_label: whether each class has a sigmoid of its own, and an image any number of
             classes; None: if the model's transformers config says so, or if it ends in a sigmoid.
+        forgotten_as: of an `EmbeddingClassifier`, what becomes of a forgotten identity: "stranger"
+            (its images are less similar to every template than the threshold that the others set
+            at a false accept rate of 1 %), or "redistribute" (they go to whomever they resemble, as
+            with classes). None: "stranger", or "redistribute" if there is a bias, as of the rows of
+            a linear classifier.
 
     Attributes:
         impressions: the `ClassImpressions`; None before `synthesise`.
@@ -184,6 +189,7 @@ class ZeroShotUnlearner(Request):
         callback: Callback | None = None,
         distributed: bool | None = None,
         multi_label: bool | None = None,
+        forgotten_as: ForgottenAs | None = None,
     ) -> None:
         keywords = locals()
         if space is None and isinstance(impressions, ClassImpressions):
@@ -228,6 +234,12 @@ class ZeroShotUnlearner(Request):
             needed = {*self.forget}  # of many classes, some have no row
             with self.stage("synthesise"):
                 self.impressions = rows.invert(self.active_classes, self.report)
+            if not bool(self.impressions.images.isfinite().all()):
+                self.fall_back(
+                    f"the rows inverted ahead of {rows.deep.early.name!r} are not finite"
+                )
+                self.impressions = self.split_point = None
+                return self.synthesise()
         else:
             self._choose_space()
             space = self.search_space()
@@ -236,6 +248,9 @@ class ZeroShotUnlearner(Request):
                     self.work, space, self.active_classes, self.options.ascent, self.report,
                     self.options.cache, ranks=self.ranks,
                 )  # fmt: skip
+        if self.gallery is not None:
+            self.impressions = self.gallery.as_users(self.impressions)
+            needed = {*self.forget}
         missing = len(needed.difference(self.impressions.labels.tolist()))
         if missing:
             got = f"it stopped the synthesis before {missing} classes had an impression"
@@ -284,7 +299,7 @@ class ZeroShotUnlearner(Request):
                     deep = find_deep_split(self.work, options.tail, self.spec)
             except (ArgumentError, ModelError) as error:
                 named = isinstance(error, OnlyLastLayer) and options.tail != "auto"
-                if named and not options.depth_given:
+                if named and not options.depth_given and self.gallery is None:
                     self.options.depth = "output"  # as with tail="last"
                     self.record.depth |= {"depth": "output", "level": "output", "unused": []}
                     return None
@@ -305,8 +320,13 @@ class ZeroShotUnlearner(Request):
         split = self.split_point or self.split()
         impressions = self._synthesised()
         features: tuple[Tensor, ...] | None = None
+        rows = self._row_source()
+        if self.gallery is not None and rows is not None:
+            with self.stage("deepen"):
+                self.result = deepen_encoder(self, self.gallery, rows, impressions)
+            return self.result
         shown: Tensor | None = None  # rows in which a multi-label original sees a forgotten class
-        if (rows := self._row_source()) is not None:
+        if rows is not None:
             points, images = impressions.images.to(self.device), impressions.space == "input"
             if self.multi_label:
                 original = rows.deep.last_features(self.work, points, images)

@@ -16,14 +16,13 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 import zsu_fast
-from benchmarks.harness import RESULTS, eager_ascent, machine
+from benchmarks.harness import GPU_LOG, RESULTS, Throttled, machine
 from zsu_fast.cli import demo
 from zsu_fast.models import zoo
 from zsu_fast.unlearner import ZeroShotUnlearner
@@ -42,8 +41,8 @@ def call(model: nn.Module, forget: Any, captured: bool, **options: Any) -> tuple
         space="input",
         **options,
     )
-    with nullcontext() if captured else eager_ascent():
-        result = run.run()
+    result = run.run()
+    GPU_LOG.note()
     torch.cuda.synchronize()
     return result, run.record.timings | {"total": time.perf_counter() - started}
 
@@ -74,11 +73,15 @@ def measure(name: str, runs: int) -> Iterator[str]:
             got = zsu_fast.evaluate(result, (images.cuda(), labels.cuda()), forget)
             quality = f"{got.forget_accuracy:.2f} / {got.retain_accuracy:.2f}"
         median = {k: statistics.median(t[k] for t in taken) for k in taken[0]}
+        gpu = GPU_LOG.facts()
+        if gpu["throttled"]:
+            raise Throttled(f"{name}: no result, the GPU was throttled: {gpu['throttled']}")
         low, high = min(t["total"] for t in taken), max(t["total"] for t in taken)
         row = (
             f"| {name} | {'loops captured' if captured else 'loops eager'} | "
             f"{median['synthesise']:.3f} | {median['fit']:.3f} | {median['total']:.3f} | "
-            f"{low:.3f} to {high:.3f} | {torch.cuda.max_memory_allocated() / 1e9:.2f} | {quality} |"
+            f"{low:.3f} to {high:.3f} | {torch.cuda.max_memory_allocated() / 1e9:.2f} | "
+            f"{quality} | {gpu['sm_clock']}, {gpu['power']}, {gpu['temperature']} |"
         )
         print(row, flush=True)
         yield row
@@ -97,8 +100,9 @@ def main() -> None:
             "Written by `python -m benchmarks.end_to_end.bench_gpu_calls`; its docstring says what "
             "is run. Median seconds; GB is peak memory allocated for tensors.", "",
             ", ".join(f"{k}: {v}" for k, v in (machine() | {"clock": "wall"}).items()), "",
-            "| model | loops | synthesise | fit | total, s | lowest to highest | GB | FA / RA % |",
-            "|---|---|---:|---:|---:|---:|---:|---:|", *rows,
+            "| model | loops | synthesise | fit | total, s | lowest to highest | GB | FA / RA % "
+            "| GPU |",
+            "|---|---|---:|---:|---:|---:|---:|---:|---|", *rows,
         ]
     ) + "\n"  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, Contender, Table, compare, eager_ascent
+from benchmarks.harness import DEVICE, Contender, Table, compare
 from zsu_fast.models import zoo
 from zsu_fast.models.input_spec import InputSpec
 from zsu_fast.models.wrapper import working_copy
+from zsu_fast.runtime.cuda_graph import Loop
 from zsu_fast.runtime.progress import Reporter
 from zsu_fast.splitting.split import split_at
 from zsu_fast.synthesis import synthesize
@@ -88,15 +89,14 @@ def test_ascent_loop(benchmark: Any, table: Table) -> None:
     model = working_copy(zoo.build("lenet5"), torch.device(DEVICE))
     spec = InputSpec((1, 28, 28), (0.0,), (1.0,), "benchmark")
     space = input_space(model, spec, "auto")
-    settings = AscentSettings(per_class=32, confidence=None, max_steps=40, restarts=0)
 
-    def made() -> Tensor:
+    def made(loop: Loop = "auto") -> Tensor:
+        settings = AscentSettings(32, confidence=None, max_steps=40, restarts=0, loop=loop)
         with Reporter(False, None) as report:
             return synthesize.ascend(model, space, range(10), settings, report).images
 
     def eager() -> Tensor:
-        with eager_ascent():
-            return made()
+        return made("eager")
 
     assert torch.equal(eager(), eager())
     contenders = [Contender("eager", eager)]

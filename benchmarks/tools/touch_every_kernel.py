@@ -14,17 +14,26 @@ from zsu_fast import ops
 
 
 def run_losses(rows: int, classes: int, dtype: torch.dtype, device: str, backend: str) -> None:
-    """Both losses with their backward pass, on rows that are not aligned to 16 bytes."""
+    """Both losses with their backward pass, on rows aligned to 16 bytes and on others."""
     storage = torch.randn(rows, classes + 3, device=device).to(dtype)
-    teacher = torch.randn(rows, classes, device=device).to(dtype)
+    teacher = torch.randn(rows + 2, classes, device=device)
+    index = torch.arange(rows, device=device) % 2
     target = torch.randint(classes, (rows,), device=device)
     coef = torch.randn(rows, device=device)
     coef[0] = 0
     forget = torch.arange(classes, device=device) % 3 == 1
-    leaf = storage[:, 1 : classes + 1].detach().requires_grad_()
-    losses = ops.signed_cross_entropy(leaf, target, coef, backend=backend)
-    (2 * losses.sum()).backward()
-    ops.masked_cross_entropy(leaf, teacher, forget, coef, backend=backend).backward()
+    for logits in (storage[:, 1 : classes + 1], storage[:, :classes].contiguous()):
+        leaf = logits.detach().requires_grad_()
+        losses = ops.signed_cross_entropy(leaf, target, coef, backend=backend)
+        (2 * losses.sum()).backward()
+        for of_teacher in (dtype, torch.float32):
+            z = teacher.to(of_teacher)
+            ops.masked_cross_entropy(leaf, z[:rows], forget, coef, backend=backend).backward()
+            for keep in (None, coef.abs()):
+                ops.masked_cross_entropy(
+                    leaf, z, forget, coef, index=index, keep=keep, shift=2.0, forget_only=True,
+                    backend=backend,
+                ).backward()  # fmt: skip
 
 
 def run_step(
@@ -49,7 +58,9 @@ def main(device: str) -> None:
     backend = "cuda" if device == "cuda" else "cpp"
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        for rows, classes in ((3, 1), (5, 10), (7, 1001), (3, 1000), (2, 4097), (2, 8209)):
+        for rows, classes in (
+            (3, 1), (5, 10), (7, 1001), (3, 1000), (2, 4097), (2, 4096), (2, 8209)
+        ):  # fmt: skip
             run_losses(rows, classes, dtype, device, backend)
     for shape in ((3, 3, 32, 32), (2, 3, 7, 5), (4, 5), (3, 16, 5, 5)):
         for layout in (torch.contiguous_format, torch.channels_last):

@@ -11,7 +11,7 @@ void ascent_step_(
     double beta1, double beta2, double eps) {
   const AscentStepArgs args{
       ascent_step_tensors(x, grad, exp_avg, exp_avg_sq, step, active, low, high, lr, beta), beta1, beta2, eps};
-  run_rows(kernels().ascent_step, args, args.rows, args.row_size);
+  if (args.row_size > 0) run_rows(kernels().ascent_step, args, args.rows, args.row_size); // rows without channels have no bounds
   int32_t* steps = step.mutable_data_ptr<int32_t>();
   for (int64_t i = 0; i < args.rows; ++i) steps[i] += args.active[i] ? 1 : 0;
 }

@@ -6,8 +6,8 @@
 namespace zsu {
 
 static const Kernels& choose() {
-  int level = 0;
 #if defined(ZSU_HAS_ISA_LEVELS)
+  int level = 0;
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     level = 1;
@@ -22,7 +22,11 @@ static const Kernels& choose() {
   if (level == 2) return avx512::kernels();
   if (level == 1) return avx2::kernels();
 #endif
+#if defined(__aarch64__)
+  return neon::kernels(); // every aarch64 CPU has NEON
+#else
   return baseline::kernels();
+#endif
 }
 
 const Kernels& kernels() {

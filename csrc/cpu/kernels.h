@@ -6,7 +6,8 @@
 
 #include <cstdint>
 
-// Only GCC compiles one file for another instruction set by pragma; elsewhere the baseline runs.
+// Only GCC compiles one file for another instruction set by pragma; elsewhere the baseline runs, which
+// on aarch64 is NEON.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define ZSU_HAS_ISA_LEVELS
 #endif
@@ -29,12 +30,16 @@ struct SignedCrossEntropyArgs {
 struct MaskedCrossEntropyArgs {
   const void* logits;
   int64_t logits_stride;
-  const void* teacher;
+  const void* teacher; // of the storage of logits, or of the type of coef
   int64_t teacher_stride;
+  const int64_t* index; // row of the teacher for each row of logits; null: the same
   const bool* forget;
   void* dlogits; // contiguous
   int64_t classes;
   const void* coef;
+  const void* keep; // of the type of coef; null: 0
+  double shift;
+  bool forget_only;
   double* row_loss;
 };
 
@@ -50,16 +55,18 @@ struct AscentStepArgs : AscentStepTensors {
   double beta1, beta2, eps;
 };
 
-// Each kernel runs rows [begin, end). The losses and scale_rows_ have one kernel per Storage.
+// Each kernel runs rows [begin, end). The losses and scale_rows_ have one kernel per Storage; the masked loss
+// also has one for bfloat16 and float16 with a teacher in float, in this order.
 struct Kernels {
   const char* name;
   void (*signed_cross_entropy[4])(const SignedCrossEntropyArgs&, int64_t begin, int64_t end);
-  void (*masked_cross_entropy[4])(const MaskedCrossEntropyArgs&, int64_t begin, int64_t end);
+  void (*masked_cross_entropy[6])(const MaskedCrossEntropyArgs&, int64_t begin, int64_t end);
   void (*scale_rows[4])(const ScaleRowsArgs&, int64_t begin, int64_t end);
   void (*ascent_step)(const AscentStepArgs&, int64_t begin, int64_t end);
 };
 
 namespace baseline { const Kernels& kernels(); }
+namespace neon { const Kernels& kernels(); }
 namespace avx2 { const Kernels& kernels(); }
 namespace avx512 { const Kernels& kernels(); }
 

@@ -87,9 +87,10 @@ ZSU_INLINE RowSums<A> signed_row(const SignedCrossEntropyArgs& a, int64_t row, A
   const A target_logit = to_float(logits[target]);
   // exp(x - top) needs the largest logit first, and the part of x - top that rounding drops. exp(x)
   // needs neither, and far from overflow it serves as well: the softmax is the same, and `scale`
-  // corrects the sums.
+  // corrects the sums. `exponential` is 0 below -86: with a largest logit of 0 or more, that drops no
+  // more than x - top below -86 does.
   constexpr int64_t long_row = 128;
-  const auto small = [](A largest_logit) ZSU_LAMBDA_INLINE { return largest_logit >= -16 && largest_logit <= 32; };
+  const auto small = [](A largest_logit) ZSU_LAMBDA_INLINE { return largest_logit >= 0 && largest_logit <= 32; };
   A top = 0, scale = 1, sum = 0;
   bool done = false;
   if (__is_same(A, float) && classes >= long_row) {

@@ -1,4 +1,4 @@
-// Vectors of 64 bytes in GCC's vector syntax: one zmm, two ymm or four xmm registers, depending on the
+// Vectors of 64 bytes in the vector syntax of GCC and clang: one zmm, two ymm or four xmm registers, depending on the
 // instruction set of the including file. Sums over lanes have one fixed order.
 #pragma once
 
@@ -80,6 +80,11 @@ ZSU_INLINE VF load(const Float16* p) {
     const __m256 half = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
     __builtin_memcpy(reinterpret_cast<char*>(&v) + 32 * i, &half, sizeof half);
   }
+#elif defined(ZSU_NEON)
+  for (int i = 0; i < 4; ++i) {
+    const float32x4_t quarter = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p[4 * i].bits)));
+    __builtin_memcpy(reinterpret_cast<char*>(&v) + 16 * i, &quarter, sizeof quarter);
+  }
 #else
   for (int i = 0; i < 16; ++i) v[i] = to_float(p[i]);
 #endif
@@ -105,6 +110,12 @@ ZSU_INLINE void store(Float16* p, VF v) {
     __m256 half;
     __builtin_memcpy(&half, reinterpret_cast<const char*>(&v) + 32 * i, sizeof half);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i, _mm256_cvtps_ph(half, 0));
+  }
+#elif defined(ZSU_NEON)
+  for (int i = 0; i < 4; ++i) {
+    float32x4_t quarter;
+    __builtin_memcpy(&quarter, reinterpret_cast<const char*>(&v) + 16 * i, sizeof quarter);
+    vst1_u16(&p[4 * i].bits, vreinterpret_u16_f16(vcvt_f16_f32(quarter)));
   }
 #else
   for (int i = 0; i < 16; ++i) from_float(v[i], p[i]);
@@ -157,15 +168,19 @@ template <class V>
 ZSU_INLINE V vmax(V a, V b) { return a > b ? a : b; } // b if a is NaN
 
 // Lane i gets lane i ^ by. The indices are literals; otherwise they would be rebuilt for every row.
+#if defined(__clang__) || __GNUC__ >= 12
+#define ZSU_SHUFFLE(v, I, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define ZSU_SHUFFLE(v, I, ...) __builtin_shuffle(v, I{__VA_ARGS__})
+#endif
 template <int by>
 ZSU_INLINE VF swap_lanes(VF v) {
-  return __builtin_shuffle(v, VI{0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by, 8 ^ by, 9 ^ by,
-                                 10 ^ by, 11 ^ by, 12 ^ by, 13 ^ by, 14 ^ by, 15 ^ by});
+  return ZSU_SHUFFLE(v, VI, 0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by, 8 ^ by, 9 ^ by, 10 ^ by, 11 ^ by,
+                     12 ^ by, 13 ^ by, 14 ^ by, 15 ^ by);
 }
 template <int by>
 ZSU_INLINE VD swap_lanes(VD v) {
-  return __builtin_shuffle(
-      v, Vec<double>::I{0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by});
+  return ZSU_SHUFFLE(v, Vec<double>::I, 0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by);
 }
 template <int by, class V, class F>
 ZSU_INLINE auto fold_lanes(V v, F f) {
@@ -273,6 +288,14 @@ ZSU_INLINE VD exp_of_difference(VD a, double b) { return exponential(a - b, Noth
 ZSU_INLINE VF ratio_to_root(VF a, VF b, float eps) {
 #if defined(ZSU_AVX512)
   const VF root = bit_cast<VF>(_mm512_sqrt_ps(bit_cast<__m512>(b)));
+#elif defined(ZSU_NEON)
+  VF root;
+  for (int i = 0; i < 4; ++i) {
+    float32x4_t quarter;
+    __builtin_memcpy(&quarter, reinterpret_cast<const char*>(&b) + 16 * i, sizeof quarter);
+    quarter = vsqrtq_f32(quarter);
+    __builtin_memcpy(reinterpret_cast<char*>(&root) + 16 * i, &quarter, sizeof quarter);
+  }
 #else
   VF root;
   for (int i = 0; i < 16; ++i) root[i] = __builtin_sqrtf(b[i]);

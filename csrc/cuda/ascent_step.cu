@@ -1,4 +1,6 @@
-#include "common.cuh"
+#include "../checks.h"
+#include "device.cuh"
+#include "launch.cuh"
 
 #include <torch/csrc/stable/library.h>
 
@@ -22,43 +24,45 @@ struct AscentStepArgs : AscentStepTensors {
 
 // Four neighbouring elements of x, grad and the moments.
 struct Group {
-  Pack<float> x, grad, exp_avg, exp_avg_sq;
+  float x[4], grad[4], exp_avg[4], exp_avg_sq[4];
 };
 
 // Loads elements [first, last) of a group, by 128 bits per array if `whole`.
 __device__ Group load_group(const AscentStepArgs& a, int64_t first, int64_t last, bool whole) {
   Group g;
   if (whole) {
-    g.x = load_pack(a.x + first);
-    g.grad = load_pack(a.grad + first);
-    g.exp_avg = load_pack(a.exp_avg + first);
-    g.exp_avg_sq = load_pack(a.exp_avg_sq + first);
+    const Raw<float, 4> x = load_raw<4>(a.x + first), grad = load_raw<4>(a.grad + first);
+    const Raw<float, 4> exp_avg = load_raw<4>(a.exp_avg + first), exp_avg_sq = load_raw<4>(a.exp_avg_sq + first);
+    unpack(x, g.x);
+    unpack(grad, g.grad);
+    unpack(exp_avg, g.exp_avg);
+    unpack(exp_avg_sq, g.exp_avg_sq);
     return g;
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     if (first + k >= last) continue;
-    g.x.v[k] = a.x[first + k];
-    g.grad.v[k] = a.grad[first + k];
-    g.exp_avg.v[k] = a.exp_avg[first + k];
-    g.exp_avg_sq.v[k] = a.exp_avg_sq[first + k];
+    g.x[k] = a.x[first + k];
+    g.grad[k] = a.grad[first + k];
+    g.exp_avg[k] = a.exp_avg[first + k];
+    g.exp_avg_sq[k] = a.exp_avg_sq[first + k];
   }
   return g;
 }
 
 __device__ void store_group(const AscentStepArgs& a, int64_t first, int64_t last, bool whole, const Group& g) {
   if (whole) {
-    store_pack(a.x + first, g.x);
-    store_pack(a.exp_avg + first, g.exp_avg);
-    store_pack(a.exp_avg_sq + first, g.exp_avg_sq);
+    store_raw<4>(a.x + first, pack<float>(g.x));
+    store_raw<4>(a.exp_avg + first, pack<float>(g.exp_avg));
+    store_raw<4>(a.exp_avg_sq + first, pack<float>(g.exp_avg_sq));
     return;
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     if (first + k >= last) continue;
-    a.x[first + k] = g.x.v[k];
-    a.exp_avg[first + k] = g.exp_avg.v[k];
-    a.exp_avg_sq[first + k] = g.exp_avg_sq.v[k];
+    a.x[first + k] = g.x[k];
+    a.exp_avg[first + k] = g.exp_avg[k];
+    a.exp_avg_sq[first + k] = g.exp_avg_sq[k];
   }
 }
 
@@ -109,8 +113,8 @@ __global__ void __launch_bounds__(threads) ascent_step_kernel(AscentStepArgs a, 
       }
     }
     const float moved =
-        g.x.v[k] + row.lr * ascent_direction(g.x.v[k], g.grad.v[k], g.exp_avg.v[k], g.exp_avg_sq.v[k], row, Ratio{});
-    g.x.v[k] = clamp_keeping_nan(moved, a.low[channel], a.high[channel]);
+        g.x[k] + row.lr * ascent_direction(g.x[k], g.grad[k], g.exp_avg[k], g.exp_avg_sq[k], row, Ratio{});
+    g.x[k] = clamp_keeping_nan(moved, a.low[channel], a.high[channel]);
   }
   store_group(a, first, last, whole, g);
 }
@@ -126,11 +130,10 @@ void ascent_step_(
     const Tensor& active, const Tensor& low, const Tensor& high, const Tensor& lr, const Tensor& beta,
     double beta1, double beta2, double eps) {
   AscentStepArgs a{ascent_step_tensors(x, grad, exp_avg, exp_avg_sq, step, active, low, high, lr, beta)};
-  if (x.numel() == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const cudaStream_t stream = current_stream(x);
+  if (a.rows == 0) return;
+  const Stream stream(x);
   const auto aligned = [](const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; };
-  a.plane = a.row_size / a.channels;
+  a.plane = a.channels > 0 ? a.row_size / a.channels : 0;
   a.packed = aligned(a.x) && aligned(a.grad) && aligned(a.exp_avg) && aligned(a.exp_avg_sq);
   a.beta1 = static_cast<float>(beta1);
   a.beta2 = static_cast<float>(beta2);
@@ -142,16 +145,13 @@ void ascent_step_(
 
   const int64_t groups = a.row_size / 4 + 2; // a misaligned row touches one group more
   const int64_t blocks_per_row = (groups + threads - 1) / threads;
-  ascent_step_kernel<<<static_cast<unsigned>(a.rows * blocks_per_row), threads, 0, stream>>>(a, blocks_per_row);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  count_step_kernel<<<static_cast<unsigned>((a.rows + 255) / 256), 256, 0, stream>>>(
-      step.mutable_data_ptr<int32_t>(), a.active, a.rows);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (a.row_size > 0) launch(ascent_step_kernel, a.rows * blocks_per_row, threads, stream, a, blocks_per_row);
+  launch(count_step_kernel, (a.rows + 255) / 256, 256, stream, step.mutable_data_ptr<int32_t>(), a.active, a.rows);
 }
 
 } // namespace
 } // namespace zsu::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(zsu_fast, CUDA, m) {
+ZSU_CUDA_IMPL {
   m.impl("ascent_step_", TORCH_BOX(&zsu::cuda::ascent_step_));
 }

@@ -236,7 +236,7 @@ def test_no_entry_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def fail(*_: object) -> None:
         raise zsu_fast.OutputError("delta: no space")
 
-    monkeypatch.setattr("zsu_fast.cli.unlearn.save_delta", fail)
+    monkeypatch.setattr("zsu_fast.cli.files.save_delta", fail)
     output = call(
         "unlearn", "lenet5", "--forget", "1", "--ledger", str(tmp_path / "ledger"), "--out",
         str(tmp_path / "o.pt"), "--delta", str(tmp_path / "d"), *QUICK, code=2,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -93,11 +92,11 @@ def synthesised(width: int | None = None, eager: bool = False, **options: Any) -
     model = working_copy(lenet5(), torch.device("cuda"))
     spec = zoo.ZOO["lenet5"].spec
     space = input_space(model, spec, "auto")
-    settings = AscentSettings(per_class=16, **options)
+    loop: Any = "eager" if eager else "auto"
+    settings = AscentSettings(per_class=16, loop=loop, **options)
     fit = memory.rows_that_fit
     with (
         mock.patch.object(memory, "rows_that_fit", lambda *a: width or fit(*a)),
-        mock.patch.object(ascent, "capture_steps", lambda s, _d: s) if eager else nullcontext(),
         Reporter(False, None) as report,
     ):
         return synthesize.ascend(model, space, range(10), settings, report)

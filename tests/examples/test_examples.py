@@ -81,6 +81,22 @@ def test_deep_forgetting_survives_the_original_last_layer(
     assert len(printed) == 6
 
 
+def test_a_forgotten_person_is_a_stranger(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run("forget_a_person.py", capsys)
+    found = {
+        line.partition(":")[0]: [float(share) for share in re.findall(r"([\d.]+)%", line)]
+        for line in printed.splitlines()
+    }
+    assert found["original"] == pytest.approx([96.7, 3.1, 98.7], abs=1)
+    recognised, taken, right = found["unlearned"]
+    assert recognised <= 1
+    assert taken <= 30  # as the docstring admits
+    assert right >= 98
+    (again,) = found["unlearned, enrolled anew"]  # forgetting is not a ban
+    assert 50 < again < 96.7
+    assert len(found) == 3
+
+
 def test_requests(tmp_path: Path) -> None:
     printed = python(EXAMPLES / "requests.py", folder=tmp_path)
     assert accuracies(printed) == {"after R-1": close(0, 99.33), "after R-2": close(0, 99.44)}

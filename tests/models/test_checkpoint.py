@@ -427,3 +427,14 @@ def test_an_invalid_file_name_is_refused(tmp_path: Path) -> None:
     for call in (check_writable, lambda path: save_weights(path, tiny())):
         with pytest.raises(OutputError, match="name of a file"):
             call(str(tmp_path / "a\0b.safetensors"))
+
+
+def test_modules_that_need_their_version(tmp_path: Path) -> None:
+    """torchvision's MNASNet loads nothing from a dict that does not state its version."""
+    mnasnet = pytest.importorskip("torchvision").models.mnasnet0_5
+    saved, loaded = mnasnet(num_classes=3), mnasnet(num_classes=3)
+    path = tmp_path / "weights.safetensors"
+    checkpoint.save_weights(path, saved)
+    checkpoint.load_into(loaded, path)
+    for name, value in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)

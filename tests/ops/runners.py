@@ -1,7 +1,8 @@
 """The backends that every op is tested on.
 
 On the CPU, Triton needs TRITON_INTERPRET=1 before it is imported: `test_triton_interpreted.py` runs
-the same tests in such a process.
+the same tests in such a process. `test_cuda_emulated.py` runs them on the sources of the CUDA
+kernels, compiled for the CPU; ZSU_EMULATED names that library.
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from zsu_fast.ops import backends
+from zsu_fast.ops.schemas import SCHEMAS
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = os.environ.get("ZSU_EMULATED")
+if EMULATED:
+    torch.ops.load_library(EMULATED)
+    for name in SCHEMAS:  # what `choose` returns for backend "cuda" on a CPU
+        emulated = getattr(torch.ops.zsu_emulated, name).default
+        backends._chosen[name, "cpu", "cuda"] = emulated
 
 
 class Runner(NamedTuple):
@@ -28,6 +38,8 @@ def runners(compiled: bool = True) -> list[object]:
     gpu = pytest.mark.gpu
     if INTERPRETED:
         return [pytest.param(Runner("triton", "cpu"), id="triton")]
+    if EMULATED:
+        return [pytest.param(Runner("cuda", "cpu"), id="emulated")]
     found = [
         pytest.param(Runner("cpp", "cpu"), id="cpp"),
         pytest.param(Runner("eager", "cpu"), id="eager"),
@@ -42,7 +54,7 @@ def runners(compiled: bool = True) -> list[object]:
 
 def same(runner: Runner, got: Tensor, want: Tensor) -> None:
     """Assert equal bits; on a GPU equal up to rounding, as alignment sets the order of sums."""
-    if runner.device == "cuda":
+    if "cuda" in runner:
         rtol = {torch.float64: 1e-13, torch.float32: 2e-6}.get(got.dtype, 1e-2)
         torch.testing.assert_close(got, want, rtol=rtol, atol=1e-7)
     else:

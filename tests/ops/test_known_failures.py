@@ -257,6 +257,8 @@ def test_every_launch_names_its_stream() -> None:
     """pytorch#114048, mirage#207, pytorch#157363: a kernel on the default stream vanishes from a
     captured graph."""
     for source in (CSRC / "cuda").glob("*.cu*"):
+        if source.name == "refuse.cu":  # runs on the CPU
+            continue
         code = source.read_text()
         launches = re.findall(r"<<<(.*?)>>>", code, re.S)
         assert launches

@@ -171,11 +171,95 @@ def test_gradcheck(runner: Runner) -> None:
     )
 
 
+@pytest.mark.parametrize("runner", runners(compiled=False))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [10, 1000, 1001, 8209])
+@pytest.mark.parametrize("forget_only", [False, True])
+def test_index_keep_and_shift_against_float64(
+    runner: Runner, classes: int, dtype: torch.dtype, forget_only: bool
+) -> None:
+    rows = 5
+    logits, _, forget, coef = make(rows, classes, dtype, runner.device)
+    teacher = (3 * torch.randn(8, classes, dtype=torch.float64)).to(dtype).to(runner.device)
+    index = torch.tensor([7, 0, 3, 3, 5], device=runner.device)
+    keep = torch.tensor([0.1, 0.0, 0.02, 5.0, 0.3], device=runner.device) / classes
+    loss, grad = ops.masked_cross_entropy_and_grad(
+        logits, teacher, forget, coef, index=index, keep=keep, shift=2.5, forget_only=forget_only,
+        backend=runner.backend,
+    )  # fmt: skip
+    shifted = logits.cpu().double() + 2.5 * forget.cpu()
+    expected_loss, expected = truth(shifted, teacher[index], forget, coef)
+    used = (keep * (coef != 0)).cpu().double()[:, None]
+    change = (logits.cpu().double() - teacher[index].cpu().double()) * ~forget.cpu()
+    expected_loss = expected_loss + (used * change.square()).sum()
+    expected = expected + 2 * used * change
+    if forget_only:
+        expected = expected * forget.cpu()
+    torch.testing.assert_close(loss.cpu().double(), expected_loss, rtol=5e-6, atol=5e-6)
+    scale = max(float(coef.max()), float(expected.abs().max()))
+    assert (grad.cpu().double() - expected).abs().max() <= ABSOLUTE[dtype] * scale
+    assert (grad[coef == 0] == 0).all()
+
+
+@pytest.mark.parametrize("runner", runners(compiled=False))
+@pytest.mark.parametrize("bad", [-1, 9, 2**40])
+def test_index_out_of_range(runner: Runner, bad: int) -> None:
+    logits, teacher, forget, coef = make(5, 10, device=runner.device)
+    coef[:4] = 0.5
+    index = torch.tensor([0, bad, 2, 3, 4], device=runner.device)
+    if runner.backend in ("cpp", "eager") and runner.device == "cpu":
+        with pytest.raises(RuntimeError, match="row 1 is out of range"):
+            ops.masked_cross_entropy(
+                logits, teacher, forget, coef, index=index, backend=runner.backend
+            )
+    else:
+        loss, grad = ops.masked_cross_entropy_and_grad(
+            logits, teacher, forget, coef, index=index, backend=runner.backend
+        )
+        assert loss.isnan()
+        assert grad[1].isnan().all()
+        assert grad[[0, 2, 3, 4]].isfinite().all()
+    coef[1] = 0  # a row that is not used needs no teacher
+    loss = ops.masked_cross_entropy(
+        logits, teacher, forget, coef, index=index, backend=runner.backend
+    )
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("runner", runners(compiled=False))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [10, 1000, 1001, 8209])
+def test_the_teacher_keeps_its_precision(runner: Runner, classes: int, dtype: torch.dtype) -> None:
+    logits, teacher, forget, coef = make(5, classes, dtype, runner.device)
+    teacher = 8 * torch.randn(5, classes, device=runner.device)
+    teacher[0] *= 1e5 / teacher[0].abs().max()  # infinite in float16
+    loss, grad = and_grad(runner, logits, teacher, forget, coef)
+    expected_loss, expected = truth(logits, teacher, forget, coef)
+    torch.testing.assert_close(loss.cpu().double(), expected_loss, rtol=2e-5, atol=1e-5)
+    assert (grad.cpu().double() - expected).abs().max() <= ABSOLUTE[dtype] * float(coef.max())
+
+
+@pytest.mark.parametrize("runner", runners(compiled=False))
+def test_keep_ignores_what_is_infinite_where_it_is_0(runner: Runner) -> None:
+    logits, teacher, forget, coef = make(3, 10, device=runner.device)
+    coef = torch.full_like(coef, 0.5)
+    teacher[0, 0] = -torch.inf
+    keep = torch.tensor([0.0, 1.0, 1.0], device=runner.device)
+    loss, grad = ops.masked_cross_entropy_and_grad(
+        logits, teacher, forget, coef, keep=keep, backend=runner.backend
+    )
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     logits, *rest = make(5, 6, dtype)
     for sample in (logits, logits.clone().requires_grad_()):
-        torch.library.opcheck(torch.ops.zsu_fast.masked_cross_entropy.default, (sample, *rest))
+        op = torch.ops.zsu_fast.masked_cross_entropy.default
+        torch.library.opcheck(op, (sample, *rest))
+        index, keep = torch.tensor([1, 1, 0, 2, 4]), torch.rand(5)
+        torch.library.opcheck(op, (sample, *rest, index, keep, 0.5, True))
 
 
 def test_shapes_are_checked() -> None:
@@ -185,6 +269,15 @@ def test_shapes_are_checked() -> None:
         (logits, teacher, forget[:3], coef),
         (logits, teacher, forget.int(), coef),
         (logits, teacher, forget, coef[:2]),
+        (logits, teacher[:2], forget, coef),
     ):
         with pytest.raises(RuntimeError):
             ops.masked_cross_entropy(*bad, backend="cpp")
+    for options in (
+        {"index": torch.zeros(3).long()},
+        {"index": torch.zeros(4)},
+        {"keep": torch.zeros(3)},
+        {"keep": torch.zeros(4).long()},
+    ):
+        with pytest.raises(RuntimeError):
+            ops.masked_cross_entropy(logits, teacher, forget, coef, backend="cpp", **options)

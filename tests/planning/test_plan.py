@@ -20,7 +20,8 @@ from zsu_fast.planning.pilot import Pilot, PilotResult
 from zsu_fast.planning.plan import gpus_needed, measured_seconds
 from zsu_fast.runtime import accelerators
 from zsu_fast.runtime.measuring import PeakMemory
-from zsu_fast.synthesis.ascent import ActiveBatch, Ascent
+from zsu_fast.synthesis.active_batch import ActiveBatch
+from zsu_fast.synthesis.ascent import Ascent
 
 OPTIONS: dict[str, Any] = {
     "input_shape": SPEC.shape, "mean": SPEC.mean, "std": SPEC.std, "impressions_per_class": 8,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import zsu_fast
 from zsu_fast import ClassImpressions, synthesize
 from zsu_fast.models import zoo
+from zsu_fast.ops import library
 from zsu_fast.runtime import memory
 from zsu_fast.synthesis.inference_copy import InferenceCopy
 
@@ -101,6 +102,11 @@ def test_little_memory_means_a_small_batch(monkeypatch: pytest.MonkeyPatch) -> N
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (MemoryError(), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ..."), True),
+        # within an op: torch 2.14 passes the reason on, torch 2.11 does not
+        (RuntimeError("aoti_torch_empty_strided failed: CUDA out of memory. Tried to ..."), True),
+        (RuntimeError("aoti_torch_empty_strided failed, most likely out of memory (...)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."), True),
+        (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("size mismatch"), False),
         (ValueError("can't allocate memory"), False),
         (KeyboardInterrupt(), False),
@@ -114,6 +120,18 @@ def test_which_errors_mean_out_of_memory(error: BaseException, is_one: bool) -> 
 def test_a_real_failed_allocation_means_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**55, dtype=torch.uint8)
+    assert memory.is_out_of_memory(caught.value)
+
+
+@pytest.mark.skipif(not library.CPU.loaded, reason=str(library.CPU.reason))
+@pytest.mark.parametrize("classes", [1, 2**10])
+def test_a_failed_allocation_in_an_op_means_out_of_memory(classes: int) -> None:
+    """Of a result, and of the contiguous copy of an argument."""
+    rows = 2**42
+    logits = torch.zeros(1, 1).expand(rows, classes)
+    target, coef = torch.zeros(1, dtype=torch.int64).expand(rows), torch.zeros(1).expand(rows)
+    with pytest.raises(RuntimeError) as caught:
+        torch.ops.zsu_fast.signed_cross_entropy(logits, target, coef)
     assert memory.is_out_of_memory(caught.value)
 
 
@@ -142,7 +160,8 @@ def watch(monkeypatch: pytest.MonkeyPatch, most: int = 10**6, error: Any = None)
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
-     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")],
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+     RuntimeError("aoti_torch_empty_strided failed, most likely out of memory")],  # an op's
     ids=repr,
 )  # fmt: skip
 def test_the_batch_is_halved_and_the_impressions_are_the_same(

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from zsu_fast import ClassImpressions, ops, synthesize
 from zsu_fast.runtime import cuda_graph
-from zsu_fast.synthesis.ascent import STEPS_PER_GRAPH, capture_steps, hash_ints
+from zsu_fast.runtime.cuda_graph import Loop
+from zsu_fast.synthesis.ascent import hash_ints
 from zsu_fast.synthesis.ascent_settings import BatchLimits
+from zsu_fast.synthesis.step_graph import STEPS_PER_GRAPH, StepGraph
 
 FIELDS = ("images", "labels", "confidence", "target", "steps", "hit")
 
@@ -205,20 +207,36 @@ def test_steps_are_captured_once_per_batch_and_objective(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(cuda_graph, "warm_up", lambda run, _device: run())
     monkeypatch.setattr(cuda_graph, "capture", Graph)
-    one, other = (SimpleNamespace(penalises=False, steps=0) for _ in range(2))
+    tensors = lambda: [torch.zeros(1)]  # noqa: E731
+    one, other = (
+        SimpleNamespace(penalises=False, steps=0, tensors=tensors, index=[0]) for _ in range(2)
+    )
 
     def step(batch: Any) -> None:
         batch.steps += 1
 
-    take_steps = capture_steps(step, torch.device("cuda"))
+    graph = StepGraph("auto", torch.device("cuda"))
     expected = 3  # to warm up
     for _ in range(3):
-        take_steps(one)
+        graph.run(step, one)
         expected += STEPS_PER_GRAPH
     assert (captures, one.steps) == (1, expected)
     one.penalises = True
-    take_steps(one)
+    graph.run(step, one)
     assert (captures, one.steps) == (2, expected + 3 + STEPS_PER_GRAPH)
-    take_steps(other)
+    graph.run(step, other)
     assert (captures, other.steps) == (3, 3 + STEPS_PER_GRAPH)
-    assert capture_steps(step, torch.device("cpu")) is step
+
+
+@pytest.mark.parametrize(("loop", "device", "steps"), [("auto", "cpu", 1), ("eager", "cuda", 4)])
+def test_steps_without_a_graph(
+    monkeypatch: pytest.MonkeyPatch, loop: Loop, device: str, steps: int
+) -> None:
+    monkeypatch.setattr(cuda_graph, "capture", lambda _run: pytest.fail("captured"))
+    batch: Any = SimpleNamespace(penalises=False, steps=0)
+
+    def step(batch: Any) -> None:
+        batch.steps += 1
+
+    StepGraph(loop, torch.device(device)).run(step, batch)
+    assert batch.steps == steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -431,6 +432,33 @@ def test_rows_that_no_image_has_are_not_trained_on(monkeypatch: pytest.MonkeyPat
     with pytest.warns(UnlearningWarning, match="level: output. .*no image has such features"):
         run, made = deep_run()
     assert changed_tensors(tiny(), made) == set(run.record.split["trained"])
+
+
+class Vanishing(nn.Module):
+    """Features of 1e-32, whose squares are 0, and weights that make up for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = TinyNet(classes=24), nn.Linear(24, 5)
+        with torch.no_grad():
+            self.fc.weight *= 1e32
+            for name, parameter in self.body.named_parameters():
+                if name.endswith("bias"):
+                    parameter.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x * 1e-32))
+
+
+def test_rows_that_are_not_finite_are_not_trained_on() -> None:
+    torch.manual_seed(0)
+    original = Vanishing()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnlearningWarning)
+        run, made = deep_run(original)
+    assert any("level: output" in str(w.message) for w in caught)
+    assert "not finite" in run.record.depth["fallback"]
+    assert all(bool(p.isfinite().all()) for p in made.parameters())
 
 
 def test_many_changed_answers_are_warned_of() -> None:

@@ -13,7 +13,7 @@ from zsu_fast.splitting.split import find_split
 from zsu_fast.training.class_subset import ClassSubsetTail
 from zsu_fast.training.features import FeatureSettings, MemoryLimits, held_out, logit_margin
 from zsu_fast.training.fit_task import FitTask, make_fit_task
-from zsu_fast.training.losses import ForgetOnlyKL, MaskedKL, ObjectiveSettings
+from zsu_fast.training.losses import MaskedKL, ObjectiveSettings
 
 
 def task_of(
@@ -41,10 +41,8 @@ def task_of(
 
 def margin_of(task: FitTask) -> float:
     loss = task.validation_loss
-    if isinstance(loss, ForgetOnlyKL):
-        return loss.margin
     assert isinstance(loss, MaskedKL)
-    return float(loss.shift.max())
+    return loss.margin
 
 
 @pytest.mark.parametrize("classes", [10, 1000])

@@ -83,6 +83,20 @@ def test_the_retained_logits_keep_their_values(everywhere: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("keep", [0.0, 5.0])
+def test_the_teacher_is_read_where_it_is(keep: float) -> None:
+    """The same bits, without a tensor that holds the teacher's logits of the batch."""
+    _, _, rows = case()
+    index = torch.randperm(len(rows))[:50]
+    loss = MaskedKL(FORGET, 2.0, keep=keep)
+    logits = torch.randn(50, 4)
+    copied, in_place = rows.select(index), rows.select(index, copy_teacher=False)
+    assert in_place.teacher is rows.teacher
+    for got, want in zip(loss(logits, in_place), loss(logits, copied), strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(loss.divergence(logits, in_place), loss.divergence(logits, copied))
+
+
 def test_the_masked_objective_is_the_validation_loss() -> None:
     validation_loss = MaskedKL(FORGET, 1.0)
     assert ObjectiveSettings("masked").make(validation_loss) is validation_loss

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 import zsu_fast
 from zsu_fast import ops
-from zsu_fast.errors import ArgumentError
+from zsu_fast.errors import ArgumentError, UnlearningWarning
+from zsu_fast.runtime import cuda_graph
 from zsu_fast.training import train_step
 from zsu_fast.training.features import FeatureSet
 from zsu_fast.training.fit_task import FitTask
@@ -59,6 +62,22 @@ def run(kind: Any, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     return [p.detach().clone() for p in tail.parameters()], loss.clone()
 
 
+def test_a_step_copies_no_logits_of_the_teacher() -> None:
+    tail, rows, index = case()
+    task = fit_task(tail, rows)
+    seen = []
+
+    class Watched(MaskedKL):
+        def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+            seen.append(rows.teacher)
+            return super().__call__(logits, rows)
+
+    step = EagerTrainStep(replace(task, objective=Watched(FORGET, 2.0)))
+    step.run(index[:2], RATES[:2])
+    assert len(seen) == 2
+    assert all(teacher is rows.teacher for teacher in seen)
+
+
 def test_the_steps_are_adam_on_the_objective() -> None:
     torch.manual_seed(0)
     tail, rows, index = case()
@@ -73,7 +92,7 @@ def test_the_steps_are_adam_on_the_objective() -> None:
         part = rows.select(batch)
         logits = other(*part.features)
         loss = ops.masked_cross_entropy(
-            logits + objective.shift, part.teacher, FORGET, torch.full((64,), 1 / 64)
+            logits + objective.margin * FORGET, part.teacher, FORGET, torch.full((64,), 1 / 64)
         )
         loss.backward()
         optimiser.step()
@@ -152,34 +171,35 @@ def failing_capture(_block: Any) -> Any:
 
 
 def test_a_failed_capture_falls_back_to_eager_steps_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     attempts: list[Any] = []
-    monkeypatch.setattr(train_step, "warm_up", lambda steps, _device: steps())
+    monkeypatch.setattr(cuda_graph, "warm_up", lambda steps, _device: steps())
     monkeypatch.setattr(
-        train_step, "capture", lambda block: (attempts.append(block), failing_capture(block))
+        cuda_graph, "capture", lambda block: (attempts.append(block), failing_capture(block))
     )
     eager, loss = run(EagerTrainStep)
-    graph, graph_loss = run(GraphTrainStep)  # the warm-up is undone
+    with pytest.warns(UnlearningWarning) as caught:
+        graph, graph_loss = run(GraphTrainStep)  # the warm-up is undone
     for a, b in zip(eager, graph, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
     assert torch.allclose(loss, graph_loss, rtol=1e-4)
     assert len(attempts) == 1
-    (warning,) = caplog.messages
-    assert "runs eagerly" in warning
+    (warning,) = (str(w.message) for w in caught)
+    assert "the training loop runs eagerly" in warning
     assert "a value is read on the host" in warning
 
 
 def test_a_required_graph_that_cannot_be_captured_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(train_step, "warm_up", lambda steps, _device: steps())
-    monkeypatch.setattr(train_step, "capture", failing_capture)
+    monkeypatch.setattr(cuda_graph, "warm_up", lambda steps, _device: steps())
+    monkeypatch.setattr(cuda_graph, "capture", failing_capture)
     tail, rows, index = case()
     start = copy.deepcopy(tail.state_dict())
     step = GraphTrainStep(fit_task(tail, rows), required=True)
     with pytest.raises(
-        ArgumentError, match=r"loop: got 'graph', and capture failed: a value.*auto"
+        ArgumentError, match=r"loop: got 'graph', and the capture of .* failed: .*a value.*auto"
     ):
         step.run(index, RATES)
     assert all(torch.equal(value, start[name]) for name, value in tail.state_dict().items())
@@ -215,10 +235,53 @@ def test_large_tails_multiply_in_bfloat16_within_a_block(
     step = train_step.EagerTrainStep(fit_task(tail, rows, forget, 1.0))
     precisions.clear()
     step.run(torch.arange(8).view(1, 8), [1e-3])
-    assert precisions == ["bf16" if quick else before]
+    # once each to compare the gradients, then the step
+    assert precisions == ([before, "bf16", "bf16"] if quick else [before])
     assert settings.fp32_precision == before
-    task = replace(fit_task(tail, rows, forget, 1.0), bf16_matmul=False)
+    precisions.clear()
+    step.run(torch.arange(8).view(1, 8), [1e-3])
+    assert precisions == (["bf16"] if quick else [before])
+    task = replace(fit_task(tail, rows, forget, 1.0), fast_matmul=False)
     step = train_step.EagerTrainStep(task)
     precisions.clear()
     step.run(torch.arange(8).view(1, 8), [1e-3])
     assert precisions == [before]
+
+
+@pytest.mark.parametrize(("noise", "accepted"), [(0.005, True), (0.1, False)])
+def test_products_that_change_the_gradient_stay_in_float32(
+    monkeypatch: pytest.MonkeyPatch, noise: float, accepted: bool
+) -> None:
+    tail, rows, index = case()
+    inexact: list[bool] = []
+
+    @contextmanager
+    def fast() -> Iterator[None]:
+        inexact.append(True)
+        yield
+        inexact.pop()
+
+    monkeypatch.setattr(train_step, "fast_matmul", lambda _device, _work: fast())
+    steps = []
+
+    class Inexact(MaskedKL):
+        def gradients(self, *args: Any) -> Any:
+            loss, grads = super().gradients(*args)
+            steps.append(bool(inexact))
+            return loss, [g * (1 + noise) if inexact else g for g in grads]
+
+    task = replace(fit_task(tail, rows), objective=Inexact(FORGET, 2.0))
+    EagerTrainStep(task).run(index[:2], RATES[:2])
+    assert steps == [False, True, accepted, accepted]
+
+
+def test_a_gpu_multiplies_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_step, "has_bfloat16", lambda _device: True)
+    settings: Any = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    fast = train_step.fast_matmul(torch.device("cuda"), train_step.SMALL + 1)
+    assert fast is not None
+    with fast:
+        assert settings.fp32_precision == "tf32"
+    assert settings.fp32_precision == before
+    assert train_step.fast_matmul(torch.device("cuda"), train_step.SMALL) is None

@@ -13,21 +13,26 @@ from rich.table import Table
 
 from ..errors import ArgumentError, LedgerError, shorten
 from ..evaluation.accuracy import evaluate as measure
+from ..evaluation.encoder_evaluation import EncoderEvaluation
 from ..evaluation.multi_label import MultiLabelEvaluation
 from ..models import checkpoint
 from ..models.compact_file import compact_metadata, file_compaction
 from ..models.delta import apply_delta
+from ..models.embedding_classifier import deliverable
+from ..models.gallery import Gallery
 from ..models.infer_spec import resolve_spec
 from ..models.loading import load_model
 from ..models.parameters import weights_hash
 from ..planning.plan import plan as make_plan
 from ..provenance.ledger import Entry, Ledger, verify as find_problems
+from ..provenance.templates import matching
 from ..runtime.accelerators import ACCELERATORS
 from ..runtime.doctor import doctor as examine, render
 from . import options, output
 from .audit import audit
 from .check import check
 from .demo import run as run_demo
+from .enroll import enroll
 from .inputs import folder_order, labels_of, parse_classes, parse_tail, read_images
 from .unlearn import unlearn
 
@@ -106,6 +111,7 @@ def plan(
             typer.echo(expected.render())
 
 
+app.command()(enroll)
 app.command()(unlearn)
 
 
@@ -124,7 +130,7 @@ def apply(
     with output.report_errors(as_json):
         checkpoint.check_ending(out)
         checkpoint.check_writable(out, force)
-        base = model.load()
+        base = deliverable(model.load())
         result = apply_delta(base, delta)
         hashes = {"weights_before": weights_hash(base), "weights_after": weights_hash(result)}
         metadata = hashes | compact_metadata(file_compaction(model.weights))
@@ -176,6 +182,8 @@ def evaluate(
         seconds = time.perf_counter() - started
         if as_json:
             output.print_json(result.to_dict())
+        elif isinstance(result, EncoderEvaluation):
+            output.print_encoder(Console(), model.model, result)
         elif isinstance(result, MultiLabelEvaluation):
             output.print_multi_label(Console(), model.model, result)
         else:
@@ -214,14 +222,16 @@ def verify(
     ] = None,
     weights: options.Weights = None,
     classes: options.Classes = None,
+    gallery: options.GalleryFile = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Checks every entry and the chain; exits with 2 if something is wrong."""
     with output.report_errors(as_json):
-        if model is None and (weights is not None or classes is not None):
-            name = "classes" if weights is None else "weights"
-            raise ArgumentError(name, "given without --model", "Name the model too.")
-        used = None if model is None else load_model(model, weights, classes)
+        alone = {"weights": weights, "classes": classes, "gallery": gallery}
+        if model is None and (given := [name for name, v in alone.items() if v is not None]):
+            raise ArgumentError(given[0], "given without --model", "Name the model too.")
+        encoder = gallery is not None
+        used = None if model is None else load_model(model, weights, classes, encoder)
         problems = find_problems(path, head, used)
         if problems:
             raise LedgerError(f"ledger: {path} is not what was written: {'; '.join(problems)}.")
@@ -245,6 +255,35 @@ def show(path: LedgerFile, as_json: options.AsJson = False) -> None:
             output.print_json(entries)
         else:
             Console().print(_table(path, entries))
+
+
+@ledger_app.command()
+def find(
+    path: LedgerFile,
+    gallery: Annotated[
+        Path, typer.Option(help="A gallery, written by enroll.", show_default=False)
+    ],
+    as_json: options.AsJson = False,
+) -> None:
+    """Lists the requests to forget identities of a gallery, whose templates identify them."""
+    with output.report_errors(as_json):
+        if not path.is_file():
+            raise LedgerError(f"ledger: {path} is not a file. Name a ledger that exists.")
+        people = Gallery.load(gallery)
+        found = []
+        for entry in Ledger(path).entries():
+            names = [people.names[c] for c in matching(entry["metrics"], people)]
+            if names:
+                found.append({
+                    "request": entry["request"], "time": entry["time"], "identities": names,
+                })  # fmt: skip
+        if as_json:
+            output.print_json(found)
+            return
+        for row in found:
+            typer.echo(f"{row['request']} ({row['time']}): {', '.join(row['identities'])}")
+        if not found:
+            typer.echo("No request concerns an identity of this gallery.")
 
 
 def _table(path: Path, entries: list[Entry]) -> Table:

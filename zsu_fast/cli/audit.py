@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from ..errors import ArgumentError
 from ..evaluation.audit import audit as run_audit
-from ..evaluation.audit.result import MAIN, Audit, show
+from ..evaluation.audit.result import Audit, show
 from ..evaluation.report.page import write_report
 from ..models import checkpoint
 from ..models.infer_spec import resolve_spec
@@ -88,7 +88,7 @@ def audit(
         labels = labels_of(names, original)
         result = run_audit(
             original, model.load(unlearned), parse_classes(forget, labels), data,
-            None if use.golden is None else model.load(use.golden),
+            None if use.golden is None else model.load_alone(use.golden),
             train_data=None if use.train_data is None else read_images(use.train_data, spec),
             shots=500 if use.shots is None else use.shots, relearn_steps=use.relearn_steps,
             class_names=names, **images.arguments(), output=images.choice, seed=seed,
@@ -137,9 +137,6 @@ def _print(console: Console, result: Audit) -> None:
     console.print(table)
     names = [Column(row.name, justify="right") for row in result.rows]
     table = Table("", *names, title="models")
-    for key in MAIN:
-        if any(key in row.values for row in result.rows):
-            table.add_row(
-                result.definitions[key].title, *[show(row.get(key)) for row in result.rows]
-            )
+    for key in result.main:
+        table.add_row(result.definitions[key].title, *[show(row.get(key)) for row in result.rows])
     console.print(table)

@@ -17,6 +17,8 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
+from ..models.compact_file import is_unlearned
+from ..models.gallery import Gallery
 from ..models.loading import load_model
 from .inputs import parse_numbers
 
@@ -35,6 +37,13 @@ Weights = Annotated[
 ]
 Classes = Annotated[
     int | None, typer.Option(help="Number of logits of a torchvision or timm model.")
+]
+GalleryFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file of enrolled identities, written by enroll: the model is then an encoder (a "
+        "zoo, torchvision or timm model without its last layer), and classes are identities."
+    ),
 ]
 Forget = Annotated[
     str,
@@ -110,10 +119,25 @@ class ModelOptions:
     model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
     weights: Weights = None
     classes: Classes = None
+    gallery: GalleryFile = None
 
     def load(self, weights: str | None = None) -> nn.Module:
-        """Builds the model with its own weights, or with those of the file ``weights``."""
-        return load_model(self.model, weights or self.weights, self.classes)
+        """Builds the model with its own weights, or with those of the file ``weights``.
+
+        With ``gallery``, the model is an encoder, and is returned with its templates.
+        """
+        encoder = self.gallery is not None
+        model = load_model(self.model, weights or self.weights, self.classes, encoder)
+        if self.gallery is None:
+            return model
+        gallery = Gallery.load(self.gallery)
+        if weights is None and not is_unlearned(self.weights):
+            gallery.check_encoder(model)
+        return gallery.classifier(model)
+
+    def load_alone(self, weights: str) -> nn.Module:
+        """The model with other weights; with ``gallery``, its encoder without templates."""
+        return load_model(self.model, weights, self.classes, self.gallery is not None)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from ..errors import ZsuFastError, shorten
 from ..evaluation.accuracy import Evaluation
+from ..evaluation.encoder_evaluation import PARTS, EncoderEvaluation
 from ..evaluation.multi_label import MultiLabelEvaluation
 from ..models.labels import Labels
 
@@ -134,3 +135,29 @@ def print_multi_label(console: Console, title: str, result: MultiLabelEvaluation
         table.add_row(name, *cells, str(scores.count))
     console.print(table)
     console.print(str(result), markup=False, highlight=False)
+
+
+def print_encoder(console: Console, title: str, result: EncoderEvaluation) -> None:
+    """Prints the rates of an encoder for forgotten and other identities, side by side."""
+    columns = [Column(part, justify="right") for part in ("forgotten", "others")]
+    table = Table("", *columns, title=title)
+    kinds = {"rank1_{}": "rank-1"}
+    for far, words in (("1e2", "1 %"), ("1e3", "0.1 %")):
+        kinds[f"identified_{{}}_{far}"] = f"identified at FAR {words}"
+        kinds[f"tar_{{}}_{far}"] = f"TAR at FAR {words}"
+    for kind, words in kinds.items():
+        cells = (result.rates.get(kind.format(part)) for part in PARTS)
+        table.add_row(words, *["-" if cell is None else f"{cell:.2f}" for cell in cells])
+    accused, strangers = (result.rates.get(f"{kind}_1e2") for kind in ("accused", "strangers"))
+    table.add_row("taken for another at FAR 1 %", *[
+        "-" if cell is None else f"{cell:.2f}" for cell in (accused, strangers)
+    ])  # fmt: skip
+    table.add_row("images", str(result.forget_count), str(result.retain_count))
+    console.print(table)
+    console.print(
+        "Per cent of the images. FAR: the false-accept rate of the retained identities, which sets "
+        "the threshold. Taken for another: by a retained identity other than their own."
+    )
+    for reason in dict.fromkeys(result.missing.values()):
+        console.print(f"No value (-): {reason}.", markup=False, highlight=False)
+    print_labels(console, "Forgotten", result.labels)

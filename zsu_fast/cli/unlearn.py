@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,144 +18,20 @@ from ..evaluation.audit import audit
 from ..evaluation.labelled_data import LabelledData
 from ..evaluation.report.page import write_report
 from ..evaluation.run_model import run_model
-from ..models import checkpoint
-from ..models.compact import Compaction
 from ..models.compact_file import (
     check_forgotten_in_file,
-    compact_metadata,
-    file_compaction,
 )
-from ..models.delta import check_ending, save_delta
 from ..models.parameters import UNCOPYABLE, deep_copy
 from ..options import paper_preset
-from ..provenance.folders import written_folder
 from ..provenance.ledger import Entry, Ledger
-from ..provenance.new_folder import check_folder
 from ..provenance.record import Record
 from ..runtime import distributed
 from ..synthesis.impressions import ClassImpressions
 from ..unlearner import ZeroShotUnlearner
 from . import options, output
-from .audit import check_writable, report_names
+from .audit import report_names
+from .files import OutputOptions
 from .inputs import folder_order, labels_of, parse_classes, parse_tail, read_images
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """Which files to write."""
-
-    out: Annotated[Path | None, options.OUT] = None
-    out_folder: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write a folder to publish: config, weights, record and model card, in the format "
-            "of the model's library."
-        ),
-    ] = None
-    delta: Annotated[
-        Path | None, typer.Option(help="Write only the changed weights here, for `apply`.")
-    ] = None
-    record: Annotated[Path | None, typer.Option(help="Write the run's record (JSON) here.")] = None
-    compact: Annotated[
-        bool,
-        typer.Option(
-            "--compact",
-            help="Write a classifier without rows for the forgotten classes; the others are "
-            "numbered anew, and the record and the file hold the map.",
-        ),
-    ] = False
-    report: options.Report = None
-    report_data: Annotated[
-        str | None,
-        typer.Option(help="Labelled images for the report only; formats as for evaluate --data."),
-    ] = None
-    force: options.Force = False
-
-    def check(self) -> None:
-        """Raises before the work if there is nothing to write, or no way to write it."""
-        if self.out is None and self.delta is None and self.out_folder is None:
-            raise ArgumentError(
-                "out", "none of --out, --out-folder and --delta was given", "Name a file."
-            )
-        if self.report_data is not None and self.report is None:
-            raise ArgumentError(
-                "report_data", f"got {self.report_data!r} without --report", "Add --report FILE."
-            )
-        self._check_compact()
-        if self.out is not None:
-            checkpoint.check_ending(self.out)
-        if self.delta is not None:
-            check_ending(self.delta)
-        if self.out_folder is not None:
-            check_folder(self.out_folder, self.force)
-        figures = self.report and self.report.with_suffix(".json")
-        paths = [self.out, self.out_folder, self.delta, self.record, self.report, figures]
-        named = [path.resolve() for path in paths if path is not None]
-        if twice := [path for path in named if named.count(path) > 1]:
-            raise ArgumentError("out", f"{twice[0]} is named twice", "Name a file for each output.")
-        check_writable(self.force, self.report, self.out, self.delta, self.record)
-
-    def _check_compact(self) -> None:
-        if not self.compact:
-            return
-        if self.delta is not None:
-            raise ArgumentError(
-                "delta",
-                "got --compact too, and a delta holds values of tensors of the same shapes",
-                "Leave one of them out.",
-            )
-        if self.out is not None and self.out.suffix != ".safetensors":
-            raise ArgumentError(
-                "out",
-                f"got {self.out} with --compact, and only safetensors files say which class each "
-                f"logit is",
-                "Name a .safetensors file.",
-            )
-
-    @contextmanager
-    def written(
-        self, base: nn.Module, run: ZeroShotUnlearner, record: Record, weights: str | None
-    ) -> Iterator[None]:
-        """Writes the files; removes them again if one of them, or the block, fails.
-
-        Args:
-            base: the model before the run.
-            run: gives the model after it, and the verdict.
-            record: of the run.
-            weights: the file that ``base`` was loaded from, which may be a compact model's.
-        """
-        result, compaction = run.unlearned, _all_compactions(record, weights)
-        assert result is not None
-        folder: AbstractContextManager[Any] = nullcontext()
-        if self.out_folder is not None:
-            folder = written_folder(
-                result, self.out_folder, record=record, verdict=run.verdict,
-                force=self.force, compaction=compaction,
-            )  # fmt: skip
-        with folder, ExitStack() as undo:
-            if self.out is not None:
-                metadata = {
-                    "zsu_fast.forget": json.dumps(record.forget),
-                    "weights_before": record.weights_before,
-                    "weights_after": record.weights_after,
-                } | compact_metadata(compaction, record.forgotten_rows)
-                checkpoint.save_weights(self.out, result, metadata, self.force)
-                undo.callback(self.out.unlink, missing_ok=True)
-            if self.delta is not None:
-                save_delta(base, result, self.delta, self.force)
-                undo.callback(self.delta.unlink, missing_ok=True)
-            if self.record is not None:
-                content = record.to_json().encode()
-                checkpoint.write_atomically(self.record, lambda f: f.write(content), self.force)
-                undo.callback(self.record.unlink, missing_ok=True)
-            yield
-            undo.pop_all()
-
-
-def _all_compactions(record: Record, weights: str | None) -> Compaction | None:
-    """From the architecture to the result: what was cut before the run, and what by it."""
-    earlier = file_compaction(weights)
-    return Compaction.from_dict(record.compact).after(earlier) if record.compact else earlier
 
 
 @dataclass(frozen=True)
@@ -187,6 +62,14 @@ class MethodOptions:
     impressions: Annotated[
         Path | None, typer.Option(help="Class impressions to use, a file of ClassImpressions.save.")
     ] = None
+    forgotten_as: Annotated[
+        str | None,
+        typer.Option(
+            help="With --gallery: stranger (images of the forgotten are less similar to every "
+            "template than the acceptance threshold) or redistribute (they go to whom they "
+            "resemble). Default: stranger."
+        ),
+    ] = None
     paper: Annotated[bool, typer.Option("--paper", help="Use the published recipe.")] = False
     multi_label: options.MultiLabel = None
 
@@ -209,7 +92,8 @@ class MethodOptions:
                 )
         given = self.impressions
         return chosen | recipe | {
-            "everywhere": self.everywhere, "cache": self.cache, "multi_label": self.multi_label,
+            "forgotten_as": self.forgotten_as, "everywhere": self.everywhere, "cache": self.cache,
+            "multi_label": self.multi_label,
             "impressions": None if given is None else ClassImpressions.load(given),
         }  # fmt: skip
 
@@ -241,6 +125,14 @@ class RequestOptions:
         None
     )
     request: Annotated[str | None, typer.Option(help="Id of the request in the ledger.")] = None
+    ledger_names: Annotated[
+        bool,
+        typer.Option(
+            "--ledger-names",
+            help="Write the names of forgotten identities into the ledger. With --gallery, it "
+            "holds salted hashes of their templates only.",
+        ),
+    ] = False
     new_base: Annotated[
         bool,
         typer.Option("--other-base", help="The model is not the result of the last entry."),
@@ -248,7 +140,10 @@ class RequestOptions:
 
     def check(self) -> None:
         """Raises if an option has no effect without ``ledger``."""
-        alone = {"request": self.request is not None, "other_base": self.new_base}
+        alone = {
+            "request": self.request is not None, "other_base": self.new_base,
+            "ledger_names": self.ledger_names,
+        }  # fmt: skip
         if self.ledger is None and any(alone.values()):
             name = next(name for name, given in alone.items() if given)
             raise ArgumentError(name, "given without --ledger", "Name the ledger too.")
@@ -280,7 +175,7 @@ def unlearn(
     ):
         progress = False if as_json else None
         if ranks.is_main:
-            paths.check()
+            paths.check(model.gallery)
             request.check()
         arguments = method.arguments()
         loaded = model.load()
@@ -294,12 +189,16 @@ def unlearn(
         base = deep_copy(loaded, UNCOPYABLE) if needs_base else loaded
 
         def write(record: Record) -> AbstractContextManager[None]:
-            return paths.written(base, run, record, model.weights)
+            return paths.written(base, run, record, model)
 
         ledger = None
         if request.ledger is not None:
             ledger = LedgerAfterFiles(
-                request.ledger, request.request, request.new_base, write=write
+                request.ledger,
+                request.request,
+                request.new_base,
+                request.ledger_names,
+                write=write,
             )
         run = ZeroShotUnlearner(
             loaded, classes, ledger=ledger, class_names=labels, forgotten=before,
@@ -326,9 +225,10 @@ def unlearn(
 def _check_images(run: ZeroShotUnlearner, data: Any) -> None:
     """Raises before the work if the model can't take the first images of the report's data."""
     source = LabelledData(data, "report_data", run.spec, run.labels)
-    source.match(run.original, run.classes)
+    classes = run.classes if run.gallery is None else run.gallery.classes
+    source.match(run.original, classes)
     images, labels = next(source.batches(8))
-    source.targets(labels, run.classes)
+    source.targets(labels, classes)
     run_model(run.work, images[:8], argument="report_data")
 
 
@@ -341,7 +241,8 @@ def _write_report(
         return []
     spec = run.spec
     found = audit(
-        base, result, run.forget, data, class_names=run.labels, output=run.work.output,
+        base, result, run.forget, data, class_names=run.labels,
+        output=run.work.output if run.gallery is None else None,
         input_shape=spec.shape, mean=spec.mean, std=spec.std, seed=run.options.seed,
         device=run.device, progress=progress, multi_label=run.multi_label,
     )  # fmt: skip
@@ -365,6 +266,8 @@ def _print_json(
         summary["out_folder"] = str(paths.out_folder)
     if paths.delta is not None:
         summary["delta"] = str(paths.delta)
+    if paths.out_gallery is not None:
+        summary["out_gallery"] = str(paths.out_gallery)
     if entry is not None:
         summary["ledger"] = {"request": entry["request"], "head": entry["hash"]}
     output.print_json(summary)
@@ -376,7 +279,8 @@ def _print(
     console = Console()
     facts = run.record.to_dict()
     total = facts["timings"]["total"]
-    console.print(f"Forgot {len(run.forget)} of {run.classes} classes in {total:.1f} s.")
+    what = "classes" if run.gallery is None else "identities"
+    console.print(f"Forgot {len(run.forget)} of {facts['classes']} {what} in {total:.1f} s.")
     output.print_labels(console, "Forgotten", facts["labels"])
     if facts["compact"]:
         console.print(
@@ -395,5 +299,11 @@ def _print(
     output.print_sentences(console, says)
     if entry is not None:
         console.print(f"Request {entry['request']}, ledger head {entry['hash']}.")
-    files = (paths.out, paths.out_folder, paths.delta, paths.record, paths.report)
+    if run.gallery is not None:
+        console.print(
+            "Written: the encoder alone. Delete the templates of the forgotten wherever they are."
+        )
+    files = (
+        paths.out, paths.out_folder, paths.delta, paths.record, paths.report, paths.out_gallery,
+    )  # fmt: skip
     output.print_written(console, [path for path in files if path is not None])

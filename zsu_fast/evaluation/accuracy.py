@@ -7,8 +7,7 @@ FA and RA say whether the outputs forgot without harm; they say nothing about th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,14 +16,16 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, UnlearningWarning
 from ..models.class_indices import ANY_NUMBER, check_forget
+from ..models.embedding_classifier import as_embedding_classifier
 from ..models.labels import known_labels
 from ..models.multi_label import check_multi_label, stated_multi_label
 from ..models.outputs import OutputChoice, check_output, is_ambiguous, pick_logits
 from ..models.parameters import unwrap
 from .class_order import check_order
+from .encoder_evaluation import evaluate_encoder, refuse_for_encoder
 from .labelled_data import LabelledData
 from .multi_label import is_multi_label, measure_multi_label
-from .run_model import check_logits, choose_output, image_spec, run_model
+from .run_model import check_logits, choose_output, eval_mode, image_spec, run_model
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def evaluate(
         input_shape, mean, std: the images that the model takes; None: what the model states.
 
     Returns:
-        An `Evaluation`, or a `MultiLabelEvaluation`.
+        An `Evaluation`, a `MultiLabelEvaluation`, or, of an `EmbeddingClassifier`, an
+        `EncoderEvaluation`.
 
     Raises:
         ArgumentError: there are no images, the model has no logit for a label, the classes of the
@@ -133,11 +135,16 @@ def evaluate(
     """
     check_output(output)
     check_multi_label(multi_label)
+    if (classifier := as_embedding_classifier(model)) is not None:
+        refuse_for_encoder(output, multi_label)
+        return evaluate_encoder(
+            classifier, data, forget, batch, class_names, input_shape, mean, std
+        )
     source = LabelledData(data, "data", image_spec(model, input_shape, mean, std), class_names)
     outputs: list[Tensor] = []  # predictions, or all outputs of a multi-label model
     targets: list[Tensor] = []
     labels, classes, several = None, 0, False
-    with _eval_mode(model):
+    with eval_mode(model):
         for images, given in source.batches(batch):
             if not outputs and not isinstance(unwrap(model), MaskedClassifier):
                 output = choose_output(model, images, output)
@@ -183,18 +190,6 @@ def count_correct(predictions: Tensor, labels: Tensor, classes: int) -> tuple[Te
 def percentage(part: int, whole: int) -> float | None:
     """``part`` of ``whole`` in per cent; None if ``whole`` is 0."""
     return 100 * part / whole if whole else None
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Runs the block in eval mode, then restores each module's own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class MaskedClassifier(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, ModelError, check_choice, shorten
 from ..models.class_indices import check_forget
+from ..models.embedding_classifier import EmbeddingClassifier, as_embedding_classifier
 from ..models.input_spec import noise_images
 from ..models.labels import resolve_labels
 from ..models.outputs import OutputChoice
@@ -33,13 +34,16 @@ from ..synthesis.dead_leaves import sample_dead_leaves
 from ..synthesis.space import FlatTail, input_space
 from ..synthesis.synthesize import ascend
 from ..training.deep.deep import MOST_LEAK as MOST_DEEP_LEAK
+from ..training.deep.open_set import ACCEPTED_AT, acceptance_threshold
 from ..training.deep.rows import RowSource, stretch_contrast
 from ..training.deep.settings import DEPTHS, DeepSettings
 from ..training.deep.split import DeepSplit, find_deep_split
 from .audit.audited_model import AuditedModel, audited_copy
+from .encoder_evaluation import refuse_for_encoder, working_gallery
 from .verdict import (
     LEAST_DEEP_AGREEMENT,
     LEAST_OUTPUT_AGREEMENT,
+    MOST_UNMASK_LEAK,
     Level,
     Verdict,
     in_words,
@@ -77,8 +81,9 @@ def check(
     what a linear probe finds. Neither model is changed.
 
     Args:
-        original: the classifier before unlearning.
-        unlearned: the result, of the same architecture; also a `zsu_fast.mask`.
+        original: the classifier before unlearning. Of an `EmbeddingClassifier`, both encoders are
+            compared with the original's templates.
+        unlearned: the result, of the same architecture; also a `zsu_fast.mask`, or an encoder.
         forget: the classes that were to be forgotten, as for `unlearn`.
         depth: the level that the verdict requires, "deep" or "output"; None for either.
         class_names: the names of all classes, as for `unlearn`; None: what ``original`` states.
@@ -102,6 +107,13 @@ def check(
     """
     if depth is not None:
         check_choice("depth", depth, DEPTHS)
+    encoder = as_embedding_classifier(original)
+    if encoder is not None:
+        refuse_for_encoder(output, multi_label)
+        count = len(encoder.gallery)
+        known = resolve_labels(class_names, original, count)
+        chosen = check_forget(forget, count, known)
+        original, unlearned, places = working_gallery(encoder, unlearned, chosen, seed)
     prepared = prepare_model(original, device, input_shape, mean, std, output, multi_label)
     if prepared.multi_label:
         raise ModelError(
@@ -109,19 +121,20 @@ def check(
             "Use audit(), with or without images, or pass multi_label=False if its classes exclude "
             "each other.",
         )
-    known = resolve_labels(class_names, original, prepared.classes)
-    chosen = check_forget(forget, prepared.classes, known)
+    if encoder is None:
+        known = resolve_labels(class_names, original, prepared.classes)
+        chosen = places = check_forget(forget, prepared.classes, known)
     labels = {c: known.names[c] for c in chosen} if known is not None else {}
-    found = prepared.model.output  # the item that was found in the original's
+    found = None if encoder is not None else prepared.model.output  # as in the original's
     other = audited_copy("unlearned", unlearned, prepared.spec, prepared.device, found)
     _check_alike(prepared.model, other.model)
     with (
         threads_for(prepared.multiply_adds(), prepared.device),
         Reporter(progress, None) as report,
     ):
-        rows = _make_rows(prepared, other, chosen, seed + _SEED, report)
-        answers = _Answers.of(rows, prepared.model, other, chosen)
-    return _verdict(answers, chosen, labels, depth)
+        rows = _make_rows(prepared, other, places, seed + _SEED, report)
+        answers = _Answers.of(rows, prepared.model, other, places)
+    return _verdict(answers, dict(zip(places, chosen, strict=True)), labels, depth)
 
 
 def _check_alike(original: LogitsModel, unlearned: LogitsModel) -> None:
@@ -234,6 +247,7 @@ class _Answers:
         retained: bool [N]: scenes that it gives to another class.
         control: bool [N]: rows that were made for another class, and that it gives to that one.
         rows: the rows.
+        threshold: the logit above which an identity is accepted; -inf for classes.
     """
 
     original: Tensor
@@ -244,6 +258,7 @@ class _Answers:
     retained: Tensor
     control: Tensor
     rows: _Rows
+    threshold: float = -torch.inf
 
     @classmethod
     def of(
@@ -253,10 +268,15 @@ class _Answers:
         after = _logits(rows.tails[1], rows.points)
         if other.hidden:
             after[:, other.hidden] = -torch.inf
-        last = layer_names(original.module, noise_images(other.spec, 2).to(before.device))[-1]
-        layer = original.module.get_submodule(last)
-        other.model.module.get_submodule(last).load_state_dict(copy.deepcopy(layer.state_dict()))
-        unmasked = _logits(rows.tails[1], rows.points)
+        threshold = -torch.inf
+        if isinstance(original.module, EmbeddingClassifier):  # the templates are in place
+            unmasked = after
+        else:
+            last = layer_names(original.module, noise_images(other.spec, 2).to(before.device))[-1]
+            layer = original.module.get_submodule(last)
+            tail = other.model.module.get_submodule(last)
+            tail.load_state_dict(copy.deepcopy(layer.state_dict()))
+            unmasked = _logits(rows.tails[1], rows.points)
         mask = torch.zeros(before.shape[1], dtype=torch.bool, device=before.device)
         mask[forget] = True
         answer = before.argmax(1)
@@ -264,14 +284,18 @@ class _Answers:
         right, scene = answer == made_for, torch.arange(len(answer)) < rows.scenes
         scene = scene.to(answer.device)
         forgotten = mask[answer]
+        control = ~scene & right & ~forgotten
+        if unmasked is after and bool(control.any()):
+            threshold = acceptance_threshold(before[control], answer[control], mask, ACCEPTED_AT)
         return cls(
-            before, after, unmasked, mask, right & forgotten, scene & ~forgotten,
-            ~scene & right & ~forgotten, rows,
+            before, after, unmasked, mask, right & forgotten, scene & ~forgotten, control, rows,
+            threshold,
         )  # fmt: skip
 
     def leak(self, logits: Tensor) -> float:
-        """Share of the rows of forgotten classes that are assigned to one."""
-        return float(self.forget[logits[self.belongs].argmax(1)].float().mean())
+        """Share of the rows of forgotten classes that are assigned to one, and accepted."""
+        most, answer = logits[self.belongs].max(1)
+        return float((self.forget[answer] & (most > self.threshold)).float().mean())
 
     def agreement(self, logits: Tensor, masked: bool) -> float:
         """Share of scenes whose answer is the original's without the forgotten classes."""
@@ -308,8 +332,18 @@ def _logits(model: nn.Module, points: Tensor) -> Tensor:
     return torch.cat([model(part) for part in in_chunks(model, points)])
 
 
-def _verdict(a: _Answers, forget: list[int], labels: dict[int, str], depth: str | None) -> Verdict:
-    """Draws the conclusions from the answers."""
+def _verdict(
+    a: _Answers, numbers: dict[int, int], labels: dict[int, str], depth: str | None
+) -> Verdict:
+    """Draws the conclusions from the answers.
+
+    Args:
+        a: the answers.
+        numbers: place among the logits of each class to forget -> the user's number.
+        labels: the user's number -> name, where known.
+        depth: the level that is required, or None.
+    """
+    forget, encoder = list(numbers.values()), a.unmasked is a.unlearned
     count = int(a.belongs.sum())
     if not count:
         raise ModelError(
@@ -319,7 +353,7 @@ def _verdict(a: _Answers, forget: list[int], labels: dict[int, str], depth: str 
     leak, agreement = a.leak(a.unlearned), a.agreement(a.unlearned, False)
     unmask_leak, unmask_agreement = a.leak(a.unmasked), a.agreement(a.unmasked, True)
     left_out = []
-    seen = {*a.original.argmax(1)[a.belongs].tolist()}
+    seen = {numbers[c] for c in a.original.argmax(1)[a.belongs].tolist()}
     if missing := [c for c in forget if c not in seen]:
         left_out.append(f"no row of {in_words(missing)}: the original does not recognise any")
     level: Level = "output"
@@ -335,6 +369,8 @@ def _verdict(a: _Answers, forget: list[int], labels: dict[int, str], depth: str 
             )
     least = LEAST_OUTPUT_AGREEMENT if a.features_unchanged else LEAST_DEEP_AGREEMENT
     failures = shortfalls(level, leak, agreement, least, unmask_leak)
+    if encoder:  # the templates are the original last layer
+        failures = shortfalls(level, leak, agreement, least, None, MOST_UNMASK_LEAK)
     if (kept := a.kept()) < _FEWEST_KEPT:
         failures.append(
             f"only {kept:.0%} of the rows made for other classes are still recognised: the model "
@@ -342,9 +378,10 @@ def _verdict(a: _Answers, forget: list[int], labels: dict[int, str], depth: str 
         )
     elif lost := a.lost():
         failures.append(f"most rows of {in_words(lost)}, to be kept, are no longer recognised")
-    words = f"{count} rows of the classes ({a.rows.words}) and {int(a.retained.sum())} scenes"
+    what = "identities" if encoder else "classes"
+    words = f"{count} rows of the {what} ({a.rows.words}) and {int(a.retained.sum())} scenes"
     asked: Level | None = None if depth is None else "deep" if depth == "deep" else "output"
     return Verdict(
         level, asked, forget, leak, agreement, unmask_leak, unmask_agreement, words, labels,
-        left_out, failures, list(failures),
+        left_out, failures, list(failures), encoder,
     )  # fmt: skip

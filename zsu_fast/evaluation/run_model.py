@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ def choose_output(
         ArgumentError: the model raises for these images.
         ModelError: its output is an embedding, or it is not clear which item holds the logits.
     """
-    images = _as_model_takes(model, images[:4])
-    if output is None and is_ambiguous(_call(model, images)):
+    images = as_model_takes(model, images[:4])
+    if output is None and is_ambiguous(call_model(model, images)):
         output = find_output(working_copy(model, images.device).module, images[:2].float())
     refuse_embedding(model, images, output)
     return output
@@ -58,7 +59,7 @@ def run_model(
         ArgumentError: the model raises for these images.
         ModelError: its output is not one row of logits per image.
     """
-    logits = pick_logits(_call(model, _as_model_takes(model, images), argument), output)
+    logits = pick_logits(call_model(model, as_model_takes(model, images), argument), output)
     if isinstance(logits, Tensor) and logits.ndim == 1 and len(images) == 1:
         logits = logits[None]  # a squeeze() in forward() removed the batch dimension
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
@@ -70,12 +71,18 @@ def run_model(
     return logits
 
 
-def _as_model_takes(model: nn.Module, images: Tensor) -> Tensor:
+def as_model_takes(model: nn.Module, images: Tensor) -> Tensor:
+    """Moves images to the device and dtype of the model's parameters."""
     first = next(unwrap(model).parameters(), None)
     return images if first is None else images.to(first.device, first.dtype)
 
 
-def _call(model: nn.Module, images: Tensor, argument: str = "data") -> Any:
+def call_model(model: Callable[[Tensor], Any], images: Tensor, argument: str = "data") -> Any:
+    """Calls the model.
+
+    Raises:
+        ArgumentError: it raises for these images.
+    """
     try:
         return model(images)
     except ZsuFastError:
@@ -111,3 +118,15 @@ def check_logits(logits: Tensor, name: str = "") -> None:
         f"infinite",
         "Check the weights, the dtype and the normalisation of the images.",
     )
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Runs the block in eval mode, then restores each module's own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

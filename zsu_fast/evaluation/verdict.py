@@ -56,6 +56,8 @@ class Verdict:
         not_covered: what the verdict, or the run, leaves out, in sentences.
         failures: what is below par, in sentences; it did not pass if there are any.
         warnings: what else the user should know, in sentences, after the failures.
+        encoder: whether the model is an encoder, and its classes are identities of a gallery. Rows
+            that no template accepts do not count as recognised then.
     """
 
     level: Level
@@ -70,6 +72,7 @@ class Verdict:
     not_covered: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    encoder: bool = False
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Verdict:
@@ -97,6 +100,8 @@ class Verdict:
             f"or more steps, and measure with evaluate()."
         )
         below = shortfalls(level, leak, agreement, least, unmask_leak)
+        if record.get("gallery"):  # the templates are the original last layer
+            below = shortfalls(level, leak, agreement, least, None, MOST_UNMASK_LEAK)
         failures = [text + remedy for text in below]
         if leak is None:
             failures.insert(0, _UNKNOWN)
@@ -105,7 +110,7 @@ class Verdict:
         return cls(
             level, depth.get("depth"), list(record["forget"]), leak, agreement, unmask_leak,
             unmask_agreement, "held-out rows of the run", names, left_out, failures,
-            [w for w in given if not w.startswith(NOT_COVERED)],
+            [w for w in given if not w.startswith(NOT_COVERED)], bool(record.get("gallery")),
         )  # fmt: skip
 
     @property
@@ -124,6 +129,7 @@ class Verdict:
         if self.level == "none":
             return f"Not forgotten: {self.leak:.0%} of the rows of {classes} are still recognised."
         where = "the outputs and the features" if self.level == "deep" else "the outputs only"
+        where = "the embeddings" if self.encoder else where
         text = f"Forgotten in {where}: {classes}"
         if self.passed:
             return f"{text}."
@@ -134,9 +140,8 @@ class Verdict:
 
     def class_names(self) -> str:
         """The forgotten classes, with their names where known: "class 1 (goldfish)"."""
-        return in_words(
-            f"{c} ({self.labels[c]})" if c in self.labels else str(c) for c in self.forgotten
-        )
+        named = (f"{c} ({self.labels[c]})" if c in self.labels else str(c) for c in self.forgotten)
+        return in_words(named, self.encoder)
 
     def raise_for_status(self) -> None:
         """Raises unless the verdict is ``passed``.
@@ -156,7 +161,7 @@ class Verdict:
     def __str__(self) -> str:
         asked = f" ({self.asked} was asked for)" if self.asked not in (None, self.level) else ""
         rows = [("result", self.leak, self.agreement)]
-        if self.unmask_agreement is not None:
+        if self.unmask_agreement is not None and not self.encoder:
             rows.append(("original last layer back", self.unmask_leak, self.unmask_agreement))
         outcome = "PASSED" if self.passed else "UNKNOWN" if self.leak is None else "FAILED"
         return "\n".join(
@@ -179,10 +184,11 @@ def _leak(validation: Mapping[str, Any]) -> float | None:
     return leak
 
 
-def in_words(classes: Iterable[int | str]) -> str:
-    """Returns "class 1", or "classes 1, 2"."""
+def in_words(classes: Iterable[int | str], identities: bool = False) -> str:
+    """Returns "class 1", or "classes 1, 2"; of ``identities``, "identity 1"."""
     names = [str(c) for c in classes]
-    return f"class{'' if len(names) == 1 else 'es'} {shorten(names)}"
+    one, several = ("identity", "identities") if identities else ("class", "classes")
+    return f"{one if len(names) == 1 else several} {shorten(names)}"
 
 
 def shortfalls(
@@ -191,13 +197,14 @@ def shortfalls(
     agreement: float,
     least_agreement: float,
     unmask_leak: float | None,
+    most_leak: float = MOST_LEAK,
 ) -> list[str]:
     """Returns a sentence, without the full stop, for each figure that is below par."""
     texts = []
-    if leak is not None and leak > MOST_LEAK:
+    if leak is not None and leak > most_leak:
         texts.append(
             f"{100 * leak:.1f} % of held-out rows of forgotten classes are still classified as one "
-            f"(at most {100 * MOST_LEAK:.0f} % is expected)"
+            f"(at most {100 * most_leak:.0f} % is expected)"
         )
     if agreement < least_agreement:
         texts.append(

@@ -49,6 +49,11 @@ def file_compaction(path: str | Path | None) -> Compaction | None:
         ) from error
 
 
+def is_unlearned(path: str | Path | None) -> bool:
+    """Whether ``path`` is a safetensors file that states the weights before unlearning."""
+    return "weights_before" in _metadata(path)
+
+
 def _metadata(path: str | Path | None) -> dict[str, str]:
     if path is None or not Path(path).is_file():
         return {}

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ArgumentError, ModelError
 from ..runtime.hooks import forward_hooks
+from .embedding_classifier import EmbeddingClassifier
 from .input_spec import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -50,14 +51,15 @@ def resolve_spec(
     check_kind(inner)
     check_forward(inner)
     all_given = input_shape is not None and mean is not None and std is not None
-    stated = _stated(inner, all_given)
+    stating = unwrap(inner.encoder) if isinstance(inner, EmbeddingClassifier) else inner
+    stated = _stated(stating, all_given)
     if input_shape is not None:
         shape, source = _check_shape(input_shape), "shape given"
         _check_channels_first(inner, shape)
     elif stated is not None:
         shape, source = stated.shape, stated.source
     else:
-        shape, source = stated_shape(inner) or infer_shape(inner)
+        shape, source = stated_shape(stating) or infer_shape(inner)
     channels = shape[0]
     if mean is None and std is None and stated is not None and len(stated.mean) == channels:
         resize = stated.resize if shape == stated.shape else None
@@ -177,6 +179,8 @@ def infer_shape(model: nn.Module) -> tuple[tuple[int, ...], str]:
     for channels, height, width in (c for c in candidates if len(c) == 3):
         if not running and runs_on(model, (height, width, channels)):
             raise ModelError("it takes images with their channels last", CHANNELS_LAST) from error
+    if isinstance(error, ModelError) and not running:  # an encoder that returns no embeddings
+        raise error
     raise _cannot_infer(running, len(candidates), error) from error
 
 

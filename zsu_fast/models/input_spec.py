@@ -122,6 +122,7 @@ def stated_spec(model: nn.Module) -> InputSpec | None:
 def stated_shape(model: nn.Module) -> tuple[tuple[int, ...], str] | None:
     """Shape and source if a model states only its size, as a transformers config does."""
     config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", None) or config  # of a dual encoder such as CLIP
     size = getattr(config, "image_size", None)
     size = (size, size) if isinstance(size, int) else size
     if not isinstance(size, tuple | list) or len(size) != 2:

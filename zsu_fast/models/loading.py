@@ -17,9 +17,10 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ArgumentError, UnlearningWarning
+from ..errors import ArgumentError, CheckpointError, UnlearningWarning
 from . import checkpoint, folder_config, zoo
 from .compact_file import fit_to_file
+from .headless import remove_classifier
 from .input_spec import torchvision_spec
 from .parameters import deep_copy
 from .stated_labels import PUBLISHED
@@ -27,7 +28,9 @@ from .stated_labels import PUBLISHED
 PRETRAINED = "pretrained"
 
 
-def load_model(name: str, weights: str | None = None, classes: int | None = None) -> nn.Module:
+def load_model(
+    name: str, weights: str | None = None, classes: int | None = None, encoder: bool = False
+) -> nn.Module:
     """Builds the model called ``name`` and loads its weights.
 
     Args:
@@ -42,7 +45,11 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
             weights of the zoo, the folder, or the factory. A file of a compact model
             (``--compact``) says which classes it kept: the model is built with all of them, and
             cut.
-        classes: number of logits of a torchvision or timm model; None for its default.
+        classes: number of logits of a torchvision or timm model; None for its default. 0 for a timm
+            model without a classifier.
+        encoder: return an encoder of images: a zoo, torchvision or timm model without its last
+            linear layer (`remove_classifier`), whose weights the file may hold or not; of
+            a transformers folder, the base model; what a factory returns stays as it is.
 
     Raises:
         ArgumentError: no such model, the factory raises, or no weights are given for a model that
@@ -58,18 +65,19 @@ def load_model(name: str, weights: str | None = None, classes: int | None = None
             "Leave it out; it is for torchvision and timm models.",
         )
     if name in zoo.ZOO:
-        return zoo.load(name) if weights is None else _with_file(zoo.build(name), weights)
+        model = zoo.load(name) if weights is None else zoo.build(name)
+        return _with_file(model, weights, encoder=encoder)
     if source == "torchvision":
-        return _torchvision(rest, weights, classes)
+        return _torchvision(rest, weights, classes, encoder)
     if source == "timm":
-        return _timm(rest, weights, classes)
+        return _timm(rest, weights, classes, encoder)
     if source == "hf":
-        return _folder(rest, weights)
+        return _folder(rest, weights, encoder)
     if rest:
         return _with_file(_factory(source, rest, weights), weights)
     for build in (_torchvision, _timm):
         try:
-            return build(name, weights, classes)
+            return build(name, weights, classes, encoder)
         except _Unknown:
             continue
     raise ArgumentError(
@@ -84,22 +92,52 @@ class _Unknown(ArgumentError):
     """The library has no model of this name."""
 
 
-def _with_file(model: nn.Module, weights: str | None, name: str = "") -> nn.Module:
-    """Loads the file, if one is given; ``name`` is that of the architecture in its library."""
+def _with_file(
+    model: nn.Module, weights: str | None, name: str = "", encoder: bool = False
+) -> nn.Module:
+    """Loads the file, if one is given; ``name`` is that of the architecture in its library.
+
+    With ``encoder``, removes the classifier, whose weights the file may hold or not.
+    """
     if weights is not None:
         fit_to_file(model, weights)
-        arch = checkpoint.load_into(model, weights).arch
-        if name and arch and arch.partition(".")[0] != name.partition(".")[0]:
-            warnings.warn(
-                f"weights: {weights} states that it is of {arch!r}, and the model is {name!r}. "
-                f"Their tensors have the same names and shapes, but they may compute otherwise.",
-                UnlearningWarning,
-                stacklevel=3,
-            )
+        _check_arch(weights, name, _load_into(model, weights, encoder).arch)
+    elif encoder:
+        remove_classifier(model)
     return model.eval()
 
 
-def _torchvision(name: str, weights: str | None, classes: int | None) -> nn.Module:
+def _load_into(model: nn.Module, weights: str, encoder: bool) -> checkpoint.Origin:
+    """`checkpoint.load_into`; of an encoder, with its classifier's weights or without."""
+    try:
+        found = checkpoint.load_into(model, weights)
+    except CheckpointError as error:
+        if not encoder:
+            raise
+        remove_classifier(model)
+        try:
+            return checkpoint.load_into(model, weights)
+        except CheckpointError:
+            raise error from None
+    if encoder:
+        remove_classifier(model)
+    return found
+
+
+def _check_arch(weights: str, name: str, arch: str) -> None:
+    """Warns if the file states another architecture than ``name``."""
+    if name and arch and arch.partition(".")[0] != name.partition(".")[0]:
+        warnings.warn(
+            f"weights: {weights} states that it is of {arch!r}, and the model is {name!r}. "
+            f"Their tensors have the same names and shapes, but they may compute otherwise.",
+            UnlearningWarning,
+            stacklevel=4,
+        )
+
+
+def _torchvision(
+    name: str, weights: str | None, classes: int | None, encoder: bool = False
+) -> nn.Module:
     try:
         from torchvision import models
     except ImportError as error:
@@ -118,7 +156,7 @@ def _torchvision(name: str, weights: str | None, classes: int | None) -> nn.Modu
     model.input_spec = torchvision_spec((chosen or published or default).transforms())
     if chosen is not None or published is not None:
         model.weights_source = PUBLISHED
-    return _with_file(model, weights if chosen is None else None, name)
+    return _with_file(model, weights if chosen is None else None, name, encoder)
 
 
 def _published(entries: Any, weights: str | None) -> Any:
@@ -127,7 +165,7 @@ def _published(entries: Any, weights: str | None) -> Any:
     return next((entry for entry in entries if Path(entry.url).name == file), None)
 
 
-def _timm(name: str, weights: str | None, classes: int | None) -> nn.Module:
+def _timm(name: str, weights: str | None, classes: int | None, encoder: bool = False) -> nn.Module:
     try:
         import timm
     except ImportError as error:
@@ -141,10 +179,11 @@ def _timm(name: str, weights: str | None, classes: int | None) -> nn.Module:
     file = Path(str(weights).partition("::")[0]).name
     if weights == PRETRAINED or file == Path(config.get("url") or "unknown").name:
         model.weights_source = PUBLISHED  # type: ignore[assignment]
-    return _with_file(model, None if weights == PRETRAINED else weights, name)
+    own = None if weights == PRETRAINED else weights
+    return _with_file(model, own, name, encoder and classes != 0)
 
 
-def _folder(folder: str, weights: str | None) -> nn.Module:
+def _folder(folder: str, weights: str | None, encoder: bool = False) -> nn.Module:
     """A model in a folder of the format of transformers, of timm, or of this package."""
     path = Path(folder)
     if not (path / "config.json").is_file():
@@ -162,13 +201,13 @@ def _folder(folder: str, weights: str | None) -> nn.Module:
         ) from error  # fmt: skip
     if isinstance(config, dict) and folder_config.KEY in config:
         model = folder_config.from_config(config)
-        return _with_file(model, weights or str(path / "model.safetensors"))
+        return _with_file(model, weights or str(path / "model.safetensors"), encoder=encoder)
     if isinstance(config, dict) and "architecture" in config and "model_type" not in config:
-        return _timm_folder(folder, weights)
-    return _transformers(folder, weights)
+        return _timm_folder(folder, weights, encoder)
+    return _transformers(folder, weights, encoder)
 
 
-def _timm_folder(folder: str, weights: str | None) -> nn.Module:
+def _timm_folder(folder: str, weights: str | None, encoder: bool) -> nn.Module:
     try:
         import timm
 
@@ -179,12 +218,14 @@ def _timm_folder(folder: str, weights: str | None) -> nn.Module:
             f"got 'hf:{folder}', which timm can't load ({type(error).__name__}: {error})",
             "Save an image classifier there, with config.json and model.safetensors.",
         ) from error
-    return _with_file(model, weights)
+    classified = getattr(model, "num_classes", None) != 0
+    return _with_file(model, weights, encoder=encoder and classified)
 
 
-def _transformers(folder: str, weights: str | None) -> nn.Module:
+def _transformers(folder: str, weights: str | None, encoder: bool) -> nn.Module:
+    kind = "encoder" if encoder else "classifier"
     try:
-        from transformers import AutoModelForImageClassification
+        from transformers import AutoModel, AutoModelForImageClassification
     except ImportError as error:
         raise ArgumentError(
             "model",
@@ -192,21 +233,20 @@ def _transformers(folder: str, weights: str | None) -> nn.Module:
             "Run pip install 'zsu-fast[models]'.",
         ) from error
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
-        )
+        auto = AutoModel if encoder else AutoModelForImageClassification
+        model, info = auto.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ArgumentError(
             "model",
             f"got 'hf:{folder}', which transformers can't load ({type(error).__name__}: {error})",
-            "Save an image classifier there with save_pretrained().",
+            f"Save an image {kind} there with save_pretrained().",
         ) from error
     missing = sorted(info["missing_keys"])
     if missing and weights is None:
         raise ArgumentError(
             "weights",
             f"'hf:{folder}' has none for {missing[:3]}, which would be random",
-            "Save the whole trained classifier there, not only its backbone.",
+            f"Save the whole trained {kind} there, not only a part of it.",
         )
     return _with_file(model, weights)
 

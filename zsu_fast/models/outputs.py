@@ -19,7 +19,8 @@ _EMBEDDINGS = {
 EMBEDDING_REMEDY = (
     "Its dimensions would be forgotten as if they were classes. Pass the model with its classifier "
     "(in timm, create_model(..., num_classes=N); in transformers, ...ForImageClassification), or a "
-    "module that applies one to the embedding."
+    "module that applies one to the embedding; or, where embeddings are compared with templates "
+    "(faces, retrieval, zero-shot), zsu_fast.EmbeddingClassifier(encoder, templates)."
 )
 _BESIDE = "_zsu_fast_beside_logits"
 # An index, a key or attribute, or a function that takes the model's output and returns the logits.

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ArgumentError
+from .embedding_classifier import as_embedding_classifier
 from .input_spec import torchvision_entry
 from .label_set import WORDNET_ID, Labels, make_labels
 from .parameters import unwrap
@@ -31,8 +32,14 @@ def known_labels(model: nn.Module, classes: int | None = None) -> Labels | None:
     ``label_names``, or the ImageNet variant that its tag names, as in "ra_in1k"), and the
     ``categories`` of the torchvision weights that fit the model. The last two describe weights that
     the library publishes: `Labels.assumed` says so unless the model's are known to be those
-    (``weights_source``). Wrappers are looked through.
+    (``weights_source``). Wrappers are looked through. Of an
+    `EmbeddingClassifier`, its names count, and none of its encoder's.
     """
+    if (classifier := as_embedding_classifier(model)) is not None:
+        named = classifier.class_names
+        if named is None or (classes is not None and len(named) != classes):
+            return None
+        return Labels(tuple(named), "the gallery", given=True)
     for module in _wrapped(model):
         for read in (_from_attribute, _from_transformers, _from_timm, _from_torchvision):
             labels = read(module, classes)

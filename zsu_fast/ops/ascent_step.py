@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .validation import check_devices
 
 
 def ascent_step_(
@@ -51,6 +52,8 @@ def ascent_step_(
         RuntimeError: shapes, dtypes or devices do not match.
         BackendUnavailable: an explicit backend cannot run here, or not with these bounds.
     """
+    if x.ndim == 0:
+        raise RuntimeError("x must have a batch dimension")
     op, low, high, lr = _op_and_constants(x, low, high, lr, backend)
     tensors = (x, grad, exp_avg, exp_avg_sq)
     dense = x, grad, exp_avg, exp_avg_sq = _same_layout(tensors)
@@ -93,7 +96,7 @@ def _per_row(x: Tensor, lr: Tensor) -> Tensor | None:
     """Returns ``lr`` as [1] or [N]; None if it varies within a row."""
     if lr.numel() == 1:
         return lr.reshape(1)
-    return lr.reshape(-1) if tuple(lr.shape) == (len(x), *(1,) * (x.ndim - 1)) else None
+    return lr.reshape(-1) if tuple(lr.shape) == (x.shape[0], *(1,) * (x.ndim - 1)) else None
 
 
 def _same_layout(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -117,9 +120,11 @@ def _(
     exp_avg_sq: Tensor,
     step: Tensor,
     active: Tensor,
-    *_: Any,
-    **__: Any,
+    *others: Any,
+    **_: Any,
 ) -> None:
+    tensors = (t for t in others if isinstance(t, Tensor))
+    check_devices(x, grad, exp_avg, exp_avg_sq, step, active, *tensors)
     torch._check(grad.shape == x.shape, lambda: "grad must have the shape of x")
     torch._check(exp_avg.shape == x.shape and exp_avg_sq.shape == x.shape)
     torch._check(step.shape[0] == x.shape[0] and active.shape[0] == x.shape[0])

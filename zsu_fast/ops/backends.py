@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from . import library, reference
+from . import library, validation
 
 Backend: TypeAlias = Literal["cpp", "cuda", "triton", "eager", "compile"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -129,8 +129,6 @@ def _load(op: str, backend: Backend) -> Callable[..., Any]:
     elif backend == "triton":
         module = importlib.import_module(f"zsu_fast.ops.triton.{op.rstrip('_')}")
         function = getattr(module, op)
-    elif backend == "compile":
-        function = torch.compile(getattr(reference, op))
     else:
-        function = getattr(reference, op)
+        function = validation.checked_reference(op, compiled=backend == "compile")
     return function

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from . import reference
 from .schemas import SCHEMAS
+from .validation import checked_reference
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,16 @@ class NativeLibrary:
 
 
 def _load(name: str) -> NativeLibrary:
-    found = sorted(Path(__file__).parents[1].glob(f"{name}.*so"))
+    package = Path(__file__).parents[1]
+    found = sorted(package.glob(f"{name}.*so"))
     if not found:
-        return NativeLibrary(name, None, f"{name} was not built (see the output of pip install -v)")
+        left_out = package / f"{name}.left_out.txt"  # written by setup.py
+        why = (
+            left_out.read_text().strip()
+            if left_out.exists()
+            else "see the output of pip install -v"
+        )
+        return NativeLibrary(name, None, f"{name} was not built ({why})")
     try:
         torch.ops.load_library(str(found[0]))
     except (OSError, RuntimeError) as error:
@@ -47,13 +54,13 @@ if torch.version.cuda is None:
 else:
     CUDA = _load("_C_cuda")
 
-_definitions = torch.library.Library("zsu_fast", "FRAGMENT")
+definitions = torch.library.Library("zsu_fast", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     if not CPU.loaded:
-        _definitions.define(_name + _schema)
-        _definitions.impl(_name, getattr(reference, _name), "CPU")
+        definitions.define(_name + _schema)
+        definitions.impl(_name, checked_reference(_name), "CPU")
     if not CUDA.loaded:
-        _definitions.impl(_name, getattr(reference, _name), "CUDA")
+        definitions.impl(_name, checked_reference(_name), "CUDA")
 
 
 def _bump_versions(name: str) -> None:
@@ -73,7 +80,7 @@ def _bump_versions(name: str) -> None:
             )
         return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
 
-    _definitions.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+    definitions.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
 
 
 # Not scale_rows_: only the backward pass calls it, on a gradient that nothing else has seen.

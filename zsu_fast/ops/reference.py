@@ -48,7 +48,7 @@ def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[
                 f"target {int(target[row])} of row {row} is out of range for {x.shape[1]} classes"
             )
     y = torch.where(valid, target, torch.zeros_like(target)).long()
-    top = x.max(1, keepdim=True).values
+    top = x.amax(1, keepdim=True) if x.numel() else x.new_zeros(x.shape[0], 1)
     e = (x - top).exp()
     others = e.scatter(1, y[:, None], 0.0)
     rest = others.sum(1)
@@ -79,33 +79,76 @@ def scale_rows_(rows: Tensor, coef: Tensor, grad: Tensor) -> None:
 
 
 def masked_cross_entropy(
-    logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor
+    logits: Tensor,
+    teacher: Tensor,
+    forget: Tensor,
+    coef: Tensor,
+    index: Tensor | None = None,
+    keep: Tensor | None = None,
+    shift: float = 0.0,
+    forget_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """KL(q || p) of the teacher's masked softmax q and the student's softmax p, with its gradient.
 
     ``q`` is the teacher's softmax over the retain classes, renormalised (0 at the forgotten
-    ones), ``p`` the student's over all classes: ``loss = sum(coef * KL(q || p))`` and
-    ``dlogits = coef * (p - q)``. Both are 0 exactly where the student equals the masked teacher.
+    ones), ``p`` the student's over all classes, after ``shift`` is added to the forgotten logits:
+    ``loss = sum(coef * KL(q || p))`` and ``dlogits = coef * (p - q)``. Both are 0 exactly where the
+    student equals the masked teacher. ``keep`` adds ``keep * sum((x - z)^2)`` over the retain
+    classes.
 
     Args:
         logits: float [B, C], of the student.
-        teacher: float [B, C], unmasked logits of the original model.
+        teacher: float [N, C], unmasked logits of the original model.
         forget: bool [C], True at forgotten classes; at least one is False.
-        coef: float [B], weight / N; 0 ignores the row.
+        coef: float [B], weight / N; 0 ignores the row, with all its terms.
+        index: int64 [B], rows of ``teacher``; None if N is B and rows correspond.
+        keep: float [B]; None for 0.
+        shift: added to the logits of forgotten classes.
+        forget_only: make the gradient of retain classes 0.
 
     Returns:
         loss: scalar.
         dlogits: [B, C] in the dtype of ``logits``.
+
+    Raises:
+        RuntimeError: an index is out of range, on the CPU; on other devices its row becomes NaN.
     """
     x, c = _wide(logits), coef.to(_wide(logits).dtype)
-    log_p = x.log_softmax(1)
-    log_q = _wide(teacher).to(x.dtype).masked_fill(forget, -torch.inf).log_softmax(1)
+    z = _wide(teacher).to(x.dtype)
+    if index is not None:
+        z = _rows(z, index, c != 0)
+    log_p = (x + shift * forget.to(x.dtype) if shift else x).log_softmax(1)
+    log_q = z.masked_fill(forget, -torch.inf).log_softmax(1)
     q = log_q.exp()
     terms = torch.where(q == 0, torch.zeros_like(q), q * (log_q - log_p))  # 0 log 0 = 0
     used = c != 0
-    loss = torch.where(used, c * terms.sum(1), torch.zeros_like(c)).sum()
-    dlogits = torch.where(used[:, None], c[:, None] * (log_p.exp() - q), torch.zeros_like(q))
+    losses, dlogits = c * terms.sum(1), c[:, None] * (log_p.exp() - q)
+    if keep is not None:
+        k = keep.to(x.dtype)
+        # where keep is 0, an infinite change counts for nothing
+        counts = ~forget & (k != 0)[:, None]
+        change = torch.where(counts, x - z, torch.zeros_like(x))
+        losses, dlogits = losses + k * change.square().sum(1), dlogits + 2 * k[:, None] * change
+    if forget_only:
+        dlogits = torch.where(forget, dlogits, torch.zeros_like(dlogits))
+    loss = torch.where(used, losses, torch.zeros_like(c)).sum()
+    dlogits = torch.where(used[:, None], dlogits, torch.zeros_like(q))
     return loss, dlogits.to(logits.dtype)
+
+
+def _rows(teacher: Tensor, index: Tensor, used: Tensor) -> Tensor:
+    """The rows of ``teacher`` at ``index``; NaN where there is none, or, on the CPU, an error."""
+    count = teacher.shape[0]
+    valid = (index >= 0) & (index < count)
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = (used & ~valid).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            raise RuntimeError(
+                f"index {int(index[row])} of row {row} is out of range for {count} rows"
+            )
+    rows = teacher.index_select(0, torch.where(valid, index, torch.zeros_like(index)))
+    return torch.where(valid[:, None], rows, torch.nan)
 
 
 def ascent_step_(

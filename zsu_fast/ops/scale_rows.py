@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .validation import check_devices
 
 
 def scale_rows_(rows: Tensor, coef: Tensor, grad: Tensor, *, backend: str | None = None) -> None:
@@ -28,5 +29,6 @@ def scale_rows_(rows: Tensor, coef: Tensor, grad: Tensor, *, backend: str | None
 
 
 @torch.library.register_fake("zsu_fast::scale_rows_")
-def _(rows: Tensor, coef: Tensor, grad: Tensor) -> None:  # noqa: ARG001
+def _(rows: Tensor, coef: Tensor, grad: Tensor) -> None:
+    check_devices(rows, coef, grad)
     torch._check(rows.ndim == 2, lambda: "rows must be [batch, classes]")

@@ -11,7 +11,8 @@ SCHEMAS: dict[str, str] = {
         "(Tensor logits, Tensor target, Tensor coef) -> (Tensor losses, Tensor dlogits)"
     ),
     "masked_cross_entropy": (
-        "(Tensor logits, Tensor teacher, Tensor forget, Tensor coef)"
+        "(Tensor logits, Tensor teacher, Tensor forget, Tensor coef, Tensor? index=None,"
+        " Tensor? keep=None, float shift=0.0, bool forget_only=False)"
         " -> (Tensor loss, Tensor dlogits)"
     ),
     "scale_rows_": "(Tensor(a!) rows, Tensor coef, Tensor grad) -> ()",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import fused_loss
+from .validation import check_devices
 
 
 def signed_cross_entropy(
@@ -50,6 +51,7 @@ def signed_cross_entropy_and_grad(
 
 @torch.library.register_fake("zsu_fast::signed_cross_entropy")
 def _(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
+    check_devices(logits, target, coef)
     torch._check(logits.ndim == 2, lambda: "logits must be [batch, classes]")
     torch._check(target.ndim == 1 and target.shape[0] == logits.shape[0])
     torch._check(coef.ndim == 1 and coef.shape[0] == logits.shape[0])
@@ -57,8 +59,4 @@ def _(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty(2, dtype=wide), logits.new_empty(logits.shape)
 
 
-torch.library.register_autograd(
-    "zsu_fast::signed_cross_entropy",
-    fused_loss.backward,
-    setup_context=fused_loss.setup_context,
-)
+fused_loss.register("signed_cross_entropy")

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError, is_number
+from ..models.embedding_classifier import as_embedding_classifier
 from ..models.wrapper import resolve_device
 from ..runtime.accelerators import UTILISATION, Accelerator, accelerator
 from ..runtime.measuring import PeakMemory, multiply_adds
 from ..splitting.layers import MOST_IMAGES
 from ..training.trainer import Schedule
+from .encoder import pilot_encoder
 from .pilot import Pilot, PilotResult
 
 # An ascent step is a forward pass and a backward pass to the input: this many forward passes.
@@ -36,7 +38,7 @@ class Plan:
     Attributes:
         device: where, in words.
         basis: "measured": from steps timed here; "on paper": from published rates.
-        depth: the level that is planned, "output".
+        depth: the level that is planned: "output", or "deep" for an `EmbeddingClassifier`.
         classes: logits of the model.
         impression_classes: classes to synthesise.
         impressions: impressions of all of them together.
@@ -111,12 +113,14 @@ def plan(
         within: the time the run may take, in seconds, to learn how many GPUs it needs: only the
             synthesis is divided among them.
         **options: of `ZeroShotUnlearner`; what is planned is depth="output", also by default, and
-            depth="deep" is refused.
+            depth="deep" is refused. For an `EmbeddingClassifier` the default run is planned.
 
     Raises:
         ArgumentError: an argument can't be used, or no GPU is planned for and the run takes longer
             than ``within``.
     """
+    if as_embedding_classifier(model) is not None:
+        return _plan_encoder(model, forget, hardware, within, options)
     _check(within, options.get("depth"))
     card = None if hardware is None else accelerator(hardware)
     output = options.get("tail") in ("last", 1) or options.get("objective") == "differential"
@@ -155,6 +159,40 @@ def plan(
         within=within,
         notes=_notes(pilot, card, default_depth),
     )
+
+
+def _plan_encoder(
+    model: nn.Module, forget: Any, hardware: str | None, within: float | None, options: Any
+) -> Plan:
+    """`plan` for an `EmbeddingClassifier`, which has no other level than "deep"."""
+    _check(within, None)
+    if hardware is not None:
+        raise ArgumentError(
+            "hardware", f"got {hardware!r} for an encoder",
+            "Leave it out: its run is planned on the device at hand only.",
+        )  # fmt: skip
+    memory = PeakMemory(resolve_device(model, options.get("device")))
+    pilot = pilot_encoder(model, forget, options, memory)
+    total = sum(pilot.seconds.values())
+    if within is not None and total > within:
+        raise ArgumentError(
+            "within", f"got {within:g} s, and the run takes about {total:.1f} s",
+            "Lower steps, or retain_sample.",
+        )  # fmt: skip
+    run = pilot.run
+    notes = [
+        f"counted with all {pilot.ascent_steps} steps that an inverted row may take: an upper "
+        f"estimate",
+        f"threads: {torch.get_num_threads()}",
+    ]
+    return Plan(
+        device=str(run.device), basis="measured", depth="deep",
+        classes=run.record.gallery["identities"], impression_classes=len(run.active_classes),
+        impressions=pilot.inverted, ascent_steps=pilot.ascent_steps, tail=pilot.tail,
+        seconds=pilot.seconds | {"total": total},
+        memory=max(memory.peaks.values()) + pilot.row_bytes,
+        gpus=0 if run.device.type == "cpu" else 1, within=within, notes=notes,
+    )  # fmt: skip
 
 
 def _check(within: float | None, depth: str | None) -> None:

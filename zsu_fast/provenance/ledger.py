@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 import time
 import uuid
@@ -28,8 +29,10 @@ from torch import nn
 
 from ..errors import ArgumentError, LedgerError, OutputError
 from ..models import checkpoint
+from ..models.embedding_classifier import EmbeddingClassifier, deliverable
 from ..models.parameters import weights_hash
 from .record import Record
+from .templates import matching
 
 FORMAT = "zsu_fast.ledger/2"
 _START = "0" * 64  # hash before the first entry
@@ -51,11 +54,15 @@ class Ledger:
         other_base: accept a model that is not the result of the last entry, such as one that was
             trained again. The entry is marked ``new_base``; classes forgotten before it no longer
             count.
+        names: whether the entry holds the names of forgotten identities of an encoder. Entries hold
+            salted hashes of their templates in any case, and never a template. Names of classes
+            are always kept.
     """
 
     path: str | Path
     request: str | None = None
     other_base: bool = False
+    names: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | Path) or not str(self.path) or "\0" in str(self.path):
@@ -90,6 +97,18 @@ class Ledger:
         A compact model (``compact=True``) has no forgotten classes: the others are numbered anew.
         """
         return sorted(self._forgotten()[0])
+
+    def forgotten_identities(self, classifier: EmbeddingClassifier) -> list[int]:
+        """The identities of a gallery that earlier requests on its encoder forgot, sorted.
+
+        They are found by their templates, since a gallery may be numbered anew. Those that are no
+        longer enrolled can't be found.
+        """
+        found: set[int] = set()
+        for entry in [] if self.other_base else self.entries():
+            found = set() if entry["new_base"] else found
+            found |= {*matching(entry["metrics"], classifier)}
+        return sorted(found)
 
     def check_forgotten(self, forgotten: Sequence[int]) -> None:
         """Raises if ``forgotten`` may be indices from before the model was made compact.
@@ -206,7 +225,10 @@ def verify(path: str | Path, head: str | None = None, model: nn.Module | None = 
         return problems
     if head is not None and entries[-1]["hash"] != head:
         problems.append(f"the last entry has hash {entries[-1]['hash']}, expected was {head}")
-    if model is not None and (after := weights_hash(model)) != entries[-1]["hash_after"]:
+    if (
+        model is not None
+        and (after := weights_hash(deliverable(model))) != entries[-1]["hash_after"]
+    ):
         problems.append(
             f"the model has weights {after}, the last entry ended with {entries[-1]['hash_after']}"
         )
@@ -215,6 +237,8 @@ def verify(path: str | Path, head: str | None = None, model: nn.Module | None = 
 
 def _entry(record: Record, ledger: Ledger, entries: list[Entry]) -> Entry:
     facts = record.to_dict()
+    anonymous = bool(facts["identities"]) and not ledger.names
+    labels = {} if anonymous else facts["labels"]
     best = facts["fit"]["best"] or {}
     metrics = {
         "leak": best.get("forgotten_leak", best.get("leak")),
@@ -223,9 +247,11 @@ def _entry(record: Record, ledger: Ledger, entries: list[Entry]) -> Entry:
         "stopped": facts["fit"]["stopped"],
         "trained": facts["split"]["trained"],
         "seconds": facts["timings"]["total"],
-        "warnings": facts["warnings"],
+        "warnings": _unnamed(facts["warnings"], facts["labels"] if anonymous else {}),
         # in here, since the entry's own fields are fixed by its format
-        **{name: facts[name] for name in ("labels", "weights_file") if facts[name]},
+        **({"labels": labels} if labels else {}),
+        **({"identities": facts["identities"]} if facts["identities"] else {}),
+        **({"weights_file": facts["weights_file"]} if facts["weights_file"] else {}),
     }
     entry: Entry = {
         "format": FORMAT,
@@ -245,6 +271,14 @@ def _entry(record: Record, ledger: Ledger, entries: list[Entry]) -> Entry:
         "previous": _last_hash(entries),
     }
     return entry | {"hash": _hash(entry)}
+
+
+def _unnamed(texts: list[str], labels: dict[str, str]) -> list[str]:
+    """The texts with numbers in place of these names."""
+    for number, name in labels.items():
+        pattern = rf"(?<!\w)['\"]?{re.escape(name)}['\"]?(?!\w)"
+        texts = [re.sub(pattern, f"identity {number}", text) for text in texts]
+    return texts
 
 
 def _last_hash(entries: list[Entry]) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import shorten
 from ..models.checkpoint import origin
+from ..models.embedding_classifier import deliverable
 from ..models.input_spec import InputSpec
 from ..models.parameters import unwrap, weights_hash
 from ..splitting.split import Split
@@ -37,14 +38,20 @@ class Record:
         forgotten: classes that the model had forgotten before.
         multi_label: whether each class has a sigmoid of its own.
         classes: number of logits.
+        gallery: of an `EmbeddingClassifier`: ``identities``, their number; ``metric``; ``scale``;
+            ``templates``, how many of ``forget`` are in no gallery: these are numbered on from its
+            last identity; and ``forgotten_as``. Else {}.
         labels: class index, as text, -> name, for the forgotten classes; {} if names are unknown.
+        identities: of an encoder with a gallery: a salt, and the salted hashes of the templates of
+            each of ``forget`` (`zsu_fast.provenance.templates`); else {}.
         settings: the options of the run.
         input: shape, mean, std and so on of the images, and how they are known (`InputSpec`).
         versions: of zsu_fast, torch and python; platform, threads, device.
         started: when, in UTC.
         weights_file: where the weights were read: the file, the entry in it, what else it holds
             (`zsu_fast.models.checkpoint.Origin`); {} if the package did not read them.
-        weights_before, weights_after: `weights_hash` of the model.
+        weights_before, weights_after: `weights_hash` of the model; of the encoder alone if it has
+            a gallery, which may change from run to run.
         impressions: their count and number of classes, the rule that chose the classes, hit rate
             (also of the worst class), mean confidence, steps; ``computed``: how the steps were
             computed, where that was chosen by timing.
@@ -71,7 +78,9 @@ class Record:
     weights_before: str
     forgotten: list[int] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
+    identities: dict[str, Any] = field(default_factory=dict)
     multi_label: bool = False
+    gallery: dict[str, Any] = field(default_factory=dict)
     weights_after: str = ""
     weights_file: dict[str, Any] = field(default_factory=dict)
     impressions: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +104,7 @@ class Record:
         device: torch.device,
     ) -> Record:
         """Starts the record with what is known before the run."""
+        model = deliverable(model)
         source = origin(model)
         gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         return cls(
@@ -125,7 +135,7 @@ class Record:
         rule: str = sampling.ALL,
     ) -> None:
         """Adds the results; ``rule`` says in words which classes have impressions."""
-        self.weights_after = weights_hash(model)
+        self.weights_after = weights_hash(deliverable(model))
         # given impressions may include classes that were forgotten before
         before = set(self.forgotten)
         having = [c for c in impressions.labels.unique().tolist() if c not in before]

@@ -11,6 +11,7 @@ import torch
 
 from ..ops import backends, library
 from ..version import VERSION
+from .nvml import GpuState, gpu_state
 
 _EXTRAS = ("torchvision", "timm", "transformers", "PIL")
 
@@ -20,7 +21,8 @@ def doctor() -> dict[str, Any]:
 
     Returns:
         ``zsu_fast``, ``python``, ``torch``, ``torch_cuda``, ``triton``: versions, None if absent;
-        ``gpu``: names; ``threads``: CPU threads; ``cpu_isa``: instruction set of the C++ kernels;
+        ``gpu``: names; ``gpu_state``: of each GPU, see `GpuState`, or why it is unknown;
+        ``threads``: CPU threads; ``cpu_isa``: instruction set of the C++ kernels;
         ``libraries``: name -> {"loaded", "path", "reason"};
         ``extras``: optional package -> version, or why it can't be imported;
         ``forced_backend``: set by `use_backend` or ZSU_FAST_BACKEND, else None;
@@ -49,6 +51,10 @@ def doctor() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "triton": triton,
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpu_state": [
+            state if isinstance(state, str) else state.to_dict()
+            for state in map(gpu_state, range(torch.cuda.device_count()))
+        ],
         "threads": torch.get_num_threads(),
         "cpu_isa": library.cpu_isa(),
         "libraries": {
@@ -69,6 +75,13 @@ def _version(module: str) -> str:
     return str(getattr(found, "__version__", "present"))
 
 
+def _gpu_line(state: dict[str, Any] | str) -> str:
+    """Formats one entry of ``gpu_state``."""
+    if isinstance(state, str):
+        return f"clocks, power and temperature {state}"
+    return str(GpuState(**state | {"throttled": tuple(state["throttled"])}))
+
+
 def render(report: dict[str, Any] | None = None) -> str:
     """Formats `doctor()` as text."""
     report = report or doctor()
@@ -78,6 +91,7 @@ def render(report: dict[str, Any] | None = None) -> str:
         f" (CUDA {report['torch_cuda'] or 'none'}), triton {report['triton'] or 'none'}",
         f"GPU: {', '.join(report['gpu']) or 'none'}; CPU threads: {report['threads']};"
         f" CPU kernels: {report['cpu_isa'] or 'none'}",
+        *(f"  {_gpu_line(state)}" for state in report["gpu_state"]),
         "",
     ]
     for name, state in report["libraries"].items():

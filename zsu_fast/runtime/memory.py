@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,11 +66,18 @@ def rows_that_fit(row: int, device: torch.device, processes: int = 1) -> int:
     return max(1, int(free_bytes(device) * share / max(1, row)))
 
 
+# The words in which allocators and libraries say so; the third is torch's CPU allocator, the
+# fourth cuBLAS. An op of `zsu_fast.ops` passes them on, or says itself that memory is likely out.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|failed to allocate|can't allocate memory|_ALLOC_FAILED|bad_alloc", re.I
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` reports a failed allocation, on a GPU or a CPU."""
+    """Whether ``error`` reports a failed allocation, on a GPU or a CPU, also within an op."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def proc_bytes(file: str, name: str) -> int | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ModelError, shorten
+from ..models.embedding_classifier import EmbeddingClassifier
 from ..models.wrapper import LogitsModel
 from .batch_dim import BoundaryTensors
 from .class_rows import expose_class_buffers, layer_of, requiring_gradients
@@ -155,6 +156,20 @@ def split_at(model: LogitsModel, name: str, images: Tensor, reason: str) -> Spli
     return Split(backbone, tail, name, reason, parameters, len(layers) == 1, fixed)
 
 
+def split_before(model: LogitsModel, name: str, images: Tensor, reason: str) -> Split:
+    """Splits ``model`` before its module ``name``, of which nothing is to be trained.
+
+    Args:
+        model, name, images, reason: as for `split_at`.
+
+    Raises:
+        ModelError: backbone and tail together give other logits than the model.
+    """
+    backbone, tail, boundary = _checked_split(model, name, images)
+    used = _parameters_behind(lambda: [tail(*boundary)], dict(model.module.named_parameters()))
+    return Split(backbone, tail, name, reason, [], False, used)
+
+
 def check_frozen(model: LogitsModel, images: Tensor) -> str:
     """What stays as it is because part of the user's model is frozen, in words; "" if nothing is.
 
@@ -169,7 +184,8 @@ def check_frozen(model: LogitsModel, images: Tensor) -> str:
     frozen = [n for n, p in named.items() if p.is_floating_point() and not p.requires_grad]
     if not frozen:
         return ""
-    find_split(model, "last", images, torch.arange(len(images), device=images.device))
+    if not isinstance(model.module, EmbeddingClassifier):  # its templates are never trained
+        find_split(model, "last", images, torch.arange(len(images), device=images.device))
     return (
         f"frozen parameters (requires_grad=False) stay as they are, {len(frozen)} of "
         f"{len(named)}: {shorten(frozen, 4)}. What they know of the classes stays too."

@@ -8,21 +8,19 @@ to the front of the queue for another attempt, from other noise.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..models.multi_label import THRESHOLD
-from ..runtime import cuda_graph
 from ..runtime.progress import Reporter
+from .active_batch import ActiveBatch
 from .ascent_settings import AscentSettings
 from .space import SearchSpace
-
-# On a GPU, the host looks for finished points after this many steps.
-STEPS_PER_GRAPH = 4
+from .step_graph import StepGraph
 
 
 @dataclass
@@ -43,57 +41,6 @@ class AscentResult:
         return cls(none.view(0, *shape), none.long(), none, none, none.int(), none.bool())
 
 
-@dataclass
-class ActiveBatch:
-    """The points that ascend together; row i of every tensor belongs to slot i.
-
-    Attributes:
-        index: the point in each slot, None for a free slot.
-        x: float32 [N, *shape], where the points are.
-        exp_avg, exp_avg_sq: float32 [N, *shape], Adam's moments.
-        step: int32 [N], steps taken in this attempt.
-        label: int64 [N], the class that each point ascends to.
-        target: float32 [N], the confidence at which it stops.
-        confidence: float32 [N], its class's probability at the last step.
-        active: bool [N], whether it still moves.
-        reached: bool [N], whether it reached its target.
-        penalise_others: float32 [N], 1 where the other classes' logits are pushed down too.
-        penalises: whether any entry of ``penalise_others`` is 1; the host need not ask the GPU.
-    """
-
-    index: list[int | None]
-    x: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
-    label: Tensor
-    target: Tensor
-    confidence: Tensor
-    active: Tensor
-    reached: Tensor
-    penalise_others: Tensor
-    penalises: bool = field(default=True, init=False)
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in the order of the fields."""
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
-
-    def write(self, slots: Sequence[int], new: ActiveBatch) -> None:
-        """Puts the points of ``new`` into ``slots``, in the same memory."""
-        where = torch.tensor(slots, device=self.x.device)
-        for tensor, values in zip(self.tensors(), new.tensors(), strict=True):
-            tensor[where] = values
-        for slot, point in zip(slots, new.index, strict=True):
-            self.index[slot] = point
-
-    def joined(self, keep: Sequence[int], new: ActiveBatch) -> ActiveBatch:
-        """A new batch: the slots ``keep`` of this one, then those of ``new``."""
-        where = torch.tensor(keep, dtype=torch.int64, device=self.x.device)
-        pairs = zip(self.tensors(), new.tensors(), strict=True)
-        tensors = [torch.cat([ours[where], theirs]) for ours, theirs in pairs]
-        return ActiveBatch([self.index[slot] for slot in keep] + new.index, *tensors)
-
-
 class Ascent:
     """The ascent of a set of points.
 
@@ -104,6 +51,7 @@ class Ascent:
         settings: see `AscentSettings`.
         width: at most this many slots.
         init: where the points start, [N, *shape]; None draws them by ``space.start``.
+        graph: what takes the steps; None for one that the settings ask for.
     """
 
     def __init__(
@@ -114,9 +62,11 @@ class Ascent:
         settings: AscentSettings,
         width: int,
         init: Tensor | None = None,
+        graph: StepGraph | None = None,
     ) -> None:
         self.space, self.settings = space, settings
         self.model, self.device = space.fast_model, space.low.device
+        self.graph = graph or StepGraph(settings.loop, self.device)
         self.rate = settings.step_size * space.step
         self.beta = torch.tensor(float(settings.beta), device=self.device)
         self.labels, self.number, self.init = labels, number, init
@@ -134,7 +84,7 @@ class Ascent:
         """Takes steps until no point is left.
 
         Args:
-            report: called after every step, or after every `STEPS_PER_GRAPH` on a GPU.
+            report: called after every step, or after a few of them on a GPU.
             before, total: points finished before these, and points in all, for the report.
 
         Raises:
@@ -142,9 +92,8 @@ class Ascent:
         """
         finished = 0
         batch = self.fill()
-        take_steps = capture_steps(self.step, self.device)
         while batch.index:
-            take_steps(batch)
+            self.graph.run(self.step, batch)
             active = batch.active.tolist()
             points = enumerate(batch.index)
             done = [slot for slot, point in points if point is not None and not active[slot]]
@@ -157,6 +106,7 @@ class Ascent:
                 elif self.queue:
                     self._refill(batch)
             report("synthesise", before + finished, total, in_flight=float(sum(active)))
+        self.graph.forget()
         return self.result(torch.arange(len(self.labels)))
 
     def result(self, keep: Tensor | None = None) -> AscentResult:
@@ -297,34 +247,6 @@ def bucket_size(rows: int, device: torch.device) -> int:
     while size < rows:
         size = size * 3 // 2 if size > 1 and size & (size - 1) == 0 else max(2, size * 4 // 3)
     return size if rows else 0
-
-
-def capture_steps(
-    step: Callable[[ActiveBatch], None], device: torch.device
-) -> Callable[[ActiveBatch], None]:
-    """``step`` itself on a CPU; on a GPU, `STEPS_PER_GRAPH` of it captured in one CUDA graph."""
-    if device.type != "cuda":
-        return step
-    graph: torch.cuda.CUDAGraph | None = None
-    captured: ActiveBatch | None = None
-    penalises = False
-
-    def replay(batch: ActiveBatch) -> None:
-        nonlocal graph, captured, penalises
-        if captured is not batch or penalises != batch.penalises:
-
-            def steps(count: int) -> None:
-                for _ in range(count):
-                    step(batch)
-
-            graph = captured = None  # frees its memory
-            cuda_graph.warm_up(lambda: steps(3), device)  # the first steps of this batch
-            graph = cuda_graph.capture(lambda: steps(STEPS_PER_GRAPH))
-            captured, penalises = batch, batch.penalises
-        assert graph is not None
-        graph.replay()
-
-    return replay
 
 
 def hash_ints(*numbers: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import ArgumentError, check_choice, check_int, is_number
+from ..runtime.cuda_graph import LOOPS, Loop
 from ..runtime.torch_settings import PRECISIONS, Precision
 
 
@@ -55,6 +56,8 @@ class AscentSettings:
             model's BatchNorm layers have recorded (`batch_norm_prior`); 0 leaves it out.
         multi_label: whether the probability is that of the class's sigmoid; the logits of the
             others are left free then, by retries too.
+        loop: "eager" captures no CUDA graphs, "graph" requires them; "auto" captures them on a GPU
+            if possible, and so does "compiled", which concerns the tail.
         limits: of the working batch; not an option of `synthesize`.
 
     Raises:
@@ -71,10 +74,12 @@ class AscentSettings:
     precision: Precision = "auto"
     batch_norm: float = 0.0
     multi_label: bool = False
+    loop: Loop = "auto"
     limits: BatchLimits = field(default_factory=BatchLimits)
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("loop", self.loop, LOOPS)
         for name, least in (("per_class", 1), ("max_steps", 1), ("restarts", 0), ("seed", 0)):
             check_int(name, getattr(self, name), least)
         if self.seed >= 1 << 63:
@@ -90,9 +95,9 @@ class AscentSettings:
                 raise ArgumentError(name, f"got {value!r}", "Pass a number that is 0 or more.")
 
     def facts(self) -> dict[str, Any]:
-        """The settings that impressions depend on: all but the limits."""
+        """The settings that impressions depend on: all but the limits and the loop."""
         facts = asdict(self)
-        del facts["limits"]
+        del facts["limits"], facts["loop"]
         if not self.multi_label:  # keeps the keys of existing caches
             del facts["multi_label"]
         return facts

@@ -26,6 +26,7 @@ from ..models.parameters import weights_hash
 from ..models.prepare import prepare_model
 from ..runtime import memory
 from ..runtime.allocator import keep_freed_memory
+from ..runtime.cuda_graph import Loop
 from ..runtime.distributed import Ranks, make_shards, ranks_here
 from ..runtime.measuring import multiply_adds
 from ..runtime.progress import Callback, Reporter, Stopped
@@ -37,6 +38,7 @@ from .batch_norm_prior import with_batch_norm_prior
 from .cache import Cache
 from .impressions import ClassImpressions
 from .space import SearchSpace, input_space
+from .step_graph import StepGraph
 
 _log = logging.getLogger(__name__)
 
@@ -64,14 +66,15 @@ def synthesize(
     progress: bool | None = None,
     callback: Callback | None = None,
     multi_label: bool | None = None,
+    loop: Loop = "auto",
 ) -> ClassImpressions:
     """Synthesises class impressions of ``model`` by ascent on ``logit_c(x) - beta * ||x||^2``.
 
     Args:
         model: any image classifier; it is not changed.
         classes: class indices (as ``unlearn``'s forget); None for all.
-        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm:
-            see `AscentSettings`.
+        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm,
+            loop: see `AscentSettings`.
         input_shape, mean, std: see `resolve_spec`; inferred if None.
         output: which item of the model's output holds the logits, see `pick_logits`.
         device: where to compute; None for the model's own.
@@ -87,8 +90,9 @@ def synthesize(
         ArgumentError: an argument can't be used (a `ValueError`).
     """
     settings = AscentSettings(
-        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm
-    )
+        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm,
+        loop=loop,
+    )  # fmt: skip
     report = Reporter(progress, callback)
     prepared = prepare_model(model, device, input_shape, mean, std, output, multi_label)
     settings = replace(settings, multi_label=prepared.multi_label)
@@ -138,12 +142,11 @@ def ascend(
     number = torch.arange(settings.per_class).repeat(len(classes))
     shard_rows, width = batch_rows(space, settings.limits, 1 if ranks.single else ranks_here())
     work = multiply_adds(space.exact, space.one_point())
-    chosen: dict[str, Any] = {}
-    computed = ""
-    if ranks.single and candidates.may_choose(space, work):
+    choice = candidates.Choice(candidates.DEFAULT, width)
+    timed = ranks.single and candidates.may_choose(space, work)
+    if timed:
         choice = _choose(space, _facts(model, space, labels, settings), settings, width, cache)
-        space, width = candidates.apply(choice, space, settings.precision), choice.rows
-        chosen, computed = choice.facts(), str(choice)
+        space = candidates.apply(choice, space, settings.precision)
     if ranks.single:
         shards = list(torch.arange(len(labels)).split(shard_rows))
     else:
@@ -152,8 +155,8 @@ def ascend(
     if cache is not None:
         # renaming a key would make existing caches unreadable
         layout = {"rows a shard": shard_rows} if ranks.single else {"pieces": len(shards)}
-        store = Cache(cache, _facts(model, space, labels, settings) | layout | chosen)
-    ascents = _ShardAscents(space, labels, number, settings, report, init, width)
+        store = Cache(cache, _facts(model, space, labels, settings) | layout | choice.facts())
+    ascents = _ShardAscents(space, labels, number, settings, report, init, choice.rows)
     finished = [_Shard(torch.empty(0, dtype=torch.int64), AscentResult.empty(space.shape))]
     with threads_for(work, space.low.device), _allocation(work, space.low.device):
         for i in ranks.claim_shards(len(shards)):
@@ -167,7 +170,7 @@ def ascend(
             if store:
                 store.save(i, vars(finished[-1].result))
     impressions = _gather(finished, space, ranks)
-    impressions.computed = computed
+    impressions.computed = str(choice) if timed else ""
     return impressions
 
 
@@ -247,6 +250,9 @@ class _ShardAscents:
     init: Tensor | None
     width: int
 
+    def __post_init__(self) -> None:
+        self.graph = StepGraph(self.settings.loop, self.space.low.device)
+
     def run(self, rows: Tensor, before: int) -> _Shard:
         """Runs the ascent of impressions ``rows``, which ``before`` others precede.
 
@@ -255,8 +261,9 @@ class _ShardAscents:
         while True:
             init = None if self.init is None else self.init[rows]
             ascent = Ascent(
-                self.space, self.labels[rows], self.number[rows], self.settings, self.width, init
-            )
+                self.space, self.labels[rows], self.number[rows], self.settings, self.width, init,
+                self.graph,
+            )  # fmt: skip
             try:
                 return _Shard(rows, ascent.run(self.report, before, len(self.labels)))
             except Stopped:
@@ -264,6 +271,7 @@ class _ShardAscents:
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_out_of_memory(error) or ascent.width == 1:
                     raise
+                self.graph.forget()
                 self.width = ascent.width // 2
                 _log.warning("out of memory: impressions go on with %d rows at a time", self.width)
 

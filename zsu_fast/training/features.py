@@ -87,6 +87,8 @@ class FeatureSet:
         features: the tensors that cross the split, each [N, ...]; with ``mixup``, those that the
             rows are mixed from.
         teacher: the original tail's logits, float32 [N, C]; [N, 0] if they are not stored.
+        teacher_index: int64 [N], the row of ``teacher`` for each row, where `select` left the
+            teacher's logits where they are; None if rows correspond.
         label: int64 [N], the class of an impression, or the teacher's top class of any other row.
         forgotten: bool [N], whether the label is to be forgotten.
         retained: the teacher's retained logits in short, if only the forgotten ones are trained.
@@ -107,15 +109,23 @@ class FeatureSet:
     mixup: FeatureMixup | None = None
     original: nn.Module | None = None
     limits: MemoryLimits = field(default_factory=MemoryLimits)
+    teacher_index: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.label)
 
-    def select(self, index: Tensor) -> FeatureSet:
-        """The rows at ``index``, int64 [n], with everything stored."""
+    def select(self, index: Tensor, copy_teacher: bool = True) -> FeatureSet:
+        """The rows at ``index``, int64 [n], with everything stored.
+
+        Without ``copy_teacher``, stored logits of the teacher are not copied: the result has all of
+        them, and the index.
+        """
         features, retained = self.features_at(index), self.retained
-        if self.original is None:
-            teacher = self.teacher.index_select(0, index)
+        teacher, teacher_index = self.teacher, None
+        if self.original is None and not copy_teacher:
+            teacher_index = index
+        elif self.original is None:
+            teacher = teacher.index_select(0, index)
         else:
             with torch.no_grad():
                 teacher = self.original(*features)
@@ -123,7 +133,9 @@ class FeatureSet:
             retained = RetainedLogits(*(values.index_select(0, index) for values in retained))
         label, forgotten = (t.index_select(0, index) for t in (self.label, self.forgotten))
         scene = None if self.scene is None else self.scene.index_select(0, index)
-        return FeatureSet(features, teacher, label, forgotten, retained, scene=scene)
+        return FeatureSet(
+            features, teacher, label, forgotten, retained, scene=scene, teacher_index=teacher_index
+        )
 
     def features_at(self, index: Tensor) -> tuple[Tensor, ...]:
         """The features of the rows at ``index``, int64 [n]."""

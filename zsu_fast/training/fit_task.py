@@ -37,7 +37,7 @@ class FitTask:
     masks: Sequence[Tensor | None] | None = None  # factor on the gradient of each parameter
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     sampling: Tensor | None = None  # float32 [N], how often each row is drawn; None for equally
-    bf16_matmul: bool = True  # allow products in bfloat16
+    fast_matmul: bool = True  # allow products in bfloat16 or TF32
     start: Sequence[Tensor] | None = None  # values that training starts from; None: the original's
     settled: bool = False  # whether `start` can't be improved on, see `_is_mean_of_retained`
     scale_biases: bool = False  # step biases in proportion to the logits, not to the weights

@@ -20,6 +20,7 @@ from .features import FeatureSet
 ObjectiveName = Literal["masked", "differential"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
 _KEEP = 8.0  # of `MultiLabelKL`, as `DeepSettings.keep`
+_STATISTICS = 4 * 1024**2  # logits whose statistics are taken at once
 
 
 class Objective(ABC):
@@ -27,9 +28,12 @@ class Objective(ABC):
 
     Attributes:
         learning_rate: None for one in proportion to the size of the trained weights.
+        copies_teacher: whether `gradients` needs the teacher's logits of a batch in a tensor of
+            their own; else rows may have `FeatureSet.teacher_index`.
     """
 
     learning_rate: float | None = None
+    copies_teacher = True
 
     @abstractmethod
     def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
@@ -52,6 +56,7 @@ class Differential(Objective):
     """
 
     learning_rate: float | None = 1e-3
+    copies_teacher = False
 
     def __init__(self, weight_forget: float = 0.9, weight_retain: float = 0.1) -> None:
         self.weight_forget, self.weight_retain = weight_forget, weight_retain
@@ -87,6 +92,8 @@ class MaskedKL(Objective):
             on all rows. Deeper, FA would rise: what lowers a class raises the others beside it.
     """
 
+    copies_teacher = False
+
     def __init__(
         self,
         forget: Tensor,
@@ -95,27 +102,36 @@ class MaskedKL(Objective):
         keep: float = 0.0,
         keep_all: bool = False,
     ) -> None:
-        self.forget, self.margin, self.shift = forget, margin, margin * forget.float()
+        self.forget, self.margin = forget, margin
         self.forget_logits_only, self.keep, self.keep_all = forget_logits_only, keep, keep_all
+        self._shares: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        loss, dlogits = ops.masked_cross_entropy_and_grad(*self._operands(logits, rows))
-        if self.keep:
-            change, dchange = self._retained_change(logits, rows)
-            loss, dlogits = loss + self.keep * change, dlogits + self.keep * dchange
-        return loss, dlogits * self.forget if self.forget_logits_only else dlogits
+        return ops.masked_cross_entropy_and_grad(
+            logits, rows.teacher, self.forget, _mean_weights(rows), index=rows.teacher_index,
+            keep=self._keep_weights(rows) if self.keep else None, shift=self.margin,
+            forget_only=self.forget_logits_only,
+        )  # fmt: skip
 
-    def _retained_change(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        """The term that ``keep`` weighs, and its gradient [N, C]."""
+    def _keep_weights(self, rows: FeatureSet) -> Tensor:
+        """Weights of the rows' squared changes of retained logits, [N]."""
+        if self._shares is None or self._shares[0] is not rows.teacher:
+            self._shares = (rows.teacher, *self._row_shares(rows.teacher))
+        _, size, seen = self._shares
+        if rows.teacher_index is not None:
+            size, seen = (t.index_select(0, rows.teacher_index) for t in (size, seen))
+        return self.keep * seen / size.sum().clamp(min=1e-12)
+
+    def _row_shares(self, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Per row [N]: sum of squares of the centred retained logits, and 1 - p_f or 1."""
         retained = (~self.forget).float()
-        count = retained.sum()
-        mean = (rows.teacher * retained).sum(1, keepdim=True) / count
-        size = ((rows.teacher - mean).square() * retained).sum().clamp(min=1e-12)
-        seen = torch.ones_like(mean)
-        if not self.keep_all:
-            seen = seen - rows.teacher.softmax(1)[:, self.forget].sum(1, keepdim=True)
-        difference = (logits - rows.teacher) * retained
-        return (seen * difference.square()).sum() / size, 2 * seen * difference / size
+        sizes, seen = [], []
+        for part in teacher.split(max(1, _STATISTICS // teacher.shape[1])):
+            mean = (part * retained).sum(1, keepdim=True) / retained.sum()
+            sizes.append(((part - mean).square() * retained).sum(1))
+            share = torch.ones_like(sizes[-1])
+            seen.append(share if self.keep_all else share - part.softmax(1)[:, self.forget].sum(1))
+        return torch.cat(sizes), torch.cat(seen)
 
     @torch.no_grad()
     def score(self, tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float, float]:
@@ -158,12 +174,10 @@ class MaskedKL(Objective):
 
         Differentiable, unlike a call.
         """
-        return ops.masked_cross_entropy(*self._operands(logits, rows))
-
-    def _operands(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits with the margin, the teacher's, the classes to mask, and the rows' weights."""
-        coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
-        return logits + self.shift, rows.teacher, self.forget, coef
+        return ops.masked_cross_entropy(
+            logits, rows.teacher, self.forget, _mean_weights(rows), index=rows.teacher_index,
+            shift=self.margin,
+        )  # fmt: skip
 
 
 class MultiLabelKL(MaskedKL):
@@ -187,6 +201,12 @@ class MultiLabelKL(MaskedKL):
     """
 
     constant = False
+    copies_teacher = True
+
+    @property
+    def shift(self) -> Tensor:
+        """What is added to each logit, [C]."""
+        return self.margin * self.forget.float()
 
     def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         change, size = self._change(logits, rows)
@@ -254,19 +274,32 @@ class ForgetOnlyKL(MaskedKL):
         self.is_forgotten = torch.arange(count + 1, device=forget.device) < count
 
     def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        loss, dlogits = ops.masked_cross_entropy_and_grad(*self._operands(logits, rows))
+        joined = self._joined(logits, rows)
+        loss, dlogits = ops.masked_cross_entropy_and_grad(
+            joined, joined, self.is_forgotten, _mean_weights(rows), shift=self.margin
+        )
         return loss, dlogits[:, :-1]
 
-    def _operands(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def divergence(self, logits: Tensor, rows: FeatureSet) -> Tensor:
+        joined = self._joined(logits, rows)
+        return ops.masked_cross_entropy(
+            joined, joined.detach(), self.is_forgotten, _mean_weights(rows), shift=self.margin
+        )
+
+    def _joined(self, logits: Tensor, rows: FeatureSet) -> Tensor:
+        """The forgotten logits and the one that stands for the retained ones, [N, F + 1]."""
         assert rows.retained is not None
-        joined = torch.cat([logits + self.margin, rows.retained.logsumexp[:, None]], 1)
-        coef = torch.full((len(rows),), 1 / len(rows), device=logits.device)
-        return joined, joined.detach(), self.is_forgotten, coef
+        return torch.cat([logits, rows.retained.logsumexp[:, None]], 1)
 
     def answers(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         assert rows.retained is not None
         leaked = logits.amax(1) > rows.retained.max
         return leaked, ~leaked  # the top retained class never changes
+
+
+def _mean_weights(rows: FeatureSet) -> Tensor:
+    """The weight of each row in a mean over them, [N]."""
+    return torch.full((len(rows),), 1 / len(rows), device=rows.label.device)
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..runtime.cuda_graph import capture, warm_up
+from ..runtime.cuda_graph import GraphCapturer, Loop as Loop
 from ..runtime.torch_settings import SMALL, fp32_precision, has_bfloat16
 from .fit_task import FitTask
 
-Loop = Literal["auto", "eager", "compiled", "graph"]
-LOOPS: tuple[str, ...] = get_args(Loop)
+# Of a gradient's norm. Steps along gradients that are 0.3 % off are as good, and bfloat16 and TF32
+# are that accurate where sums don't cancel.
+_MAX_ERROR = 0.02
 _log = logging.getLogger(__name__)
 
 
@@ -61,6 +62,7 @@ class EagerTrainStep:
         self.task, self.tail, self.parameters = task, task.tail, task.parameters
         self.scales = [1.0] * len(self.parameters) if scales is None else list(scales)
         self.device, self.row_work = task.device, task.row_work
+        self._fast_enough: bool | None = None  # whether `fast_matmul` is accurate; None: not tried
         self.reset()
 
     def reset(self) -> None:
@@ -88,12 +90,39 @@ class EagerTrainStep:
             The last step's loss, a scalar on the device.
         """
         loss = torch.zeros((), device=self.device)
-        work = self.row_work * index.shape[1]
-        with bf16_matmul(self.device, work) if self.task.bf16_matmul else nullcontext():
-            for batch, rate in zip(index.to(self.device), rates, strict=True):
+        index = index.to(self.device)
+        with self._precision(index[0]):
+            for batch, rate in zip(index, rates, strict=True):
                 self._set_rate(rate)
                 loss = self.step(batch)
         return loss
+
+    def _precision(self, batch: Tensor) -> AbstractContextManager[None]:
+        """`fast_matmul`, if the task allows it and it hardly changes the gradient of a batch."""
+        work = self.row_work * len(batch)
+        fast = fast_matmul(self.device, work) if self.task.fast_matmul else None
+        if fast is None:
+            return nullcontext()
+        if self._fast_enough is None:
+            error = self._gradient_error(batch, fast)
+            self._fast_enough = error <= _MAX_ERROR
+            if not self._fast_enough:
+                _log.info("products stay in float32: they would change gradients by %.1g", error)
+        again = fast_matmul(self.device, work)
+        return again if self._fast_enough and again is not None else nullcontext()
+
+    def _gradient_error(self, batch: Tensor, fast: AbstractContextManager[None]) -> float:
+        """How far ``fast`` moves the gradient of the rows ``batch``, as a share of its norm."""
+        rows = self.task.train.select(batch, self.task.objective.copies_teacher)
+
+        def gradient() -> Tensor:
+            _, grads = self.task.objective.gradients(self.tail, self.parameters, rows)
+            return torch.cat([g.flatten().float() for g in grads if g is not None])
+
+        want = gradient()
+        with fast:
+            got = gradient()
+        return float((got - want).norm() / want.norm().clamp(min=1e-30))
 
     def _set_rate(self, rate: Any) -> None:
         for group in self.optimiser.param_groups:
@@ -101,7 +130,7 @@ class EagerTrainStep:
 
     def step(self, batch: Tensor) -> Tensor:
         """Takes one step on the rows ``batch``, int64 [B], without synchronising; the loss."""
-        rows = self.task.train.select(batch)
+        rows = self.task.train.select(batch, self.task.objective.copies_teacher)
         loss, grads = self.task.objective.gradients(self.tail, self.parameters, rows)
         if self.task.masks is not None:
             grads = [
@@ -166,15 +195,17 @@ class _FusedAdam:
         }
 
 
-def bf16_matmul(device: torch.device, work: int) -> AbstractContextManager[None]:
-    """Multiplies float32 matrices in bfloat16, with float32 sums, on CPUs with units for that.
+def fast_matmul(device: torch.device, work: int) -> AbstractContextManager[None] | None:
+    """Products of float32 matrices in fewer digits, with float32 sums; None if nothing is gained.
 
-    With AMX that is two to four times as fast for the last layer of an ImageNet model, and steps
-    along gradients that are 0.3 % off are as good. Weights, optimiser and validation stay float32.
-    It gains nothing for steps of at most ``SMALL`` multiply-adds, so they stay float32.
+    In bfloat16 on CPUs with units for it: with AMX, two to four times as fast for the last layer of
+    an ImageNet model. In TF32 on GPUs since Ampere. Weights, optimiser and validation stay float32.
+    Steps of at most ``SMALL`` multiply-adds stay so too.
     """
-    if device.type != "cpu" or work <= SMALL or not has_bfloat16(device):
-        return nullcontext()
+    if work <= SMALL or device.type not in ("cpu", "cuda") or not has_bfloat16(device):
+        return None
+    if device.type == "cuda":
+        return fp32_precision(torch.backends.cuda.matmul, "tf32")
     return fp32_precision(torch.backends.mkldnn.matmul, "bf16")  # type: ignore[attr-defined]
 
 
@@ -191,7 +222,7 @@ class GraphTrainStep(EagerTrainStep):
 
     Row indices, learning rates and losses go through buffers that the graph reads and writes;
     nothing in it depends on a value on the host. Blocks of another length than the first run
-    eagerly. If capture fails, all do, unless the graph is ``required``.
+    eagerly. If capture fails, all do, with a warning, unless the graph is ``required``.
     """
 
     capturable = True
@@ -199,7 +230,7 @@ class GraphTrainStep(EagerTrainStep):
     def __init__(
         self, task: FitTask, scales: Sequence[float] | None = None, required: bool = False
     ) -> None:
-        self.required, self.capture_failed = required, False
+        self.capturer = GraphCapturer("the training loop", required)
         super().__init__(task, scales)
 
     def reset(self) -> None:
@@ -210,8 +241,9 @@ class GraphTrainStep(EagerTrainStep):
 
     def run(self, index: Tensor, rates: Sequence[float] | Tensor) -> Tensor:
         index, rates = index.to(self.device), torch.as_tensor(rates, device=self.device)
-        if self.graph is None and not self.capture_failed:
-            self._try_capture(index, rates)
+        if self.graph is None and not self.capturer.failed:
+            with self._precision(index[0]):
+                self.graph = self._capture(index, rates)
         if self.graph is None or index.shape != self.index.shape:
             return super().run(index, rates)
         self.index.copy_(index)
@@ -223,22 +255,7 @@ class GraphTrainStep(EagerTrainStep):
         for group in self.optimiser.param_groups:
             group["lr"].copy_(rate * group["scale"])
 
-    def _try_capture(self, index: Tensor, rates: Tensor) -> None:
-        try:
-            self.graph = self._capture(index, rates)
-        except RuntimeError as error:
-            # an error within the block also ends the capture, which then raises another
-            cause = error.__context__ or error
-            if self.required:
-                raise ArgumentError(
-                    "loop", f"got 'graph', and capture failed: {cause}", "Pass loop='auto'."
-                ) from error
-            self.capture_failed = True
-            _log.warning(
-                "the tail loop runs eagerly, its capture in a CUDA graph failed: %s", cause
-            )
-
-    def _capture(self, index: Tensor, rates: Tensor) -> torch.cuda.CUDAGraph:
+    def _capture(self, index: Tensor, rates: Tensor) -> torch.cuda.CUDAGraph | None:
         """Captures the steps of a block; parameters and optimiser stay as they are."""
         self.index, self.rates = index.clone(), rates.clone()
         self.losses = torch.zeros(len(rates), device=self.device)
@@ -247,6 +264,7 @@ class GraphTrainStep(EagerTrainStep):
         def first_steps() -> None:
             for batch in self.index[:3]:
                 self.step(batch)
+            self._restore(before)
 
         def block() -> None:
             for at in range(len(rates)):
@@ -254,10 +272,10 @@ class GraphTrainStep(EagerTrainStep):
                 self.losses[at].copy_(self.step(self.index[at]))
 
         try:
-            warm_up(first_steps, self.device)
+            return self.capturer.try_capture(first_steps, block, self.parameters)
         finally:
-            self._restore(before)
-        return capture(block)
+            if self.capturer.failed:
+                self._restore(before)
 
     @torch.no_grad()
     def _restore(self, parameters: list[Tensor]) -> None:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, check_choice, check_flag, check_int, is_number
+from ..runtime.cuda_graph import LOOPS, Loop
 from ..runtime.progress import Reporter, Stopped
 from ..runtime.torch_settings import threads_for
 from .fit_task import FitTask
-from .train_step import LOOPS, Loop, make_train_step
+from .train_step import make_train_step
 
 Keep = Literal["best", "last", "complete"]
 Ending = Literal["finished", "diverged", "stopped"]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...errors import ArgumentError, ZsuFastError, check_int
+from ...models.embedding_classifier import as_embedding_classifier
 from ...models.infer_spec import resolve_spec
 from ...models.input_spec import noise_images
 from ...models.multi_label import find_multi_label
@@ -21,11 +22,13 @@ from ...runtime.progress import Reporter
 from ...runtime.torch_settings import threads_for, torch_defaults
 from ...synthesis.impressions import ClassImpressions
 from ..baselines import train_on_noise
+from ..encoder_evaluation import refuse_for_encoder
 from . import data_free_metrics, data_metrics, multi_label as several_labels
 from .activations import Activations, collect_activations
 from .audited_model import audited_copy, unmasked, variant
 from .checks import Evidence, checks
 from .context import AuditContext
+from .encoder import audit_encoder
 from .metrics import METRICS
 from .relearning import GOAL, relearn_all
 from .result import GOLDEN, MASK, MODELS, ORIGINAL, RANDOM, UNLEARNED, UNMASK_PREFIXES, Audit, Row
@@ -61,7 +64,9 @@ def audit(
     `METRICS` defines each number; `Row.missing` says why one could not be computed.
 
     Args:
-        original: the classifier before unlearning.
+        original: the classifier before unlearning. Of an `EmbeddingClassifier`, the encoder is
+            audited with the gallery as it was, see ``encoder.py``; the unlearned and the golden
+            model may be encoders alone, or with a gallery.
         unlearned: the classifier to judge, with the same logits; also a `zsu_fast.mask`.
         forget: the classes that were to be forgotten, as for `unlearn`.
         data: labelled images that no model was trained on, as for `evaluate`; without
@@ -90,12 +95,22 @@ def audit(
     check_int("relearn_steps", relearn_steps, 0, optional=True)
     check_int("seed", seed, 0)
     check_output(output)
-    where, spec = resolve_device(original, device), resolve_spec(original, input_shape, mean, std)
+    classifier = as_embedding_classifier(original)
+    if classifier is not None:
+        refuse_for_encoder(output, multi_label)
+    stating = original if classifier is None else classifier.encoder
+    where, spec = resolve_device(original, device), resolve_spec(stating, input_shape, mean, std)
     settings = {
         "impressions_per_class": impressions_per_class, "shots": shots,
         "relearn_steps": relearn_steps, "seed": seed, "device": str(where),
         "relearn_goal": GOAL, "input": {"shape": spec.shape, "mean": spec.mean, "std": spec.std},
     }  # fmt: skip
+    if classifier is not None:
+        given = {UNLEARNED: unlearned} | ({} if golden is None else {GOLDEN: golden})
+        return audit_encoder(
+            classifier, given, forget, data, train_data=train_data, impressions=impressions,
+            class_names=class_names, spec=spec, device=where, settings=settings, progress=progress,
+        )  # fmt: skip
     audited = audited_copy(ORIGINAL, original, spec, where, output)
     work, images = working_copy(original, where, output), noise_images(spec, 2).to(where)
     several, notes = find_multi_label(original, work, images, multi_label)

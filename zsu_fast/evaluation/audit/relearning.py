@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from ...runtime.torch_settings import torch_defaults
 from ...splitting.batch_dim import BoundaryTensors
 from .audited_model import AuditedModel, variant
 from .context import AuditContext, TrainTestSplit
-from .result import GOLDEN, ORIGINAL, TRAINED_WORDS, Trained
+from .result import GOLDEN, ORIGINAL, TRAINED_WORDS, Row, Trained
 
 # Adam's learning rate and the batch size; half of each batch is of forgotten classes.
 LEARNING_RATE, BATCH = 1e-3, 32
@@ -93,6 +94,13 @@ class RelearnResult:
     curve: list[tuple[int, float]]
 
 
+class HasRows(Protocol):
+    """What an audit's results are added to."""
+
+    rows: dict[str, Row]
+    notes: list[str]
+
+
 def relearn_all(context: AuditContext, split: TrainTestSplit, one_set: bool) -> None:
     """Adds relearn times and Anamnesis Indices to every row.
 
@@ -104,7 +112,10 @@ def relearn_all(context: AuditContext, split: TrainTestSplit, one_set: bool) -> 
 def relearn_task(context: AuditContext, task: RelearnTask | str) -> None:
     """Adds them to every row; ``task`` may be the reason why there is none."""
     for trained in TRAINED_WORDS:
-        reason = task if isinstance(task, str) else _too_costly(context, task, trained)
+        reason = task if isinstance(task, str) else ""
+        if isinstance(task, RelearnTask) and trained == "full":
+            given = context.settings["relearn_steps"] is not None
+            reason = too_costly(context.multiply_adds, context.device, task, given)
         if isinstance(task, RelearnTask) and not reason:
             _relearn_models(context, task, trained)
             continue
@@ -113,11 +124,12 @@ def relearn_task(context: AuditContext, task: RelearnTask | str) -> None:
                 row.put(key, None, reason)
 
 
-def _too_costly(context: AuditContext, task: RelearnTask, trained: Trained) -> str:
-    """Says why relearning is left out unless ``relearn_steps`` is set, or returns ""."""
-    cost = 3 * context.multiply_adds * BATCH * task.max_steps
-    fast = trained == "last_layer" or context.device.type != "cpu" or cost <= _MAX_CPU_MULTIPLY_ADDS
-    if fast or context.settings["relearn_steps"] is not None:
+def too_costly(
+    multiply_adds: int, device: torch.device, task: RelearnTask, steps_given: bool
+) -> str:
+    """Says why relearning all weights is left out without ``relearn_steps``, or returns ""."""
+    cost = 3 * multiply_adds * BATCH * task.max_steps
+    if steps_given or device.type != "cpu" or cost <= _MAX_CPU_MULTIPLY_ADDS:
         return ""
     return (
         f"it would take {cost:.1e} multiply-adds per model on a CPU; pass "
@@ -141,7 +153,7 @@ def _relearn_models(context: AuditContext, task: RelearnTask, trained: Trained) 
 
 
 def add_anamnesis_index(
-    context: AuditContext, trained: Trained, steps: dict[str, int | None], max_steps: int
+    context: HasRows, trained: Trained, steps: dict[str, int | None], max_steps: int
 ) -> None:
     """Adds the ratio of each model's relearn time to the golden model's, if there is one.
 
@@ -222,11 +234,13 @@ def relearn(audited: AuditedModel, task: RelearnTask, trained: Trained) -> Relea
     shots, test = task.images.to(model.device), task.test_images.to(model.device)
     with torch_defaults():
         if trained == "full":
-            return _train(model.model, (shots,), (test,), list(model.model.parameters()), task)
+            return train_on_shots(
+                model.model, (shots,), (test,), list(model.model.parameters()), task
+            )
         named = dict(model.model.module.named_parameters())
         parameters = [named[name] for name in model.split.parameters]
         features = model.split.features  # the backbone is frozen: it runs once
-        return _train(model.split.tail, features(shots), features(test), parameters, task)
+        return train_on_shots(model.split.tail, features(shots), features(test), parameters, task)
 
 
 def _start_hash(audited: AuditedModel, forget: list[int]) -> str:
@@ -238,13 +252,17 @@ def _start_hash(audited: AuditedModel, forget: list[int]) -> str:
     return audited.backbone_hash + digest.hexdigest()
 
 
-def _train(
+def train_on_shots(
     model: nn.Module,
     shots: BoundaryTensors,
     test: BoundaryTensors,
     parameters: list[nn.Parameter],
     task: RelearnTask,
 ) -> RelearnResult:
+    """Trains ``parameters`` of ``model`` in place until the goal of ``task``, or to its last step.
+
+    ``shots`` and ``test`` are what the model takes of the task's images.
+    """
     device = shots[0].device
     labels, test_labels = task.labels.to(device), task.test_labels.to(device)
     forgotten = task.forgotten()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ...models import checkpoint
 from ...synthesis.impressions import ClassImpressions
 from ..accuracy import Evaluation
+from .encoder_metrics import ENCODER_MAIN, ENCODER_METRICS
 from .metrics import BY_KEY, Metric, definitions
 
 # The rows of an audit, in the order of its tables.
@@ -39,6 +40,7 @@ class FindingName:
     FEATURES_KEPT = "features kept"
     DAMAGED = "damaged"
     NOT_FORGOTTEN = "not forgotten"
+    ACCUSES = "taken for another identity"
 
 
 class CheckName:
@@ -58,6 +60,15 @@ class CheckName:
     RELEARN_LAST_LAYER = "relearning (last layer)"
     RELEARN_FULL = "relearning (all weights)"
     DIVERGENCE = "outputs like the golden model's"
+
+
+class EncoderCheckName:
+    """The tests of an unlearned encoder, besides the linear probe and relearning."""
+
+    IDENTIFICATION = "identification"
+    RETAINED_IDENTITIES = "retained identities"
+    STRANGERS = "like a stranger"
+    REENROLMENT = "re-enrolment"
 
 
 @dataclass
@@ -92,6 +103,8 @@ class Row:
             impressions).
         layers: at most eight of the model's layers.
         relearning: "last_layer" and "full" -> the (step, FA) curve.
+        distributions: of an encoder: gallery ("original's" or "re-enrolled") -> kind of pair ->
+            (similarity, per cent of the pairs), see `zsu_fast.evaluation.identification`.
     """
 
     name: str
@@ -101,14 +114,15 @@ class Row:
     confusion: dict[int, dict[int, float]] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
     relearning: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    distributions: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
 
     def put(self, key: str, value: float | None, reason: str = "it is undefined here") -> None:
         """Stores a finite value, or the ``reason`` why there is none.
 
         Raises:
-            KeyError: `METRICS` does not define ``key``.
+            KeyError: neither `METRICS` nor `ENCODER_METRICS` defines ``key``.
         """
-        if key not in BY_KEY:
+        if key not in BY_KEY and key not in ENCODER_METRICS:
             raise KeyError(f"{key} has no definition in METRICS")
         if value is None or not math.isfinite(value):
             self.missing[key] = reason
@@ -125,7 +139,7 @@ class Check:
     """One test of the unlearned model.
 
     Attributes:
-        name: one of `CheckName`.
+        name: one of `CheckName` or `EncoderCheckName`.
         passed: True, False, or None if the test can't tell.
         says: the numbers and the limit, in words, or why the test can't tell.
     """
@@ -189,7 +203,15 @@ class Audit:
     @property
     def definitions(self) -> dict[str, Metric]:
         """The definition of each metric, by its key."""
+        if self.settings.get("encoder"):
+            return ENCODER_METRICS
         return definitions(bool(self.settings.get("multi_label")))
+
+    @property
+    def main(self) -> list[str]:
+        """The keys of the short table's metrics: those that a row has."""
+        keys = ENCODER_MAIN if self.settings.get("encoder") else MAIN
+        return [key for key in keys if any(key in row.values for row in self.rows)]
 
     def row(self, name: str) -> Row:
         """Returns the row of the model called ``name``.
@@ -227,10 +249,10 @@ class Audit:
         checkpoint.write_atomically(path, lambda file: file.write(content), force)
 
     def __str__(self) -> str:
-        keys = [k for k in MAIN if any(k in row.values for row in self.rows)]
+        keys = self.main
         lines = [*self.verdict, ""]
         titles = {k: self.definitions[k].title for k in keys}
-        width = max(map(len, titles.values()))
+        width = max(map(len, titles.values()), default=0)
         lines.append(" " * width + "".join(f"{row.name:>19}" for row in self.rows))
         for key in keys:
             cells = "".join(f"{show(row.get(key)):>19}" for row in self.rows)

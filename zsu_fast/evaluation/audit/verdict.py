@@ -117,7 +117,7 @@ def sentences(e: Evidence, found: list[Finding], tests: list[Check]) -> list[str
     verdict.append(_outputs(e))
     if found and e.value("probe_forget") is not None:
         verdict.append(f"Features: {_probe(e)}.")
-    verdict.append(_count(tests))
+    verdict.append(count_of_tests(tests))
     return verdict
 
 
@@ -161,7 +161,8 @@ def _probe(e: Evidence) -> str:
     return f"{text}; the right level is unknown: {e.reason('probe_forget', GOLDEN)})"
 
 
-def _count(tests: list[Check]) -> str:
+def count_of_tests(tests: list[Check]) -> str:
+    """How many tests passed, and which did not, in a sentence."""
     passed = sum(t.passed is True for t in tests)
     failed = [t.name for t in tests if t.passed is False]
     unknown = [t.name for t in tests if t.passed is None]

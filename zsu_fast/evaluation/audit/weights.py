@@ -41,20 +41,20 @@ def layer_drift(audited: AuditedModel, original: AuditedModel, layer: str) -> fl
     found = (
         dict(m.model.module.named_modules()).get(layer, nn.Identity()) for m in (audited, original)
     )
-    return _parameter_drift(*(dict(module.named_parameters()) for module in found))
+    return parameter_drift(*(dict(module.named_parameters()) for module in found))
 
 
 def backbone_drift(audited: AuditedModel, original: AuditedModel) -> float | None:
     """||W' - W|| / ||W|| of all parameters before the last layer; None if shapes differ."""
     if audited.backbone_hash == original.backbone_hash:
         return 0.0
-    return _parameter_drift(*(
+    return parameter_drift(*(
         {n: p for n, p in m.model.module.named_parameters() if not m.is_in_last_layer(n)}
         for m in (audited, original)
     ))  # fmt: skip
 
 
-def _parameter_drift(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> float | None:
+def parameter_drift(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> float | None:
     """||new - old|| / ||old|| over all tensors, in float64; None if names or shapes differ."""
     if {n: p.shape for n, p in new.items()} != {n: p.shape for n, p in old.items()}:
         return None

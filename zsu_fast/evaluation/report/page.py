@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ...models import checkpoint
 from ...synthesis.impressions import ClassImpressions
 from ..audit import Audit, Row
-from ..audit.result import GOLDEN, MAIN, MASK, ORIGINAL, RANDOM, TRAINED_WORDS, UNLEARNED, show
+from ..audit.result import GOLDEN, MASK, ORIGINAL, RANDOM, TRAINED_WORDS, UNLEARNED, show
 from . import charts
 from .pictures import gallery
 
@@ -27,6 +27,13 @@ _MAX_BARS = 40
 _MAX_CONFUSED = 20
 # Forgotten classes with pictures, and impressions per class.
 _PICTURED, _PER_CLASS = 10, 6
+
+# What the distributions of an encoder's similarities are of, in words.
+_PAIRS = {
+    "forgotten, own": "images of forgotten identities with their own templates",
+    "forgotten, other": "images of forgotten identities with the nearest retained identity",
+    "retained, own": "images of retained identities with their own templates",
+}
 
 ClassName = Callable[[int], str]
 
@@ -78,7 +85,10 @@ def _models(audit: Audit, name: ClassName) -> dict[str, Any]:
         "audit": audit,
         "name": name,
         "show": show,
-        "main": [audit.definitions[k] for k in MAIN if any(k in r.values for r in audit.rows)],
+        "main": [audit.definitions[k] for k in audit.main],
+        "encoder": bool(audit.settings.get("encoder")),
+        "distributions": _distributions(audit),
+        "stranger_key": charts.key(3, STYLES[MASK]),
         "metrics": list(audit.definitions.values()),
         "ordered": _rows(audit, *STYLES),
         "legend": [(n, charts.key(i, s)) for i, (n, s) in enumerate(STYLES.items())
@@ -209,6 +219,29 @@ def _relearning(audit: Audit) -> list[tuple[str, Markup]]:
         title = f"FA while relearning, {words}"
         figures.append((words, charts.lines(series, title, "steps", "FA, %", (0, 100))))
     return [(words, chart) for words, chart in figures if chart]
+
+
+def _distributions(audit: Audit) -> list[tuple[str, list[tuple[str, Markup]]]]:
+    """Similarities of an encoder's images: (gallery, [(kind of pair in words, chart)])."""
+    sections = []
+    for templates, key in (("original's templates", "threshold_1e2"), ("re-enrolled", "")):
+        rows = [r for r in audit.rows if templates in r.distributions]
+        mark = audit.row(UNLEARNED).get(key) if rows else None
+        figures = []
+        for kind, words in _PAIRS.items():
+            series = [_series(r, r.distributions[templates].get(kind, [])) for r in rows]
+            if not any(s.points for s in series):
+                continue
+            strangers = audit.row(ORIGINAL).distributions[templates].get("retained, other", [])
+            series.append(charts.Series("strangers", STYLES[MASK], strangers, 3))
+            chart = charts.lines(
+                series, f"Similarity of {words}; {templates}", "similarity", "% of the pairs",
+                mark=None if mark is None else (mark, "FAR 1 %"),
+            )  # fmt: skip
+            figures.append((words, chart))
+        if figures:
+            sections.append((templates, figures))
+    return sections
 
 
 def _galleries(audit: Audit) -> list[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,9 +138,10 @@ def load_into(model: nn.Module, path: str | Path, keep_dtype: bool = False) -> O
     notes = _notes(where, content, found, chosen, others, fitting, by)
     if not keep_dtype:
         notes += _take_dtype(model, chosen.tensors.values(), where)
+    named = {names[n]: t for n, t in chosen.tensors.items()}
     try:
-        model.load_state_dict({names[n]: t for n, t in chosen.tensors.items()}, strict=False)
-    except RuntimeError as error:
+        model.load_state_dict(_with_versions(model, named), strict=False)
+    except (RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"weights: {where} can't be loaded ({printable(str(error))})."
         ) from error
@@ -152,6 +154,13 @@ def load_into(model: nn.Module, path: str | Path, keep_dtype: bool = False) -> O
     for note in notes:
         warnings.warn(f"weights: {note}", UnlearningWarning, stacklevel=2)
     return result
+
+
+def _with_versions(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` with the versions of the model's modules, without which MNASNet loads nothing."""
+    state = OrderedDict(tensors)
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    return state
 
 
 def _split(path: str | Path) -> tuple[Path, str]:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from ..validation import check_ascent_step
 from .common import alignment
 
 
@@ -30,14 +31,18 @@ def one_minus_exp(y):
 def ascent_step_kernel(
     x_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, step_ptr, active_ptr, low_ptr, high_ptr, lr_ptr,
     beta_ptr,
-    row_size, lr_stride, channels, plane, beta1, beta2, gain1, gain2, log_beta1, log_beta2, eps,
+    blocks_per_row, row_size, lr_stride, channels, plane,
+    beta1, beta2, gain1, gain2, log_beta1, log_beta2, eps,
     BOUNDS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of one row per program; row_size in units of ALIGN elements, offsets in 64 bits."""
-    row = tl.program_id(1).to(tl.int64)
+    """One block of one row per program; row_size in units of ALIGN elements, offsets in 64 bits.
+
+    All programs are along one axis, the only one that takes more than 65,535 of them.
+    """
+    row = (tl.program_id(0) // blocks_per_row).to(tl.int64)
     if tl.load(active_ptr + row) != 0:
         n = row_size * ALIGN
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at = tl.program_id(0) % blocks_per_row * BLOCK + tl.arange(0, BLOCK)
         ok = at < n
         offset = row * n + at
         x = tl.load(x_ptr + offset, mask=ok, other=0.0)
@@ -82,21 +87,18 @@ def ascent_step_(
     eps: float,
 ) -> None:
     """As `reference.ascent_step_`; x, grad and the moments are float32 and share one layout."""
-    if any(t.shape != x.shape for t in (grad, exp_avg, exp_avg_sq)):
-        raise RuntimeError("grad, exp_avg and exp_avg_sq must have the shape of x")
-    if any(t.dtype != torch.float32 for t in (x, grad, exp_avg, exp_avg_sq)):
-        raise RuntimeError("x, grad, exp_avg and exp_avg_sq must be float32")
-    rows, size = len(x), x[0].numel() if len(x) else 0
-    if size == 0:
-        return
-    align = min(alignment(t, size) for t in (x, grad, exp_avg, exp_avg_sq))
-    channels = x.shape[1] if x.ndim > 1 else 1
-    block = 1024
-    wrap_triton(ascent_step_kernel)[(triton.cdiv(size, block), rows)](
-        x, grad, exp_avg, exp_avg_sq, step, active.view(torch.uint8), low, high, lr, beta,
-        size // align, int(lr.numel() > 1), channels, size // channels,
-        beta1, beta2, 1 - beta1, 1 - beta2, math.log(beta1), math.log(beta2), eps,
-        BOUNDS=low.numel(), CHANNELS_LAST=not x.is_contiguous(), ALIGN=align, BLOCK=block,
-        num_warps=4,
-    )  # fmt: skip
+    check_ascent_step(x, grad, exp_avg, exp_avg_sq, step, active, low, high, lr, beta)
+    rows, size = x.shape[0], x.numel() // max(1, x.shape[0])
+    if size:
+        align = min(alignment(t, size) for t in (x, grad, exp_avg, exp_avg_sq))
+        channels = x.shape[1] if x.ndim > 1 else 1
+        block = 1024
+        blocks_per_row = triton.cdiv(size, block)
+        wrap_triton(ascent_step_kernel)[(rows * blocks_per_row,)](
+            x, grad, exp_avg, exp_avg_sq, step, active.view(torch.uint8), low, high, lr, beta,
+            blocks_per_row, size // align, int(lr.numel() > 1), channels, size // channels,
+            beta1, beta2, 1 - beta1, 1 - beta2, math.log(beta1), math.log(beta2), eps,
+            BOUNDS=low.numel(), CHANNELS_LAST=not x.is_contiguous(), ALIGN=align, BLOCK=block,
+            num_warps=4,
+        )  # fmt: skip
     step.add_(active)  # after every program has read it

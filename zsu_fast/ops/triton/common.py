@@ -12,6 +12,7 @@ from torch.library import wrap_triton
 
 ONE_PASS_LIMIT = 8192  # classes; longer rows do not fit in registers and are read twice
 LOOP_BLOCK = 4096
+SUM_BLOCK = 4096  # row losses that one program sums
 
 
 def row_tile(classes: int) -> dict[str, int]:
@@ -52,32 +53,26 @@ def with_dense_rows(t: Tensor) -> Tensor:
 
 @triton.jit
 def sum_rows_kernel(
-    row_loss_ptr, coef_ptr, losses_ptr, rows, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+    row_loss_ptr, coef_ptr, sums_ptr, rows, SPLIT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Sum the losses of forget and retain rows, apart if SPLIT, in one order: no atomics."""
-    acc = row_loss_ptr.dtype.element_ty
-    forget = tl.zeros([BLOCK], dtype=acc)
-    retain = tl.zeros([BLOCK], dtype=acc)
-    for begin in range(0, rows, BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        loss = tl.load(row_loss_ptr + at, mask=at < rows, other=0.0)
-        negative = tl.load(coef_ptr + at, mask=at < rows, other=0.0) < 0
-        if SPLIT:
-            forget += tl.where(negative, loss, 0.0)
-            retain += tl.where(negative, 0.0, loss)
-        else:
-            retain += loss
+    """Sum the losses of a block of forget and retain rows, apart if SPLIT, in one order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    loss = tl.load(row_loss_ptr + at, mask=at < rows, other=0.0)
     if SPLIT:
-        tl.store(losses_ptr, tl.sum(forget, 0))
-        tl.store(losses_ptr + 1, tl.sum(retain, 0))
+        negative = tl.load(coef_ptr + at, mask=at < rows, other=0.0) < 0
+        tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.where(negative, loss, 0.0), 0))
+        retain = tl.sum(tl.where(negative, 0.0, loss), 0)
+        tl.store(sums_ptr + tl.num_programs(0) + tl.program_id(0), retain)
     else:
-        tl.store(losses_ptr, tl.sum(retain, 0))
+        tl.store(sums_ptr + tl.program_id(0), tl.sum(loss, 0))
 
 
 def sum_rows(row_loss: Tensor, coef: Tensor, split: bool) -> Tensor:
-    """[2] (forget, retain) if split, else a scalar."""
-    losses = row_loss.new_empty((2,) if split else ())
-    wrap_triton(sum_rows_kernel)[(1,)](
-        row_loss, coef, losses, len(row_loss), SPLIT=split, BLOCK=1024, num_warps=4
+    """[2] (forget, retain) if split, else a scalar; no atomics, so that the order is fixed."""
+    blocks = max(1, triton.cdiv(len(row_loss), SUM_BLOCK))
+    sums = row_loss.new_empty((2 if split else 1, blocks))
+    wrap_triton(sum_rows_kernel)[(blocks,)](
+        row_loss, coef, sums, len(row_loss), SPLIT=split, BLOCK=SUM_BLOCK, num_warps=4
     )
-    return losses
+    losses = sums[:, 0] if blocks == 1 else sums.sum(1)
+    return losses if split else losses[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from .. import fused_loss
+from ..validation import check_signed_cross_entropy
 from .common import (
     ONE_PASS_LIMIT,
     accumulator,
@@ -22,7 +23,7 @@ from .common import (
 
 @triton.jit
 def sum_of_others(
-    x_rows, target, used,
+    x_rows, target, row_ok,
     CLASSES: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Largest logit of long rows, and the sum of exp(x - largest) without the target's term."""
@@ -31,7 +32,7 @@ def sum_of_others(
     rest = tl.zeros([ROWS], dtype=ACC)
     for begin in range(0, CLASSES, BLOCK):
         at = begin + column
-        x = tl.load(x_rows + at, mask=used[:, None] & (at < CLASSES), other=float("-inf"))
+        x = tl.load(x_rows + at, mask=row_ok[:, None] & (at < CLASSES), other=float("-inf"))
         x = x.to(ACC)
         higher = tl.maximum(top, tl.max(x, 1))
         # if every logit so far is -inf, exp(-inf - -inf) would be NaN
@@ -49,30 +50,35 @@ def signed_cross_entropy_kernel(
     CLASSES: tl.constexpr, LOOP: tl.constexpr, ALIGN_IN: tl.constexpr, ALIGN_OUT: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows per program; strides in units of ALIGN elements, offsets in 64 bits."""
+    """ROWS rows per program; strides in units of ALIGN elements, offsets in 64 bits.
+
+    Logits are loaded whether or not a row is used, so that they don't wait for the coefficients.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
-    coef = tl.load(coef_ptr + row, mask=row_ok, other=0.0)
-    used = coef != 0
     target = tl.load(target_ptr + row, mask=row_ok, other=0)
     valid = (target >= 0) & (target < CLASSES)
     x_rows = logits_ptr + (row * logits_stride * ALIGN_IN)[:, None]
     dx_rows = dlogits_ptr + (row * dlogits_stride * ALIGN_OUT)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    x_target = tl.load(
-        logits_ptr + row * logits_stride * ALIGN_IN + target, mask=used & valid, other=0.0
-    ).to(ACC)
 
     if LOOP:
-        top, rest = sum_of_others(x_rows, target, used, CLASSES, ACC, ROWS, BLOCK)
+        x_target = tl.load(
+            logits_ptr + row * logits_stride * ALIGN_IN + target, mask=row_ok & valid, other=0.0
+        ).to(ACC)
+        top, rest = sum_of_others(x_rows, target, row_ok, CLASSES, ACC, ROWS, BLOCK)
     else:
-        x = tl.load(x_rows + column, mask=used[:, None] & (column < CLASSES), other=float("-inf"))
+        x = tl.load(x_rows + column, mask=row_ok[:, None] & (column < CLASSES), other=float("-inf"))
         x = x.to(ACC)
+        is_target = column == target[:, None]
+        x_target = tl.sum(tl.where(is_target, x, 0.0), 1)
         top = tl.max(x, 1)
         e = tl.exp(x - top[:, None])
-        others = tl.where(column == target[:, None], 0.0, e)
+        others = tl.where(is_target, 0.0, e)
         rest = tl.sum(tl.where(column < CLASSES, others, 0.0), 1)
 
+    coef = tl.load(coef_ptr + row, mask=row_ok, other=0.0)
+    used = coef != 0
     shifted = x_target - top
     denominator = tl.exp(shifted) + rest
     lead = shifted == 0  # then the loss is log1p(rest), in a form that keeps a small rest
@@ -87,7 +93,7 @@ def signed_cross_entropy_kernel(
         at = begin + column
         ok = row_ok[:, None] & (at < CLASSES)
         if LOOP:
-            x = tl.load(x_rows + at, mask=ok & used[:, None], other=0.0)
+            x = tl.load(x_rows + at, mask=ok, other=0.0)
             e = tl.exp(x.to(ACC) - top[:, None])
         dx = tl.where(at == target[:, None], -rest[:, None], e) * factor[:, None]
         dx = tl.where(used[:, None], dx, 0.0)
@@ -97,6 +103,7 @@ def signed_cross_entropy_kernel(
 @triton_op("zsu_fast::signed_cross_entropy_triton", mutates_args=())
 def signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
     """Losses [2] and dlogits [B, C], as `reference.signed_cross_entropy`."""
+    check_signed_cross_entropy(logits, target, coef)
     rows, classes = logits.shape
     logits = with_dense_rows(logits)
     dtype = accumulator_dtype(logits)

@@ -24,6 +24,7 @@ from ..features import FeatureSet, FeatureSettings, absence_margin, logit_margin
 from ..fit_task import FitTask
 from ..trainer import RELATIVE_STEP, LoopSettings, Schedule, Trainer, relative_learning_rate
 from .losses import USABLE_ROOM, DeepObjective, MultiLabelDeepObjective, room_above_floor
+from .open_set import ACCEPTED_AT, StrangerObjective, acceptance_threshold
 from .rows import Scenes
 from .settings import DeepSettings
 from .split import DeepSplit
@@ -124,7 +125,8 @@ def forget_deeply(
         ``after``: ``unmask_leak``, the share of held-out inverted rows of forgotten classes that
         the original last layer still assigns to one (NaN if there is none), ``agreement``, the
         share of held-out scenes whose masked answer stays, and ``evidence``,
-        `DeepObjective.evidence`.
+        `DeepObjective.evidence`. For strangers also ``accepted``, the share of the former rows that
+        any identity accepts, and ``threshold``, the logit from which one does.
 
     Raises:
         DeepFailed: the checks say so; the parameters are as they were.
@@ -155,7 +157,7 @@ def forget_deeply(
     task = FitTask(
         tail, parameters, train, validation, objective, objective,
         torch.Generator().manual_seed(seed), [_unpruned(p) for p in parameters],
-        betas=settings.betas, sampling=weights.cpu(), bf16_matmul=False,
+        betas=settings.betas, sampling=weights.cpu(), fast_matmul=False,
     )  # fmt: skip
     before = [p.detach().clone() for p in parameters]
     checks = _Checks(tail, objective, validation)
@@ -167,7 +169,7 @@ def forget_deeply(
             raise DeepFailed(f"{fit.stopped} to the start; given up", facts)
         chosen, facts["factors"] = _extrapolate(checks, parameters, before, settings)
         facts["factor"] = chosen["factor"]
-        for name in ("unmask_leak", "agreement"):
+        for name in chosen.keys() - {"factor"}:
             facts[name]["after"] = chosen[name]
         leak = facts["unmask_leak"]
         if leak["after"] > max(MOST_LEAK, settings.leak):
@@ -185,6 +187,8 @@ def forget_deeply(
         _load(parameters, before)
         raise
     facts["evidence"]["after"] = objective.evidence(train)
+    if isinstance(objective, StrangerObjective):
+        facts["threshold"] = objective.accept_from
     facts |= {
         "layers": deep.parameters,
         "inverted_at": deep.early.name,
@@ -218,7 +222,8 @@ def _objective(
         margin = absence_margin(logits) if features.margin is None else features.margin
         usual = max(settings.margin, absence_margin(logits, 0.5))
         return MultiLabelDeepObjective(tail, train, forget, usual, settings), margin
-    margins = logit_margin(teacher[-len(labels) :], labels)
+    inverted = teacher[-len(labels) :]
+    margins = logit_margin(inverted, labels)
     lead, usual = float(margins.mean()), float(teacher[: -len(labels)].std())
     if lead > _MOST_MARGIN * usual:
         raise DeepFailed(
@@ -228,6 +233,12 @@ def _objective(
         )
     margin = features.margin_for(lead, len(forget), forget_logits_only=False)
     reachable = min(settings.margin, USABLE_ROOM * room_above_floor(tail, train, forget))
+    if settings.stranger:
+        thresholds = [
+            acceptance_threshold(inverted, labels, forget, rate)
+            for rate in (settings.stranger_rate, ACCEPTED_AT)
+        ]
+        return StrangerObjective(tail, train, forget, reachable, settings, *thresholds), margin
     return DeepObjective(tail, train, forget, reachable, settings), margin
 
 
@@ -241,17 +252,20 @@ class _Checks:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """``unmask_leak`` and ``agreement``, see `forget_deeply`."""
+        """``unmask_leak`` and the like, see `forget_deeply`."""
         rows = self.validation
         assert rows.scene is not None
         logits = torch.cat([part.logits for part in self.tail.chunks(rows)])
         leaked, _ = self.objective.answers(logits, rows)
         same = self.objective.unmasked_agreement(logits, rows)
         inverted, scene = (rows.scene == 0) & rows.forgotten, rows.scene > 0
-        return {
+        measured = {
             "unmask_leak": _mean(leaked[inverted], math.nan),
             "agreement": _mean(same[scene & ~rows.forgotten], 1.0),
         }
+        if isinstance(self.objective, StrangerObjective):
+            measured["accepted"] = _mean(self.objective.accepted(logits[inverted]), 0.0)
+        return measured
 
 
 def _mean(which: Tensor, of_none: float) -> float:

@@ -74,6 +74,8 @@ class DeepObjective(MaskedKL):
         settings: the weights.
     """
 
+    copies_teacher = True
+
     def __init__(
         self,
         tail: FrozenClassifierTail,
@@ -97,7 +99,7 @@ class DeepObjective(MaskedKL):
     def loss(self, outputs: TailOutputs, rows: FeatureSet) -> Tensor:
         """The loss of a batch, differentiable."""
         s = self.settings
-        change = self._retained(outputs.logits) - self._retained(rows.teacher)
+        change = self._kept_change(outputs.logits, rows)
         kept = (self._keep_weight(rows) * change.square().mean(1)).mean() / self.size
         loss = self.divergence(outputs.logits, rows) + s.keep * kept
         if s.constant and not s.multi_label:  # `MultiLabelKL` has such a term itself
@@ -118,6 +120,10 @@ class DeepObjective(MaskedKL):
         """The retained logits, centred per row."""
         retained = logits.index_select(1, self.retained)
         return retained - retained.mean(1, keepdim=True)
+
+    def _kept_change(self, logits: Tensor, rows: FeatureSet) -> Tensor:
+        """The change of the retained logits, centred per row, [N, R]."""
+        return self._retained(logits) - self._retained(rows.teacher)
 
     def _variation(self, logits: Tensor, rows: FeatureSet) -> Tensor:
         """Variance of the forgotten logits over the scenes, as a share of the original one."""

@@ -59,6 +59,14 @@ class Scenes:
     starts: Tensor
 
 
+@dataclass(frozen=True)
+class RowCounts:
+    """The number of rows of each kind."""
+
+    scenes: int
+    inverted: int
+
+
 @dataclass
 class RowSource:
     """Draws the rows of a model, or takes them from a cache.
@@ -96,17 +104,31 @@ class RowSource:
         return scenes
 
     @torch.no_grad()
+    def counts(self) -> RowCounts:
+        """How many rows there will be, within memory and time."""
+        deep, device, classes = self.deep, self.forget.device, len(self.forget)
+        image = self._grey()
+        boundary = deep.early.backbone(image)
+        points = flatten_boundary(boundary)
+        values = max(sum(t.numel() for t in ts) for ts in (boundary, deep.features(points)))
+        work = multiply_adds(deep.early.backbone, image)
+        pixels = image[0].numel() // image.shape[1]
+        scenes = self.settings.scenes_for(pixels, values, classes, work, device)
+        work = multiply_adds(deep.flat, points)
+        return RowCounts(scenes, self.settings.inverted_for(points.shape[1], classes, work, device))
+
+    def _grey(self) -> Tensor:
+        """A grey image, [1, ...]."""
+        bounds = (1, -1, *[1] * (len(self.deep.shape) - 1))
+        grey = (self.spec.low.view(bounds) + self.spec.high.view(bounds)).div(2)
+        return grey.expand(1, *self.deep.shape).to(self.forget.device)
+
+    @torch.no_grad()
     def _draw(self) -> Scenes:
         deep, device = self.deep, self.forget.device
         bounds = (1, -1, *[1] * (len(deep.shape) - 1))
         low, high = self.spec.low.view(bounds), self.spec.high.view(bounds)
-        image = (low + high).div(2).expand(1, *deep.shape).to(device)
-        boundary = deep.early.backbone(image)
-        stored = deep.features(flatten_boundary(boundary))
-        values = max(sum(t.numel() for t in tensors) for tensors in (boundary, stored))
-        work = multiply_adds(deep.early.backbone, image)
-        pixels = image[0].numel() // image.shape[1]
-        count = self.settings.scenes_for(pixels, values, len(self.forget), work, device)
+        count, image = self.counts().scenes, self._grey()
         parts = [p for p in (deep.early.backbone, deep.middle) if p is not None]
         norms = [norm for part in parts for norm in batch_norms(part)]
         layout = self._memory_format(image)
@@ -147,9 +169,7 @@ class RowSource:
         that it asks for keeps the rows so far.
         """
         starts, flat = self.scenes.starts, self.deep.flat
-        work = multiply_adds(flat, starts[:1])
-        classes_total, device = len(self.forget), starts.device
-        count = self.settings.inverted_for(starts.shape[1], classes_total, work, device)
+        count, device = self.counts().inverted, starts.device
         generator = torch.Generator().manual_seed(self.seed)
         labels = _labels(torch.tensor(classes), self.forget.cpu(), count, generator)
         count = len(labels)

@@ -11,6 +11,8 @@ from ...errors import ArgumentError, check_choice
 
 Depth = Literal["output", "deep"]
 DEPTHS: tuple[str, ...] = get_args(Depth)
+ForgottenAs = Literal["stranger", "redistribute"]
+FORGOTTEN_AS: tuple[str, ...] = get_args(ForgottenAs)
 # Multiply-adds of forward passes on a CPU, minutes on one thread each: of the backbone on all
 # scenes, of all ascent steps of the inverted rows, of all optimiser steps, and of one of them.
 _SCENE_WORK, _ASCENT_WORK, _FIT_WORK, _STEP_WORK = 1e12, 5e12, 5e12, 2e10
@@ -45,6 +47,11 @@ class DeepSettings:
         robust, robust_factor: a larger factor than needed, at most the second, is taken if this
             share of the held-out scenes keeps its answer all the same.
         multi_label: whether each class has a sigmoid of its own.
+        stranger: whether forgotten identities become strangers, see `StrangerObjective`.
+        stranger_rate: false accept rate of the threshold of a stranger in training: higher than one
+            of 1 %, so that the threshold is lower, as real images exceed what inverted rows do.
+        stranger_margin: in logits, how far below it a stranger's logits are to be.
+        stranger_share: share of inverted rows in a batch then, at least.
     """
 
     scenes: int = 5120
@@ -68,6 +75,10 @@ class DeepSettings:
     robust: float = 0.88
     robust_factor: float = 1.4
     multi_label: bool = False
+    stranger: bool = False
+    stranger_rate: float = 0.3
+    stranger_margin: float = 4.0
+    stranger_share: float = 0.4
 
     def for_classes(self, classes: int) -> DeepSettings:
         """The settings for a model of that many classes.
@@ -82,6 +93,11 @@ class DeepSettings:
             self, inverted_share=0.5, keep=self.keep / 4, constant=0.0, erase=0.0, leak=0.04,
             robust_factor=0.0,
         )  # fmt: skip
+
+    def for_strangers(self) -> DeepSettings:
+        """The settings for identities that are to become strangers."""
+        share = max(self.inverted_share, self.stranger_share)
+        return replace(self, stranger=True, inverted_share=share)
 
     def scenes_for(
         self, pixels: int, values: int, classes: int, work: int, device: torch.device

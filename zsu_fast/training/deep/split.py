@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import ArgumentError, ModelError, ZsuFastError, shorten
+from ...models.embedding_classifier import GALLERY, EmbeddingClassifier
 from ...models.input_spec import InputSpec, noise_images
 from ...models.wrapper import LogitsModel
 from ...runtime.hooks import forward_pre_hooks, recorded_inputs
@@ -19,7 +20,7 @@ from ...splitting.batch_dim import BoundaryTensors
 from ...splitting.class_rows import expose_class_buffers
 from ...splitting.classifier import class_split, classifier_split
 from ...splitting.layers import layer_names
-from ...splitting.split import Split, resplit, split_at
+from ...splitting.split import Split, resplit, split_at, split_before
 from ...synthesis.space import FlatTail, flatten_boundary
 
 # Few rows determine few weights: more layers cost retained accuracy.
@@ -99,11 +100,7 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
     device = next(model.parameters()).device
     images = noise_images(spec, 4).to(device)
     images = _reduced(model, images)
-    expose_class_buffers(model, images)
-    names = layer_names(model.module, images)
-    last = split_at(model, names[-1], images[:2], "the last layer")
-    last = class_split(model, last, images[:2])
-    last.directions = classifier_split(model, last, images).directions
+    names, last = _last_layer(model, images)
     if len(last.backbone(images[:2])) != 1:
         raise ModelError(
             f"its last layer {names[-1]!r} is not the only way from the features to the logits",
@@ -136,7 +133,24 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
             split = replace(whole, tail=tail)
         except ZsuFastError:  # the rows are stored at the early split then
             split = replace(early, parameters=whole.parameters, reason=reason)
+    if isinstance(model.module, EmbeddingClassifier):
+        split.output_level = False  # a single layer of the encoder is no classifier
     return DeepSplit(split, early, flat, middle, last, parameters, tuple(images.shape[1:]))
+
+
+def _last_layer(model: LogitsModel, images: Tensor) -> tuple[list[str], Split]:
+    """The names of all layers with weights, and the split ahead of the last one: the classifier, or
+    the templates of an `EmbeddingClassifier`.
+    """
+    if isinstance(model.module, EmbeddingClassifier):
+        names = [*layer_names(model.module, images), GALLERY]
+        return names, split_before(model, GALLERY, images[:2], "the templates")
+    expose_class_buffers(model, images)
+    names = layer_names(model.module, images)
+    last = split_at(model, names[-1], images[:2], "the last layer")
+    last = class_split(model, last, images[:2])
+    last.directions = classifier_split(model, last, images).directions
+    return names, last
 
 
 def _first_trained(

@@ -1,0 +1,93 @@
+// Runs the CPU kernels on fixed inputs, without torch, and prints the instruction set and the results,
+// one number a line after its type. tests/test_build.py compares those of two CPUs.
+#include "kernels.h"
+
+#include <cstdio>
+#include <vector>
+
+namespace {
+
+// A linear congruential generator; uniform in [-1, 1).
+double next_random() {
+  static uint64_t state = 1;
+  state = state * 6364136223846793005ULL + 1442695040888963407ULL;
+  return static_cast<double>(state >> 11) / static_cast<double>(1ULL << 52) - 1;
+}
+
+const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
+
+// 16-bit patterns of normal numbers; both types hold 0.5 to 2 in these.
+uint16_t random_bits(zsu::Storage type) {
+  const auto mantissa = static_cast<uint16_t>((next_random() + 1) * 500);
+  if (type == zsu::Storage::bfloat16) return static_cast<uint16_t>(0x3f00 + mantissa % 256);
+  return static_cast<uint16_t>((next_random() < 0 ? 0x8000 : 0) + 0x3800 + mantissa);
+}
+
+double value_of(zsu::Storage type, uint16_t bits) {
+  if (type == zsu::Storage::bfloat16) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float v;
+    __builtin_memcpy(&v, &wide, sizeof v);
+    return v;
+  }
+  const double sign = bits & 0x8000 ? -1 : 1;
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  return sign * (exponent ? __builtin_ldexp(1024 + mantissa, exponent - 25) : __builtin_ldexp(mantissa, -24));
+}
+
+template <class T, class C>
+void signed_loss(zsu::Storage type, int64_t classes) {
+  constexpr int64_t rows = 3;
+  std::vector<T> logits(static_cast<size_t>(rows * classes)), dlogits(logits.size());
+  for (T& v : logits) {
+    if constexpr (sizeof(T) == 2) v = random_bits(type);
+    else v = static_cast<T>(12 * next_random());
+  }
+  const int64_t target[rows] = {0, classes / 2, classes - 1};
+  const C coef[rows] = {C(-0.9), C(0.1), C(0.4)};
+  double loss[rows] = {0, 0, 0};
+  const auto index = static_cast<int>(type);
+  const zsu::SignedCrossEntropyArgs args{logits.data(), classes, dlogits.data(), classes, classes, target, coef, loss};
+  zsu::kernels().signed_cross_entropy[index](args, 0, rows);
+  for (const double v : loss) std::printf("%s %.17g\n", names[index], v);
+  for (const T v : dlogits) {
+    if constexpr (sizeof(T) == 2) std::printf("%s %.17g\n", names[index], value_of(type, v));
+    else std::printf("%s %.17g\n", names[index], static_cast<double>(v));
+  }
+}
+
+void ascent(int64_t row_size, int64_t channels, bool channels_last) {
+  constexpr int64_t rows = 2;
+  std::vector<float> t[4];
+  for (auto& values : t)
+    for (int64_t i = 0; i < rows * row_size; ++i) values.push_back(static_cast<float>(next_random()));
+  for (float& v : t[3]) v *= v;
+  const std::vector<float> low(static_cast<size_t>(channels), -0.5f), high(static_cast<size_t>(channels), 0.6f);
+  const int32_t step[rows] = {0, 7};
+  const bool active[rows] = {true, true};
+  const float lr = 0.1f, beta = 0.01f;
+  zsu::AscentStepArgs args{};
+  static_cast<zsu::AscentStepTensors&>(args) = {
+      t[0].data(), t[1].data(), t[2].data(), t[3].data(), step, active, low.data(), high.data(), &lr, &beta,
+      rows, row_size, channels, channels, 0, channels_last};
+  args.beta1 = 0.9;
+  args.beta2 = 0.999;
+  args.eps = 1e-8;
+  zsu::kernels().ascent_step(args, 0, rows);
+  for (const int k : {0, 2, 3})
+    for (const float v : t[k]) std::printf("float32 %.9g\n", static_cast<double>(v));
+}
+
+} // namespace
+
+int main() {
+  std::puts(zsu::kernels().name);
+  for (const int64_t classes : {1, 10, 37, 200}) {
+    signed_loss<float, float>(zsu::Storage::float32, classes);
+    signed_loss<double, double>(zsu::Storage::float64, classes);
+    signed_loss<uint16_t, float>(zsu::Storage::bfloat16, classes);
+    signed_loss<uint16_t, float>(zsu::Storage::float16, classes);
+  }
+  ascent(3 * 7 * 5, 3, false);
+  ascent(3 * 16, 3, true);
+}

@@ -1,0 +1,179 @@
+"""Checks of the arguments of every op, in Python: the rules and the words of ``csrc/checks.h``.
+
+Backends without native code run them: Triton, which would read out of bounds, and plain torch,
+which would broadcast or convert in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _check(condition: bool, problem: str) -> None:
+    if not condition:
+        raise RuntimeError(problem)
+
+
+def accumulator_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of losses and coefficients of logits ``t``."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _check_float(t: Tensor, name: str) -> None:
+    _check(t.dtype in _FLOATS, f"{name} must be float32, float64, float16 or bfloat16")
+
+
+def _check_device(t: Tensor, first: Tensor, name: str) -> None:
+    _check(t.device == first.device, f"{name} must be on the device of the first argument")
+
+
+def check_devices(first: Tensor, *others: Tensor) -> None:
+    """Checks that all tensors are on one device; for fake implementations, which run whenever any
+    of them is on the meta device.
+    """
+    for t in others:
+        torch._check(t.device == first.device, lambda: "all tensors must be on one device")
+
+
+def _check_logits(logits: Tensor) -> None:
+    _check(logits.ndim == 2, f"logits must be [batch, classes], got {logits.ndim} dimensions")
+    rows, classes = logits.shape
+    _check(rows == 0 or classes > 0, "logits must have at least one class")
+    _check_float(logits, "logits")
+
+
+def _check_per_row(t: Tensor, logits: Tensor, name: str) -> None:
+    rows = logits.shape[0]
+    _check(t.ndim == 1 and t.shape[0] == rows, f"{name} must be [batch] = [{rows}]")
+    _check_device(t, logits, name)
+
+
+def check_signed_cross_entropy(logits: Tensor, target: Tensor, coef: Tensor) -> None:
+    """Checks all but the values of ``target``.
+
+    Raises:
+        RuntimeError: an argument can't be used; the message names it.
+    """
+    _check_logits(logits)
+    _check_per_row(target, logits, "target")
+    _check(target.dtype in (torch.int64, torch.int32), "target must be int64 or int32")
+    _check_per_row(coef, logits, "coef")
+    _check_float(coef, "coef")
+
+
+def check_masked_cross_entropy(
+    logits: Tensor, teacher: Tensor, forget: Tensor, coef: Tensor, index: Tensor | None = None,
+    keep: Tensor | None = None, *_: Any,
+) -> None:  # fmt: skip
+    """Checks all but the values of ``index``, as `check_signed_cross_entropy`."""
+    _check_logits(logits)
+    _check_per_row(coef, logits, "coef")
+    _check_float(coef, "coef")
+    _check_float(teacher, "teacher")
+    _check_device(teacher, logits, "teacher")
+    _check_device(forget, logits, "forget")
+    rows, classes = logits.shape
+    if index is None:
+        _check(teacher.shape == logits.shape, "teacher must have the shape of logits")
+    else:
+        _check_per_row(index, logits, "index")
+        _check(index.dtype == torch.int64, "index must be int64")
+        wide = teacher.ndim == 2 and teacher.shape[1] == classes
+        _check(wide, f"teacher must be [rows, {classes}]")
+        _check(rows == 0 or teacher.shape[0] > 0, "teacher must have rows for the index")
+    if keep is not None:
+        _check_per_row(keep, logits, "keep")
+        _check_float(keep, "keep")
+    _check(
+        forget.ndim == 1 and forget.shape[0] == classes and forget.dtype == torch.bool,
+        f"forget must be bool [classes] = [{classes}]",
+    )
+
+
+def check_scale_rows(rows: Tensor, coef: Tensor, grad: Tensor) -> None:
+    """Checks all arguments, as `check_signed_cross_entropy`."""
+    _check_logits(rows)
+    _check_per_row(coef, rows, "coef")
+    flat = grad.numel() == 1 or (grad.ndim == 1 and grad.numel() == 2)
+    _check(flat, "grad must hold 1 or 2 numbers")
+    _check(grad.dtype == accumulator_dtype(rows), "grad must have the dtype of the loss")
+    dense = rows.shape[1] <= 1 or rows.stride(1) == 1
+    _check(dense, "the classes of a row must be contiguous")
+    _check_device(grad, rows, "grad")
+
+
+def check_ascent_step(
+    x: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, active: Tensor,
+    low: Tensor, high: Tensor, lr: Tensor, beta: Tensor, *_: float, flat: bool = True,
+) -> None:  # fmt: skip
+    """Checks all arguments, as `check_signed_cross_entropy`.
+
+    Args:
+        x, grad, exp_avg, exp_avg_sq, step, active, low, high, lr, beta: of the op.
+        flat: whether bounds and lr must be flat, as kernels take them; else they must have, or be
+            broadcast to, the shape of x.
+    """
+    _check(x.ndim >= 1, "x must have a batch dimension")
+    state = {"x": x, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    last = flat and x.numel() > 0 and not x.is_contiguous()
+    layout = torch.channels_last if last and x.ndim == 4 else torch.contiguous_format
+    for name, t in state.items():
+        _check_device(t, x, name)
+        _check(t.dtype == torch.float32, f"{name} must be float32")
+        _check(t.shape == x.shape, f"{name} must have the shape of x")
+        _check(
+            not flat or t.numel() == 0 or t.is_contiguous(memory_format=layout),
+            f"{name} must be contiguous or channels-last, with the layout of x",
+        )
+    rows, channels = x.shape[0], x.shape[1] if x.ndim > 1 else 1
+
+    def check_flat(t: Tensor, dtype: torch.dtype, count: int, name: str, what: str) -> None:
+        _check_device(t, x, name)
+        fits = t.dtype == dtype and t.numel() == count and t.is_contiguous()
+        _check(fits, f"{name} must be {what}")
+
+    check_flat(step, torch.int32, rows, "step", "int32 [rows], contiguous")
+    check_flat(active, torch.bool, rows, "active", "bool [rows], contiguous")
+    check_flat(beta, torch.float32, 1, "beta", "float32, one number")
+    if not flat:
+        for name, t in (("low", low), ("high", high), ("lr", lr)):
+            _check_device(t, x, name)
+            _check(t.dtype == torch.float32, f"{name} must be float32")
+        return
+    bounds = low.numel()
+    _check(bounds in (1, channels), "low must hold 1 or x.shape[1] numbers")
+    check_flat(low, torch.float32, bounds, "low", "float32, contiguous")
+    check_flat(high, torch.float32, bounds, "high", "float32, contiguous, as long as low")
+    _check(lr.numel() in (1, rows), "lr must hold 1 or rows numbers")
+    check_flat(lr, torch.float32, lr.numel(), "lr", "float32, contiguous")
+
+
+# What plain torch needs checked; of the ascent, it takes bounds and layouts that kernels don't.
+CHECKS: dict[str, Callable[..., None]] = {
+    "signed_cross_entropy": check_signed_cross_entropy,
+    "masked_cross_entropy": check_masked_cross_entropy,
+    "scale_rows_": check_scale_rows,
+    "ascent_step_": functools.partial(check_ascent_step, flat=False),
+}
+
+
+def checked_reference(name: str, compiled: bool = False) -> Callable[..., Any]:
+    """Returns the function of `reference` called ``name``, with its arguments checked."""
+    check, function = CHECKS[name], getattr(reference, name)
+    run = torch.compile(function) if compiled else function
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return run(*args, **kwargs)
+
+    return checked
