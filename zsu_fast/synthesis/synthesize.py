@@ -157,21 +157,29 @@ def ascend(
         layout = {"rows a shard": shard_rows} if ranks.single else {"pieces": len(shards)}
         store = Cache(cache, _facts(model, space, labels, settings) | layout | choice.facts())
     ascents = _ShardAscents(space, labels, number, settings, report, init, choice.rows)
-    finished = [_Shard(torch.empty(0, dtype=torch.int64), AscentResult.empty(space.shape))]
     with threads_for(work, space.low.device), _allocation(work, space.low.device):
-        for i in ranks.claim_shards(len(shards)):
-            stored = store.load(i) if store else None
-            if stored is not None:
-                finished.append(_Shard(shards[i], AscentResult(**stored)))
-                continue
-            finished.append(ascents.run(shards[i], before=sum(map(len, shards[:i]))))
-            if finished[-1].stopped:
-                break
-            if store:
-                store.save(i, vars(finished[-1].result))
+        finished = _run_shards(ascents, shards, ranks, store)
     impressions = _gather(finished, space, ranks)
     impressions.computed = str(choice) if timed else ""
     return impressions
+
+
+def _run_shards(
+    ascents: _ShardAscents, shards: Sequence[Tensor], ranks: Ranks, store: Cache | None
+) -> list[_Shard]:
+    """Runs the shards that this rank claims, or loads them, until the callback stops one."""
+    finished = [_Shard(torch.empty(0, dtype=torch.int64), AscentResult.empty(ascents.space.shape))]
+    for i in ranks.claim_shards(len(shards)):
+        stored = store.load(i) if store else None
+        if stored is not None:
+            finished.append(_Shard(shards[i], AscentResult(**stored)))
+            continue
+        finished.append(ascents.run(shards[i], before=sum(map(len, shards[:i]))))
+        if finished[-1].stopped:
+            break
+        if store:
+            store.save(i, vars(finished[-1].result))
+    return finished
 
 
 def _choose(
