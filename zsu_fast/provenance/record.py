@@ -53,7 +53,8 @@ class Record:
         weights_before, weights_after: `weights_hash` of the model; of the encoder alone if it has
             a gallery, which may change from run to run.
         impressions: their count and number of classes, the rule that chose the classes, hit rate
-            (also of the worst class), mean confidence, steps.
+            (also of the worst class), mean confidence, steps; ``computed``: how the steps were
+            computed, where that was chosen by timing.
         depth: ``depth``, what was asked for, "deep" or "output"; ``level``, what was reached;
             ``fallback``, why that is "output" instead; after deep forgetting, also what
             `forget_deeply` returns.
@@ -149,6 +150,8 @@ class Record:
             "mean_steps": float(impressions.steps.float().mean()),
             "most_steps": int(impressions.steps.max()),
         }
+        if impressions.computed:
+            self.impressions["computed"] = impressions.computed
         self.split = {
             "at": split.name,
             "reason": split.reason,

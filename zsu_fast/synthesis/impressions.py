@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class ClassImpressions:
             predicted).
         spec: the images' shape and normalisation.
         space: "input", or "tail-input".
+        computed: how the ascent's steps were computed, if that was chosen by timing; not saved.
     """
 
     images: Tensor
@@ -45,6 +46,7 @@ class ClassImpressions:
     hit: Tensor
     spec: InputSpec
     space: str = "input"
+    computed: str = field(default="", init=False)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -227,6 +227,11 @@ def keep_if_equivalent(
     return old
 
 
+def is_equivalent(new: InferenceCopy, old: InferenceCopy, images: Tensor) -> bool:
+    """Whether ``new`` runs and gives the logits and the input gradient of ``old``."""
+    return keep_if_equivalent(new, old, images, _logits_and_gradient(old, images)) is new
+
+
 def _relative_error(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp(min=1e-12))
 

@@ -8,8 +8,10 @@ has a cross-entropy gradient of exactly 0, from which the tail learns nothing.
 from __future__ import annotations
 
 import logging
+import platform
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,13 @@ from ..models.outputs import OutputChoice
 from ..models.parameters import weights_hash
 from ..models.prepare import prepare_model
 from ..runtime import memory
+from ..runtime.allocator import keep_freed_memory
 from ..runtime.cuda_graph import Loop
 from ..runtime.distributed import Ranks, make_shards, ranks_here
 from ..runtime.measuring import multiply_adds
 from ..runtime.progress import Callback, Reporter, Stopped
-from ..runtime.torch_settings import Precision, threads_for, torch_defaults
+from ..runtime.torch_settings import SMALL, Precision, threads_for, torch_defaults
+from . import candidates
 from .ascent import Ascent, AscentResult
 from .ascent_settings import AscentSettings, BatchLimits
 from .batch_norm_prior import with_batch_norm_prior
@@ -138,6 +142,11 @@ def ascend(
     number = torch.arange(settings.per_class).repeat(len(classes))
     shard_rows, width = batch_rows(space, settings.limits, 1 if ranks.single else ranks_here())
     work = multiply_adds(space.exact, space.one_point())
+    choice = candidates.Choice(candidates.DEFAULT, width)
+    timed = ranks.single and candidates.may_choose(space, work)
+    if timed:
+        choice = _choose(space, _facts(model, space, labels, settings), settings, width, cache)
+        space = candidates.apply(choice, space, settings.precision)
     if ranks.single:
         shards = list(torch.arange(len(labels)).split(shard_rows))
     else:
@@ -146,21 +155,59 @@ def ascend(
     if cache is not None:
         # renaming a key would make existing caches unreadable
         layout = {"rows a shard": shard_rows} if ranks.single else {"pieces": len(shards)}
-        store = Cache(cache, _facts(model, space, labels, settings) | layout)
-    ascents = _ShardAscents(space, labels, number, settings, report, init, width)
-    finished = [_Shard(torch.empty(0, dtype=torch.int64), AscentResult.empty(space.shape))]
-    with threads_for(work, space.low.device):
-        for i in ranks.claim_shards(len(shards)):
-            stored = store.load(i) if store else None
-            if stored is not None:
-                finished.append(_Shard(shards[i], AscentResult(**stored)))
-                continue
-            finished.append(ascents.run(shards[i], before=sum(map(len, shards[:i]))))
-            if finished[-1].stopped:
-                break
-            if store:
-                store.save(i, vars(finished[-1].result))
-    return _gather(finished, space, ranks)
+        store = Cache(cache, _facts(model, space, labels, settings) | layout | choice.facts())
+    ascents = _ShardAscents(space, labels, number, settings, report, init, choice.rows)
+    with threads_for(work, space.low.device), _allocation(work, space.low.device):
+        finished = _run_shards(ascents, shards, ranks, store)
+    impressions = _gather(finished, space, ranks)
+    impressions.computed = str(choice) if timed else ""
+    return impressions
+
+
+def _run_shards(
+    ascents: _ShardAscents, shards: Sequence[Tensor], ranks: Ranks, store: Cache | None
+) -> list[_Shard]:
+    """Runs the shards that this rank claims, or loads them, until the callback stops one."""
+    finished = [_Shard(torch.empty(0, dtype=torch.int64), AscentResult.empty(ascents.space.shape))]
+    for i in ranks.claim_shards(len(shards)):
+        stored = store.load(i) if store else None
+        if stored is not None:
+            finished.append(_Shard(shards[i], AscentResult(**stored)))
+            continue
+        finished.append(ascents.run(shards[i], before=sum(map(len, shards[:i]))))
+        if finished[-1].stopped:
+            break
+        if store:
+            store.save(i, vars(finished[-1].result))
+    return finished
+
+
+def _choose(
+    space: SearchSpace,
+    facts: dict[str, Any],
+    settings: AscentSettings,
+    width: int,
+    cache: str | Path | None,
+) -> candidates.Choice:
+    """The fastest way to compute the steps on this machine, or the one of the run before."""
+    points = len(facts["classes"]) * settings.per_class
+    width = min(width, points)
+    row = memory.bytes_per_row(space.fast_model, space.one_point())
+    most = min(points, memory.rows_that_fit(row, space.low.device))
+
+    def timed() -> candidates.Choice:
+        with keep_freed_memory():
+            return candidates.choose(space, width, most, points, settings.precision)
+
+    facts = facts | {"processor": platform.processor(), "threads": torch.get_num_threads()}
+    choice = candidates.remembered(cache, facts, timed)
+    _log.info("impressions are computed by: %s", choice)
+    return replace(choice, rows=min(choice.rows, most))
+
+
+def _allocation(work: int, device: torch.device) -> AbstractContextManager[None]:
+    """Small models, whose activations fit in any heap, need nothing."""
+    return keep_freed_memory() if device.type == "cpu" and work > SMALL else nullcontext()
 
 
 def batch_rows(

@@ -1,0 +1,123 @@
+"""One image's step of the ascent, logits and input gradient, against plain PyTorch's best.
+
+    python -m benchmarks.ops.bench_ascent_image_step                     # all models
+    python -m benchmarks.ops.bench_ascent_image_step squeezenet1_0 --rounds 3
+
+Eager is the model itself with frozen weights, channels-last or not, in batches of 4, 8 and 16, and
+only the input's gradient. Ours are the copies that the ascent chooses among, with the memory kept
+as in the ascent. All take turns in one process; only the ratios count on a busy machine. On one
+thread the clock is the process's CPU time, page faults included. Writes ``cpu_image_step.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from benchmarks.harness import RESULTS, machine
+from benchmarks.real_data import load_model
+from zsu_fast.models.input_spec import noise_images
+from zsu_fast.models.prepare import prepare_model
+from zsu_fast.runtime.allocator import keep_freed_memory
+from zsu_fast.runtime.torch_settings import Precision
+from zsu_fast.synthesis import candidates
+from zsu_fast.synthesis.space import input_space
+from zsu_fast.synthesis.synthesize import batch_rows
+
+MODELS = ("tf_efficientnet_lite0", "squeezenet1_0", "resnet18", "resnet50", "resnet20_cifar")
+BATCHES = (4, 8, 16)
+
+Step = Callable[[], None]
+
+
+def build(name: str) -> nn.Module:
+    """A model with public weights; the torchvision ones have random weights, of the same speed."""
+    if name in ("resnet18", "resnet50"):
+        torch.manual_seed(0)
+        model: nn.Module = getattr(torchvision.models, name)().eval()
+        return model
+    return load_model(name)
+
+
+def step(model: Callable[[Tensor], Tensor], images: Tensor) -> Step:
+    """Logits and their gradient to ``images``."""
+
+    def run() -> None:
+        x = images.detach().requires_grad_(True)
+        torch.autograd.grad(model(x)[:, 0].sum(), x)
+
+    return run
+
+
+def contenders(name: str, precision: Precision) -> dict[str, tuple[Step, int, bool]]:
+    """Name -> a step, its batch, and whether it is ours."""
+    prepared = prepare_model(build(name), None, None, None, None, None, None)
+    found: dict[str, tuple[Step, int, bool]] = {}
+    for rows in BATCHES:
+        images = noise_images(prepared.spec, rows)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            model = copy.deepcopy(prepared.model).requires_grad_(False).to(memory_format=layout)
+            run = step(model, images.contiguous(memory_format=layout))
+            found[f"eager, {str(layout).removeprefix('torch.')}, {rows}"] = run, rows, False
+    space = input_space(prepared.model, prepared.spec, precision)
+    default_rows = batch_rows(space)[1]
+    for variant, make in candidates.variants(precision).items():
+        ours = make(space)
+        if ours is not None:
+            for rows in sorted({*BATCHES, default_rows}):
+                run = step(ours, ours.layout(noise_images(prepared.spec, rows)))
+                label = f"{variant}, {rows}{' (default)' if rows == default_rows else ''}"
+                found[label] = run, rows, True
+    return found
+
+
+def measure(name: str, precision: Precision, rounds: int) -> list[str]:
+    """Lines of the table: milliseconds per image, relative to eager's best."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: dict[str, list[float]] = {}
+    runs = contenders(name, precision)
+    for _ in range(rounds):
+        for ours in (False, True):
+            with keep_freed_memory() if ours else nullcontext():
+                for label, (run, rows, is_ours) in runs.items():
+                    if is_ours == ours:
+                        run()
+                        started = clock()
+                        run()
+                        times.setdefault(label, []).append((clock() - started) / rows)
+    medians = {label: statistics.median(values) for label, values in times.items()}
+    best = min(value for label, value in medians.items() if not runs[label][2])
+    lines = [
+        f"| {name} | {precision} | {label} | {1e3 * value:.2f} | {value / best:.2f} |"
+        for label, value in medians.items()
+    ]
+    print(*lines, sep="\n", flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    lines = ["# Image-step of the ascent", "", ", ".join(f"{k}: {v}" for k, v in machine().items())]
+    lines += ["", "| model | precision | contender, batch | ms per image | of eager's best |"]
+    lines += ["|---|---|---|---:|---:|"]
+    for name in options.models:
+        for precision in ("float32", "auto"):
+            lines += measure(name, precision, options.rounds)
+    (RESULTS / "cpu_image_step.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Convolutions with frozen weights: forward pass and input gradient are made for the ascent.
+
+oneDNN computes them all. On one thread and below a batch of 16, torch itself would compute those of
+1x1 by its fallback, which copies channels-last maps to another layout and back. The activation that
+follows is computed in the same pass, and its gradient needs only the output. The input gradient of
+a convolution is a convolution again, with weights that are flipped once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_CHANNELS_LAST = torch.channels_last
+_FEW = 4  # channels of an image, at most
+
+
+class Activation(NamedTuple):
+    """What follows a convolution: "none", "relu", or "hardtanh", a clamp to ``bounds``."""
+
+    name: str = "none"
+    bounds: tuple[float, ...] = ()
+
+    def backward(self, grad: Tensor, out: Tensor) -> Tensor:
+        """The gradient of its input, from ``grad``, that of its output ``out``."""
+        if self.name == "relu":
+            grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        if self.name == "hardtanh":
+            grad = torch.ops.aten.hardtanh_backward(grad, out, *self.bounds)
+        return grad
+
+
+NONE = Activation()
+
+
+def is_supported(conv: nn.Module) -> bool:
+    """Whether `FrozenConv` computes ``conv``, a plain or a depthwise convolution without dilation
+    that is padded by zeros.
+    """
+    if type(conv) is not nn.Conv2d or isinstance(conv.padding, str):
+        return False
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+    return (
+        (conv.groups == 1 or depthwise)
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and all(p < k for p, k in zip(conv.padding, conv.kernel_size, strict=True))
+    )
+
+
+class FrozenConv(nn.Module):
+    """``activation(conv(x))`` on a CPU; weights and bias get no gradient.
+
+    Args:
+        conv: a convolution that `is_supported`; its dtype is the one that is computed in.
+        activation: what follows.
+    """
+
+    def __init__(self, conv: nn.Conv2d, activation: Activation = NONE) -> None:
+        super().__init__()
+        assert not isinstance(conv.padding, str)
+        self.activation, self.stride, self.groups = activation, conv.stride, conv.groups
+        self.kernel, self.padding = conv.kernel_size, conv.padding
+        weight = conv.weight.detach()
+        flipped = weight.flip(2, 3) if conv.groups > 1 else weight.flip(2, 3).transpose(0, 1)
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), False)
+        self.weight = nn.Parameter(weight.contiguous(memory_format=_CHANNELS_LAST), False)
+        self.register_buffer("flipped", flipped.contiguous(memory_format=_CHANNELS_LAST))
+        phases = None
+        if conv.groups == 1 and conv.in_channels <= _FEW and 1 < conv.stride[0] == conv.stride[1]:
+            phases = _phase_weights(weight, conv.stride[0])
+        self.register_buffer("phases", phases)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [N, I, H, W] -> [N, O, H', W'], in the weights' dtype."""
+        out: Tensor = _Convolve.apply(x.to(self.weight.dtype), self)
+        return out
+
+    def output(self, x: Tensor) -> Tensor:
+        """The forward pass, without autograd."""
+        x = x.contiguous(memory_format=_CHANNELS_LAST)
+        return _onednn(
+            x, self.weight, self.bias, self.padding, self.stride, self.groups, self.activation
+        )
+
+    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of x, of shape [N, I, H, W], from that of the convolution's output."""
+        if self.phases is not None:
+            return self._gradient_by_phases(grad, shape)
+        if self.stride != (1, 1) and self.groups == 1 and self.kernel != (1, 1):
+            like = torch.empty(shape, dtype=grad.dtype, memory_format=_CHANNELS_LAST)  # not read
+            found: Tensor = torch.ops.aten.convolution_backward(
+                grad, like, self.weight, None, self.stride, self.padding, (1, 1), False, (0, 0), 1,
+                (True, False, False),
+            )[0]  # fmt: skip
+            return found
+        padding = [k - 1 - p for k, p in zip(self.kernel, self.padding, strict=True)]
+        if self.stride != (1, 1):  # its convolution has the input's size
+            pairs = zip(shape[2:], self.kernel, padding, strict=True)
+            size = [n + k - 1 - 2 * p for n, k, p in pairs]
+            dilated = torch.empty(
+                *grad.shape[:2], *size, dtype=grad.dtype, memory_format=_CHANNELS_LAST
+            ).zero_()
+            dilated[:, :, :: self.stride[0], :: self.stride[1]] = grad
+            grad = dilated
+        flipped: Tensor = self.get_buffer("flipped")
+        return _onednn(grad, flipped, None, padding, (1, 1), self.groups, NONE)
+
+    def _gradient_by_phases(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """`input_gradient` of a strided convolution of an image: one without stride gives the
+        pixels of each phase as channels. For the first layer of SqueezeNet or ResNet, oneDNN's
+        own gradient takes 2.5 times as long.
+        """
+        phases = self.get_buffer("phases")
+        reach = [n - 1 for n in phases.shape[2:]]
+        padded = _onednn(grad, phases, None, reach, (1, 1), 1, NONE)
+        padded = F.pixel_shuffle(padded, self.stride[0])
+        (top, left), (height, width) = self.padding, shape[2:]
+        out = padded[:, :, top : top + height, left : left + width]
+        # the last rows and columns may be beyond the reach of any output
+        return F.pad(out, (0, width - out.shape[3], 0, height - out.shape[2]))
+
+
+def _phase_weights(weight: Tensor, stride: int) -> Tensor:
+    """Weights [O, I, K, L] -> [I * stride^2, O, ceil(K / stride), ceil(L / stride)], as
+    ``pixel_shuffle`` orders them, flipped.
+    """
+    outputs, inputs, *kernel = weight.shape
+    down, right = (-(-k // stride) for k in kernel)
+    padded = F.pad(weight, (0, right * stride - kernel[1], 0, down * stride - kernel[0]))
+    phases = padded.reshape(outputs, inputs, down, stride, right, stride).permute(1, 3, 5, 0, 2, 4)
+    phases = phases.flip(4, 5).reshape(inputs * stride**2, outputs, down, right)
+    return phases.contiguous(memory_format=_CHANNELS_LAST)
+
+
+def _onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, stride: Any, groups: int,
+    activation: Activation,
+) -> Tensor:  # fmt: skip
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, padding, stride, (1, 1), groups,
+        activation.name, list(activation.bounds), "",
+    )  # fmt: skip
+    return out
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FrozenConv) -> Tensor:
+        out = layer.output(x)
+        ctx.layer, ctx.shape = layer, x.shape
+        if layer.activation != NONE:
+            ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous(memory_format=_CHANNELS_LAST)
+        if ctx.layer.activation != NONE:
+            grad = ctx.layer.activation.backward(grad, *ctx.saved_tensors)
+        return ctx.layer.input_gradient(grad, ctx.shape), None
