@@ -64,6 +64,7 @@ def test_unlearn_takes_a_factory_weights_a_file_of_classes_and_pth(tmp_path: Pat
 def test_quiet_where_output_is_no_terminal(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "zsu_fast", "unlearn", "lenet5", "--forget", "1", "--json"]
     output_level = [*QUICK, "--tail", "fc2", "--depth", "output"]
+    output_level += ["--impressions-per-class", "16"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "o.safetensors"), *output_level],
         capture_output=True, text=True, check=True,

@@ -73,8 +73,8 @@ def synthesize(
     Args:
         model: any image classifier; it is not changed.
         classes: class indices (as ``unlearn``'s forget); None for all.
-        per_class, confidence, max_steps, restarts, step_size, beta, seed, precision, batch_norm,
-            loop: see `AscentSettings`.
+        per_class, confidence, max_steps, restarts, step_size, beta: see `AscentSettings`.
+        seed, precision, batch_norm, loop: see `AscentSettings`.
         input_shape, mean, std: see `resolve_spec`; inferred if None.
         output: which item of the model's output holds the logits, see `pick_logits`.
         device: where to compute; None for the model's own.
