@@ -199,3 +199,23 @@ def test_output_says_which_item_holds_the_logits() -> None:
             **IMAGES,
         )  # fmt: skip
         assert verdict.level == level
+
+
+# --- compact results ---------------------------------------------------------------------------
+
+
+def test_a_compact_result_is_judged_as_the_full_one() -> None:
+    run, compact = deep_run(compact=True)
+    assert len(compact(torch.zeros(1, *SPEC.shape))[0]) == 5 - len(FORGET)
+    with untouched(compact):
+        verdict = judge(compact)
+    full = judge(run.full_size)
+    assert verdict.level == full.level == "deep"
+    assert verdict.agreement == full.agreement
+    assert verdict.unmask_leak == full.unmask_leak
+
+
+def test_a_compact_result_without_other_rows_is_refused() -> None:
+    _, compact = deep_run(compact=True)
+    with pytest.raises(ModelError, match="for all but those in forget"):
+        judge(compact, [FORGET[0]])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ModelError, check_choice, shorten
 from ..models.class_indices import check_forget
 from ..models.embedding_classifier import EmbeddingClassifier, as_embedding_classifier
+from ..models.expand import expand_compact
 from ..models.input_spec import noise_images
 from ..models.labels import resolve_labels
 from ..models.outputs import OutputChoice
@@ -38,6 +39,7 @@ from ..training.deep.open_set import ACCEPTED_AT, acceptance_threshold
 from ..training.deep.rows import RowSource, stretch_contrast
 from ..training.deep.settings import DEPTHS, DeepSettings
 from ..training.deep.split import DeepSplit, find_deep_split
+from .accuracy import mask
 from .audit.audited_model import AuditedModel, audited_copy
 from .encoder_evaluation import refuse_for_encoder, working_gallery
 from .verdict import (
@@ -83,7 +85,8 @@ def check(
     Args:
         original: the classifier before unlearning. Of an `EmbeddingClassifier`, both encoders are
             compared with the original's templates.
-        unlearned: the result, of the same architecture; also a `zsu_fast.mask`, or an encoder.
+        unlearned: the result, of the same architecture; also a `zsu_fast.mask`, an encoder, or a
+            compact model that has rows for all classes but ``forget``.
         forget: the classes that were to be forgotten, as for `unlearn`.
         depth: the level that the verdict requires, "deep" or "output"; None for either.
         class_names: the names of all classes, as for `unlearn`; None: what ``original`` states.
@@ -124,6 +127,8 @@ def check(
     if encoder is None:
         known = resolve_labels(class_names, original, prepared.classes)
         chosen = places = check_forget(forget, prepared.classes, known)
+        full = expand_compact(prepared, unlearned, sorted(chosen))
+        unlearned = unlearned if full is None else mask(full, chosen)
     labels = {c: known.names[c] for c in chosen} if known is not None else {}
     found = None if encoder is not None else prepared.model.output  # as in the original's
     other = audited_copy("unlearned", unlearned, prepared.spec, prepared.device, found)
@@ -146,7 +151,8 @@ def _check_alike(original: LogitsModel, unlearned: LogitsModel) -> None:
         text = [f"{n}: {old.get(n, 'absent')} and {new.get(n, 'absent')}" for n in differ]
         raise ModelError(
             f"the original and the unlearned model differ in more than values: {shorten(text, 3)}",
-            "Pass the model that was unlearned, and its result with a logit for each class.",
+            "Pass the model that was unlearned, and its result, with a logit for each class or for "
+            "all but those in forget.",
         )
 
 
