@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import multi_label_case
 import pytest
 import torch
 from support import FORGET, QUICK, SPEC, Returning, TinyNet, deep_run, tiny, untouched
@@ -219,3 +220,38 @@ def test_a_compact_result_without_other_rows_is_refused() -> None:
     _, compact = deep_run(compact=True)
     with pytest.raises(ModelError, match="for all but those in forget"):
         judge(compact, [FORGET[0]])
+
+
+# --- multi-label ---------------------------------------------------------------------------------
+
+
+def judge_several(unlearned: nn.Module) -> Verdict:
+    several = multi_label_case.several()
+    return check(several, unlearned, FORGET, multi_label=True, progress=False, **IMAGES)
+
+
+def test_a_multi_label_model_untouched() -> None:
+    verdict = judge_several(multi_label_case.several())
+    assert (verdict.level, verdict.leak, verdict.agreement) == ("none", 1, 1)
+
+
+def test_a_multi_label_model_with_masked_outputs() -> None:
+    verdict = judge_several(masked(multi_label_case.several(), "fc2", FORGET, -1e9))
+    assert figures(verdict) == ("output", True, True)
+    assert (verdict.leak, verdict.agreement) == (0, 1)
+
+
+def test_a_multi_label_model_that_forgot_deeply() -> None:
+    _, result = multi_label_case.run()
+    verdict = judge_several(result)
+    assert verdict.level == "deep"
+    assert verdict.leak < 0.1
+    assert verdict.unmask_leak is not None
+    assert verdict.unmask_leak < 0.4
+
+
+def test_a_multi_label_model_that_lost_a_retained_class() -> None:
+    kept = next(c for c in range(5) if c not in FORGET)
+    verdict = judge_several(masked(multi_label_case.several(), "fc2", [*FORGET, kept], -1e9))
+    assert not verdict.passed
+    assert f"most rows of class {kept}, to be kept" in str(verdict)

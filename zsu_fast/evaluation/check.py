@@ -8,17 +8,16 @@ impressions.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ArgumentError, ModelError, check_choice, shorten
 from ..models.class_indices import check_forget
-from ..models.embedding_classifier import EmbeddingClassifier, as_embedding_classifier
+from ..models.embedding_classifier import as_embedding_classifier
 from ..models.expand import expand_compact
 from ..models.input_spec import noise_images
 from ..models.labels import resolve_labels
@@ -28,19 +27,18 @@ from ..models.prepare import PreparedModel, prepare_model
 from ..models.wrapper import LogitsModel
 from ..runtime.progress import Reporter
 from ..runtime.torch_settings import threads_for, torch_defaults
-from ..splitting.layers import in_chunks, layer_names
 from ..splitting.split import split_at
 from ..synthesis.ascent_settings import AscentSettings
 from ..synthesis.dead_leaves import sample_dead_leaves
 from ..synthesis.space import FlatTail, input_space
 from ..synthesis.synthesize import ascend
 from ..training.deep.deep import MOST_LEAK as MOST_DEEP_LEAK
-from ..training.deep.open_set import ACCEPTED_AT, acceptance_threshold
 from ..training.deep.rows import RowSource, stretch_contrast
 from ..training.deep.settings import DEPTHS, DeepSettings
 from ..training.deep.split import DeepSplit, find_deep_split
 from .accuracy import mask
 from .audit.audited_model import AuditedModel, audited_copy
+from .check_answers import FEWEST_KEPT, Answers, CheckRows, MultiLabelAnswers
 from .encoder_evaluation import refuse_for_encoder, working_gallery
 from .verdict import (
     LEAST_DEEP_AGREEMENT,
@@ -56,8 +54,6 @@ _SEED = 0x5EED  # added to the seed: `unlearn` trains on the rows of the seed it
 _SETTINGS = DeepSettings(scenes=1024, large_scenes=512, inverted=512)
 _IMAGES, _PER_CLASS, _RETAINED = 256, 8, 16  # impressions, if rows are images; of retained classes
 _NOT_FORGOTTEN = 0.1  # classes with a larger share of their rows recognised were not forgotten
-_FEWEST_KEPT = 0.5  # of the rows of retained classes, or rows of the original tell nothing
-_FEW = 4  # rows of a retained class that are enough to say that it is lost
 
 
 @torch_defaults()
@@ -92,8 +88,8 @@ def check(
         class_names: the names of all classes, as for `unlearn`; None: what ``original`` states.
         input_shape, mean, std: see `synthesize`.
         output: which item of both models' output holds the logits, as for `unlearn`.
-        multi_label: False if the classes of a model that ends in a sigmoid exclude each other.
-            Multi-label models are refused; one that returns plain logits does not show it.
+        multi_label: whether each class has a sigmoid of its own, as for `unlearn`. A row counts as
+            recognised then if any forgotten class has a probability of at least one half.
         seed: of the rows.
         device: where to compute; None for the original's device.
         progress: True, False, or None for "if stderr is a terminal".
@@ -105,8 +101,8 @@ def check(
 
     Raises:
         ArgumentError: an argument can't be used.
-        ModelError: the models are of different architectures, or multi-label, or there is no row of
-            the classes to judge by.
+        ModelError: the models are of different architectures, or there is no row of the classes to
+            judge by.
     """
     if depth is not None:
         check_choice("depth", depth, DEPTHS)
@@ -118,12 +114,6 @@ def check(
         chosen = check_forget(forget, count, known)
         original, unlearned, places = working_gallery(encoder, unlearned, chosen, seed)
     prepared = prepare_model(original, device, input_shape, mean, std, output, multi_label)
-    if prepared.multi_label:
-        raise ModelError(
-            "it is multi-label, and check() judges by the single top class of each row",
-            "Use audit(), with or without images, or pass multi_label=False if its classes exclude "
-            "each other.",
-        )
     if encoder is None:
         known = resolve_labels(class_names, original, prepared.classes)
         chosen = places = check_forget(forget, prepared.classes, known)
@@ -138,7 +128,8 @@ def check(
         Reporter(progress, None) as report,
     ):
         rows = _make_rows(prepared, other, places, seed + _SEED, report)
-        answers = _Answers.of(rows, prepared.model, other, places)
+        kind = MultiLabelAnswers if prepared.multi_label else Answers
+        answers = kind.of(rows, prepared.model, other, places)
     return _verdict(answers, dict(zip(places, chosen, strict=True)), labels, depth)
 
 
@@ -156,28 +147,9 @@ def _check_alike(original: LogitsModel, unlearned: LogitsModel) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows that both models answer: points of a layer inside, or images.
-
-    Attributes:
-        points: [N, D] or images [N, ...]: scenes, then rows of classes.
-        label: int64 [N - scenes], the class that each row of a class was made for.
-        scenes: how many scenes there are.
-        tails: what makes logits of points: of the original, of the unlearned model.
-        words: what they are.
-    """
-
-    points: Tensor
-    label: Tensor
-    scenes: int
-    tails: tuple[nn.Module, nn.Module]
-    words: str
-
-
 def _make_rows(
     prepared: PreparedModel, other: AuditedModel, forget: list[int], seed: int, report: Reporter
-) -> _Rows:
+) -> CheckRows:
     """Points ahead of the last layers, or images if the models differ before."""
     try:
         deep = find_deep_split(prepared.model, "auto", prepared.spec)
@@ -189,12 +161,13 @@ def _make_rows(
     mask = torch.zeros(prepared.classes, dtype=torch.bool, device=prepared.device)
     mask[forget] = True
     settings = _SETTINGS.for_classes(prepared.classes)
+    settings = replace(settings, multi_label=prepared.multi_label)
     source = RowSource(prepared.model, deep, prepared.spec, mask, settings, seed)
     inverted = source.invert(range(prepared.classes), report)
     scenes = source.scenes.starts
     points = torch.cat([scenes, inverted.images.to(prepared.device)])
     words = f"rows inverted at {deep.early.name}"
-    return _Rows(points, inverted.labels, len(scenes), (deep.flat, tail), words)
+    return CheckRows(points, inverted.labels, len(scenes), (deep.flat, tail), words)
 
 
 def _same_layers_ahead(
@@ -219,7 +192,7 @@ def _same_layers_ahead(
 
 def _image_rows(
     prepared: PreparedModel, other: AuditedModel, forget: list[int], seed: int, report: Reporter
-) -> _Rows:
+) -> CheckRows:
     """Scenes, and impressions of the forgotten classes and of a few others."""
     spec, generator = prepared.spec, torch.Generator().manual_seed(seed)
     scenes = sample_dead_leaves(_SETTINGS.large_scenes, spec.shape, seed)
@@ -230,116 +203,21 @@ def _image_rows(
     retained = sorted({*range(prepared.classes)} - {*forget})
     some = torch.randperm(len(retained), generator=generator)[:_RETAINED].tolist()
     classes = sorted([*forget, *(retained[i] for i in some)])
-    settings = AscentSettings(max(1, min(_PER_CLASS, _IMAGES // len(classes))), seed=seed)
+    settings = AscentSettings(
+        max(1, min(_PER_CLASS, _IMAGES // len(classes))), seed=seed,
+        multi_label=prepared.multi_label,
+    )  # fmt: skip
     space = input_space(prepared.model, spec, settings.precision)
     impressions = ascend(prepared.model, space, classes, settings, report)
     points = torch.cat([low + scenes * (high - low), impressions.images.cpu()])
-    return _Rows(
+    return CheckRows(
         points.to(prepared.device), impressions.labels, len(scenes),
         (prepared.model, other.model), "class impressions",
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """Logits of all rows: [N, C] each, and which rows count.
-
-    Attributes:
-        original, unlearned, unmasked: of the original, of the unlearned model, and of that one with
-            the original last layer.
-        forget: bool [C].
-        belongs: bool [N]: the original gives the row to a forgotten class; of rows that were made
-            for a class, those of that class.
-        retained: bool [N]: scenes that it gives to another class.
-        control: bool [N]: rows that were made for another class, and that it gives to that one.
-        rows: the rows.
-        threshold: the logit above which an identity is accepted; -inf for classes.
-    """
-
-    original: Tensor
-    unlearned: Tensor
-    unmasked: Tensor
-    forget: Tensor
-    belongs: Tensor
-    retained: Tensor
-    control: Tensor
-    rows: _Rows
-    threshold: float = -torch.inf
-
-    @classmethod
-    def of(
-        cls, rows: _Rows, original: LogitsModel, other: AuditedModel, forget: list[int]
-    ) -> _Answers:
-        before = _logits(rows.tails[0], rows.points)
-        after = _logits(rows.tails[1], rows.points)
-        if other.hidden:
-            after[:, other.hidden] = -torch.inf
-        threshold = -torch.inf
-        if isinstance(original.module, EmbeddingClassifier):  # the templates are in place
-            unmasked = after
-        else:
-            last = layer_names(original.module, noise_images(other.spec, 2).to(before.device))[-1]
-            layer = original.module.get_submodule(last)
-            tail = other.model.module.get_submodule(last)
-            tail.load_state_dict(copy.deepcopy(layer.state_dict()))
-            unmasked = _logits(rows.tails[1], rows.points)
-        mask = torch.zeros(before.shape[1], dtype=torch.bool, device=before.device)
-        mask[forget] = True
-        answer = before.argmax(1)
-        made_for = torch.cat([answer[: rows.scenes], rows.label.to(answer.device)])
-        right, scene = answer == made_for, torch.arange(len(answer)) < rows.scenes
-        scene = scene.to(answer.device)
-        forgotten = mask[answer]
-        control = ~scene & right & ~forgotten
-        if unmasked is after and bool(control.any()):
-            threshold = acceptance_threshold(before[control], answer[control], mask, ACCEPTED_AT)
-        return cls(
-            before, after, unmasked, mask, right & forgotten, scene & ~forgotten, control, rows,
-            threshold,
-        )  # fmt: skip
-
-    def leak(self, logits: Tensor) -> float:
-        """Share of the rows of forgotten classes that are assigned to one, and accepted."""
-        most, answer = logits[self.belongs].max(1)
-        return float((self.forget[answer] & (most > self.threshold)).float().mean())
-
-    def agreement(self, logits: Tensor, masked: bool) -> float:
-        """Share of scenes whose answer is the original's without the forgotten classes."""
-        if not bool(self.retained.any()):
-            return self.kept()
-        if masked:
-            logits = logits.masked_fill(self.forget, -torch.inf)
-        want = self.original.masked_fill(self.forget, -torch.inf).argmax(1)
-        return float((logits.argmax(1) == want)[self.retained].float().mean())
-
-    def kept(self) -> float:
-        """Share of the rows made for other classes that the unlearned model still recognises."""
-        same = self.unlearned.argmax(1) == self.original.argmax(1)
-        return float(same[self.control].float().mean()) if bool(self.control.any()) else 1.0
-
-    @property
-    def features_unchanged(self) -> bool:
-        scale = float(self.original.abs().max())
-        return float((self.unmasked - self.original).abs().max()) <= 1e-5 * max(1.0, scale)
-
-    def lost(self) -> list[int]:
-        """Other classes most of whose rows are no longer recognised."""
-        label, same = self.original.argmax(1), self.unlearned.argmax(1) == self.original.argmax(1)
-        found = []
-        for c in label[self.control].unique().tolist():
-            which = self.control & (label == c)
-            if int(which.sum()) >= _FEW and float(same[which].float().mean()) < _FEWEST_KEPT:
-                found.append(c)
-        return found
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, points: Tensor) -> Tensor:
-    return torch.cat([model(part) for part in in_chunks(model, points)])
-
-
 def _verdict(
-    a: _Answers, numbers: dict[int, int], labels: dict[int, str], depth: str | None
+    a: Answers, numbers: dict[int, int], labels: dict[int, str], depth: str | None
 ) -> Verdict:
     """Draws the conclusions from the answers.
 
@@ -359,7 +237,7 @@ def _verdict(
     leak, agreement = a.leak(a.unlearned), a.agreement(a.unlearned, False)
     unmask_leak, unmask_agreement = a.leak(a.unmasked), a.agreement(a.unmasked, True)
     left_out = []
-    seen = {numbers[c] for c in a.original.argmax(1)[a.belongs].tolist()}
+    seen = {numbers[c] for c in a.seen()}
     if missing := [c for c in forget if c not in seen]:
         left_out.append(f"no row of {in_words(missing)}: the original does not recognise any")
     level: Level = "output"
@@ -377,7 +255,7 @@ def _verdict(
     failures = shortfalls(level, leak, agreement, least, unmask_leak)
     if encoder:  # the templates are the original last layer
         failures = shortfalls(level, leak, agreement, least, None, MOST_UNMASK_LEAK)
-    if (kept := a.kept()) < _FEWEST_KEPT:
+    if (kept := a.kept()) < FEWEST_KEPT:
         failures.append(
             f"only {kept:.0%} of the rows made for other classes are still recognised: the model "
             f"is damaged, or no relative of the original, and the rows say nothing about it"

@@ -100,6 +100,23 @@ def predicted(logits: Tensor) -> Tensor:
     return logits >= 0
 
 
+def same_decisions(logits: Tensor, original: Tensor, counted: Tensor) -> Tensor:
+    """Share of the decisions on classes that are the original's, float [N].
+
+    Those for and against a class weigh the same, whatever their number.
+
+    Args:
+        logits, original: [N, C].
+        counted: bool [C]: the classes that count.
+    """
+    now, before = (predicted(x) & counted for x in (logits, original))
+    absent = ~before & counted
+    kept = (now & before).sum(1) / before.sum(1).clamp(min=1)
+    left_out = (absent & ~now).sum(1) / absent.sum(1).clamp(min=1)
+    both = before.any(1) & absent.any(1)
+    return torch.where(both, (kept + left_out) / 2, torch.where(before.any(1), kept, left_out))
+
+
 def log_probabilities(logits: Tensor, multi_label: bool) -> Tensor:
     """Log-probabilities of the classes, [N, C]: of each by itself, or of their softmax."""
     return F.logsigmoid(logits) if multi_label else logits.log_softmax(1)

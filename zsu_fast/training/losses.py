@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..errors import ArgumentError
-from ..models.multi_label import predicted
+from ..models.multi_label import predicted, same_decisions
 from .features import FeatureSet
 
 ObjectiveName = Literal["masked", "differential"]
@@ -223,12 +223,7 @@ class MultiLabelKL(MaskedKL):
         """Whether each row has a forgotten class, and the share of its retained decisions that are
         the teacher's. Those for and against a class weigh the same, whatever their number.
         """
-        now, before = (predicted(x) & ~self.forget for x in (logits, rows.teacher))
-        absent = ~before & ~self.forget
-        kept = (now & before).sum(1) / before.sum(1).clamp(min=1)
-        left_out = (absent & ~now).sum(1) / absent.sum(1).clamp(min=1)
-        both = before.any(1) & absent.any(1)
-        same = torch.where(both, (kept + left_out) / 2, torch.where(before.any(1), kept, left_out))
+        same = same_decisions(logits, rows.teacher, ~self.forget)
         return (predicted(logits) & self.forget).any(1), same
 
     def divergence(self, logits: Tensor, rows: FeatureSet) -> Tensor:
