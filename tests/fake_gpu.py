@@ -214,7 +214,7 @@ def on_fake_gpu(graphs: bool = False) -> Iterator[None]:
     torch.ones(1, requires_grad=True).sum().backward()
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]  as FakeTensor does
     eagerly = (
-        (cuda_graph.GraphCapturer, "try_capture", lambda *_: None),
+        (cuda_graph.GraphCapturer, "try_capture", lambda *_, **_options: None),
         (train_step, "GraphTrainStep", lambda *args, **_: train_step.EagerTrainStep(*args)),
     )
     captured = (
