@@ -256,15 +256,17 @@ def test_the_cpu_library_does_not_need_cuda() -> None:
 def test_every_launch_names_its_stream() -> None:
     """pytorch#114048, mirage#207, pytorch#157363: a kernel on the default stream vanishes from a
     captured graph."""
-    for source in (CSRC / "cuda").glob("*.cu*"):
-        if source.name == "refuse.cu":  # runs on the CPU
-            continue
-        code = source.read_text()
-        launches = re.findall(r"<<<(.*?)>>>", code, re.S)
-        assert launches
-        assert all(re.search(r"stream\s*$|current_stream\(\w+\)\s*$", args) for args in launches)
-        assert code.count("LAUNCH_CHECK()") >= len(launches)
-        assert code.count("DeviceGuard guard") >= 1 or source.suffix == ".cuh"
+    places = {
+        source.name: re.findall(r"<<<(.*?)>>>", source.read_text(), re.S)
+        for source in (CSRC / "cuda").glob("*.cu*")
+    }
+    launches = {name: found for name, found in places.items() if found}
+    assert launches
+    assert set(launches) == {"launch.cuh"}  # where the guard and the stream are
+    assert all(args.endswith(", stream.stream") for args in launches["launch.cuh"])
+    code = (CSRC / "cuda" / "launch.cuh").read_text()
+    assert code.count("LAUNCH_CHECK()") >= len(launches["launch.cuh"])
+    assert "DeviceGuard guard" in code
 
 
 @pytest.mark.gpu
