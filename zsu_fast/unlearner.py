@@ -232,13 +232,12 @@ class ZeroShotUnlearner(Request):
         rows = self._row_source() if self.options.space == "tail-input" else None
         if rows is not None:
             needed = {*self.forget}  # of many classes, some have no row
-            with self.stage("synthesise"):
-                self.impressions = rows.invert(self.active_classes, self.report)
-            if not bool(self.impressions.images.isfinite().all()):
-                self.fall_back(
-                    f"the rows inverted ahead of {rows.deep.early.name!r} are not finite"
-                )
-                self.impressions = self.split_point = None
+            try:
+                with self.stage("synthesise"):
+                    self.impressions = rows.invert(self.active_classes, self.report)
+            except ModelError as error:
+                self.fall_back(str(error))
+                self.split_point = None
                 return self.synthesise()
         else:
             self._choose_space()

@@ -152,17 +152,25 @@ def _make_rows(
 ) -> CheckRows:
     """Points ahead of the last layers, or images if the models differ before."""
     try:
-        deep = find_deep_split(prepared.model, "auto", prepared.spec)
-        tail = _same_layers_ahead(prepared, deep, other)
+        rows = _inverted_rows(prepared, other, forget, seed, report)
     except (ArgumentError, ModelError):  # such as a single layer
-        tail = None
+        rows = None
+    return rows or _image_rows(prepared, other, forget, seed, report)
+
+
+def _inverted_rows(
+    prepared: PreparedModel, other: AuditedModel, forget: list[int], seed: int, report: Reporter
+) -> CheckRows | None:
+    """Points ahead of the last layers; None if the models differ before."""
+    deep = find_deep_split(prepared.model, "auto", prepared.spec)
+    tail = _same_layers_ahead(prepared, deep, other)
     if tail is None:
-        return _image_rows(prepared, other, forget, seed, report)
-    mask = torch.zeros(prepared.classes, dtype=torch.bool, device=prepared.device)
-    mask[forget] = True
+        return None
+    hidden = torch.zeros(prepared.classes, dtype=torch.bool, device=prepared.device)
+    hidden[forget] = True
     settings = _SETTINGS.for_classes(prepared.classes)
     settings = replace(settings, multi_label=prepared.multi_label)
-    source = RowSource(prepared.model, deep, prepared.spec, mask, settings, seed)
+    source = RowSource(prepared.model, deep, prepared.spec, hidden, settings, seed)
     inverted = source.invert(range(prepared.classes), report)
     scenes = source.scenes.starts
     points = torch.cat([scenes, inverted.images.to(prepared.device)])

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...errors import ModelError
 from ...models.input_spec import InputSpec
 from ...models.multi_label import log_probabilities
 from ...models.parameters import weights_hash
@@ -167,6 +168,9 @@ class RowSource:
         k-th highest log-probability, and takes Adam-like steps, with one second moment per row,
         until it reaches a probability of its own. ``report`` is called after every chunk; a stop
         that it asks for keeps the rows so far.
+
+        Raises:
+            ModelError: rows are not finite, such as where squares of the features underflow.
         """
         starts, flat = self.scenes.starts, self.deep.flat
         count, device = self.counts().inverted, starts.device
@@ -193,6 +197,11 @@ class RowSource:
             columns = dict(zip(names, values, strict=True))
             if store is not None and len(columns["steps"]) == count:
                 store.save(0, columns)
+        if not bool(columns["points"].isfinite().all()):
+            raise ModelError(
+                f"rows inverted ahead of {self.deep.early.name!r} are not finite",
+                "Check the scale of its weights, or pass depth='output'.",
+            )
         confidence = columns["confidence"]
         labels, target = labels[: len(confidence)], target[: len(confidence)]
         return ClassImpressions(
