@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,21 +42,9 @@ def deepen(request: Request, rows: RowSource, impressions: ClassImpressions) -> 
 
     Where deep forgetting fails its checks, the request goes on at the output level.
     """
-    options, ranks, failure = request.options, request.ranks, ""
-    try:
-        facts = forget_deeply(
-            request.work, rows.deep, rows.scenes, impressions, request.forget_mask,
-            options.features, options.loop, rows.settings, options.seed, request.report,
-        )  # fmt: skip
-    except DeepFailed as error:
-        failure, facts = str(error), error.facts
-    ranks.exchange()  # a new stage: a stop request must not carry over into the fit
-    failure, facts = ranks.broadcast_object((failure, facts))
-    ranks.copy_from_main(trained_parameters(request.work, rows.deep.split))
-    request.record.depth |= facts
-    if failure:
-        request.fall_back(failure)
-    else:  # logits have collapsed by now: keep the margin computed from the original
+    options = request.options
+    facts, failed = _forget_deeply(request, rows, impressions)
+    if not failed:  # logits have collapsed by now: keep the margin computed from the original
         features, loop = options.features, options.loop
         mixtures = _LAST_MIXTURES if features.mixtures is None else features.mixtures
         margin = features.margin if rows.deep.last.directions else facts["margin"]
@@ -73,25 +62,36 @@ def deepen_encoder(
     Raises:
         ModelError: deep forgetting failed its checks.
     """
-    options, ranks, failure = request.options, request.ranks, ""
     placed = replace(impressions, labels=gallery.places(impressions.labels))
-    try:
-        facts = forget_deeply(
-            request.work, rows.deep, rows.scenes, placed, request.forget_mask, options.features,
-            options.loop, rows.settings, options.seed, request.report,
-        )  # fmt: skip
-    except DeepFailed as error:
-        failure, facts = str(error), error.facts
-    failure, facts = ranks.broadcast_object((failure, facts))
-    if failure:
-        request.fall_back(failure)
-    ranks.copy_from_main(trained_parameters(request.work, rows.deep.split))
-    request.record.depth |= facts
+    facts, _ = _forget_deeply(request, rows, placed)
     history = [ValidationResult(**result) for result in facts["history"]]
     after = {name: facts[name]["after"] for name in ("unmask_leak", "agreement")}
     leak, agreement = after["unmask_leak"], after["agreement"]
     best = replace(history[-1], leak=leak, forgotten_leak=leak, agreement=agreement)
     return Fit(history, best, facts["stopped"], facts["learning_rate"])
+
+
+def _forget_deeply(
+    request: Request, rows: RowSource, impressions: ClassImpressions
+) -> tuple[dict[str, Any], bool]:
+    """`forget_deeply` on rank 0's results: its facts, and whether it failed, which makes the
+    request fall back.
+    """
+    options, ranks, failure = request.options, request.ranks, ""
+    try:
+        facts = forget_deeply(
+            request.work, rows.deep, rows.scenes, impressions, request.forget_mask,
+            options.features, options.loop, rows.settings, options.seed, request.report,
+        )  # fmt: skip
+    except DeepFailed as error:
+        failure, facts = str(error), error.facts
+    ranks.exchange()  # a new stage: a stop request must not carry over into the fit
+    failure, facts = ranks.broadcast_object((failure, facts))
+    ranks.copy_from_main(trained_parameters(request.work, rows.deep.split))
+    request.record.depth |= facts
+    if failure:
+        request.fall_back(failure)
+    return facts, bool(failure)
 
 
 @torch.no_grad()
