@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -381,6 +381,26 @@ def save_rows(path: Path, rows: Sequence[Any]) -> None:
             writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
 
 
+def add_runs(
+    path: Path,
+    kind: type[Any],
+    names: Sequence[str],
+    measure: Callable[[str], Iterable[Any]],
+    replaces: Callable[[Any], bool] = lambda _: True,
+) -> list[Any]:
+    """The lines of ``path``, with those of the models ``names`` measured anew and written.
+
+    Of these models, lines for which ``replaces`` is False stay.
+    """
+    runs = load_rows(path, kind)
+    for name in names:
+        runs = [run for run in runs if run.model != name or not replaces(run)]
+        for run in measure(name):
+            runs.append(run)
+            save_rows(path, runs)  # an interrupted script loses no finished call
+    return runs
+
+
 def parser(description: str, models: Sequence[str]) -> argparse.ArgumentParser:
     """The options that are common to this script and `rivals`."""
     result = argparse.ArgumentParser(description=description)
@@ -400,12 +420,8 @@ def main() -> None:
         options.error(f"no model {sorted(wrong)}; there are {list(MODELS)}")
     torch.set_num_threads(1)
     file = arguments.out / "deep.csv"
-    runs = load_rows(file, Run)
-    for name in [] if arguments.summary else arguments.models or MODELS:
-        runs = [r for r in runs if r.model != name]
-        for run in measure(name, arguments.sets, arguments.seeds):
-            runs.append(run)
-            save_rows(file, runs)  # an interrupted script loses no finished call
+    names = [] if arguments.summary else arguments.models or MODELS
+    runs = add_runs(file, Run, names, lambda n: measure(n, arguments.sets, arguments.seeds))
     text = summarise(runs)
     file.with_suffix(".md").write_text(text)
     print(text)

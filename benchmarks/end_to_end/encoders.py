@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zsu_fast
-from benchmarks.end_to_end.deep import load_rows, machine, machines, numbers, parser, save_rows
+from benchmarks.end_to_end.deep import add_runs, machine, machines, numbers, parser
 from benchmarks.end_to_end.table1 import hundreds
 from benchmarks.real_data import load_data, load_model, load_split
 from zsu_fast import EmbeddingClassifier
@@ -210,30 +210,33 @@ def figures(case: Case, encoder: nn.Module, forget: Forget) -> dict[str, float]:
     """What an encoder does with the queries, and the templates of the original one."""
     gallery, labels = case.classifier.gallery, case.labels
     scores = torch.cat([gallery(z) for z in embed(encoder, case.queries).split(1000)])
-    gone = torch.zeros(scores.shape[1], dtype=torch.bool)
-    gone[list(forget)] = True
-    shows_gone = gone[labels]
+    forgotten_mask = torch.zeros(scores.shape[1], dtype=torch.bool)
+    forgotten_mask[list(forget)] = True
+    of_forgotten = forgotten_mask[labels]
     own = F.one_hot(labels, scores.shape[1]).bool()
-    impostors = scores[~shows_gone][~own[~shows_gone] & ~gone]
+    impostors = scores[~of_forgotten][~own[~of_forgotten] & ~forgotten_mask]
     threshold = impostors.topk(max(1, len(impostors) // 100)).values[-1]
     top, best = scores.max(1)
     right, accepted = best == labels, top >= threshold
-    masked = scores.masked_fill(gone, -torch.inf).argmax(1)
-    whom = torch.bincount(best[shows_gone & accepted], minlength=len(gone)) * ~gone
+    masked = scores.masked_fill(forgotten_mask, -torch.inf).argmax(1)
+    whom = (
+        torch.bincount(best[of_forgotten & accepted], minlength=len(forgotten_mask))
+        * ~forgotten_mask
+    )
 
     def share(which: Tensor, of: Tensor) -> float:
         return 100 * float(which[of].float().mean())
 
-    total, count = int((shows_gone & accepted).sum()), int(shows_gone.sum())
+    total, count = int((of_forgotten & accepted).sum()), int(of_forgotten.sum())
     return {
-        "rank1": share(right, ~shows_gone),
-        "tar": share(scores[own] >= threshold, ~shows_gone),
-        "found": share(right & accepted, shows_gone),
-        "found_anyhow": share(right, shows_gone),
-        "accepted": share(accepted, shows_gone),
+        "rank1": share(right, ~of_forgotten),
+        "tar": share(scores[own] >= threshold, ~of_forgotten),
+        "found": share(right & accepted, of_forgotten),
+        "found_anyhow": share(right, of_forgotten),
+        "accepted": share(accepted, of_forgotten),
         "most": 100 * int(whom.max()) / count,
         "most_of_accepted": 100 * int(whom.max()) / total if total else 0.0,
-        "mask": share(masked == labels, ~shows_gone),
+        "mask": share(masked == labels, ~of_forgotten),
     }  # fmt: skip
 
 
@@ -371,12 +374,8 @@ def main() -> None:
     if not arguments.summary:  # what a first call imports and compiles counts for none
         zsu_fast.unlearn(zoo.load("lenet5"), [0], steps=10, progress=False)
     file = arguments.out / "encoders.csv"
-    runs = load_rows(file, Run)
-    for name in [] if arguments.summary else arguments.models or MODELS:
-        runs = [r for r in runs if r.model != name]
-        for run in measure(name, arguments.sets):
-            runs.append(run)
-            save_rows(file, runs)  # an interrupted script loses no finished call
+    names = [] if arguments.summary else arguments.models or MODELS
+    runs = add_runs(file, Run, names, lambda name: measure(name, arguments.sets))
     text = summarise(runs)
     file.with_suffix(".md").write_text(text)
     print(text)

@@ -35,12 +35,11 @@ import zsu_fast
 from benchmarks.end_to_end.deep import (
     MODELS,
     Forget,
-    load_rows,
+    add_runs,
     machine,
     machines,
     numbers,
     parser,
-    save_rows,
 )
 from benchmarks.harness import RESULTS
 from benchmarks.measures import TestImages
@@ -509,12 +508,11 @@ def main() -> None:
             options.error(f"{sorted(wrong)} unknown; there are {list(known)}")
     torch.set_num_threads(1)
     file = arguments.out / "rivals.csv"
-    results = load_rows(file, Result)
-    for name in [] if arguments.summary else arguments.models or NAMES:
-        results = [r for r in results if r.model != name or r.method not in methods]
-        for result in measure(name, arguments.sets, arguments.seeds, methods):
-            results.append(result)
-            save_rows(file, results)  # an interrupted script loses no finished method
+    results = add_runs(
+        file, Result, [] if arguments.summary else arguments.models or NAMES,
+        lambda name: measure(name, arguments.sets, arguments.seeds, methods),
+        lambda result: result.method in methods,
+    )  # fmt: skip
     text = summarise(results)
     file.with_suffix(".md").write_text(text)
     print(text)
