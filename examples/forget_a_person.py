@@ -32,7 +32,7 @@ images, labels = mnist_test()
 first = torch.cat([(labels == c).nonzero()[:5, 0] for c in range(10)])
 others = torch.ones(len(labels), dtype=torch.bool).index_fill(0, first, False)
 left = torch.tensor([name not in forget for name in names])
-gone = ~left[labels[others]]
+of_forgotten = ~left[labels[others]]
 
 
 @torch.no_grad()
@@ -47,7 +47,9 @@ def identify(classifier: EmbeddingClassifier, encoder: nn.Module) -> tuple[Tenso
     scores, who = classifier.similarities(encoder(images[others])), labels[others]
     impostors = left & (who[:, None] != torch.arange(10))
     best = scores.max(1)
-    return best.indices, best.values >= scores[~gone][impostors[~gone]].quantile(0.99)
+    return best.indices, best.values >= scores[~of_forgotten][impostors[~of_forgotten]].quantile(
+        0.99
+    )
 
 
 encoder = load_model("lenet5")
@@ -60,10 +62,10 @@ for title, new in (("original", encoder), ("unlearned", unlearned.encoder)):
     who, accepted = identify(classifier, new)
     right = who == labels[others]
     print(
-        f"{title}: forgotten recognised {(right & accepted)[gone].float().mean():.1%}, "
-        f"taken for someone else {(~right & accepted)[gone].float().mean():.1%}; "
-        f"others right {right[~gone].float().mean():.1%}"
+        f"{title}: forgotten recognised {(right & accepted)[of_forgotten].float().mean():.1%}, "
+        f"taken for someone else {(~right & accepted)[of_forgotten].float().mean():.1%}; "
+        f"others right {right[~of_forgotten].float().mean():.1%}"
     )
 who, accepted = identify(enrol(unlearned.encoder), unlearned.encoder)
 right = (who == labels[others]) & accepted
-print(f"unlearned, enrolled anew: forgotten recognised {right[gone].float().mean():.1%}")
+print(f"unlearned, enrolled anew: forgotten recognised {right[of_forgotten].float().mean():.1%}")

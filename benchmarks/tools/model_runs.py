@@ -148,13 +148,13 @@ def unlearn(case: Case, model: nn.Module, depth: str) -> tuple[Result, nn.Module
 def _measure(result: Result, case: Case, model: nn.Module, unlearned: nn.Module, run: Any) -> None:
     images = images_of(case, IMAGES, seed=99)
     before, after = logits_of(model, images), logits_of(unlearned, images)
-    gone = torch.zeros(CLASSES, dtype=torch.bool)
-    gone[FORGET] = True
-    was_gone = gone[before.argmax(1)]
-    masked = before.masked_fill(gone, -torch.inf).argmax(1)
+    hidden = torch.zeros(CLASSES, dtype=torch.bool)
+    hidden[FORGET] = True
+    was_forgotten = hidden[before.argmax(1)]
+    masked = before.masked_fill(hidden, -torch.inf).argmax(1)
     answers = after.argmax(1)
-    result.leak = 100 * float(gone[answers].float().mean())
-    result.kept = 100 * float((answers == masked)[~was_gone].float().mean())
+    result.leak = 100 * float(hidden[answers].float().mean())
+    result.kept = 100 * float((answers == masked)[~was_forgotten].float().mean())
     if len(before.argmax(1).unique()) < CLASSES:
         result.notes.append("some class is the answer for none of the images")
     if result.level == "deep":
@@ -162,7 +162,7 @@ def _measure(result: Result, case: Case, model: nn.Module, unlearned: nn.Module,
         mixed = unlearned.state_dict() | {n: model.state_dict()[n] for n in last}
         unmasked = _like(model, mixed)
         result.back = 100 * float(
-            gone[logits_of(unmasked, images).argmax(1)][was_gone].float().mean()
+            hidden[logits_of(unmasked, images).argmax(1)][was_forgotten].float().mean()
         )
 
 

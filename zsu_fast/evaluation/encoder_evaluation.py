@@ -145,7 +145,7 @@ def evaluate_encoder(
     """
     spec = image_spec(classifier.encoder, input_shape, mean, std)
     source = LabelledData(data, "data", spec, class_names)
-    classes = int(classifier.identity.max()) + 1
+    classes = len(classifier.gallery)
     labels = source.match(classifier, classes)
     chosen = check_forget(forget, classes, labels)
     vectors: list[Tensor] = []

@@ -110,7 +110,7 @@ class Gallery:
     @classmethod
     def of_classifier(cls, classifier: EmbeddingClassifier) -> Gallery:
         """The gallery of a classifier; identities without names are called "0", "1", ..."""
-        count = int(classifier.identity.max()) + 1
+        count = len(classifier.gallery)
         return cls(
             classifier.templates, classifier.class_names or tuple(map(str, range(count))),
             classifier.identity, classifier.metric, classifier.scale, classifier.bias,
@@ -140,8 +140,8 @@ class Gallery:
             ArgumentError: nobody is left.
         """
         assert self.identity is not None
-        gone = set(identities)
-        kept = [c for c in range(len(self.names)) if c not in gone]
+        left_out = set(identities)
+        kept = [c for c in range(len(self.names)) if c not in left_out]
         if not kept:
             raise ArgumentError("identities", "nobody is left", "Keep at least one.")
         number = torch.full((len(self.names),), -1)

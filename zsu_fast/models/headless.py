@@ -35,6 +35,9 @@ def remove_classifier(model: nn.Module) -> str:
         model(images.to(first.device, first.dtype))
         model.set_submodule(name, nn.Identity())
         found = pick_embedding(model(images.to(first.device, first.dtype)))
+    except BaseException:
+        model.set_submodule(name, layer)
+        raise
     finally:
         handle.remove()
         for module, mode in training:

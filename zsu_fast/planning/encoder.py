@@ -22,7 +22,6 @@ from ..training.deep.tail import FrozenClassifierTail
 from ..unlearner import ZeroShotUnlearner
 
 _IMAGES = 16  # that a pass is timed on
-_PASSES = 3  # forward and backward, in forward passes of the layers
 
 
 @dataclass

@@ -29,7 +29,7 @@ class WorkingGallery:
         identities: the user's number of each, ascending; templates that are in no gallery are
             numbered on from its last identity.
         forget: the user's numbers of the identities to forget now.
-        gone: of those, and of the ones forgotten before.
+        all_forgotten: those numbers, and those of identities forgotten before.
         classes: identities of the user's gallery, and templates that are in none.
         outside: the number of the latter.
         rule: which identities stay, in words.
@@ -38,7 +38,7 @@ class WorkingGallery:
     classifier: EmbeddingClassifier
     identities: tuple[int, ...]
     forget: list[int]
-    gone: list[int]
+    all_forgotten: list[int]
     classes: int
     outside: int
     rule: str
@@ -69,8 +69,8 @@ class WorkingGallery:
         check_int("retain_sample", retain_sample, optional=True)
         gallery, count = classifier.gallery, len(classifier.gallery)
         rows = templates if templates is not None else gallery.templates[:0]
-        gone = [*forget, *forgotten]
-        retained = sorted({*range(count)} - {*gone})
+        all_forgotten = [*forget, *forgotten]
+        retained = sorted({*range(count)} - {*all_forgotten})
         whole = SimilarityLayer(
             torch.cat([gallery.templates, rows]),
             torch.cat([gallery.identity, count + torch.arange(len(rows), device=rows.device)]),
@@ -87,18 +87,20 @@ class WorkingGallery:
             rule = NEAREST
         identities = sorted({*chosen, *forgotten})
         working = EmbeddingClassifier.of_gallery(classifier, whole.part(identities))
-        gone = sorted({*forget, *forgotten})
-        return cls(working, tuple(identities), forget, gone, count + len(rows), len(rows), rule)
+        all_forgotten = sorted({*forget, *forgotten})
+        return cls(
+            working, tuple(identities), forget, all_forgotten, count + len(rows), len(rows), rule
+        )
 
     @property
     def forget_mask(self) -> Tensor:
         """bool [number of identities]."""
-        return torch.tensor([c in {*self.gone} for c in self.identities])
+        return torch.tensor([c in {*self.all_forgotten} for c in self.identities])
 
     @property
     def active(self) -> list[int]:
         """The places of the identities that get rows: all but those forgotten before."""
-        before = {*self.gone} - {*self.forget}
+        before = {*self.all_forgotten} - {*self.forget}
         return [place for place, c in enumerate(self.identities) if c not in before]
 
     def templates_to_forget(self) -> list[Tensor]:

@@ -104,7 +104,7 @@ def _context(
     spec: InputSpec, device: torch.device, settings: dict[str, Any],
 ) -> EncoderContext:  # fmt: skip
     """Copies the models, and checks what was given."""
-    classes = int(original.identity.max()) + 1
+    classes = len(original.gallery)
     labels = resolve_labels(class_names, original, classes)
     chosen = check_forget(forget, classes, labels)
     mask = torch.zeros(classes, dtype=torch.bool)
@@ -118,9 +118,9 @@ def _context(
     for name, model in given.items():
         own = as_embedding_classifier(model)
         space = own if name == GOLDEN and own is not None else original
-        if int(space.identity.max()) + 1 != classes:
+        if len(space.gallery) != classes:
             raise ArgumentError(
-                name, f"its gallery has {int(space.identity.max()) + 1} identities",
+                name, f"its gallery has {len(space.gallery)} identities",
                 f"Pass one with the original's {classes}, in the same order.",
             )  # fmt: skip
         copied = _copy(space, device)
@@ -148,8 +148,8 @@ def _add_impressions(
     context: EncoderContext, given: ClassImpressions | None, report: Reporter
 ) -> ClassImpressions:
     """Adds rank-1 on impressions of the forgotten identities, for want of images."""
-    made = given
-    if made is None:
+    impressions = given
+    if impressions is None:
         work = working_copy(context.models[ORIGINAL], context.device)
         retained = [c for c in range(context.classes) if not context.forget_mask[c]]
         identities = context.subset(context.forget, _IDENTITIES)
@@ -157,19 +157,19 @@ def _add_impressions(
         per = max(2, min(context.settings["impressions_per_class"], 128 // len(identities)))
         settings = AscentSettings(per_class=per, seed=_SEED + context.seed)
         space = input_space(work, context.spec, settings.precision)
-        made = ascend(work, space, identities, settings, report)
-    elif made.space != "input" or not bool(context.forget_mask[made.labels].any()):
+        impressions = ascend(work, space, identities, settings, report)
+    elif impressions.space != "input" or not bool(context.forget_mask[impressions.labels].any()):
         raise ArgumentError(
-            "impressions", f"got some in the space {made.space!r}, of no forgotten identity",
+            "impressions", f"got some in the space {impressions.space!r}, of no forgotten identity",
             "Pass images, with forgotten identities among them.",
         )  # fmt: skip
-    context.counts["impressions"] = len(made)
-    rows = context.forget_mask[made.labels]
+    context.counts["impressions"] = len(impressions)
+    rows = context.forget_mask[impressions.labels]
     for name in context.comparable:
-        answers = context.best_identities(name, made.images)
-        right = (answers == made.labels)[rows]
+        answers = context.best_identities(name, impressions.images)
+        right = (answers == impressions.labels)[rows]
         context.rows[name].put("impressions_fa", 100 * float(right.float().mean()))
-    return made
+    return impressions
 
 
 def _add_drift(context: EncoderContext) -> None:

@@ -79,10 +79,10 @@ class StrangerObjective(DeepObjective):
 
     def divergence(self, logits: Tensor, rows: FeatureSet) -> Tensor:
         probability = self._with_stranger(rows.teacher).softmax(1)
-        gone = probability[:, :-1] * self.forget
-        target = probability - F.pad(gone, (0, 1))
-        target = target + F.pad(gone.sum(1, keepdim=True), (len(self.forget), 0))
-        raised = self.settings.stranger_margin * gone.sum(1, keepdim=True)
+        forgotten = probability[:, :-1] * self.forget
+        target = probability - F.pad(forgotten, (0, 1))
+        target = target + F.pad(forgotten.sum(1, keepdim=True), (len(self.forget), 0))
+        raised = self.settings.stranger_margin * forgotten.sum(1, keepdim=True)
         log_q = self._with_stranger(logits + self.margin * self.forget + raised).log_softmax(1)
         entropy = torch.special.entr(target).sum(1)
         return -((target * log_q).sum(1) + entropy).mean()
