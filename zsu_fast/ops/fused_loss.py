@@ -10,7 +10,7 @@ The losses are differentiable in their first input, once, in reverse mode: by au
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -95,35 +95,25 @@ def _scaled(dlogits: Tensor, coef: Tensor, grad: Tensor) -> Tensor:
 
 
 class FusedLoss(torch.autograd.Function):
-    """``FusedLoss.apply(op, logits, ..., coef)[0]`` is the loss, differentiable in logits.
+    """``FusedLoss.apply(op, logits, ..., coef)`` is the loss, differentiable in logits.
 
     The ops of `torch.ops.zsu_fast` have autograd of their own; this does the same for every
-    backend, in half of the Python time per call, and for `torch.func.grad`.
+    backend, in half of the Python time per call. A function with ``setup_context``, which
+    `torch.func` needs, would take three times as long: see `TransformedLoss`.
     """
 
     @staticmethod
-    def forward(op: Callable[..., tuple[Tensor, Tensor]], *inputs: Any) -> tuple[Tensor, Tensor]:
-        if isinstance(op, torch._ops.OpOverload):
-            with torch._C._AutoDispatchBelowAutograd():  # skips the op's own autograd
-                return op(*inputs)
-        return op(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        op, *rest = inputs
-        dlogits = output[1]
-        if not _functorch_is_active():  # there, a second derivative must reach `backward`
-            ctx.mark_non_differentiable(dlogits)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(dlogits, coef_of(tuple(rest)))
+    def forward(ctx: Any, op: Callable[..., tuple[Tensor, Tensor]], *inputs: Any) -> Tensor:
         ctx.native = isinstance(op, torch._ops.OpOverload)
-        ctx.other_inputs = len(rest) - 1
+        loss, dlogits = _without_autograd(op, inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dlogits, coef_of(inputs))
+        ctx.other_inputs = len(inputs) - 1
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, of_gradient = grads
-        if of_gradient is not None:
-            raise RuntimeError("fused losses are differentiable once")
+        (grad,) = grads
         dlogits, coef = ctx.saved_tensors
         if grad is None:
             dlogits = None
@@ -132,6 +122,39 @@ class FusedLoss(torch.autograd.Function):
         else:
             dlogits = _scaled(dlogits, coef, grad)
         return (None, dlogits, *(None,) * ctx.other_inputs)
+
+
+class TransformedLoss(torch.autograd.Function):
+    """``TransformedLoss.apply(op, logits, ..., coef)[0]``: the same under `torch.func`."""
+
+    @staticmethod
+    def forward(op: Callable[..., tuple[Tensor, Tensor]], *inputs: Any) -> tuple[Tensor, Tensor]:
+        return _without_autograd(op, inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)  # a second derivative reaches `backward`
+        ctx.save_for_backward(output[1], coef_of(inputs[1:]))
+        ctx.other_inputs = len(inputs) - 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, of_gradient = grads
+        if of_gradient is not None:
+            raise RuntimeError("fused losses are differentiable once")
+        dlogits, coef = ctx.saved_tensors
+        dlogits = None if grad is None else _scaled(dlogits, coef, grad)
+        return (None, dlogits, *(None,) * ctx.other_inputs)
+
+
+def _without_autograd(
+    op: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """Calls ``op`` where no gradients are recorded; skips the autograd that a native op has."""
+    if isinstance(op, torch._ops.OpOverload):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+    return op(*inputs)
 
 
 _scale_rows_ = torch.ops.zsu_fast.scale_rows_.default
@@ -145,7 +168,9 @@ def fused_loss(name: str, inputs: tuple[Any, ...], backend: str | None) -> Tenso
     if not compiling:
         _refuse_other_gradients(inputs)
     if logits.requires_grad and torch.is_grad_enabled() and not compiling:
-        loss: Tensor = FusedLoss.apply(op, *inputs)[0]
+        if _functorch_is_active():
+            return cast(Tensor, TransformedLoss.apply(op, *inputs)[0])
+        loss: Tensor = FusedLoss.apply(op, *inputs)
     else:
         loss = op(*inputs)[0]
     return loss
@@ -155,9 +180,6 @@ def loss_and_grad(name: str, inputs: tuple[Any, ...], backend: str | None) -> tu
     """Returns loss and gradient of op ``name`` on a backend, without autograd."""
     op = backends.choose(name, inputs[0].device, backend)
     if isinstance(op, torch._ops.OpOverload) and not torch.compiler.is_compiling():
-        with torch._C._AutoDispatchBelowAutograd():  # a third of what no_grad() costs
-            loss, dlogits = op(*inputs)
-    else:
-        with torch.no_grad():
-            loss, dlogits = op(*inputs)
-    return loss, dlogits
+        return _without_autograd(op, inputs)  # a third of what no_grad() costs
+    with torch.no_grad():
+        return op(*inputs)
