@@ -20,6 +20,10 @@ from zsu_fast.training.deep import settings
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if torch.cuda.device_count() == 0:
+        # Autograd starts here without GPU threads, so that tests can fork; it would start with them
+        # after a fake tensor on a GPU (`opcheck`, the fake GPU) has set a device guard.
+        torch.ones(1, requires_grad=True).sum().backward()
     torch.set_warn_always(True)  # else a warning is an error in the first test that meets it only
     # What a run tells its user is no error; in pyproject.toml this would import torch before the
     # number of threads is set.

@@ -210,8 +210,6 @@ _real_to, _real_tensor = nn.Module.to, torch.tensor
 @contextmanager
 def on_fake_gpu(graphs: bool = False) -> Iterator[None]:
     """In the block, device="cuda" is the fake GPU; see the module for ``graphs``."""
-    # Before there is a device guard, autograd starts without GPU threads, so that tests can fork.
-    torch.ones(1, requires_grad=True).sum().backward()
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]  as FakeTensor does
     eagerly = (
         (cuda_graph.GraphCapturer, "try_capture", lambda *_, **_options: None),
