@@ -1,4 +1,4 @@
-"""MaskedKL cross-entropy (the default objective), forward and backward: ours, eager, Inductor.
+"""Masked cross-entropy (the default objective), forward and backward: ours, eager, Inductor.
 
     pytest benchmarks/ops/bench_masked_cross_entropy.py
 
