@@ -13,6 +13,7 @@ from ..models.input_spec import noise_images
 from ..models.multi_label import predicted, same_decisions
 from ..models.wrapper import LogitsModel
 from ..splitting.layers import in_chunks, layer_names
+from ..training.deep.losses import masked_confidence
 from ..training.deep.open_set import ACCEPTED_AT, acceptance_threshold
 from .audit.audited_model import AuditedModel
 
@@ -108,13 +109,16 @@ class Answers:
         return float((self.forget[answer] & (most > self.threshold)).float().mean())
 
     def agreement(self, logits: Tensor, masked: bool) -> float:
-        """Share of scenes whose answer is the original's without the forgotten classes."""
+        """Share of scenes whose answer is the original's without the forgotten classes, weighted by
+        the original's confidence.
+        """
         if not bool(self.retained.any()):
             return self.kept()
         if masked:
             logits = logits.masked_fill(self.forget, -torch.inf)
         want = self.original.masked_fill(self.forget, -torch.inf).argmax(1)
-        return float((logits.argmax(1) == want)[self.retained].float().mean())
+        weight = masked_confidence(self.original, self.forget)[self.retained]
+        return float((weight * (logits.argmax(1) == want)[self.retained]).sum() / weight.sum())
 
     def kept(self) -> float:
         """Share of the rows made for other classes that the unlearned model still recognises."""

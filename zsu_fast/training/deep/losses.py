@@ -45,6 +45,11 @@ def room_above_floor(tail: FrozenClassifierTail, rows: FeatureSet, forget: Tenso
     return max(0.0, room) if room < -_MINUS_INFINITY / 2 else math.inf
 
 
+def masked_confidence(logits: Tensor, forget: Tensor) -> Tensor:
+    """The highest probability of a retained class, given that it is one of them; [N, C] -> [N]."""
+    return logits.masked_fill(forget, -torch.inf).softmax(1).amax(1)
+
+
 class DeepObjective(MaskedKL):
     """`MaskedKL` with more terms: the training loss of deep forgetting, and its validation.
 
@@ -170,6 +175,10 @@ class DeepObjective(MaskedKL):
         agreement = float(same[retained].float().mean()) if bool(retained.any()) else 1.0
         return divergence, leak, agreement, forgotten_leak
 
+    def confidence(self, rows: FeatureSet) -> Tensor:
+        """The masked teacher's confidence in each of its answers, [N]."""
+        return masked_confidence(rows.teacher, self.forget)
+
     def unmasked_agreement(self, logits: Tensor, rows: FeatureSet) -> Tensor:
         """For each row, to what extent its retained answer is the teacher's, 0..1 or bool [N].
 
@@ -196,6 +205,10 @@ class MultiLabelDeepObjective(MultiLabelKL, DeepObjective):
 
     def _retained(self, logits: Tensor) -> Tensor:
         return logits.index_select(1, self.retained)
+
+    def confidence(self, rows: FeatureSet) -> Tensor:
+        """1 for each row: its answers are many."""
+        return torch.ones_like(rows.teacher[:, 0])
 
     def unmasked_agreement(self, logits: Tensor, rows: FeatureSet) -> Tensor:
         return self.answers(logits, rows)[1]

@@ -45,7 +45,7 @@ class DeepSettings:
             held-out inverted rows leak no more than ``leak``, or a larger one that is free.
         leak: share of held-out inverted rows.
         robust, robust_factor: a larger factor than needed, at most the second, is taken if this
-            share of the held-out scenes keeps its answer all the same.
+            share of the held-out scenes, weighted by confidence, keeps its answer all the same.
         multi_label: whether each class has a sigmoid of its own.
         stranger: whether forgotten identities become strangers, see `StrangerObjective`.
         stranger_rate: false accept rate of the threshold of a stranger in training: higher than one
@@ -70,9 +70,9 @@ class DeepSettings:
     constant: float = 2.0
     erase: float = 2.0
     ridge: float = 0.1
-    factors: tuple[float, ...] = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0)
+    factors: tuple[float, ...] = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0, 2.25, 2.5)
     leak: float = 0.08
-    robust: float = 0.88
+    robust: float = 0.92
     robust_factor: float = 1.4
     multi_label: bool = False
     stranger: bool = False
@@ -84,15 +84,14 @@ class DeepSettings:
         """The settings for a model of that many classes.
 
         With more classes than rows in a batch, half of the rows are inverted ones, which alone
-        reach every class; the change of retained logits weighs half as much; and nothing is erased:
-        on the wider features of such models, a regression on a batch explains everything.
+        reach every class; and nothing is erased: on the wider features of such models, a regression
+        on a batch explains everything.
         """
         if classes <= self.batch:
             return self
         return replace(
-            self, inverted_share=0.5, keep=self.keep / 4, constant=0.0, erase=0.0, leak=0.04,
-            robust_factor=0.0,
-        )  # fmt: skip
+            self, inverted_share=0.5, constant=0.0, erase=0.0, leak=0.02, robust_factor=0.0
+        )
 
     def for_strangers(self) -> DeepSettings:
         """The settings for identities that are to become strangers."""
