@@ -221,7 +221,7 @@ def test_the_loss_is_the_sum_that_its_docstring_states(parts: Parts) -> None:
     assert torch.equal(new, tiny().fc2(outputs.features))
 
     def loss(**weights: float) -> float:
-        return float(parts.objective(**weights).loss(outputs, rows))
+        return float(parts.objective(**weights).loss_and_gradients(outputs, rows)[0])
 
     masked = old.masked_fill(forget, -torch.inf).log_softmax(1)
     shifted = (new + 2.0 * forget).log_softmax(1)
@@ -237,7 +237,7 @@ def test_the_loss_is_the_sum_that_its_docstring_states(parts: Parts) -> None:
     variances = [x[scenes].var(0).sum() for x in (f, f_new)]
     varying = divergence + 3 * variances[1] / variances[0]
     assert loss(constant=3.0) == pytest.approx(float(varying), rel=1e-4)
-    explained = parts.objective().explained_variance(outputs.features, rows)
+    explained, _ = parts.objective().explained_variance(outputs.features, rows)
     assert loss(erase=3.0) == pytest.approx(float(divergence + 3 * explained), rel=1e-4)
 
 
@@ -252,7 +252,7 @@ def test_explained_variance_is_that_of_ridge_regression_on_the_scenes(parts: Par
     ridge = 0.3 * x.square().sum() / x.shape[1]
     weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ y)
     want = float((y * (x @ weights)).sum() / y.square().sum())
-    got = parts.objective(ridge=0.3).explained_variance(features, parts.rows)
+    got, _ = parts.objective(ridge=0.3).explained_variance(features, parts.rows)
     assert float(got) == pytest.approx(want, rel=1e-3)
     assert 0.2 < want < 0.999
 
