@@ -229,7 +229,7 @@ class RowSource:
             return None
         deep, spec = self.deep, self.spec
         facts = {
-            "format": 1,
+            "format": 2,
             "kind": kind,
             "weights": weights_hash(self.model),
             "output": self.model.extra_repr(),

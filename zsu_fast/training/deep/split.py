@@ -130,12 +130,27 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
     if early is not whole:
         try:
             middle, tail = resplit(model, flat, first, flatten_boundary(boundary))
-            split = replace(whole, tail=tail)
+            with torch.no_grad():
+                ends = middle(flatten_boundary(boundary)), whole.backbone(images)
+            if not _same_boundary(*ends):
+                split = replace(whole, tail=tail)
         except ZsuFastError:  # the rows are stored at the early split then
             split = replace(early, parameters=whole.parameters, reason=reason)
     if isinstance(model.module, EmbeddingClassifier):
         split.output_level = False  # a single layer of the encoder is no classifier
     return DeepSplit(split, early, flat, middle, last, parameters, tuple(images.shape[1:]))
+
+
+def _same_boundary(got: BoundaryTensors, want: BoundaryTensors) -> bool:
+    """Whether two ways to a split end in the same tensors: either tail then takes both. That of a
+    second split replays modules, and computes again what lies between them.
+    """
+
+    def same(a: Tensor, b: Tensor) -> bool:
+        tolerance = 1e-4 * (1 + float(b.abs().max()))
+        return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=tolerance)
+
+    return len(got) == len(want) and all(map(same, got, want))
 
 
 def _last_layer(model: LogitsModel, images: Tensor) -> tuple[list[str], Split]:
