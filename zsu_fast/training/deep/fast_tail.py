@@ -113,6 +113,7 @@ class FastTail:
         )
 
 
+@torch.enable_grad()
 def fast_tail(
     tail: nn.Module, last: nn.Module, parameters: Sequence[nn.Parameter], features: BoundaryTensors
 ) -> FastTail | None:
@@ -125,7 +126,7 @@ def fast_tail(
         features: the rows, each [N, ...]; a few are run.
     """
     probe = tuple(f[:_PROBED] for f in features)
-    with recorded_inputs(last) as inputs, torch.enable_grad():
+    with recorded_inputs(last) as inputs:
         logits = tail(*probe)
     if len(inputs) != 1:
         return None
@@ -133,11 +134,12 @@ def fast_tail(
     on_cpu = logits.device.type == "cpu"
     for level in (("folded", "channels-last"), ("folded",), ()) if on_cpu else ((),):
         try:
-            found = _copy_of(tail, last, probe, bool(level), "channels-last" in level)
+            found = frozen_copy(tail, last)
             if found is None:
                 return None
-            with torch.enable_grad():
-                got = _with_gradients(*found(*found.layout(probe)), parameters)
+            if level:
+                found = _folded(found, probe, "channels-last" in level)
+            got = _with_gradients(*found(*found.layout(probe)), parameters)
         except (
             RuntimeError,
             IndexError,
@@ -161,9 +163,8 @@ def _with_gradients(
     return [logits.detach(), features.detach(), *(g for g in grads if g is not None)]
 
 
-def _copy_of(
-    tail: nn.Module, last: nn.Module, probe: BoundaryTensors, folded: bool, channels_last: bool
-) -> FastTail | None:
+def frozen_copy(tail: nn.Module, last: nn.Module) -> FastTail | None:
+    """The copy without any other change; None if ``last`` is no module of ``tail``."""
     name = next((name for name, module in tail.named_modules() if module is last), None)
     if name is None:
         return None
@@ -171,15 +172,21 @@ def _copy_of(
     module = deep_copy(tail, UNCOPYABLE, shared, hooks=False)
     frozen = deep_copy(last, UNCOPYABLE, hooks=False).eval().requires_grad_(False)
     module.set_submodule(name, frozen)
-    if folded:
-        convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
-        channels_last &= bool(convs) and all(conv.groups == 1 for conv in convs)
-        _fold(module, frozen, probe)
-        _replace_means(module, probe)
-        if isinstance(module, torch.fx.GraphModule):
-            module = pool_before_relu(module) or module
     break_reference_cycles(module)
-    return FastTail(module, frozen, folded and channels_last)
+    return FastTail(module, frozen, False)
+
+
+def _folded(copied: FastTail, probe: BoundaryTensors, channels_last: bool) -> FastTail:
+    """``copied``, made faster on a CPU."""
+    module = copied.module
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    channels_last &= bool(convs) and all(conv.groups == 1 for conv in convs)
+    _fold(module, copied.last, probe)
+    _replace_means(module, probe)
+    if isinstance(module, torch.fx.GraphModule):
+        module = pool_before_relu(module) or module
+        break_reference_cycles(module)
+    return FastTail(module, copied.last, channels_last)
 
 
 def _fold(module: nn.Module, frozen: nn.Module, probe: BoundaryTensors) -> None:

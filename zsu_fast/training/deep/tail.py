@@ -14,7 +14,7 @@ from ...runtime.fx_tracing import break_reference_cycles
 from ...runtime.hooks import recorded_inputs
 from ...splitting.batch_dim import BoundaryTensors
 from ..features import FeatureSet
-from .fast_tail import FastTail, fast_tail
+from .fast_tail import fast_tail, frozen_copy
 from .split import DeepSplit
 
 _CHUNK = 256  # rows through the tail at once where no gradient is needed
@@ -38,12 +38,12 @@ class FrozenClassifierTail(nn.Module):
 
     def __init__(self, model: LogitsModel, deep: DeepSplit) -> None:
         super().__init__()
-        self.tail, self.classifier = deep.split.tail, deep_copy(deep.last.tail, UNCOPYABLE)
-        self.classifier.eval()
-        break_reference_cycles(self.classifier)  # a copied graph refers to its module again
-        self.classifier.requires_grad_(False)
+        self.tail = deep.split.tail
         self.last = model.module.get_submodule(deep.last.name)
-        self.fast: FastTail | None = None
+        self.fast = frozen_copy(self.tail, self.last)
+        if self.fast is None:
+            self.classifier = deep_copy(deep.last.tail, UNCOPYABLE).eval().requires_grad_(False)
+            break_reference_cycles(self.classifier)  # a copied graph refers to its module again
 
     def speed_up(
         self, parameters: Sequence[nn.Parameter], features: BoundaryTensors
@@ -59,7 +59,7 @@ class FrozenClassifierTail(nn.Module):
         Returns:
             The rows in the layout to take them in.
         """
-        self.fast = fast_tail(self.tail, self.last, parameters, features)
+        self.fast = fast_tail(self.tail, self.last, parameters, features) or self.fast
         return features if self.fast is None else self.fast.layout(features)
 
     def forward(self, *boundary: Tensor) -> TailOutputs:
