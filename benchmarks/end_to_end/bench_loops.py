@@ -28,6 +28,7 @@ from zsu_fast.models.input_spec import InputSpec
 from zsu_fast.models.wrapper import working_copy
 from zsu_fast.runtime.cuda_graph import Loop
 from zsu_fast.runtime.progress import Reporter
+from zsu_fast.runtime.torch_settings import has_bfloat16
 from zsu_fast.splitting.split import split_at
 from zsu_fast.synthesis import synthesize
 from zsu_fast.synthesis.ascent_settings import AscentSettings
@@ -224,7 +225,8 @@ def test_deep_loop(benchmark: Any, table: Table, name: str) -> None:
             _change(contenders[-1].run(), task.parameters, start), want, strict=True
         ):
             error = float((got - wanted).norm() / wanted.norm())
-            assert error <= 0.02, f"{label}: {error:.2%} away from plain PyTorch"
+            most = 0.1 if has_bfloat16(task.device) else 0.02  # products may be of fewer digits
+            assert error <= most, f"{label}: {error:.2%} away from plain PyTorch"
     case = f"deep {name}: {DEEP_STEPS} steps of {batch} rows"
     medians = compare(table, case, contenders, rounds=15, capture=False)
     shares = [library_share(contender.run) for contender in contenders]
@@ -232,6 +234,8 @@ def test_deep_loop(benchmark: Any, table: Table, name: str) -> None:
         f"deep {name}: convolutions and matrix products are {shares[0]:.0%} of the time of plain "
         f"torch (torch.profiler), {shares[-1]:.0%} of zsu_fast's"
     )
+    if DEVICE == "cpu" and not any("not run" in note for note in table.notes):
+        table.notes.append("deep in a captured graph against eager steps on a GPU: not run")
     gain = medians["plain torch"] / medians[contenders[-1].name]
     assert gain >= DEEP_TARGET or shares[-1] >= LIBRARY_SHARE, (
         f"{gain:.2f}x plain PyTorch, target {DEEP_TARGET}x, at {shares[-1]:.0%} of library time"

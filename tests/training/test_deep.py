@@ -472,6 +472,14 @@ def single_layer() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
 
 
+class Untraceable(TinyNet):
+    """torch.fx can't trace len(x), and no module returns what the last layer takes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn(self.conv(x)))
+        return self.fc2(self.act(self.fc1(x.view(len(x), -1))) + 1)
+
+
 STILL = replace(FEW_ROWS, rate=1e-9)
 HARMFUL = replace(FEW_ROWS, factors=(40.0,))
 
@@ -481,11 +489,12 @@ HARMFUL = replace(FEW_ROWS, factors=(40.0,))
     [
         (single_layer, FEW_ROWS, {}, "single layer with weights: no features"),
         (TwoClassifiers, FEW_ROWS, {}, "not the only way from the features to the logits"),
+        (Untraceable, FEW_ROWS, {}, "'fc2' takes is no module's output"),
         (TinyNet, STILL, {}, "still assigns 100% of the held-out rows of forgotten classes to one"),
         (TinyNet, HARMFUL, {}, "on held-out scenes, only .*% of the answers stayed"),
         (TinyNet, FEW_ROWS, {"learning_rate": 1e30}, "non-finite values .*given up"),
     ],
-    ids=["single layer", "two classifiers", "still leaks", "damaged", "diverged"],
+    ids=["single layer", "two classifiers", "untraceable", "still leaks", "damaged", "diverged"],
 )
 def test_where_it_is_not_possible_only_the_outputs_forget(
     model: Callable[[], nn.Module], settings: DeepSettings, options: dict[str, Any], reason: str

@@ -47,7 +47,11 @@ class Net(nn.Module):
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.relu(self.bn2(self.conv2(x)) + x)
         x = self.bn3(self.conv3(x))
-        x = x.view(len(x), -1).view(-1, 16, 36).mean(2) if self.viewed else self.pool(x).flatten(1)
+        x = (
+            x.view(x.shape[0], -1).view(-1, 16, 36).mean(2)
+            if self.viewed
+            else self.pool(x).flatten(1)
+        )
         return self.fc(x)
 
 

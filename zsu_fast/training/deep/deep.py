@@ -225,7 +225,7 @@ def deep_task(
     task = FitTask(
         tail, parameters, train, validation, objective, objective,
         torch.Generator().manual_seed(seed), [_unpruned(p) for p in parameters],
-        betas=settings.betas, sampling=weights.cpu(), fast_matmul=False,
+        betas=settings.betas, sampling=weights.cpu(),
     )  # fmt: skip
     task.row_work = multiply_adds(deep.split.tail, *train.features_at(labels.new_zeros(1)))
     return task, margin

@@ -106,6 +106,15 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
             f"its last layer {names[-1]!r} is not the only way from the features to the logits",
             "Pass depth='output'.",
         )
+    with recorded_inputs(model.module.get_submodule(last.name)) as inputs, torch.no_grad():
+        model(images[:2])
+        taken = last.backbone(images[:2])
+    if not _same_boundary(tuple(inputs), taken):
+        raise ModelError(
+            f"what its last layer {names[-1]!r} takes is no module's output, and torch.fx can't "
+            f"trace its forward pass",
+            "Pass depth='output'.",
+        )
     first, reason = _first_trained(model, at, names, images)
     whole = split_at(model, first, images[:2], reason)
     classifier = {*last.parameters, *last.fixed}
