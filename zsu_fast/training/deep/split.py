@@ -101,20 +101,7 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
     images = noise_images(spec, 4).to(device)
     images = _reduced(model, images)
     names, last = _last_layer(model, images)
-    if len(last.backbone(images[:2])) != 1:
-        raise ModelError(
-            f"its last layer {names[-1]!r} is not the only way from the features to the logits",
-            "Pass depth='output'.",
-        )
-    with recorded_inputs(model.module.get_submodule(last.name)) as inputs, torch.no_grad():
-        model(images[:2])
-        taken = last.backbone(images[:2])
-    if not _same_boundary(tuple(inputs), taken):
-        raise ModelError(
-            f"what its last layer {names[-1]!r} takes is no module's output, and torch.fx can't "
-            f"trace its forward pass",
-            "Pass depth='output'.",
-        )
+    _check_features(model, last, names[-1], images[:2])
     first, reason = _first_trained(model, at, names, images)
     whole = split_at(model, first, images[:2], reason)
     classifier = {*last.parameters, *last.fixed}
@@ -148,6 +135,25 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
     if isinstance(model.module, EmbeddingClassifier):
         split.output_level = False  # a single layer of the encoder is no classifier
     return DeepSplit(split, early, flat, middle, last, parameters, tuple(images.shape[1:]))
+
+
+@torch.no_grad()
+def _check_features(model: LogitsModel, last: Split, name: str, images: Tensor) -> None:
+    """Raises ModelError unless the tail behind the last layer, ``name``, takes what it takes."""
+    taken = last.backbone(images)
+    if len(taken) != 1:
+        raise ModelError(
+            f"its last layer {name!r} is not the only way from the features to the logits",
+            "Pass depth='output'.",
+        )
+    with recorded_inputs(model.module.get_submodule(last.name)) as inputs:
+        model(images)
+    if not _same_boundary(tuple(inputs), taken):
+        raise ModelError(
+            f"what its last layer {name!r} takes is no module's output, and torch.fx can't "
+            f"trace its forward pass",
+            "Pass depth='output'.",
+        )
 
 
 def _same_boundary(got: BoundaryTensors, want: BoundaryTensors) -> bool:
