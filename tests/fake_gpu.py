@@ -204,7 +204,14 @@ def _as_tensor(data: Any, *args: Any, **kwargs: Any) -> Tensor:
     return data.to(*args, **kwargs) if isinstance(data, Tensor) else _tensor(data, *args, **kwargs)
 
 
-_real_to, _real_tensor = nn.Module.to, torch.tensor
+_real_to, _real_tensor, _RealGenerator = nn.Module.to, torch.tensor, torch.Generator
+
+
+class _Generator:
+    """Replaces `torch.Generator`: one of the GPU draws where the memory really is."""
+
+    def __new__(cls, _device: Any = "cpu") -> Any:
+        return _RealGenerator()
 
 
 @contextmanager
@@ -233,6 +240,7 @@ def on_fake_gpu(graphs: bool = False) -> Iterator[None]:
             (torch.cuda, "reset_peak_memory_stats", lambda _device=None: None),
             (torch, "tensor", _tensor),
             (torch, "as_tensor", _as_tensor),
+            (torch, "Generator", _Generator),
             (nn.Module, "to", _move),
             *(captured if graphs else eagerly),
         ):

@@ -26,10 +26,10 @@ from .models.embedding_classifier import EmbeddingClassifier
 from .models.gallery import Gallery
 from .models.input_spec import InputSpec
 from .options import paper_preset
+from .planning.doctor import doctor
 from .planning.plan import Plan, plan
 from .provenance.folders import save_pretrained
 from .provenance.ledger import Ledger
-from .runtime.doctor import doctor
 from .runtime.progress import Event
 from .split_model import split
 from .splitting.split import Split

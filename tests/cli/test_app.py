@@ -104,6 +104,11 @@ def test_doctor_names_versions_devices_and_extras() -> None:
     assert "torch" in call("doctor")
 
 
+def test_doctor_reads_a_cache(tmp_path: Path) -> None:
+    assert "no choice is stored" in call("doctor", "--cache", str(tmp_path))
+    assert "which is no folder" in call("doctor", "--cache", str(tmp_path / "absent"), code=2)
+
+
 def test_a_ledger_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     """It was an empty table, and exit code 0."""
     path = tmp_path / "requests"

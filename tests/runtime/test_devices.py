@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from fake_gpu import DeviceMixError, GpuTensor, on_fake_gpu
+from fake_gpu import GPU, DeviceMixError, GpuTensor, on_fake_gpu
 from support import QUICK, tiny, tiny_data
 from torch import nn
 
 import zsu_fast
 from zsu_fast.models.input_spec import InputSpec
 from zsu_fast.models.wrapper import working_copy
+from zsu_fast.synthesis.dead_leaves import dead_leaves_chunks
 from zsu_fast.synthesis.space import input_space
 from zsu_fast.synthesis.synthesize import batch_rows
 from zsu_fast.training import features
@@ -49,6 +50,17 @@ def test_unlearning_stays_on_the_device(options: dict[str, Any]) -> None:
         model = tiny().to("cuda")
         result = zsu_fast.unlearn(model, [1], **QUICK | options)
         assert all(isinstance(p.data, GpuTensor) for p in result.parameters())
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 24), (5,)])
+def test_scenes_are_drawn_where_they_are_wanted(shape: tuple[int, ...]) -> None:
+    """Those of the fake GPU are the same, as its random numbers are the CPU's."""
+    want = list(dead_leaves_chunks(300, shape, 3))
+    with on_fake_gpu():
+        got = list(dead_leaves_chunks(300, shape, 3, GPU))
+        assert {chunk.device for chunk in got} == {GPU}
+        got = [chunk.cpu() for chunk in got]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_a_model_on_the_cpu_is_returned_on_the_cpu() -> None:

@@ -148,3 +148,13 @@ def test_few_impressions_are_not_held_out(per_class: int) -> None:
 def test_refused_row_settings(name: str, value: Any) -> None:
     with pytest.raises(ArgumentError, match=f"{name}: got {value!r}"):
         FeatureSettings(**{name: value})
+
+
+def test_selected_rows_keep_the_layout_of_all() -> None:
+    features = torch.randn(6, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    label = torch.arange(6)
+    rows = FeatureSet((features, features.contiguous()), torch.randn(6, 2), label, label > 2)
+    chosen = rows.select(torch.tensor([4, 0, 4])).features
+    assert chosen[0].is_contiguous(memory_format=torch.channels_last)
+    assert chosen[1].is_contiguous()
+    assert all(torch.equal(part, features[[4, 0, 4]]) for part in chosen)

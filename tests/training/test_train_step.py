@@ -123,6 +123,20 @@ def test_fused_steps_are_those_of_torchs_optimiser(dtype: torch.dtype) -> None:
         assert torch.equal(a, b)
 
 
+def test_gradients_of_another_layout_step_as_they_should() -> None:
+    """Those of convolutions on channels-last maps are channels-last, the weights are not."""
+    torch.manual_seed(0)
+    ends = []
+    start, grad = torch.randn(4, 3, 3, 3), torch.randn(4, 3, 3, 3)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        parameter = nn.Parameter(start.clone())
+        adam = train_step._FusedAdam([parameter], [1.0], (0.9, 0.99))
+        for _ in range(3):
+            adam.step([grad.contiguous(memory_format=layout)])
+        ends.append(parameter.detach())
+    assert torch.equal(*ends)
+
+
 def test_compiled_equals_eager() -> None:
     eager, loss = run(EagerTrainStep)
     compiled, compiled_loss = run(CompiledTrainStep)

@@ -23,11 +23,11 @@ from ..models.gallery import Gallery
 from ..models.infer_spec import resolve_spec
 from ..models.loading import load_model
 from ..models.parameters import weights_hash
+from ..planning.doctor import doctor as examine, render
 from ..planning.plan import plan as make_plan
 from ..provenance.ledger import Entry, Ledger, verify as find_problems
 from ..provenance.templates import matching
 from ..runtime.accelerators import ACCELERATORS
-from ..runtime.doctor import doctor as examine, render
 from . import options, output
 from .audit import audit
 from .check import check
@@ -194,13 +194,20 @@ def evaluate(
 
 
 @app.command()
-def doctor(as_json: options.AsJson = False) -> None:
+def doctor(
+    as_json: options.AsJson = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Cache of runs: shows how they computed the ascent on this machine."),
+    ] = None,
+) -> None:
     """Shows which parts of this installation are available, and why the others are not."""
-    facts = examine()
-    if as_json:
-        output.print_json(facts)
-    else:
-        typer.echo(render(facts))
+    with output.report_errors(as_json):
+        facts = examine(cache)
+        if as_json:
+            output.print_json(facts)
+        else:
+            typer.echo(render(facts))
 
 
 ledger_app = typer.Typer(help="The ledger of requests to forget.", no_args_is_help=True)

@@ -17,7 +17,7 @@ _EXTRAS = ("torchvision", "timm", "transformers", "PIL")
 
 
 def doctor() -> dict[str, Any]:
-    """Returns the state of the installation, to print (`render`) or to paste into a bug report.
+    """Returns the state of the installation; `zsu_fast.doctor` adds to it.
 
     Returns:
         ``zsu_fast``, ``python``, ``torch``, ``torch_cuda``, ``triton``: versions, None if absent;

@@ -38,7 +38,7 @@ def split_by_fx(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            traced = trace(model, _ParentsTracer(path))
+            traced = trace(model, _ParentsTracer(model.get_submodule(path)))
     except Exception:  # noqa: BLE001  control flow on values: left to `split_by_replay`
         return None
     nodes = list(traced.graph.nodes)
@@ -65,14 +65,14 @@ def split_by_fx(
 
 
 class _ParentsTracer(Tracer):
-    """Traces into the modules that contain the one at ``path``, and into no other."""
+    """Traces into the modules that contain ``module``, and into no other."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.path = path
+        self.module = module
 
-    def is_leaf_module(self, _module: nn.Module, path: str) -> bool:
-        return not self.path.startswith(f"{path}.")
+    def is_leaf_module(self, m: nn.Module, _path: str) -> bool:
+        return m is self.module or all(part is not self.module for part in m.modules())
 
 
 @dataclass

@@ -8,17 +8,21 @@ each, in turn. The copy that is the default is left only for one that is faster 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..models.wrapper import LogitsModel
 from ..runtime.torch_settings import SMALL, Precision
 from .cache import Cache
@@ -34,6 +38,7 @@ MARGIN = 0.9
 _ROUNDS = 3
 _STEPS = 20  # that a point takes, about
 _LEAST_SECONDS, _SHARE = 1.0, 0.02  # that timing may take: the larger one
+_FORMAT = 1  # of stored choices
 _ROWS = (4, 16)  # batches that are timed besides the default one
 
 
@@ -87,17 +92,44 @@ def remembered(
     """The choice of an earlier run with the same ``facts`` in folder ``cache``, or a new one that
     is stored there: a run that resumes computes as before it was interrupted.
     """
-    store = None if cache is None else Cache(cache, facts | {"choice": 1})
+    store = None if cache is None else Cache(cache, facts | {"choice": _FORMAT})
     stored = store.load(0) if store else None
     if stored is not None:
-        names = list(variants("auto"))
-        return Choice(names[int(stored["variant"])], int(stored["rows"]), float(stored["ratio"]))
+        return _decoded(stored)
     choice = make()
     if store:
         number = list(variants("auto")).index(choice.variant)
         values = {"variant": number, "rows": choice.rows, "ratio": choice.ratio}
         store.save(0, {name: torch.tensor(value) for name, value in values.items()})
     return choice
+
+
+def _decoded(stored: dict[str, Tensor]) -> Choice:
+    names = list(variants("auto"))
+    return Choice(names[int(stored["variant"])], int(stored["rows"]), float(stored["ratio"]))
+
+
+def stored_choices(cache: str | Path) -> list[tuple[Choice, dict[str, Any]]]:
+    """The choices in folder ``cache``, each with the facts that it was made for.
+
+    Raises:
+        ArgumentError: there is no such folder.
+    """
+    if not Path(cache).is_dir():
+        raise ArgumentError(
+            "cache", f"got {str(cache)!r}, which is no folder", "Pass the cache= of a run."
+        )
+    found = []
+    for path in sorted(Path(cache).glob("*/00000.safetensors")):
+        with (
+            suppress(OSError, SafetensorError, LookupError, TypeError, ValueError),
+            safe_open(path, "pt") as file,
+        ):
+            facts = json.loads(file.metadata()["facts"].rpartition(" ")[0])
+            if facts.get("choice") == _FORMAT:
+                stored = {name: file.get_tensor(name) for name in ("variant", "rows", "ratio")}
+                found.append((_decoded(stored), facts))
+    return found
 
 
 def choose(

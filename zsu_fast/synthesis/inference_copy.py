@@ -112,42 +112,50 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module | None:
     its children.
     """
     folded = copy.deepcopy(model)
+    names = {module: name for name, module in folded.named_modules()}
+    pairs = conv_norm_pairs(folded, images)
+    for conv, norm in pairs:
+        folded.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm_alone(norm)))
+        folded.set_submodule(names[norm], nn.Sequential(*norm.children()))
+    return folded if pairs else None
+
+
+def conv_norm_pairs(model: nn.Module, *inputs: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Each convolution with the batch norm that takes its output, seen in a forward pass. Both run
+    once in it; of what the batch norm does, its children do the rest.
+    """
     runs = Counter[nn.Module]()
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    pairs: list[tuple[nn.Conv2d, nn.Module, Tensor]] = []
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d, Tensor]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         runs[module] += 1
         if isinstance(module, nn.Conv2d):
             outputs[id(output)] = module, output  # the reference keeps the id unique
-        elif args and id(args[0]) in outputs:
+        elif isinstance(module, nn.BatchNorm2d) and args and id(args[0]) in outputs:
             pairs.append((outputs[id(args[0])][0], module, args[0]))
 
-    layers = [m for m in folded.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
     with forward_hooks(layers, note), torch.no_grad():
-        folded(images)
-    names = {module: name for name, module in folded.named_modules()}
-    changed = False
-    for conv, norm, x in pairs:
-        if runs[conv] == runs[norm] == 1 and _is_norm_then_children(norm, x):
-            folded.set_submodule(names[conv], fuse_conv_bn_eval(conv, _norm_alone(norm)))
-            folded.set_submodule(names[norm], nn.Sequential(*norm.children()))
-            changed = True
-    return folded if changed else None
+        model(*inputs)
+    return [
+        (conv, norm) for conv, norm, x in pairs
+        if runs[conv] == runs[norm] == 1 and _is_norm_then_children(norm, x)
+    ]  # fmt: skip
 
 
-def _norm_alone(norm: nn.Module) -> nn.BatchNorm2d:
-    assert isinstance(norm, nn.BatchNorm2d)
+def norm_alone(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """A copy of ``norm`` that does nothing but normalise."""
     alone = nn.BatchNorm2d(norm.num_features, norm.eps, affine=norm.affine)
     alone.load_state_dict(norm.state_dict(), strict=False)
     return alone.eval().to(next(norm.buffers()).device)
 
 
-def _is_norm_then_children(norm: nn.Module, x: Tensor) -> bool:
+def _is_norm_then_children(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     """Whether a layer computes a batch norm and, after it, its children one after the other."""
     if norm.running_mean is None or norm.running_var is None:
         return False
-    want = nn.Sequential(_norm_alone(norm), *norm.children())(x)
+    want = nn.Sequential(norm_alone(norm), *norm.children())(x)
     return bool(torch.allclose(norm(x), want, rtol=1e-4, atol=1e-5))
 
 

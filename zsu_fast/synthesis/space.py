@@ -140,11 +140,28 @@ class FlatTail(nn.Module):
 
     def __init__(self, tail: nn.Module, boundary: BoundaryTensors) -> None:
         super().__init__()
-        self.tail, self.shapes = tail, [tuple(t.shape[1:]) for t in boundary]
-        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.tail, self.unflatten = tail, _Unflatten([tuple(t.shape[1:]) for t in boundary])
+        self.shapes, self.sizes = self.unflatten.shapes, self.unflatten.sizes
 
     def split(self, points: Tensor) -> BoundaryTensors:
         """Points [N, D] -> boundary tensors."""
+        return self.unflatten.forward(points)
+
+    def forward(self, points: Tensor) -> Tensor:
+        parts = self.unflatten(points)
+        # by number: a graph, as torch.fx traces it, has no length to iterate over
+        logits: Tensor = self.tail(*[parts[i] for i in range(len(self.shapes))])
+        return logits
+
+
+class _Unflatten(nn.Module):
+    """Points [N, D] -> boundary tensors; a module of its own, which torch.fx need not trace."""
+
+    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.shapes, self.sizes = shapes, [math.prod(shape) for shape in shapes]
+
+    def forward(self, points: Tensor) -> BoundaryTensors:
         if points.shape[1] != sum(self.sizes):
             raise ArgumentError(
                 "impressions",
@@ -153,7 +170,3 @@ class FlatTail(nn.Module):
             )
         parts = points.split(self.sizes, 1)
         return tuple(p.reshape(-1, *s) for p, s in zip(parts, self.shapes, strict=True))
-
-    def forward(self, points: Tensor) -> Tensor:
-        logits: Tensor = self.tail(*self.split(points))
-        return logits

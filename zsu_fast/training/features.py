@@ -141,7 +141,7 @@ class FeatureSet:
         """The features of the rows at ``index``, int64 [n]."""
         if self.mixup is not None:
             return self.mixup(self.features, index)
-        return tuple(f.index_select(0, index) for f in self.features)
+        return tuple(_rows(f, index) for f in self.features)
 
     def chunks(self, classes: int = 1) -> tuple[Tensor, ...]:
         """Splits the indices of all rows so that features and ``classes`` logits fit the limits."""
@@ -194,6 +194,17 @@ class FeatureSettings:
             return self.margin
         factor = 4 if forget_logits_only else 2
         return factor * math.log10(max(10, classes)) * max(0.0, logit_margin)
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """``values[index]``, in channels-last layout if ``values`` are."""
+    if (
+        values.ndim == 4
+        and not values.is_contiguous()
+        and values.permute(0, 2, 3, 1).is_contiguous()
+    ):
+        return values.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return values.index_select(0, index)
 
 
 def logit_margin(logits: Tensor, label: Tensor) -> Tensor:

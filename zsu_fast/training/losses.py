@@ -20,7 +20,7 @@ from .features import FeatureSet
 ObjectiveName = Literal["masked", "differential"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
 _KEEP = 8.0  # of `MultiLabelKL`, as `DeepSettings.keep`
-_STATISTICS = 4 * 1024**2  # logits whose statistics are taken at once
+STATISTICS = 4 * 1024**2  # logits whose statistics are taken at once
 
 
 class Objective(ABC):
@@ -108,7 +108,7 @@ class MaskedKL(Objective):
 
     def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         return ops.masked_cross_entropy_and_grad(
-            logits, rows.teacher, self.forget, _mean_weights(rows), index=rows.teacher_index,
+            logits, rows.teacher, self.forget, mean_weights(rows), index=rows.teacher_index,
             keep=self._keep_weights(rows) if self.keep else None, shift=self.margin,
             forget_only=self.forget_logits_only,
         )  # fmt: skip
@@ -126,7 +126,7 @@ class MaskedKL(Objective):
         """Per row [N]: sum of squares of the centred retained logits, and 1 - p_f or 1."""
         retained = (~self.forget).float()
         sizes, seen = [], []
-        for part in teacher.split(max(1, _STATISTICS // teacher.shape[1])):
+        for part in teacher.split(max(1, STATISTICS // teacher.shape[1])):
             mean = (part * retained).sum(1, keepdim=True) / retained.sum()
             sizes.append(((part - mean).square() * retained).sum(1))
             share = torch.ones_like(sizes[-1])
@@ -175,7 +175,7 @@ class MaskedKL(Objective):
         Differentiable, unlike a call.
         """
         return ops.masked_cross_entropy(
-            logits, rows.teacher, self.forget, _mean_weights(rows), index=rows.teacher_index,
+            logits, rows.teacher, self.forget, mean_weights(rows), index=rows.teacher_index,
             shift=self.margin,
         )  # fmt: skip
 
@@ -271,14 +271,14 @@ class ForgetOnlyKL(MaskedKL):
     def __call__(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
         joined = self._joined(logits, rows)
         loss, dlogits = ops.masked_cross_entropy_and_grad(
-            joined, joined, self.is_forgotten, _mean_weights(rows), shift=self.margin
+            joined, joined, self.is_forgotten, mean_weights(rows), shift=self.margin
         )
         return loss, dlogits[:, :-1]
 
     def divergence(self, logits: Tensor, rows: FeatureSet) -> Tensor:
         joined = self._joined(logits, rows)
         return ops.masked_cross_entropy(
-            joined, joined.detach(), self.is_forgotten, _mean_weights(rows), shift=self.margin
+            joined, joined.detach(), self.is_forgotten, mean_weights(rows), shift=self.margin
         )
 
     def _joined(self, logits: Tensor, rows: FeatureSet) -> Tensor:
@@ -292,7 +292,7 @@ class ForgetOnlyKL(MaskedKL):
         return leaked, ~leaked  # the top retained class never changes
 
 
-def _mean_weights(rows: FeatureSet) -> Tensor:
+def mean_weights(rows: FeatureSet) -> Tensor:
     """The weight of each row in a mean over them, [N]."""
     return torch.full((len(rows),), 1 / len(rows), device=rows.label.device)
 

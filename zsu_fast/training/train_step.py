@@ -178,8 +178,9 @@ class _FusedAdam:
     def step(self, grads: Sequence[Tensor]) -> None:
         for group in self.param_groups:
             torch._foreach_add_(group["steps"], 1)
+            own = [grads[i] for i in group["places"]]
             torch._fused_adamw_(
-                group["params"], [grads[i] for i in group["places"]], group["exp_avg"],
+                group["params"], list(map(_laid_out_as, own, group["params"])), group["exp_avg"],
                 group["exp_avg_sq"], [], group["steps"], lr=group["lr"], beta1=self.betas[0],
                 beta2=self.betas[1], weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
             )  # fmt: skip
@@ -193,6 +194,15 @@ class _FusedAdam:
             for group in self.param_groups
             for place, *values in zip(group["places"], *(group[n] for n in names), strict=True)
         }
+
+
+def _laid_out_as(grad: Tensor, parameter: Tensor) -> Tensor:
+    """``grad`` in the parameter's strides, which the fused kernel takes for granted: gradients of
+    convolutions on channels-last maps are channels-last.
+    """
+    if grad.stride() == parameter.stride():
+        return grad
+    return torch.empty_like(parameter).copy_(grad)
 
 
 def fast_matmul(device: torch.device, work: int) -> AbstractContextManager[None] | None:

@@ -141,31 +141,17 @@ def forget_deeply(
             if impressions.space == "tail-input"
             else deep.image_features(points)
         )
-    tail = FrozenClassifierTail(model, deep)
-    data = DeepRows.label(tail, scenes.features, inverted, labels, forget, settings.multi_label)
-    train, validation = data.select(~data.held), data.select(data.held)
-    objective, margin = _objective(
-        tail, train, data.rows.teacher, labels, features, settings, forget
+    task, margin = deep_task(
+        model, deep, scenes.features, inverted, labels, forget, features, settings, seed
     )
-    named = dict(model.module.named_parameters())
-    parameters = [named[name] for name in deep.parameters]
-    assert train.scene is not None
-    count = train.scene.sum()
-    share = settings.inverted_share
-    weights = torch.where(
-        train.scene > 0, (1 - share) / count, share / (len(train) - count).clamp(min=1)
-    )
-    task = FitTask(
-        tail, parameters, train, validation, objective, objective,
-        torch.Generator().manual_seed(seed), [_unpruned(p) for p in parameters],
-        betas=settings.betas, sampling=weights.cpu(), fast_matmul=False,
-    )  # fmt: skip
+    parameters, train, objective = task.parameters, task.train, task.objective
+    assert isinstance(objective, DeepObjective)
     before = [p.detach().clone() for p in parameters]
-    checks = _Checks(tail, objective, validation)
+    checks = _Checks(objective, task.validation)
     facts: dict[str, Any] = {name: {"before": v} for name, v in checks.measure().items()}
     facts["evidence"] = {"before": objective.evidence(train)}
     try:
-        fit = Trainer(task, _schedule(task, deep, loop, settings), report).run()
+        fit = Trainer(task, _schedule(task, loop, settings), report).run()
         if fit.best is fit.history[0]:
             raise DeepFailed(f"{fit.stopped} to the start; given up", facts)
         chosen, facts["factors"] = _extrapolate(checks, parameters, before, settings)
@@ -200,9 +186,50 @@ def forget_deeply(
         "margin_asked": objective.margin,
         "history": [asdict(result) for result in fit.history],
         "rows": len(train),
-        "held_out": len(validation),
+        "held_out": len(task.validation),
     }
     return facts
+
+
+def deep_task(
+    model: LogitsModel,
+    deep: DeepSplit,
+    scenes: BoundaryTensors,
+    inverted: BoundaryTensors,
+    labels: Tensor,
+    forget: Tensor,
+    features: FeatureSettings,
+    settings: DeepSettings,
+    seed: int,
+) -> tuple[FitTask, float]:
+    """What `forget_deeply` trains: rows, loss and tail; and the margin of the last layer's fit.
+
+    Args:
+        model, deep, forget, features, settings, seed: as there.
+        scenes, inverted: boundary tensors of ``deep.split``, each [N, ...].
+        labels: of the inverted rows, int64 [N].
+    """
+    tail = FrozenClassifierTail(model, deep)
+    data = DeepRows.label(tail, scenes, inverted, labels, forget, settings.multi_label)
+    named = dict(model.module.named_parameters())
+    parameters = [named[name] for name in deep.parameters]
+    data.rows.features = tail.speed_up(parameters, data.rows.features)
+    train, validation = data.select(~data.held), data.select(data.held)
+    objective, margin = _objective(
+        tail, train, data.rows.teacher, labels, features, settings, forget
+    )
+    assert train.scene is not None
+    count, share = train.scene.sum(), settings.inverted_share
+    weights = torch.where(
+        train.scene > 0, (1 - share) / count, share / (len(train) - count).clamp(min=1)
+    )
+    task = FitTask(
+        tail, parameters, train, validation, objective, objective,
+        torch.Generator().manual_seed(seed), [_unpruned(p) for p in parameters],
+        betas=settings.betas, sampling=weights.cpu(),
+    )  # fmt: skip
+    task.row_work = multiply_adds(deep.split.tail, *train.features_at(labels.new_zeros(1)))
+    return task, margin
 
 
 def _objective(
@@ -247,7 +274,6 @@ def _objective(
 class _Checks:
     """Data-free measurements on held-out rows, with the original last layer."""
 
-    tail: FrozenClassifierTail
     objective: DeepObjective
     validation: FeatureSet
 
@@ -256,7 +282,7 @@ class _Checks:
         """``unmask_leak`` and the like, see `forget_deeply`."""
         rows = self.validation
         assert rows.scene is not None
-        logits = torch.cat([part.logits for part in self.tail.chunks(rows)])
+        logits = torch.cat([part.logits for part in self.objective.tail.chunks(rows)])
         leaked, _ = self.objective.answers(logits, rows)
         same = self.objective.unmasked_agreement(logits, rows)
         inverted, scene = (rows.scene == 0) & rows.forgotten, rows.scene > 0
@@ -264,7 +290,9 @@ class _Checks:
         weight = self.objective.confidence(rows)[counted]
         measured = {
             "unmask_leak": _mean(leaked[inverted], math.nan),
-            "agreement": float((weight * same[counted]).sum() / weight.sum()) if len(weight) else 1.0,
+            "agreement": float((weight * same[counted]).sum() / weight.sum())
+            if len(weight)
+            else 1.0,
         }
         if isinstance(self.objective, StrangerObjective):
             measured["accepted"] = _mean(self.objective.accepted(logits[inverted]), 0.0)
@@ -314,13 +342,9 @@ def _load(parameters: list[Any], values: list[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def _schedule(
-    task: FitTask, deep: DeepSplit, loop: LoopSettings, settings: DeepSettings
-) -> Schedule:
+def _schedule(task: FitTask, loop: LoopSettings, settings: DeepSettings) -> Schedule:
     """All steps in one attempt; if that diverges, three more, each at a lower learning rate."""
-    one_row = task.train.features_at(task.train.label.new_zeros(1))
-    work = multiply_adds(deep.split.tail, *one_row)
-    steps, batch = settings.schedule_for(work, task.device)
+    steps, batch = settings.schedule_for(task.row_work, task.device)
     batch = loop.batch or batch
     rate = relative_learning_rate(task.parameters) * settings.rate / RELATIVE_STEP
     return Schedule(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ... import ops
 from ..features import FeatureSet
-from ..losses import MaskedKL, MultiLabelKL
+from ..losses import STATISTICS, MaskedKL, MultiLabelKL, mean_weights
 from .settings import DeepSettings
 from .tail import FrozenClassifierTail, TailOutputs
 
@@ -50,6 +52,15 @@ def masked_confidence(logits: Tensor, forget: Tensor) -> Tensor:
     return logits.masked_fill(forget, -torch.inf).softmax(1).amax(1)
 
 
+class RowConstants(NamedTuple):
+    """What the teacher's logits z of N rows decide for every batch that they are in."""
+
+    mean: Tensor  # float32 [N], of the retained logits
+    weight: Tensor  # float32 [N], how much the retained logits are to keep their values
+    contrast: Tensor  # float32 [N, F], the forgotten logits less that mean
+    target: Tensor  # float32 [N, F], what a probe of the forgotten classes would predict
+
+
 class DeepObjective(MaskedKL):
     """`MaskedKL` with more terms: the training loss of deep forgetting, and its validation.
 
@@ -79,7 +90,7 @@ class DeepObjective(MaskedKL):
         settings: the weights.
     """
 
-    copies_teacher = True
+    copies_teacher = False
 
     def __init__(
         self,
@@ -91,68 +102,123 @@ class DeepObjective(MaskedKL):
     ) -> None:
         super().__init__(forget, margin)
         self.tail, self.settings = tail, settings
-        self.retained = (~forget).nonzero()[:, 0]
+        self.retained, self.forgotten = (~forget).nonzero()[:, 0], forget.nonzero()[:, 0]
+        self.mean_retained = (~forget) / len(self.retained)  # times logits [N, C]: their mean
         self.size = self._retained(rows.teacher).square().mean().clamp(min=1e-12)
+        self._constants: tuple[Tensor, RowConstants] | None = None
 
     def gradients(
         self, tail: nn.Module, parameters: Sequence[nn.Parameter], rows: FeatureSet
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Returns the loss of ``rows`` and its gradients; None for an unused parameter."""
-        loss = self.loss(tail(*rows.features), rows)
-        return loss.detach(), torch.autograd.grad(loss, list(parameters), allow_unused=True)
+        outputs = tail(*rows.features)
+        loss, *gradients = self.loss_and_gradients(outputs, rows)
+        pairs = [
+            (output, gradient)
+            for output, gradient in zip((outputs.logits, outputs.features), gradients, strict=True)
+            if gradient is not None
+        ]
+        ends, at_ends = zip(*pairs, strict=True)
+        return loss, torch.autograd.grad(ends, list(parameters), at_ends, allow_unused=True)
 
-    def loss(self, outputs: TailOutputs, rows: FeatureSet) -> Tensor:
-        """The loss of a batch, differentiable."""
-        s = self.settings
-        change = self._kept_change(outputs.logits, rows)
-        kept = (self._keep_weight(rows) * change.square().mean(1)).mean() / self.size
-        loss = self.divergence(outputs.logits, rows) + s.keep * kept
+    @torch.no_grad()
+    def loss_and_gradients(
+        self, outputs: TailOutputs, rows: FeatureSet
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The loss of a batch, and its gradients for logits and features, without autograd.
+
+        The features' gradient is None if nothing is erased.
+        """
+        s, dfeatures = self.settings, None
+        loss, dlogits = self._matching(outputs.logits.detach(), rows)
         if s.constant and not s.multi_label:  # `MultiLabelKL` has such a term itself
-            loss = loss + s.constant * self._variation(outputs.logits, rows)
+            loss = loss + self._add_variation(outputs.logits.detach(), rows, dlogits)
         if s.erase:
-            loss = loss + s.erase * self.explained_variance(outputs.features, rows)
-        return loss
+            explained, dfeatures = self.explained_variance(outputs.features.detach(), rows)
+            loss = loss + s.erase * explained
+            dfeatures = (s.erase * dfeatures).view_as(outputs.features)
+        return loss, dlogits, dfeatures
 
-    def _keep_weight(self, rows: FeatureSet) -> Tensor:
-        """How much the retained logits of each row are to keep their values, [N]."""
-        return 1 - rows.teacher.softmax(1)[:, self.forget].sum(1)
+    def _matching(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+        """The first two terms and their gradient, in one pass.
 
-    def _forgotten(self, rows: FeatureSet) -> Tensor:
-        """What a probe of the forgotten classes would predict, [N, F]."""
-        return rows.teacher[:, self.forget] - rows.teacher.mean(1, keepdim=True)
+        The op does not centre the change of retained logits. The KL does not see a shift of all
+        logits, so that a shift by the mean change, taken for constant, centres it: its own
+        gradient is 0, as centred changes sum to 0.
+        """
+        mean, weight = self._of_rows(rows)[:2]
+        mean_change = torch.mv(logits, self.mean_retained) - mean
+        scale = self.settings.keep / (self.size * len(self.retained) * len(rows))
+        return ops.masked_cross_entropy_and_grad(
+            logits - mean_change[:, None], rows.teacher, self.forget, mean_weights(rows),
+            index=rows.teacher_index, keep=scale * weight, shift=self.margin,
+        )  # fmt: skip
+
+    def _of_rows(self, rows: FeatureSet) -> RowConstants:
+        """What the teacher alone decides; computed once for all rows of a set."""
+        if self._constants is None or self._constants[0] is not rows.teacher:
+            parts = rows.teacher.split(max(1, STATISTICS // len(self.forget)))
+            columns = zip(*map(self._row_constants, parts), strict=True)
+            self._constants = rows.teacher, RowConstants(*map(torch.cat, columns))
+        constants = self._constants[1]
+        if rows.teacher_index is None:
+            return constants
+        return RowConstants(*(x.index_select(0, rows.teacher_index) for x in constants))
+
+    def _row_constants(self, teacher: Tensor) -> RowConstants:
+        mean = torch.mv(teacher, self.mean_retained)
+        forgotten = teacher.index_select(1, self.forgotten)
+        seen = teacher.softmax(1).index_select(1, self.forgotten).sum(1)
+        return RowConstants(
+            mean, 1 - seen, forgotten - mean[:, None], forgotten - teacher.mean(1, keepdim=True)
+        )
 
     def _retained(self, logits: Tensor) -> Tensor:
         """The retained logits, centred per row."""
         retained = logits.index_select(1, self.retained)
         return retained - retained.mean(1, keepdim=True)
 
-    def _kept_change(self, logits: Tensor, rows: FeatureSet) -> Tensor:
-        """The change of the retained logits, centred per row, [N, R]."""
-        return self._retained(logits) - self._retained(rows.teacher)
+    def _add_variation(self, logits: Tensor, rows: FeatureSet, dlogits: Tensor) -> Tensor:
+        """The third term; its gradient is added to ``dlogits``."""
+        mean = torch.mv(logits, self.mean_retained)
+        now = _centred(logits.index_select(1, self.forgotten) - mean[:, None], rows)
+        original = _centred(self._of_rows(rows).contrast, rows).square().sum().clamp(min=1e-12)
+        share = self.settings.constant / original
+        gradient = 2 * share * now
+        dlogits.index_add_(1, self.forgotten, gradient)
+        dlogits.addcmul_(gradient.sum(1, keepdim=True), self.mean_retained, value=-1)
+        return share * now.square().sum()
 
-    def _variation(self, logits: Tensor, rows: FeatureSet) -> Tensor:
-        """Variance of the forgotten logits over the scenes, as a share of the original one."""
-        now, original = (
-            _centred(x[:, self.forget] - x[:, self.retained].mean(1, keepdim=True), rows)
-            for x in (logits, rows.teacher)
-        )
-        return now.square().sum() / original.square().sum().clamp(min=1e-12)
+    @torch.no_grad()
+    def explained_variance(self, features: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+        """Share of the forgotten logits' variance that ridge regression on ``features`` explains,
+        and its gradient, [N, D].
 
-    def explained_variance(self, features: Tensor, rows: FeatureSet) -> Tensor:
-        """Share of the forgotten logits' variance that ridge regression on ``features`` explains.
-
-        It is fitted on the scenes among ``rows``. In the dual form, whose linear system is as large
-        as the batch however wide the features, [N, ...], are.
+        It is fitted on the scenes among ``rows``, by a linear system as large as the batch, or as
+        the features [N, ...] are wide if that is less. With X the centred features and Y the
+        targets, G = XX^T and A = (G + rI)^-1 Y, the unexplained part is r <Y, A>, and its gradient
+        -2r A A^T X, plus what the ridge r contributes, which is in proportion to the trace of G.
         """
-        target = _centred(self._forgotten(rows), rows)
+        target = _centred(self._of_rows(rows).target, rows)
         deviation = (target.square().sum(0) / _weight(rows).sum().clamp(min=1)).sqrt()
         target = target / deviation.clamp(min=1e-6)
         x = _centred(features.flatten(1), rows)
-        gram = x @ x.T
-        ridge = self.settings.ridge * gram.diagonal().sum() / x.shape[1] + 1e-12
-        damped = gram + ridge * torch.eye(len(x), device=gram.device)
-        explained: Tensor = (target * (gram @ torch.linalg.solve(damped, target))).sum()
-        return explained / target.square().sum().clamp(min=1e-12)
+        of_trace = self.settings.ridge / x.shape[1]
+        ridge = of_trace * x.square().sum() + 1e-12
+        dual = len(x) <= x.shape[1]
+        damped = x @ x.T if dual else x.T @ x
+        damped.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if dual:
+            solution = torch.cholesky_solve(target, factor)
+        else:
+            solution = (target - x @ torch.cholesky_solve(x.T @ target, factor)) / ridge
+        solution = torch.where(failed == 0, solution, 0.0)
+        total, unexplained = target.square().sum(), ridge * (target * solution).sum()
+        of_ridge = ridge * solution.square().sum() - (target * solution).sum()
+        gradient = torch.addmm(of_trace * of_ridge * x, solution, ridge * (solution.T @ x))
+        total = total.clamp(min=1e-12)
+        return (total - unexplained) / total, 2 * gradient / total
 
     @torch.no_grad()
     def evidence(self, train: FeatureSet) -> float:
@@ -160,7 +226,7 @@ class DeepObjective(MaskedKL):
         sample = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         rows = train.select(sample[:_MEASURED].to(train.label.device))
         features = torch.cat([part.features for part in self.tail.chunks(rows)])
-        return float(self.explained_variance(features, rows))
+        return float(self.explained_variance(features, rows)[0])
 
     @torch.no_grad()
     def score(self, _tail: nn.Module, rows: FeatureSet) -> tuple[float, float, float, float]:
@@ -195,13 +261,18 @@ class MultiLabelDeepObjective(MultiLabelKL, DeepObjective):
     an image of both has to keep the other one.
     """
 
-    constant = True
+    constant, copies_teacher = True, True
 
-    def _keep_weight(self, rows: FeatureSet) -> Tensor:
-        return torch.ones_like(rows.teacher[:, 0])
+    def _matching(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+        loss, dlogits = self(logits, rows)
+        change = (logits - rows.teacher) * ~self.forget
+        scale = self.settings.keep / (self.size * len(self.retained) * len(rows))
+        return loss + scale * change.square().sum(), dlogits + 2 * scale * change
 
-    def _forgotten(self, rows: FeatureSet) -> Tensor:
-        return rows.teacher[:, self.forget]
+    def _row_constants(self, teacher: Tensor) -> RowConstants:
+        forgotten = teacher.index_select(1, self.forgotten)
+        none = teacher.new_empty(len(teacher))  # `_matching` needs no weight or mean
+        return RowConstants(none, none, forgotten, forgotten)
 
     def _retained(self, logits: Tensor) -> Tensor:
         return logits.index_select(1, self.retained)
@@ -216,7 +287,8 @@ class MultiLabelDeepObjective(MultiLabelKL, DeepObjective):
 
 def _weight(rows: FeatureSet) -> Tensor:
     """1 for a scene, else 0; [N, 1]."""
-    return torch.ones_like(rows.teacher[:, :1]) if rows.scene is None else rows.scene[:, None]
+    scene = torch.ones_like(rows.label, dtype=torch.float32) if rows.scene is None else rows.scene
+    return scene[:, None]
 
 
 def _centred(x: Tensor, rows: FeatureSet) -> Tensor:

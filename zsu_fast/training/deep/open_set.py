@@ -60,6 +60,8 @@ class StrangerObjective(DeepObjective):
             a stranger is to be like any other one, not just below acceptance.
     """
 
+    copies_teacher = True
+
     def __init__(
         self,
         tail: FrozenClassifierTail,
@@ -90,6 +92,11 @@ class StrangerObjective(DeepObjective):
     def _with_stranger(self, logits: Tensor) -> Tensor:
         return F.pad(logits, (0, 1), value=self.threshold)
 
-    def _kept_change(self, logits: Tensor, rows: FeatureSet) -> Tensor:
-        """The change of the retained logits, [N, R]."""
-        return (logits - rows.teacher).index_select(1, self.retained)
+    def _matching(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
+        leaf = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            change = (leaf - rows.teacher).index_select(1, self.retained)
+            kept = (self._of_rows(rows).weight * change.square().mean(1)).mean() / self.size
+            loss = self.divergence(leaf, rows) + self.settings.keep * kept
+            (dlogits,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), dlogits

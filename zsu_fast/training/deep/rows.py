@@ -128,16 +128,16 @@ class RowSource:
     def _draw(self) -> Scenes:
         deep, device = self.deep, self.forget.device
         bounds = (1, -1, *[1] * (len(deep.shape) - 1))
-        low, high = self.spec.low.view(bounds), self.spec.high.view(bounds)
+        low, high = (b.to(device).view(bounds) for b in (self.spec.low, self.spec.high))
         count, image = self.counts().scenes, self._grey()
         parts = [p for p in (deep.early.backbone, deep.middle) if p is not None]
         norms = [norm for part in parts for norm in batch_norms(part)]
         layout = self._memory_format(image)
         features, starts, drawn = [], [], 0
-        generator = torch.Generator().manual_seed(self.seed)
-        for chunk in dead_leaves_chunks(count, deep.shape, self.seed):
+        generator = torch.Generator(device).manual_seed(self.seed)
+        for chunk in dead_leaves_chunks(count, deep.shape, self.seed, device):
             chunk = stretch_contrast(chunk, generator) if len(deep.shape) == 3 else chunk
-            images = (low + chunk * (high - low)).to(device)
+            images = low + chunk * (high - low)
             first = drawn < count // 2
             with _batch_statistics(norms if first else []):
                 for batch in images.split(_BATCH):
@@ -229,7 +229,7 @@ class RowSource:
             return None
         deep, spec = self.deep, self.spec
         facts = {
-            "format": 1,
+            "format": 2,
             "kind": kind,
             "weights": weights_hash(self.model),
             "output": self.model.extra_repr(),
@@ -255,7 +255,8 @@ def stretch_contrast(images: Tensor, generator: torch.Generator) -> Tensor:
     """
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(len(images), 1, 1, 1).uniform_(low, high, generator=generator)
+        empty = torch.empty(len(images), 1, 1, 1, device=images.device)
+        return empty.uniform_(low, high, generator=generator)
 
     level, factor = uniform(0.2, 0.9), uniform(0, 2.5).exp()
     stretched = (images - level) * factor + 0.5 * (level < 0.55)

@@ -101,11 +101,7 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
     images = noise_images(spec, 4).to(device)
     images = _reduced(model, images)
     names, last = _last_layer(model, images)
-    if len(last.backbone(images[:2])) != 1:
-        raise ModelError(
-            f"its last layer {names[-1]!r} is not the only way from the features to the logits",
-            "Pass depth='output'.",
-        )
+    _check_features(model, last, names[-1], images[:2])
     first, reason = _first_trained(model, at, names, images)
     whole = split_at(model, first, images[:2], reason)
     classifier = {*last.parameters, *last.fixed}
@@ -130,12 +126,46 @@ def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepS
     if early is not whole:
         try:
             middle, tail = resplit(model, flat, first, flatten_boundary(boundary))
-            split = replace(whole, tail=tail)
+            with torch.no_grad():
+                ends = middle(flatten_boundary(boundary)), whole.backbone(images)
+            if not _same_boundary(*ends):
+                split = replace(whole, tail=tail)
         except ZsuFastError:  # the rows are stored at the early split then
             split = replace(early, parameters=whole.parameters, reason=reason)
     if isinstance(model.module, EmbeddingClassifier):
         split.output_level = False  # a single layer of the encoder is no classifier
     return DeepSplit(split, early, flat, middle, last, parameters, tuple(images.shape[1:]))
+
+
+@torch.no_grad()
+def _check_features(model: LogitsModel, last: Split, name: str, images: Tensor) -> None:
+    """Raises ModelError unless the tail behind the last layer, ``name``, takes what it takes."""
+    taken = last.backbone(images)
+    if len(taken) != 1:
+        raise ModelError(
+            f"its last layer {name!r} is not the only way from the features to the logits",
+            "Pass depth='output'.",
+        )
+    with recorded_inputs(model.module.get_submodule(last.name)) as inputs:
+        model(images)
+    if not _same_boundary(tuple(inputs), taken):
+        raise ModelError(
+            f"what its last layer {name!r} takes is no module's output, and torch.fx can't "
+            f"trace its forward pass",
+            "Pass depth='output'.",
+        )
+
+
+def _same_boundary(got: BoundaryTensors, want: BoundaryTensors) -> bool:
+    """Whether two ways to a split end in the same tensors: either tail then takes both. That of a
+    second split replays modules, and computes again what lies between them.
+    """
+
+    def same(a: Tensor, b: Tensor) -> bool:
+        tolerance = 1e-4 * (1 + float(b.abs().max()))
+        return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=tolerance)
+
+    return len(got) == len(want) and all(map(same, got, want))
 
 
 def _last_layer(model: LogitsModel, images: Tensor) -> tuple[list[str], Split]:
