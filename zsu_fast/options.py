@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import ArgumentError, check_choice, check_flag, check_int
 from .models.multi_label import check_multi_label
@@ -21,6 +22,7 @@ from .training.deep.settings import (
     Depth,
     ForgottenAs,
     check_depth,
+    layer_norms_alone,
 )
 from .training.features import FeatureSettings
 from .training.losses import ObjectiveSettings
@@ -207,11 +209,14 @@ class Options:
             )
         return texts
 
-    def deep_settings(self, classes: int, active: int) -> DeepSettings:
+    def deep_settings(self, model: nn.Module, classes: int, active: int) -> DeepSettings:
         """The settings of deep forgetting for a model of ``classes``, ``active`` of them with rows;
         with the impressions per class if they are given.
         """
         settings, per_class = self.deep.for_classes(classes), self.impressions_per_class
+        single = settings is self.deep and not self.objective.multi_label
+        if single and layer_norms_alone(model):
+            settings = settings.for_layer_norm()
         settings = replace(settings, multi_label=self.objective.multi_label)
         settings = settings.for_strangers() if self.forgotten_as == "stranger" else settings
         return settings if per_class is None else replace(settings, inverted=per_class * active)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import ArgumentError, check_choice
 
@@ -84,14 +86,27 @@ class DeepSettings:
         """The settings for a model of that many classes.
 
         With more classes than rows in a batch, half of the rows are inverted ones, which alone
-        reach every class; and nothing is erased: on the wider features of such models, a regression
-        on a batch explains everything.
+        reach every class; there are twice as many steps; and nothing is erased: on the wider
+        features of such models, a regression on a batch explains everything.
         """
         if classes <= self.batch:
             return self
         return replace(
-            self, inverted_share=0.5, constant=0.0, erase=0.0, leak=0.02, robust_factor=0.0
-        )
+            self, inverted_share=0.5, steps=2 * self.steps, constant=0.0, erase=0.0,
+            robust_factor=0.0,
+        )  # fmt: skip
+
+    def for_layer_norm(self) -> DeepSettings:
+        """The settings for a model of few classes with layer norms and no batch norms.
+
+        Constant forgotten logits come cheap there: normalised features point elsewhere instead, and
+        a probe reads that. Fewer inverted rows and no such term hide more from it, on a compact ViT
+        about 3 points.
+        """
+        return replace(
+            self, keep=self.keep / 2, constant=0.0, inverted_share=self.inverted_share / 2,
+            robust_factor=0.0,
+        )  # fmt: skip
 
     def for_strangers(self) -> DeepSettings:
         """The settings for identities that are to become strangers."""
@@ -126,6 +141,13 @@ class DeepSettings:
         batch = min(self.batch, max(_SMALLEST_BATCH, int(_STEP_WORK / max(1, work))))
         steps = min(self.steps, max(_FEWEST_STEPS, int(_FIT_WORK / (batch * max(1, work)))))
         return steps, batch
+
+
+def layer_norms_alone(model: nn.Module) -> bool:
+    """Whether a model has layer norms and no batch norms."""
+    modules = list(model.modules())
+    batch_norm = any(isinstance(m, _BatchNorm) for m in modules)
+    return not batch_norm and any(isinstance(m, nn.LayerNorm) for m in modules)
 
 
 def check_depth(depth: str, objective: str) -> None:
