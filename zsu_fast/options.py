@@ -209,14 +209,18 @@ class Options:
             )
         return texts
 
-    def deep_settings(self, model: nn.Module, classes: int, active: int) -> DeepSettings:
-        """The settings of deep forgetting for a model of ``classes``, ``active`` of them with rows;
-        with the impressions per class if they are given.
+    def deep_settings(
+        self, model: nn.Module, classes: int, active: int, forget: int
+    ) -> DeepSettings:
+        """The settings of deep forgetting for a model of ``classes``, ``active`` of them with rows
+        and ``forget`` to forget; with the impressions per class if they are given.
         """
         settings, per_class = self.deep.for_classes(classes), self.impressions_per_class
-        single = settings is self.deep and not self.objective.multi_label
-        if single and layer_norms_alone(model):
-            settings = settings.for_layer_norm()
+        if settings is self.deep and not self.objective.multi_label:
+            if layer_norms_alone(model):
+                settings = settings.for_layer_norm()
+            elif forget == 1 and self.forgotten_as != "stranger":
+                settings = settings.for_single_class()
         settings = replace(settings, multi_label=self.objective.multi_label)
         settings = settings.for_strangers() if self.forgotten_as == "stranger" else settings
         return settings if per_class is None else replace(settings, inverted=per_class * active)

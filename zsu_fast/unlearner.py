@@ -308,7 +308,8 @@ class ZeroShotUnlearner(Request):
                 return None
             self.rows = RowSource(
                 self.work, deep, self.spec, self.forget_mask, options.deep_settings(
-                    self.work, self.classes, len(self.active_classes)), options.seed, options.cache,
+                    self.work, self.classes, len(self.active_classes), len(self.forget),
+                ), options.seed, options.cache,
             )  # fmt: skip
         return self.rows if options.depth == "deep" else None
 

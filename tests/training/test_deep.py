@@ -385,19 +385,28 @@ def test_many_classes_have_settings_of_their_own() -> None:
     assert (many.constant, many.erase, many.robust_factor) == (0.0, 0.0, 0.0)
     run = ZeroShotUnlearner(tiny(), FORGET, progress=False)
     run.options.deep = replace(FEW_ROWS, batch=4)  # fewer rows than the five classes
-    assert run.options.deep_settings(run.work, 5, 5).inverted_share == 0.5
+    assert run.options.deep_settings(run.work, 5, 5, 2).inverted_share == 0.5
+
+
+def test_a_single_class_has_settings_of_its_own() -> None:
+    run = ZeroShotUnlearner(tiny(), FORGET, progress=False)
+    usual = run.options.deep_settings(run.work, 5, 5, 2)
+    assert run.options.deep_settings(run.work, 5, 5, 1) == usual.for_single_class() != usual
+    run.options.forgotten_as = "stranger"
+    strangers = run.options.deep_settings(run.work, 5, 5, 1)
+    assert strangers == usual.for_strangers()
 
 
 def test_models_with_layer_norms_alone_have_settings_of_their_own() -> None:
     run = ZeroShotUnlearner(tiny(), FORGET, progress=False)
-    usual = run.options.deep_settings(run.work, 5, 5)
+    usual = run.options.deep_settings(run.work, 5, 5, 2)
     assert usual.constant > 0
     normed = nn.Sequential(nn.Flatten(), nn.LayerNorm(192), nn.Linear(192, 5))
-    assert run.options.deep_settings(normed, 5, 5) == usual.for_layer_norm()
+    assert run.options.deep_settings(normed, 5, 5, 2) == usual.for_layer_norm()
     both = nn.Sequential(normed, nn.BatchNorm1d(5))
-    assert run.options.deep_settings(both, 5, 5) == usual
+    assert run.options.deep_settings(both, 5, 5, 2) == usual
     run.options.set_multi_label(True)
-    assert run.options.deep_settings(normed, 5, 5).constant > 0
+    assert run.options.deep_settings(normed, 5, 5, 2).constant > 0
 
 
 def test_features_that_still_leak_are_given_up() -> None:

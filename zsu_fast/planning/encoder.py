@@ -67,7 +67,9 @@ def pilot_encoder(
     watch, seconds = Stopwatch(memory.device), {}
     run = ZeroShotUnlearner(model, forget, **options | quiet | {"distributed": False})
     deep = find_deep_split(run.work, run.options.tail, run.spec)
-    settings = run.options.deep_settings(run.work, run.classes, len(run.active_classes))
+    settings = run.options.deep_settings(
+        run.work, run.classes, len(run.active_classes), len(run.forget)
+    )
     rows = RowSource(run.work, deep, run.spec, run.forget_mask, settings, run.options.seed)
     seconds["prepare"] = watch.lap()
     counts = rows.counts()
