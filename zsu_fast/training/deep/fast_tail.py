@@ -52,6 +52,11 @@ class FoldedConv(nn.Module):
             return pixels.permute(0, 3, 1, 2)
         return self.conv._conv_forward(x, weight, bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """The convolution's, which some models read the dtype from."""
+        return self.conv.weight
+
     def _folded(self) -> tuple[Tensor, Tensor | None]:
         weight, bias, norm = self.conv.weight, self.conv.bias, self.norm
         if norm is None:
@@ -141,10 +146,11 @@ def fast_tail(
                 found = _folded(found, probe, "channels-last" in level)
             got = _with_gradients(*found(*found.layout(probe)), parameters)
         except (
-            RuntimeError,
+            RuntimeError,  # such as x.view() on channels-last maps
+            AttributeError,  # such as another attribute of a convolution
             IndexError,
             ModelError,
-        ) as error:  # such as x.view() on channels-last maps
+        ) as error:
             _log.info("the tail is trained without one speed-up: %s", error)
             continue
         pairs = zip(got, want, strict=True)
