@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from support import (
+    FEW_ROWS,
     FORGET,
     QUICK,
     SPEC,
@@ -113,8 +115,8 @@ def test_a_classifier_without_biases_sees_images() -> None:
 
 def test_a_classifier_that_is_no_layer_forgets_in_depth() -> None:
     model = fitted(Similarities())
-    with untouched(model):
-        run, result = deep_run(model)
+    with untouched(model):  # one held-out row is a leak of 3 %
+        run, result = deep_run(model, settings=replace(FEW_ROWS, leak=0.0))
     assert run.record.depth["level"] == "deep"
     assert not [n for n in run.record.depth["layers"] if n.startswith(("scale", "text"))]
     assert changed_tensors(model, result) >= {"text", "body.fc1.weight"}
