@@ -382,6 +382,7 @@ def test_many_classes_have_settings_of_their_own() -> None:
     assert settings.for_classes(100) is settings
     many = settings.for_classes(101)
     assert (many.inverted_share, many.steps) == (0.5, 2 * settings.steps)
+    assert many.most_leak < settings.most_leak
     assert (many.constant, many.erase, many.robust_factor) == (0.0, 0.0, 0.0)
     run = ZeroShotUnlearner(tiny(), FORGET, progress=False)
     run.options.deep = replace(FEW_ROWS, batch=4)  # fewer rows than the five classes

@@ -32,10 +32,10 @@ from .tail import FrozenClassifierTail
 
 _PRUNED = 0.1  # a weight with at least this share of zeros is taken for pruned
 _VALIDATION = 8, 4  # one scene, and one inverted row, in this many is held out
-# Deep forgetting has failed if more than the first share of the held-out inverted rows still leak,
-# or if the original last layer gives less than the second share of the scenes the same answer, each
-# weighted by the original's confidence: which of 1,000 classes it guesses for a scene like none of
-# them says nothing about images.
+# `check` calls features changed if at most the first share of the rows leaks. Deep forgetting has
+# failed if the original last layer gives less than the second share of the scenes the same answer,
+# each weighted by the original's confidence: which of 1,000 classes it guesses for a scene like
+# none of them says nothing about images.
 MOST_LEAK, LEAST_AGREEMENT = 0.4, 0.8
 # Mean lead of the inverted rows' classes, in standard deviations of the logits of scenes, above
 # which the rows resemble no image (1e6 in a random RepVGG whose BatchNorm layers are fused).
@@ -159,7 +159,7 @@ def forget_deeply(
         for name in chosen.keys() - {"factor"}:
             facts[name]["after"] = chosen[name]
         leak = facts["unmask_leak"]
-        if leak["after"] > max(MOST_LEAK, settings.leak):
+        if leak["after"] > max(settings.most_leak, settings.leak):
             raise DeepFailed(
                 f"the original last layer still assigns {leak['after']:.0%} of the held-out rows "
                 f"of forgotten classes to one, {leak['before']:.0%} before",
