@@ -185,8 +185,10 @@ class Options:
     def seed(self) -> int:
         return self.ascent.seed
 
-    def without_effect(self, impressions_given: bool = False) -> list[str]:
-        """Says which of the options that were given have no effect, and why, in sentences."""
+    def without_effect(self, impressions_given: bool, classes: int) -> list[str]:
+        """Says which of the options that were given have no effect on a model of ``classes``, and
+        why, in sentences.
+        """
         default, inverted = AscentSettings(), self.depth == "deep" and self.space == "tail-input"
         ascent = [n for n in _ASCENT if n != "seed" and self.given[n] != getattr(default, n)]
         texts = []
@@ -201,11 +203,11 @@ class Options:
             )
         if self.objective.name == "masked" and self.objective.weights != ObjectiveSettings.weights:
             texts.append("weights had no effect: objective='masked' has none.")
-        steps = self.loop.steps
-        if self.depth == "deep" and steps is not None and steps > self.deep.steps:
+        steps, most = self.loop.steps, self.deep.for_classes(classes).steps
+        if self.depth == "deep" and steps is not None and steps > most:
             texts.append(
                 f"steps={steps} only holds for the last layer: the layers ahead of it are trained "
-                f"for at most {self.deep.steps} steps."
+                f"for at most {most} steps."
             )
         return texts
 
@@ -216,13 +218,14 @@ class Options:
         and ``forget`` to forget; with the impressions per class if they are given.
         """
         settings, per_class = self.deep.for_classes(classes), self.impressions_per_class
-        if settings is self.deep and not self.objective.multi_label:
-            if layer_norms_alone(model):
-                settings = settings.for_layer_norm()
-            elif forget == 1 and self.forgotten_as != "stranger":
-                settings = settings.for_single_class()
-        settings = replace(settings, multi_label=self.objective.multi_label)
-        settings = settings.for_strangers() if self.forgotten_as == "stranger" else settings
+        multi_label, stranger = self.objective.multi_label, self.forgotten_as == "stranger"
+        few = classes <= self.deep.batch and not multi_label
+        if few and layer_norms_alone(model):
+            settings = settings.for_layer_norm()
+        elif few and forget == 1 and not stranger:
+            settings = settings.for_single_class()
+        settings = replace(settings, multi_label=multi_label)
+        settings = settings.for_strangers() if stranger else settings
         return settings if per_class is None else replace(settings, inverted=per_class * active)
 
     def set_multi_label(self, multi_label: bool) -> None:

@@ -113,8 +113,7 @@ def deep_case(name: str) -> tuple[FitTask, DeepSplit, int]:
     original = load_model(name)
     model, spec = working_copy(original, torch.device(DEVICE)), resolve_spec(original)
     deep = find_deep_split(model, "auto", spec)
-    bounds = (x.view(1, -1, 1, 1) for x in (spec.low, spec.high))
-    low, high = bounds
+    low, high = (x.view(1, -1, 1, 1) for x in (spec.low, spec.high))
     images = low + sample_dead_leaves(SCENES + INVERTED, deep.shape, 0) * (high - low)
     features = deep.image_features(images.to(DEVICE))
     with torch.no_grad():
@@ -123,14 +122,11 @@ def deep_case(name: str) -> tuple[FitTask, DeepSplit, int]:
     forget[[3, 4, 8] if classes == 10 else list(range(0, classes, 10))] = True
     labels = torch.arange(INVERTED, device=DEVICE) % classes
     settings = DeepSettings().for_classes(classes)
-    scenes, inverted = (tuple(f[part] for f in features) for part in (_FIRST, _OTHERS))
+    scenes, inverted = (tuple(f.split(SCENES)[i] for f in features) for i in range(2))
     task, _ = deep_task(
         model, deep, scenes, inverted, labels, forget, FeatureSettings(), settings, 0
     )
     return task, deep, settings.schedule_for(task.row_work, task.device)[1]
-
-
-_FIRST, _OTHERS = slice(SCENES), slice(SCENES, None)
 
 
 class PlainDeepLoop:

@@ -32,7 +32,6 @@ from ..synthesis.ascent_settings import AscentSettings
 from ..synthesis.dead_leaves import sample_dead_leaves
 from ..synthesis.space import FlatTail, input_space
 from ..synthesis.synthesize import ascend
-from ..training.deep.deep import MOST_LEAK as MOST_DEEP_LEAK
 from ..training.deep.rows import RowSource, stretch_contrast
 from ..training.deep.settings import DEPTHS, DeepSettings
 from ..training.deep.split import DeepSplit, find_deep_split
@@ -251,7 +250,7 @@ def _verdict(
     level: Level = "output"
     if leak > _NOT_FORGOTTEN:
         level = "none"
-    elif unmask_leak <= MOST_DEEP_LEAK and not a.features_unchanged:
+    elif unmask_leak <= _SETTINGS.most_leak and not a.features_unchanged:
         if unmask_agreement >= LEAST_DEEP_AGREEMENT:
             level = "deep"
         else:

@@ -19,8 +19,7 @@ MOST_LEAK = 0.01  # of the held-out rows of forgotten classes
 # The last layer alone can change without touching any retained answer, and by default does.
 LEAST_OUTPUT_AGREEMENT = 0.98
 # Deep forgetting aims at 10 %; the compact ViT ends at 10 % of inverted rows, 0 % of real images.
-# Its agreement on scenes, which are harder than photographs, has the limit below which it fails:
-# EfficientNet-lite0 is at 72 % and loses 3 points of RA (benchmarks/results/deep.md).
+# Its agreement on scenes has the limit below which it fails.
 MOST_UNMASK_LEAK = 0.15
 LEAST_DEEP_AGREEMENT = LEAST_AGREEMENT
 _UNKNOWN = (

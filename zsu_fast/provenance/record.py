@@ -24,7 +24,7 @@ from ..training.trainer import Fit
 from ..version import VERSION
 
 # Share of answers that deep forgetting changes on scenes, from which on it is warned of:
-# EfficientNet-lite0 is at 8 to 14 % and loses 3 points of RA (benchmarks/results/deep.md).
+# EfficientNet-lite0 is at 6 to 13 % and loses 3 points of RA (benchmarks/results/deep_limits.md).
 _MANY_CHANGED = 0.15
 
 
@@ -191,7 +191,7 @@ class Record:
         if "fallback" not in self.depth and changed > _MANY_CHANGED:
             notes.append(
                 f"deep forgetting changed {changed:.0%} of the retained answers on held-out "
-                f"scenes. Photographs keep more of theirs; measure how many with evaluate()."
+                f"scenes. Measure with evaluate() how many stay on photographs."
             )
         if empty := [c for c, rate in rates.items() if rate == 0]:
             notes.append(

@@ -17,18 +17,7 @@ _EXTRAS = ("torchvision", "timm", "transformers", "PIL")
 
 
 def doctor() -> dict[str, Any]:
-    """Returns the state of the installation; `zsu_fast.doctor` adds to it.
-
-    Returns:
-        ``zsu_fast``, ``python``, ``torch``, ``torch_cuda``, ``triton``: versions, None if absent;
-        ``gpu``: names; ``gpu_state``: of each GPU, see `GpuState`, or why it is unknown;
-        ``threads``: CPU threads; ``cpu_isa``: instruction set of the C++ kernels;
-        ``libraries``: name -> {"loaded", "path", "reason"};
-        ``extras``: optional package -> version, or why it can't be imported;
-        ``forced_backend``: set by `use_backend` or ZSU_FAST_BACKEND, else None;
-        ``devices``: "cpu", "cuda" -> {"present", "chosen", "backends"}, where ``backends`` maps
-        names to the reason why they can't run, or to None.
-    """
+    """Returns the state of the installation: `zsu_fast.doctor` without ``ascent``."""
     forced = backends.forced_backend()
     devices = {
         device: {

@@ -32,11 +32,10 @@ from .tail import FrozenClassifierTail
 
 _PRUNED = 0.1  # a weight with at least this share of zeros is taken for pruned
 _VALIDATION = 8, 4  # one scene, and one inverted row, in this many is held out
-# `check` calls features changed if at most the first share of the rows leaks. Deep forgetting has
-# failed if the original last layer gives less than the second share of the scenes the same answer,
-# each weighted by the original's confidence: which of 1,000 classes it guesses for a scene like
-# none of them says nothing about images.
-MOST_LEAK, LEAST_AGREEMENT = 0.4, 0.8
+# Deep forgetting has failed if the original last layer gives less than this share of the scenes the
+# same answer, each weighted by the original's confidence: which of 1,000 classes it guesses for a
+# scene like none of them says nothing about images.
+LEAST_AGREEMENT = 0.8
 # Mean lead of the inverted rows' classes, in standard deviations of the logits of scenes, above
 # which the rows resemble no image (1e6 in a random RepVGG whose BatchNorm layers are fused).
 _MOST_MARGIN = 1000.0
@@ -125,9 +124,9 @@ def forget_deeply(
         ``after``: ``unmask_leak``, the share of held-out inverted rows of forgotten classes that
         the original last layer still assigns to one (NaN if there is none), ``agreement``, the
         share of held-out scenes whose masked answer stays, weighted by the original's confidence in
-        it, and ``evidence``,
-        `DeepObjective.evidence`. For strangers also ``accepted``, the share of the former rows that
-        any identity accepts, and ``threshold``, the logit from which one does.
+        it, and ``evidence``, `DeepObjective.evidence`. For strangers also ``accepted``, the share
+        of the former rows that any identity accepts, and ``threshold``, the logit from which one
+        does.
 
     Raises:
         DeepFailed: the checks say so; the parameters are as they were.

@@ -137,13 +137,14 @@ def fast_tail(
         return None
     want = _with_gradients(logits, inputs[0], parameters)
     on_cpu = logits.device.type == "cpu"
-    for level in (("folded", "channels-last"), ("folded",), ()) if on_cpu else ((),):
+    ways = [(True, True), (True, False), (False, False)]
+    for folded, channels_last in ways if on_cpu else ways[-1:]:
         try:
             found = frozen_copy(tail, last)
             if found is None:
                 return None
-            if level:
-                found = _folded(found, probe, "channels-last" in level)
+            if folded:
+                found = _folded(found, probe, channels_last)
             got = _with_gradients(*found(*found.layout(probe)), parameters)
         except (
             RuntimeError,  # such as x.view() on channels-last maps
