@@ -225,8 +225,10 @@ class Options:
         elif few and forget == 1 and not stranger:
             settings = settings.for_single_class()
         settings = replace(settings, multi_label=multi_label)
-        settings = settings.for_strangers() if stranger else settings
-        return settings if per_class is None else replace(settings, inverted=per_class * active)
+        settings = settings.for_strangers(classes) if stranger else settings
+        if per_class is None:
+            return settings
+        return replace(settings, inverted=per_class * active, inverted_per_class=0)
 
     def set_multi_label(self, multi_label: bool) -> None:
         """Sets what each stage takes the model's classes for."""

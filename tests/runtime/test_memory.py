@@ -226,3 +226,12 @@ def test_a_call_leaves_no_reference_cycles(depth: str) -> None:
     finally:
         gc.enable()
     assert not left
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_empty_rows_have_the_layout_of_others(layout: torch.memory_format) -> None:
+    rows = torch.zeros(3, 4, 5, 6, dtype=torch.float64).contiguous(memory_format=layout)
+    empty = memory.empty_rows(rows, 7)
+    assert (empty.shape, empty.dtype) == ((7, 4, 5, 6), torch.float64)
+    assert empty.is_contiguous(memory_format=layout)
+    assert memory.empty_rows(torch.zeros(3, 8), 0).shape == (0, 8)

@@ -381,12 +381,24 @@ def test_many_classes_have_settings_of_their_own() -> None:
     settings = DeepSettings(batch=100)
     assert settings.for_classes(100) is settings
     many = settings.for_classes(101)
-    assert (many.inverted_share, many.steps) == (0.5, 2 * settings.steps)
+    assert (many.inverted_share, many.steps) == (0.65, 2 * settings.steps)
     assert many.most_leak < settings.most_leak
+    assert many.leak < settings.leak
     assert (many.constant, many.erase, many.robust_factor) == (0.0, 0.0, 0.0)
     run = ZeroShotUnlearner(tiny(), FORGET, progress=False)
     run.options.deep = replace(FEW_ROWS, batch=4)  # fewer rows than the five classes
-    assert run.options.deep_settings(run.work, 5, 5, 2).inverted_share == 0.5
+    assert run.options.deep_settings(run.work, 5, 5, 2).inverted_share == 0.65
+
+
+def test_many_strangers_have_settings_of_their_own() -> None:
+    settings = DeepSettings(batch=100)
+    few, many = (settings.for_classes(c).for_strangers(c) for c in (100, 101))
+    assert few.stranger
+    assert few.keep == settings.keep > many.keep
+    assert few.inverted_share < many.inverted_share
+    for strangers in (few, many):
+        assert strangers.leak < settings.leak
+        assert max(strangers.factors) > max(settings.factors)
 
 
 def test_a_single_class_has_settings_of_its_own() -> None:
@@ -395,7 +407,7 @@ def test_a_single_class_has_settings_of_its_own() -> None:
     assert run.options.deep_settings(run.work, 5, 5, 1) == usual.for_single_class() != usual
     run.options.forgotten_as = "stranger"
     strangers = run.options.deep_settings(run.work, 5, 5, 1)
-    assert strangers == usual.for_strangers()
+    assert strangers == usual.for_strangers(5)
 
 
 def test_models_with_layer_norms_alone_have_settings_of_their_own() -> None:
@@ -661,7 +673,7 @@ def test_rows_of_a_part_of_many_classes_can_be_passed_back(
     torch.manual_seed(0)
     layers = nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()
     model = nn.Sequential(*layers, nn.Linear(16, 400)).eval()
-    few = replace(FEW_ROWS, leak=1.0)
+    few = replace(FEW_ROWS, leak=8.0)
     first, made = deep_run(model, range(200), few)
     assert first.record.depth["level"] == "deep"
     labels = first.impressions.labels.unique().tolist()

@@ -112,6 +112,17 @@ def test_loss_and_gradients_are_those_of_autograd(
         assert float(other.norm()) > 1e-3
 
 
+def test_strangers_are_judged_by_rows_of_retained_identities() -> None:
+    rows = all_rows()
+    inverted = (rows.scene == 0) & ~rows.forgotten
+    assert bool(inverted.any())
+    stranger, usual = (objective_of(kind, rows) for kind in (StrangerObjective, DeepObjective))
+    assert torch.equal(stranger.to_agree(rows), inverted)
+    assert torch.equal(usual.to_agree(rows), (rows.scene > 0) & ~rows.forgotten)
+    scenes = rows.select((rows.scene > 0).nonzero()[:, 0])
+    assert torch.equal(stranger.to_agree(scenes), ~scenes.forgotten)
+
+
 def test_the_retained_logits_weigh_the_same_in_each_set_of_rows() -> None:
     """What is stored of one set is not taken for another's."""
     rows, (index, outputs) = all_rows(), a_batch(10)

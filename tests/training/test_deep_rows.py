@@ -14,11 +14,14 @@ from deep_case import CPU, row_source
 from support import FEW_ROWS, SPEC, bits, deep_run, same_bits, tiny
 from torch import Tensor, nn
 
+from zsu_fast import ZeroShotUnlearner
 from zsu_fast.errors import UnlearningWarning
 from zsu_fast.runtime.progress import Event, Reporter
 from zsu_fast.training.deep import rows as rows_module, settings as settings_module
+from zsu_fast.training.deep.deep import DeepRows
 from zsu_fast.training.deep.rows import RowSource
 from zsu_fast.training.deep.settings import DeepSettings
+from zsu_fast.training.deep.tail import FrozenClassifierTail
 
 COLUMNS = ("images", "labels", "confidence", "target", "steps", "hit")
 
@@ -117,9 +120,11 @@ def test_rows_that_cost_much_are_fewer() -> None:
     assert settings.scenes_for(small, 4096, 10, 1_000_000_000, gpu) == 5120
     assert settings.scenes_for(small, 2**16, 10, 1, gpu) == 1024  # 64 million values
     assert settings.scenes_for(small, 1, 2**16, 1, gpu) == 1024
-    assert settings.scenes_for(large, 10**7, 10, 10**12, CPU) == 512
+    assert settings.scenes_for(large, 1, 10, 10**12, CPU) == 512
+    assert settings.scenes_for(large, 10**7, 10, 10**12, CPU) == 256
     assert settings.inverted_for(4096, 10, 4_000_000, CPU) == 1024
-    assert settings.inverted_for(4096, 1000, 4_000_000, CPU) == 1800
+    assert settings.inverted_for(4096, 1000, 4_000_000, CPU) == 7200
+    assert settings.for_strangers(1000).inverted_for(4096, 1000, 4_000_000, CPU) == 1800
     assert settings.inverted_for(4096, 1000, 10**12, CPU) == 256
     assert settings.schedule_for(4_000_000, CPU) == (200, 224)
     assert settings.schedule_for(10**9, CPU) == (100, 64)
@@ -143,6 +148,27 @@ def test_inverted_rows_reach_their_confidence() -> None:
     assert int(made.steps.max()) <= FEW_ROWS.ascent_steps
     assert bool((made.confidence[made.steps == 0] >= made.target[made.steps == 0]).all())
     assert 0.2 < float((made.steps > 0).float().mean()) < 0.8
+
+
+def test_rows_that_have_arrived_are_computed_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "_FEWEST_ROWS", 4)
+    run, sizes = rows_module._Ascent._logits_and_distance, []
+
+    def noted(ascent: Any, points: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(points))
+        return run(ascent, points)
+
+    monkeypatch.setattr(rows_module._Ascent, "_logits_and_distance", noted)
+    source = row_source(ascent_steps=14)
+    made = source.invert(range(5), Reporter(False, None))
+    assert made.hit_rate > 0.95
+    assert max(sizes) == 128
+    assert min(sizes) < 64
+    assert sum(sizes) < 0.7 * 128 * len(sizes)
+    with torch.no_grad():  # what is recorded of each row is of where that row ended
+        own = source.deep.flat(made.images).softmax(1).gather(1, made.labels[:, None])[:, 0]
+    assert torch.allclose(own, made.confidence, atol=1e-4)
+    assert bool((made.hit | (made.steps == 14)).all())
 
 
 def test_inverted_images_are_valid_images() -> None:
@@ -189,6 +215,31 @@ def test_a_third_of_the_rows_are_of_forgotten_classes() -> None:
     assert bool((halves >= 10).all())  # in random order
 
 
+def test_rows_for_training_and_for_validation_are_all_rows_and_no_copies() -> None:
+    source = row_source()
+    made = source.invert(range(5), Reporter(False, None))
+    with torch.no_grad():
+        inverted = source.deep.features(made.images)
+    tail = FrozenClassifierTail(source.model, source.deep)
+    data = DeepRows.label(tail, source.scenes.features, inverted, made.labels, source.forget)
+    train, held = data.split()
+    assert len(train) + len(held) == len(source.scenes.features[0]) + len(made)
+    assert train.features[0].data_ptr() == data.rows.features[0].data_ptr()
+    scenes, wanted = source.scenes.features[0], inverted[0]
+    for part, places in ((train, data.order[: len(train)]), (held, data.order[len(train) :])):
+        assert part.scene is not None
+        drawn = places < len(scenes)
+        assert torch.equal(part.scene > 0, drawn)
+        assert torch.equal(part.features[0][drawn], scenes[places[drawn]])
+        assert torch.equal(part.features[0][~drawn], wanted[places[~drawn] - len(scenes)])
+        assert torch.equal(part.label[~drawn], made.labels[places[~drawn] - len(scenes)])
+        assert 0.1 < float(drawn.float().mean()) < 0.9
+    logits = source.deep.flat(made.images).detach()
+    assert torch.allclose(data.teacher[-len(made) :], logits, atol=1e-5)
+    every = torch.cat([train.label, held.label])
+    assert torch.equal(every, data.rows.label)
+
+
 def test_rows_of_a_class_start_from_different_scenes() -> None:
     source = row_source()
     made = source.invert(range(5), Reporter(False, None))
@@ -209,13 +260,19 @@ def wide(classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(16, classes)).eval()
 
 
-def test_many_classes_have_nearly_two_rows_each() -> None:
+def test_many_classes_have_several_rows_each() -> None:
     made = row_source(wide(600), [7]).invert(range(600), Reporter(False, None))
     counts = torch.bincount(made.labels, minlength=600)
-    assert len(made) == 1080
-    assert int(counts[7]) == 360 + 2
-    assert int(counts.min()) == 1
-    assert int(counts.sum() - counts[7]) == 720 - 2
+    assert len(made) == 4320
+    assert int(counts[7]) == 1440 + 5
+    assert int(counts.min()) == 4
+    assert int(counts.sum() - counts[7]) == 2880 - 5
+
+
+def test_rows_are_as_many_per_class_as_asked_for() -> None:
+    run = ZeroShotUnlearner(wide(600), [7], impressions_per_class=2, input_shape=SPEC.shape)
+    settings = run.options.deep_settings(run.work, 600, 600, 1)
+    assert settings.inverted_for(100, 600, 1, CPU) == 1200
 
 
 def test_each_forgotten_class_has_a_row_however_few_there_are(

@@ -64,7 +64,9 @@ def _torchvision() -> nn.Module:
 
 
 @pytest.mark.parametrize("build", [_clip, _clip_tower, _siglip, _vit, _timm, _torchvision])
-def test_the_encoder_comes_back_changed_and_of_its_class(build: Callable[[], nn.Module]) -> None:
+def test_the_encoder_comes_back_changed_and_of_its_class(
+    build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         encoder = build().eval()
@@ -75,7 +77,8 @@ def test_the_encoder_comes_back_changed_and_of_its_class(build: Callable[[], nn.
     centred = embeddings - embeddings.mean(0)
     model = EmbeddingClassifier(encoder, centred)  # as different as an untrained encoder allows
     run = zsu_fast.ZeroShotUnlearner(model, [2], **options)
-    run.options.deep = replace(FEW_ROWS, scenes=512, steps=3, factors=(1.0,), leak=1.0)
+    rows = replace(FEW_ROWS, scenes=512, steps=3, factors=(1.0,), leak=1.0, stranger=True)
+    monkeypatch.setattr(run.options, "deep_settings", lambda *_: rows)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", zsu_fast.UnlearningWarning)  # untrained: nothing is right
         result: Any = run.run()

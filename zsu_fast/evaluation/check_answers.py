@@ -110,9 +110,9 @@ class Answers:
 
     def agreement(self, logits: Tensor, masked: bool) -> float:
         """Share of scenes whose answer is the original's without the forgotten classes, weighted by
-        the original's confidence.
+        the original's confidence. Of an encoder `kept`: a scene resembles nobody.
         """
-        if not bool(self.retained.any()):
+        if self.threshold > -torch.inf or not bool(self.retained.any()):
             return self.kept()
         if masked:
             logits = logits.masked_fill(self.forget, -torch.inf)

@@ -189,9 +189,10 @@ class Record:
             )
         changed = 1 - self.depth.get("agreement", {}).get("after", 1.0)
         if "fallback" not in self.depth and changed > _MANY_CHANGED:
+            where = "rows" if self.gallery.get("forgotten_as") == "stranger" else "scenes"
             notes.append(
                 f"deep forgetting changed {changed:.0%} of the retained answers on held-out "
-                f"scenes. Measure with evaluate() how many stay on photographs."
+                f"{where}. Measure with evaluate() how many stay on photographs."
             )
         if empty := [c for c, rate in rates.items() if rate == 0]:
             notes.append(

@@ -46,6 +46,14 @@ def bytes_per_row(run: Callable[[Tensor], Tensor], row: Tensor) -> int:
     return 2 * row.numel() * row.element_size() + inner + 2 * out.numel() * 4
 
 
+def empty_rows(like: Tensor, count: int) -> Tensor:
+    """An uninitialised tensor [count, ...] with the rows, dtype and memory layout of ``like``."""
+    channels_last = like.ndim == 4 and not like.is_contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (count, *like.shape[1:])
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
 def free_bytes(device: torch.device) -> int:
     """Free memory of ``device``; on a CPU, what both the system and the control group allow."""
     if device.type == "cuda":

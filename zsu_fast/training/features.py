@@ -137,6 +137,14 @@ class FeatureSet:
             features, teacher, label, forgotten, retained, scene=scene, teacher_index=teacher_index
         )
 
+    def part(self, rows: slice) -> FeatureSet:
+        """Stored rows as views: nothing is copied."""
+        scene = None if self.scene is None else self.scene[rows]
+        return FeatureSet(
+            tuple(f[rows] for f in self.features), self.teacher[rows], self.label[rows],
+            self.forgotten[rows], scene=scene, limits=self.limits,
+        )  # fmt: skip
+
     def features_at(self, index: Tensor) -> tuple[Tensor, ...]:
         """The features of the rows at ``index``, int64 [n]."""
         if self.mixup is not None:

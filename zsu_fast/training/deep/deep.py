@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...models.multi_label import predicted
 from ...models.wrapper import LogitsModel
+from ...runtime import memory
 from ...runtime.measuring import multiply_adds
 from ...runtime.progress import Reporter
 from ...splitting.batch_dim import BoundaryTensors
@@ -30,6 +31,7 @@ from .settings import DeepSettings
 from .split import DeepSplit
 from .tail import FrozenClassifierTail
 
+_COPIED = 256  # rows at once
 _PRUNED = 0.1  # a weight with at least this share of zeros is taken for pruned
 _VALIDATION = 8, 4  # one scene, and one inverted row, in this many is held out
 # Deep forgetting has failed if the original last layer gives less than this share of the scenes the
@@ -55,10 +57,17 @@ class DeepFailed(Exception):
 
 @dataclass(frozen=True)
 class DeepRows:
-    """Rows at the split, each with the original's logits: scenes, then inverted rows."""
+    """Rows at the split, scenes and inverted ones, each with the original's logits.
+
+    Attributes:
+        rows: all, those for training first: both parts are views, as features may take gigabytes.
+        order: int64 [N], the place of each among the scenes, followed by the inverted rows.
+        training: number of rows for training.
+    """
 
     rows: FeatureSet
-    held: Tensor  # bool [N], for validation
+    order: Tensor
+    training: int
 
     @classmethod
     @torch.no_grad()
@@ -72,22 +81,43 @@ class DeepRows:
         multi_label: bool = False,
     ) -> DeepRows:
         """Labels the rows by the original tail; ``labels`` are those of the inverted rows."""
-        features = tuple(torch.cat(pair) for pair in zip(scenes, inverted, strict=True))
-        count, total = len(scenes[0]), len(features[0])
-        scene = (torch.arange(total, device=forget.device) < count).float()
+        count, total = len(scenes[0]), len(scenes[0]) + len(labels)
+        place = torch.arange(total, device=forget.device)
+        every = torch.where(place < count, *_VALIDATION)
+        order = (place % every == every - 1).long().argsort(stable=True)
+        features = tuple(_rows_of(*pair, order) for pair in zip(scenes, inverted, strict=True))
+        scene = (order < count).float()
         empty = torch.empty(total, 0, device=forget.device)
         rows = FeatureSet(features, empty, empty, empty)
         rows.teacher = torch.cat([part.logits for part in tail.chunks(rows)])
-        rows.label = torch.cat([rows.teacher[:count].argmax(1), labels.to(forget.device)])
+        rows.label = rows.teacher.argmax(1)
+        rows.label[order >= count] = labels.to(forget.device)[order[order >= count] - count]
         rows.forgotten, rows.scene = forget[rows.label], scene
         if multi_label:
             rows.forgotten = (predicted(rows.teacher) & forget).any(1)
-        place = torch.arange(total, device=forget.device)
-        every = torch.where(scene > 0, *_VALIDATION)
-        return cls(rows, place % every == every - 1)
+        return cls(rows, order, int((place % every < every - 1).sum()))
 
-    def select(self, which: Tensor) -> FeatureSet:
-        return self.rows.select(which.nonzero()[:, 0])
+    def split(self) -> tuple[FeatureSet, FeatureSet]:
+        """The rows for training, and those for validation."""
+        parts = slice(self.training), slice(self.training, None)
+        train, held = (self.rows.part(part) for part in parts)
+        return train, held
+
+    @property
+    def teacher(self) -> Tensor:
+        """The original's logits [N, C] of the scenes, followed by the inverted rows."""
+        return self.rows.teacher[self.order.argsort()]
+
+
+def _rows_of(scenes: Tensor, inverted: Tensor, order: Tensor) -> Tensor:
+    """``torch.cat([scenes, inverted])[order]``, without that tensor in between."""
+    found, count = memory.empty_rows(scenes, len(order)), len(scenes)
+    for place in torch.arange(len(order), device=order.device).split(_COPIED):
+        wanted = order[place]
+        scene = wanted < count
+        found[place[scene]] = scenes[wanted[scene]]
+        found[place[~scene]] = inverted[wanted[~scene] - count]
+    return found
 
 
 def forget_deeply(
@@ -124,9 +154,10 @@ def forget_deeply(
         ``after``: ``unmask_leak``, the share of held-out inverted rows of forgotten classes that
         the original last layer still assigns to one (NaN if there is none), ``agreement``, the
         share of held-out scenes whose masked answer stays, weighted by the original's confidence in
-        it, and ``evidence``, `DeepObjective.evidence`. For strangers also ``accepted``, the share
-        of the former rows that any identity accepts, and ``threshold``, the logit from which one
-        does.
+        it, and ``evidence``, `DeepObjective.evidence`. For strangers, ``agreement`` is that of the
+        held-out rows of `StrangerObjective.to_agree`; also ``accepted``, the share of the rows that
+        count for ``unmask_leak`` that any identity accepts, and ``threshold``, the logit from which
+        one does.
 
     Raises:
         DeepFailed: the checks say so; the parameters are as they were.
@@ -165,10 +196,9 @@ def forget_deeply(
                 facts,
             )
         if facts["agreement"]["after"] < LEAST_AGREEMENT:
-            raise DeepFailed(
-                f"on held-out scenes, only {facts['agreement']['after']:.0%} of the answers stayed",
-                facts,
-            )
+            where = "rows of other identities" if settings.stranger else "scenes"
+            stayed = f"{facts['agreement']['after']:.0%} of the answers stayed"
+            raise DeepFailed(f"on held-out {where}, only {stayed}", facts)
     except BaseException:
         _load(parameters, before)
         raise
@@ -213,10 +243,8 @@ def deep_task(
     named = dict(model.module.named_parameters())
     parameters = [named[name] for name in deep.parameters]
     data.rows.features = tail.speed_up(parameters, data.rows.features)
-    train, validation = data.select(~data.held), data.select(data.held)
-    objective, margin = _objective(
-        tail, train, data.rows.teacher, labels, features, settings, forget
-    )
+    train, validation = data.split()
+    objective, margin = _objective(tail, train, data.teacher, labels, features, settings, forget)
     assert train.scene is not None
     count, share = train.scene.sum(), settings.inverted_share
     weights = torch.where(
@@ -284,8 +312,7 @@ class _Checks:
         logits = torch.cat([part.logits for part in self.objective.tail.chunks(rows)])
         leaked, _ = self.objective.answers(logits, rows)
         same = self.objective.unmasked_agreement(logits, rows)
-        inverted, scene = (rows.scene == 0) & rows.forgotten, rows.scene > 0
-        counted = scene & ~rows.forgotten
+        inverted, counted = (rows.scene == 0) & rows.forgotten, self.objective.to_agree(rows)
         weight = self.objective.confidence(rows)[counted]
         measured = {
             "unmask_leak": _mean(leaked[inverted], math.nan),

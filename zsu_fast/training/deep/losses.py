@@ -245,6 +245,11 @@ class DeepObjective(MaskedKL):
         """The masked teacher's confidence in each of its answers, [N]."""
         return masked_confidence(rows.teacher, self.forget)
 
+    def to_agree(self, rows: FeatureSet) -> Tensor:
+        """The rows whose answers say what became of the retained classes, bool [N]: the scenes."""
+        assert rows.scene is not None
+        return (rows.scene > 0) & ~rows.forgotten
+
     def unmasked_agreement(self, logits: Tensor, rows: FeatureSet) -> Tensor:
         """For each row, to what extent its retained answer is the teacher's, 0..1 or bool [N].
 

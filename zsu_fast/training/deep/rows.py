@@ -40,8 +40,10 @@ from .split import DeepSplit
 
 _BATCH = 64  # scenes that share the statistics of a batch, and of which there is a multiple
 _CHUNK = 128  # inverted rows that share the BatchNorm statistics of a batch
+_FEWEST_ROWS = 32  # the same, once the others have reached their targets
 _ROW_SETTINGS = (  # those that the rows depend on
-    "scenes", "large_scenes", "inverted", "ascent_steps", "ascent_step", "statistics",
+    "scenes", "large_scenes", "inverted", "inverted_per_class", "ascent_steps", "ascent_step",
+    "statistics",
 )  # fmt: skip
 _CONFIDENCE = (0.3, 0.99)  # each inverted row stops at a probability drawn from this range
 
@@ -133,7 +135,8 @@ class RowSource:
         parts = [p for p in (deep.early.backbone, deep.middle) if p is not None]
         norms = [norm for part in parts for norm in batch_norms(part)]
         layout = self._memory_format(image)
-        features, starts, drawn = [], [], 0
+        features: list[Tensor] = []  # filled batch by batch: twice as much would be in memory else
+        starts, drawn = [], 0
         generator = torch.Generator(device).manual_seed(self.seed)
         for chunk in dead_leaves_chunks(count, deep.shape, self.seed, device):
             chunk = stretch_contrast(chunk, generator) if len(deep.shape) == 3 else chunk
@@ -143,12 +146,14 @@ class RowSource:
                 for batch in images.split(_BATCH):
                     boundary = deep.early.backbone(batch.contiguous(memory_format=layout))
                     points = flatten_boundary(boundary)
-                    features.append(deep.features(points))
+                    found = deep.features(points)
+                    features = features or [memory.empty_rows(f, count) for f in found]
+                    for column, part in zip(features, found, strict=True):
+                        column[drawn : drawn + len(batch)] = part
                     if first or not norms:
                         starts.append(points)
-            drawn += len(chunk)
-        columns = tuple(torch.cat(column) for column in zip(*features, strict=True))
-        return Scenes(columns, torch.cat(starts))
+                    drawn += len(batch)
+        return Scenes(tuple(features), torch.cat(starts))
 
     def _memory_format(self, image: Tensor) -> torch.memory_format:
         """Channels-last if the backbone takes it: convolutions on a CPU are faster then."""
@@ -229,7 +234,7 @@ class RowSource:
             return None
         deep, spec = self.deep, self.spec
         facts = {
-            "format": 2,
+            "format": 3,
             "kind": kind,
             "weights": weights_hash(self.model),
             "output": self.model.extra_repr(),
@@ -317,11 +322,18 @@ class _Ascent:
             self.low, self.high = (b.expand(deep.shape).flatten() for b in bounds)
 
     def run(self, points: Tensor, label: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Points [N, D] and classes -> where they end, their confidence, and steps taken."""
+        """Points [N, D] and classes -> where they end, their confidence, and steps taken.
+
+        Rows that have reached their target leave the batch, until 32 are left.
+        """
         s, target = self.settings, target.to(points.device)
-        points, momentum = points.clone(), torch.zeros_like(points)
-        second = points.new_zeros(len(points), 1)
+        ends, points = points.clone(), points.clone()
+        confidence, index = (
+            torch.zeros_like(target),
+            torch.arange(len(target), device=target.device),
+        )
         taken = torch.zeros(len(points), dtype=torch.int32, device=points.device)
+        momentum, second = torch.zeros_like(points), points.new_zeros(len(points), 1)
         for step in range(s.ascent_steps + 1):
             points.requires_grad_(True)
             with torch.enable_grad():
@@ -329,7 +341,9 @@ class _Ascent:
                 own = log_probabilities(logits, s.multi_label).gather(1, label[:, None])[:, 0]
                 moves = own.detach().exp() < target
                 loss = s.statistics * len(points) * distance - (own * moves).sum()
-            if step == s.ascent_steps or not bool(moves.any()):
+            ends[index], confidence[index] = points.detach(), own.detach().exp()
+            moving = int(moves.sum())
+            if step == s.ascent_steps or not moving:
                 break
             (gradient,) = torch.autograd.grad(loss, points)
             momentum.lerp_(gradient, 0.1)
@@ -340,8 +354,13 @@ class _Ascent:
             with torch.no_grad():
                 moved = points - length * unbiased / size * moves[:, None]
                 points = torch.minimum(torch.maximum(moved, self.low), self.high)
-            taken += moves
-        return points.detach(), own.detach().exp(), taken
+            taken[index] += moves
+            if moving <= len(index) // 2 and len(index) > _FEWEST_ROWS:
+                keep = moves.float().argsort(descending=True, stable=True)
+                keep = keep[: max(moving, _FEWEST_ROWS)]
+                index, label, target = index[keep], label[keep], target[keep]
+                points, momentum, second = points[keep], momentum[keep], second[keep]
+        return ends, confidence, taken
 
     def _logits_and_distance(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the mean squared distance of the channels' means and standard deviations

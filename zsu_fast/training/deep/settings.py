@@ -31,9 +31,10 @@ class DeepSettings:
     *inverted row* is a row of boundary tensors that ascent steps have optimised for a class.
 
     Attributes:
-        scenes: number of scenes; fewer, but at least 512, if they cost much.
+        scenes: number of scenes; fewer if they cost much, but at least 512, or 256 of huge ones.
         large_scenes: the same for images of more than 64 pixels.
         inverted: number of inverted rows; more if there are many classes (`inverted_for`).
+        inverted_per_class: the latter, on average.
         ascent_steps: most steps that an inverted row takes.
         ascent_step: length of the first of them, in standard deviations of the rows.
         statistics: weight of the distance from the BatchNorm statistics in the ascent.
@@ -54,12 +55,14 @@ class DeepSettings:
         stranger_rate: false accept rate of the threshold of a stranger in training: higher than one
             of 1 %, so that the threshold is lower, as real images exceed what inverted rows do.
         stranger_margin: in logits, how far below it a stranger's logits are to be.
-        stranger_share: share of inverted rows in a batch then, at least.
+        stranger_share: share of inverted rows in a batch then, at least; twice that with many
+            identities.
     """
 
     scenes: int = 5120
     large_scenes: int = 2560
     inverted: int = 1024
+    inverted_per_class: float = 7.2
     ascent_steps: int = 15
     ascent_step: float = 0.3
     statistics: float = 2.5
@@ -87,16 +90,18 @@ class DeepSettings:
     def for_classes(self, classes: int) -> DeepSettings:
         """The settings for a model of that many classes.
 
-        With more classes than rows in a batch, half of the rows are inverted ones, which alone
-        reach every class; there are twice as many steps; and nothing is erased: on the wider
-        features of such models, a regression on a batch explains everything. Features that can't
-        lose the classes (SqueezeNet: 19 % leak, RA 36 of 63) are given up sooner.
+        With more classes than rows in a batch, two thirds of them are inverted ones, which alone
+        reach every class; there are twice as many steps; hardly any row may leak, as there are
+        enough to tell (EfficientNet-lite0 on photographs: 0 to 1 % where 1 % of its rows leak); and
+        nothing is erased: on the wider features of such models, a regression on a batch explains
+        everything. Features that can't lose the classes (SqueezeNet: 19 % leak, RA 36 of 63) are
+        given up sooner.
         """
         if classes <= self.batch:
             return self
         return replace(
-            self, inverted_share=0.5, steps=2 * self.steps, constant=0.0, erase=0.0,
-            robust_factor=0.0, most_leak=0.1,
+            self, inverted_share=0.65, steps=2 * self.steps, constant=0.0, erase=0.0,
+            robust_factor=0.0, leak=self.leak / 8, most_leak=0.1,
         )  # fmt: skip
 
     def for_layer_norm(self) -> DeepSettings:
@@ -119,15 +124,28 @@ class DeepSettings:
         """
         return replace(self, constant=0.0, leak=self.leak / 4, robust_factor=0.0)
 
-    def for_strangers(self) -> DeepSettings:
-        """The settings for identities that are to become strangers."""
-        share = max(self.inverted_share, self.stranger_share)
-        return replace(self, stranger=True, inverted_share=share, most_leak=DeepSettings.most_leak)
+    def for_strangers(self, classes: int) -> DeepSettings:
+        """The settings for identities of a gallery of ``classes`` that are to become strangers.
+
+        A photograph is more similar to its template than inverted rows are, so that hardly any of
+        these may leak, and larger factors are tried. With many identities, more rows of a batch are
+        inverted ones, of which there are fewer, as they take more steps each; and the retained
+        logits are held less tightly: of 100 of 1,000 templates that are a single photograph each,
+        34 % were recognised with the settings for as many classes.
+        """
+        many = classes > self.batch
+        share = max(self.inverted_share, self.stranger_share * (2 if many else 1))
+        return replace(
+            self, stranger=True, inverted_share=share, keep=self.keep / 16 if many else self.keep,
+            inverted_per_class=self.inverted_per_class / 4,
+            leak=min(self.leak, DeepSettings.leak / 8), most_leak=DeepSettings.most_leak,
+            factors=(*self.factors, 3.0, 4.0),
+        )  # fmt: skip
 
     def scenes_for(
         self, pixels: int, values: int, classes: int, work: int, device: torch.device
     ) -> int:
-        """Scenes within memory and time, a multiple of 512.
+        """Scenes within memory and time, a multiple of 512, or 256.
 
         Each has ``values`` features and takes ``work`` multiply-adds.
         """
@@ -135,11 +153,12 @@ class DeepSettings:
         count = min(count, _VALUES // values, _VALUES // classes)
         if device.type == "cpu":
             count = min(count, int(_SCENE_WORK / max(1, work)))
-        return max(_FEWEST_SCENES, count // _FEWEST_SCENES * _FEWEST_SCENES)
+        fewest = _FEWEST_SCENES if _FEWEST_SCENES * values <= 4 * _VALUES else _FEWEST_SCENES // 2
+        return max(fewest, count // _FEWEST_SCENES * _FEWEST_SCENES)
 
     def inverted_for(self, values: int, classes: int, work: int, device: torch.device) -> int:
-        """Inverted rows: nearly two per class, within memory and time."""
-        count = max(self.inverted, classes * 9 // 5)
+        """Inverted rows, within memory and time."""
+        count = max(self.inverted, int(classes * self.inverted_per_class))
         count = min(count, _VALUES // values, _VALUES // classes)
         if device.type == "cpu":
             count = min(count, int(_ASCENT_WORK / (self.ascent_steps * max(1, work))))
