@@ -384,6 +384,8 @@ def test_many_classes_have_settings_of_their_own() -> None:
     assert (many.inverted_share, many.steps) == (0.65, 2 * settings.steps)
     assert many.most_leak < settings.most_leak
     assert many.leak < settings.leak
+    assert set(settings.factors) < set(many.factors)
+    assert list(many.factors) == sorted(many.factors)
     assert (many.constant, many.erase, many.robust_factor) == (0.0, 0.0, 0.0)
     run = ZeroShotUnlearner(tiny(), FORGET, progress=False)
     run.options.deep = replace(FEW_ROWS, batch=4)  # fewer rows than the five classes

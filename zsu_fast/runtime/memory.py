@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Fraction of the free memory that a batch may take; the rest is for other programs.
 _SHARE = 0.25
+_CHUNK_VALUES = 2**25  # of rows that are run at once: layers take several times as many
 # Assumed to be free if the system does not report it.
 _UNKNOWN = 4 * 1024**3
 
@@ -52,6 +53,12 @@ def empty_rows(like: Tensor, count: int) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     shape = (count, *like.shape[1:])
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def chunk_of(*rows: Tensor) -> int:
+    """How many of these rows [N, ...] to run at once where no gradient is needed: 16 to 256."""
+    values = sum(t[:1].numel() for t in rows)
+    return max(16, min(256, _CHUNK_VALUES // max(1, values)))
 
 
 def free_bytes(device: torch.device) -> int:

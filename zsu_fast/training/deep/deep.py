@@ -165,15 +165,11 @@ def forget_deeply(
     device = forget.device
     labels = impressions.labels.to(device)
     points = impressions.images.to(device)
-    with torch.no_grad():
-        inverted = (
-            deep.features(points)
-            if impressions.space == "tail-input"
-            else deep.image_features(points)
+    at_split = deep.features if impressions.space == "tail-input" else deep.image_features
+    with torch.no_grad():  # no name holds the features: `deep_task` frees them
+        task, margin = deep_task(
+            model, deep, scenes.features, at_split(points), labels, forget, features, settings, seed
         )
-    task, margin = deep_task(
-        model, deep, scenes.features, inverted, labels, forget, features, settings, seed
-    )
     parameters, train, objective = task.parameters, task.train, task.objective
     assert isinstance(objective, DeepObjective)
     before = [p.detach().clone() for p in parameters]
@@ -240,6 +236,7 @@ def deep_task(
     """
     tail = FrozenClassifierTail(model, deep)
     data = DeepRows.label(tail, scenes, inverted, labels, forget, settings.multi_label)
+    del inverted  # they are in ``data`` now
     named = dict(model.module.named_parameters())
     parameters = [named[name] for name in deep.parameters]
     data.rows.features = tail.speed_up(parameters, data.rows.features)

@@ -40,6 +40,7 @@ from .split import DeepSplit
 
 _BATCH = 64  # scenes that share the statistics of a batch, and of which there is a multiple
 _CHUNK = 128  # inverted rows that share the BatchNorm statistics of a batch
+_CHUNK_BYTES = 512 * 1024 * 1024  # the most memory that a chunk takes
 _FEWEST_ROWS = 32  # the same, once the others have reached their targets
 _ROW_SETTINGS = (  # those that the rows depend on
     "scenes", "large_scenes", "inverted", "inverted_per_class", "ascent_steps", "ascent_step",
@@ -118,7 +119,7 @@ class RowSource:
         pixels = image[0].numel() // image.shape[1]
         scenes = self.settings.scenes_for(pixels, values, classes, work, device)
         work = multiply_adds(deep.flat, points)
-        return RowCounts(scenes, self.settings.inverted_for(points.shape[1], classes, work, device))
+        return RowCounts(scenes, self.settings.inverted_for(values, classes, work, device))
 
     def _grey(self) -> Tensor:
         """A grey image, [1, ...]."""
@@ -189,7 +190,7 @@ class RowSource:
             first = self._nearest_scenes(labels)
             ascent = _Ascent(self.deep, self.spec, starts, self.settings)
             row = memory.bytes_per_row(flat, starts[:1])
-            chunk = min(_CHUNK, memory.rows_that_fit(row, device))
+            chunk = min(_CHUNK, memory.rows_that_fit(row, device), max(1, _CHUNK_BYTES // row))
             done = []
             with suppress(Stopped):  # the rows so far are kept
                 for part in torch.arange(count).split(chunk):

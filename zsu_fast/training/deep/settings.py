@@ -18,6 +18,7 @@ FORGOTTEN_AS: tuple[str, ...] = get_args(ForgottenAs)
 # Multiply-adds of forward passes on a CPU, minutes on one thread each: of the backbone on all
 # scenes, of all ascent steps of the inverted rows, of all optimiser steps, and of one of them.
 _SCENE_WORK, _ASCENT_WORK, _FIT_WORK, _STEP_WORK = 1e12, 5e12, 5e12, 2e10
+_FINER = 1.2, 1.3, 1.5  # factors besides the usual ones, where the leak is known that well
 _VALUES = 64 * 1024 * 1024  # features, or logits, that are stored for a kind of rows: 256 MB
 _SMALL = 64 * 64  # pixels of an image
 _FEWEST_SCENES, _FEWEST_INVERTED, _FEWEST_STEPS, _SMALLEST_BATCH = 512, 256, 100, 64
@@ -102,6 +103,7 @@ class DeepSettings:
         return replace(
             self, inverted_share=0.65, steps=2 * self.steps, constant=0.0, erase=0.0,
             robust_factor=0.0, leak=self.leak / 8, most_leak=0.1,
+            factors=tuple(sorted({*self.factors, *_FINER})),
         )  # fmt: skip
 
     def for_layer_norm(self) -> DeepSettings:
@@ -162,7 +164,8 @@ class DeepSettings:
         count = min(count, _VALUES // values, _VALUES // classes)
         if device.type == "cpu":
             count = min(count, int(_ASCENT_WORK / (self.ascent_steps * max(1, work))))
-        return max(_FEWEST_INVERTED, count)
+        huge = _FEWEST_INVERTED * values > 2 * _VALUES
+        return max(_FEWEST_INVERTED // (2 if huge else 1), count)
 
     def schedule_for(self, work: int, device: torch.device) -> tuple[int, int]:
         """Optimiser steps and batch, if a row's forward pass takes ``work`` multiply-adds."""

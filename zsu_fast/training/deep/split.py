@@ -15,6 +15,7 @@ from ...errors import ArgumentError, ModelError, ZsuFastError, shorten
 from ...models.embedding_classifier import GALLERY, EmbeddingClassifier
 from ...models.input_spec import InputSpec, noise_images
 from ...models.wrapper import LogitsModel
+from ...runtime import memory
 from ...runtime.hooks import forward_pre_hooks, recorded_inputs
 from ...splitting.batch_dim import BoundaryTensors
 from ...splitting.class_rows import expose_class_buffers
@@ -66,14 +67,15 @@ class DeepSplit:
             images = F.interpolate(images, self.shape[1:], mode="bilinear", antialias=True)
         early = self.early.features(images)
         with torch.no_grad():
-            parts = [self.features(points) for points in flatten_boundary(early).split(256)]
+            flat = flatten_boundary(early)
+            parts = [self.features(points) for points in flat.split(memory.chunk_of(flat))]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @torch.no_grad()
     def last_features(self, model: LogitsModel, points: Tensor, images: bool) -> Tensor:
         """What the last layer of ``model`` takes: early points [N, D], or images -> [N, ...]."""
         with recorded_inputs(model.module.get_submodule(self.last.name)) as inputs:
-            for part in points.split(256):
+            for part in points.split(memory.chunk_of(points)):
                 model(part) if images else self.flat(part)
         return torch.cat(inputs)
 

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from ...models.parameters import UNCOPYABLE, deep_copy
 from ...models.wrapper import LogitsModel
+from ...runtime import memory
 from ...runtime.fx_tracing import break_reference_cycles
 from ...runtime.hooks import recorded_inputs
 from ...splitting.batch_dim import BoundaryTensors
 from ..features import FeatureSet
 from .fast_tail import fast_tail, frozen_copy
 from .split import DeepSplit
-
-_CHUNK = 256  # rows through the tail at once where no gradient is needed
 
 
 @dataclass
@@ -73,5 +72,6 @@ class FrozenClassifierTail(nn.Module):
     @torch.no_grad()
     def chunks(self, rows: FeatureSet) -> Iterator[TailOutputs]:
         """Yields the outputs of all rows, without gradients."""
-        for chunk in zip(*[f.split(_CHUNK) for f in rows.features], strict=True):
+        size = memory.chunk_of(*rows.features)
+        for chunk in zip(*[f.split(size) for f in rows.features], strict=True):
             yield self(*chunk)
