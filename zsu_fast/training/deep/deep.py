@@ -156,8 +156,8 @@ def forget_deeply(
         share of held-out scenes whose masked answer stays, weighted by the original's confidence in
         it, and ``evidence``, `DeepObjective.evidence`. For strangers, ``agreement`` is that of the
         held-out rows of `StrangerObjective.to_agree`; also ``accepted``, the share of the rows that
-        count for ``unmask_leak`` that any identity accepts; ``scene_agreement``; and ``threshold``,
-        the logit from which an identity accepts.
+        count for ``unmask_leak`` that any identity accepts, and ``threshold``, the logit from
+        which one does.
 
     Raises:
         DeepFailed: the checks say so; the parameters are as they were.
@@ -309,19 +309,16 @@ class _Checks:
         logits = torch.cat([part.logits for part in self.objective.tail.chunks(rows)])
         leaked, _ = self.objective.answers(logits, rows)
         same = self.objective.unmasked_agreement(logits, rows)
-        inverted, confidence = (rows.scene == 0) & rows.forgotten, self.objective.confidence(rows)
-
-        def agreement(of: Tensor) -> float:
-            weight = confidence[of]
-            return float((weight * same[of]).sum() / weight.sum()) if len(weight) else 1.0
-
+        inverted, counted = (rows.scene == 0) & rows.forgotten, self.objective.to_agree(rows)
+        weight = self.objective.confidence(rows)[counted]
         measured = {
             "unmask_leak": _mean(leaked[inverted], math.nan),
-            "agreement": agreement(self.objective.to_agree(rows)),
+            "agreement": float((weight * same[counted]).sum() / weight.sum())
+            if len(weight)
+            else 1.0,
         }
         if isinstance(self.objective, StrangerObjective):
             measured["accepted"] = _mean(self.objective.accepted(logits[inverted]), 0.0)
-            measured["scene_agreement"] = agreement((rows.scene > 0) & ~rows.forgotten)
         return measured
 
 
@@ -338,10 +335,9 @@ def _extrapolate(
     Returns that factor with what was measured at it, and the same of each factor that was tried.
 
     A moderate run that is extrapolated costs less retained accuracy than a longer one. If nearly
-    all scenes keep their answer, a larger factor is taken: it hides more from a probe. (Scenes say
-    that of encoders too: rows of retained identities stay recognised for long, but are accepted
-    less and less.) If each factor leaks, or if too few answers stay before one does not, the one
-    that leaks least of those tried is taken.
+    all answers stay, a larger factor is taken: it hides more from a probe, and of strangers fewer
+    are accepted as someone else. If each factor leaks, or if too few answers stay before one does
+    not, the one that leaks least of those tried is taken.
     """
     after = [p.detach().clone() for p in parameters]
     tried: list[dict[str, float]] = []
@@ -352,8 +348,7 @@ def _extrapolate(
         _load(parameters, [a.lerp(b, factor) for a, b in zip(before, after, strict=True)])
         tried.append({"factor": factor, **checks.measure()})
         leaks, agreement = tried[-1]["unmask_leak"] > settings.leak, tried[-1]["agreement"]
-        free = tried[-1].get("scene_agreement", agreement) >= settings.robust
-        if not leaks and (chosen is None or free):
+        if not leaks and (chosen is None or agreement >= settings.robust):
             chosen = tried[-1]
         elif chosen is not None or agreement < LEAST_AGREEMENT:
             break
