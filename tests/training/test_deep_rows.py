@@ -260,13 +260,31 @@ def wide(classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(16, classes)).eval()
 
 
-def test_many_classes_have_several_rows_each() -> None:
+def test_many_classes_have_several_rows_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "_CONFIDENCE", (0.0, 1e-9))
     made = row_source(wide(600), [7]).invert(range(600), Reporter(False, None))
     counts = torch.bincount(made.labels, minlength=600)
     assert len(made) == 4320
     assert int(counts[7]) == 1440 + 5
     assert int(counts.min()) == 4
     assert int(counts.sum() - counts[7]) == 2880 - 5
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_fewer_rows_are_drawn_if_they_never_arrive(
+    arrives: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if arrives:
+        monkeypatch.setattr(rows_module, "_CONFIDENCE", (0.0, 1e-9))
+    source = row_source(wide(600), [7])
+    source.cache = tmp_path
+    made = source.invert(range(600), Reporter(False, None))
+    assert bool((made.labels == 7).any())
+    assert (made.hit_rate > 0.5) is arrives
+    assert (len(made) == 4320) is arrives
+    assert len(made) >= 1080
+    again = source.invert(range(600), Reporter(False, None))  # from the cache
+    assert torch.equal(made.images, again.images)
 
 
 def test_rows_are_as_many_per_class_as_asked_for() -> None:

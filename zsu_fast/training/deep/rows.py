@@ -172,8 +172,8 @@ class RowSource:
         A third of the rows are of forgotten classes, or more if each needs one; the others are
         spread over all. Row k of a class starts from the scene that the model gives the class's
         k-th highest log-probability, and takes Adam-like steps, with one second moment per row,
-        until it reaches a probability of its own. ``report`` is called after every chunk; a stop
-        that it asks for keeps the rows so far.
+        until it reaches a probability of its own. Fewer rows are drawn if most never do.
+        ``report`` is called after every chunk; a stop that it asks for keeps the rows so far.
 
         Raises:
             ModelError: rows are not finite, such as where squares of the features underflow.
@@ -198,6 +198,10 @@ class RowSource:
                         ascent.run(starts[first[part]], labels[part].to(device), target[part])
                     )
                     report("synthesise", int(part[-1]) + 1, count)
+                    confidence = torch.cat([found[1] for found in done]).cpu()
+                    if self._are_enough(labels, confidence >= target[: len(confidence)]):
+                        count = len(confidence)
+                        break
             names = ("points", "confidence", "steps")
             values = (torch.cat(column).cpu() for column in zip(*done, strict=True))
             columns = dict(zip(names, values, strict=True))
@@ -214,6 +218,17 @@ class RowSource:
             columns["points"], labels, confidence, target, columns["steps"], confidence >= target,
             self.spec, "tail-input",
         )  # fmt: skip
+
+    def _are_enough(self, labels: Tensor, arrived: Tensor) -> bool:
+        """Whether to draw no more rows: fewer than half arrive, as of a model with random weights.
+        A quarter of those per class, and one of each forgotten class, are drawn in any case.
+        """
+        s, count = self.settings, len(arrived)
+        if count < max(s.inverted, int(len(self.forget) * s.inverted_per_class / 4)):
+            return False
+        missing = self.forget.cpu().clone()
+        missing[labels[:count]] = False
+        return float(arrived.float().mean()) < 0.5 and not bool(missing.any())
 
     @torch.no_grad()
     def _nearest_scenes(self, labels: Tensor) -> Tensor:
