@@ -22,7 +22,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -188,14 +189,21 @@ class ImageStep:
 
 def timed_unlearn(model: nn.Module, forget: Forget, seed: int) -> tuple[nn.Module, float]:
     """The default call, its seconds, and its warnings on stdout."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with printed_warnings():
         started = time.perf_counter()
         result = zsu_fast.unlearn(model, forget, seed=seed, progress=False)
         seconds = time.perf_counter() - started
+    return result, seconds
+
+
+@contextmanager
+def printed_warnings() -> Iterator[None]:
+    """Prints the warnings of the block to stdout, after it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
     for warning in caught:
         print(f"    {warning.category.__name__}: {warning.message}", flush=True)
-    return result, seconds
 
 
 def machine() -> dict[str, Any]:
@@ -412,21 +420,51 @@ def parser(description: str, models: Sequence[str]) -> argparse.ArgumentParser:
     return result
 
 
-def main() -> None:
-    options = parser(__doc__.splitlines()[0], list(MODELS))
-    options.add_argument("--check", action="store_true", help="exit 1 if a bar is missed")
+def run_benchmark(
+    options: argparse.ArgumentParser,
+    file: str,
+    models: Collection[str],
+    kind: type[Any],
+    measure: Callable[[str, argparse.Namespace], Iterable[Any]],
+    summarise: Callable[[Sequence[Any]], str],
+    missed: Callable[[Sequence[Any]], list[str]],
+    warm_up: Callable[[], Any] = lambda: None,
+) -> None:
+    """The command line of a script with a line per call: measures, writes table and CSV file.
+
+    Args:
+        options: from `parser`, with ``--check``.
+        file: of the CSV, in the folder of the results; the table is beside it.
+        models: those that can be named.
+        kind: of the rows.
+        measure: model and options -> its rows.
+        summarise: rows -> the table.
+        missed: rows -> the bars that they miss, for ``--check``.
+        warm_up: called before anything is measured.
+    """
     arguments = options.parse_args()
-    if wrong := set(arguments.models) - set(MODELS):
-        options.error(f"no model {sorted(wrong)}; there are {list(MODELS)}")
+    if wrong := set(arguments.models) - set(models):
+        options.error(f"no model {sorted(wrong)}; there are {list(models)}")
     torch.set_num_threads(1)
-    file = arguments.out / "deep.csv"
-    names = [] if arguments.summary else arguments.models or MODELS
-    runs = add_runs(file, Run, names, lambda n: measure(n, arguments.sets, arguments.seeds))
+    if not arguments.summary:
+        warm_up()
+    path = arguments.out / file
+    names = [] if arguments.summary else arguments.models or list(models)
+    runs = add_runs(path, kind, names, lambda name: measure(name, arguments))
     text = summarise(runs)
-    file.with_suffix(".md").write_text(text)
+    path.with_suffix(".md").write_text(text)
     print(text)
     if arguments.check and missed(runs):
         sys.exit(1)
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0], list(MODELS))
+    options.add_argument("--check", action="store_true", help="exit 1 if a bar is missed")
+    run_benchmark(
+        options, "deep.csv", MODELS, Run,
+        lambda name, given: measure(name, given.sets, given.seeds), summarise, missed,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import statistics
-import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,15 @@ from torch import nn
 from torchvision import models
 
 import zsu_fast
-from benchmarks.end_to_end.deep import ImageStep, add_runs, machine, machines, numbers, parser
+from benchmarks.end_to_end.deep import (
+    ImageStep,
+    machine,
+    machines,
+    numbers,
+    parser,
+    printed_warnings,
+    run_benchmark,
+)
 from zsu_fast.models import zoo
 
 _GIGABYTE = 1e9
@@ -40,14 +48,13 @@ class Setting:
     Attributes:
         build: returns the model; its weights are random.
         side: images have this many rows and columns.
-        classes, forget: number of classes, and which to forget.
+        forget: the classes to forget.
         batch: of the image-steps.
         image_steps, gigabytes: at most.
     """
 
     build: Callable[[], nn.Module]
     side: int
-    classes: int
     forget: tuple[int, ...]
     batch: int
     image_steps: float
@@ -89,12 +96,12 @@ class Run:
 def large(name: str) -> Setting:
     """A torchvision model at 224 pixels."""
     forget = tuple(range(5, 1000, 100))
-    return Setting(lambda: _with_answers(models.get_model(name)), 224, 1000, forget, 8, 4_000, 6)
+    return Setting(lambda: _with_answers(models.get_model(name)), 224, forget, 8, 4_000, 6)
 
 
 def small(build: Callable[[], nn.Module]) -> Setting:
     """A model of ten classes at 32 pixels."""
-    return Setting(build, 32, 10, (3, 7), 64, 15_000)
+    return Setting(build, 32, (3, 7), 64, 15_000)
 
 
 def _with_answers(model: nn.Module) -> nn.Module:
@@ -140,9 +147,6 @@ MODELS = {
 
 def _call(name: str) -> dict[str, Any]:
     """Runs the default call, in this process."""
-    import time
-    import warnings
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
     setting = MODELS[name]
@@ -150,14 +154,11 @@ def _call(name: str) -> dict[str, Any]:
     unlearner = zsu_fast.ZeroShotUnlearner(
         model, setting.forget, input_shape=(3, setting.side, setting.side), progress=False
     )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with printed_warnings():
         started = time.perf_counter()
         unlearner.run()
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIGABYTE
-    for warning in caught:
-        print(f"    {warning.category.__name__}: {warning.message}", flush=True)
     model.input_spec = unlearner.spec  # type: ignore[assignment]
     times = ImageStep(model, setting.batch).times()
     facts = unlearner.record.depth
@@ -172,10 +173,15 @@ def _call(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def apart(run: Callable[..., Any], *arguments: Any) -> Any:
+    """``run(*arguments)`` in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(run, arguments)
+
+
 def measure(name: str) -> Iterator[Run]:
     """Runs the default call in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        run = Run(name, **pool.apply(_call, (name,)))
+    run = Run(name, **apart(_call, name))
     print(f"{name}: {run.level} {run.reason} {numbers(run)}", flush=True)
     yield run
 
@@ -226,17 +232,10 @@ def summarise(runs: Sequence[Run]) -> str:
 def main() -> None:
     options = parser(__doc__.splitlines()[0], list(MODELS))
     options.add_argument("--check", action="store_true", help="exit 1 if a bar is missed")
-    arguments = options.parse_args()
-    if wrong := set(arguments.models) - set(MODELS):
-        options.error(f"no model {sorted(wrong)}; there are {list(MODELS)}")
-    file = arguments.out / "deep_untrained.csv"
-    names = [] if arguments.summary else arguments.models or MODELS
-    runs = add_runs(file, Run, names, measure)
-    text = summarise(runs)
-    file.with_suffix(".md").write_text(text)
-    print(text)
-    if arguments.check and missed(runs):
-        sys.exit(1)
+    run_benchmark(
+        options, "deep_untrained.csv", MODELS, Run,
+        lambda name, _given: measure(name), summarise, missed,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

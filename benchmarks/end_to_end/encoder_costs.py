@@ -12,13 +12,11 @@ random weights for images of 64 pixels. Writes ``results/encoder_costs.md``.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +25,14 @@ from torchvision import models
 
 import zsu_fast
 from benchmarks.end_to_end.deep import machine
+from benchmarks.end_to_end.deep_untrained import apart
 from benchmarks.end_to_end.encoders import pairs, rows, small
 from benchmarks.end_to_end.table1 import hundreds
 from benchmarks.harness import RESULTS
+from zsu_fast.runtime.measuring import PeakMemory
 from zsu_fast.runtime.memory import proc_bytes
 
-_MEGABYTE = 1e6
+_CPU, _MEGABYTE = torch.device("cpu"), 1e6
 _TEMPLATES, _WIDTH, _SIDE = 100_000, 512, 64
 _CALLS = 3  # of small models, of which the median counts: their memory differs by a quarter
 _MOST_RATIO, _MOST_SECONDS = 1.2, 180.0
@@ -44,15 +44,15 @@ _SETS: dict[str, Callable[[], tuple[int, ...]]] = {
 }
 
 
-def _start() -> float:
-    """The size of this process in MB, which its high-water mark is set back to."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return (proc_bytes("self/status", "VmRSS") or 0) / _MEGABYTE
+class _Growth:
+    """How much larger than now this process becomes, in MB."""
 
+    def __init__(self) -> None:
+        self.start, self.peak = proc_bytes("self/status", "VmRSS") or 0, PeakMemory(_CPU)
 
-def _growth(start: float) -> float:
-    """How much larger than ``start`` this process has been since, in MB."""
-    return (proc_bytes("self/status", "VmHWM") or 0) / _MEGABYTE - start
+    def megabytes(self) -> float:
+        self.peak.end_stage("call")
+        return (self.peak.peaks["call"] - self.start) / _MEGABYTE
 
 
 def _memory(name: str, encoder: bool) -> float:
@@ -61,9 +61,9 @@ def _memory(name: str, encoder: bool) -> float:
     warnings.simplefilter("ignore")
     case = rows() if name == "classifier rows" else small(name, _data(name))
     case.queries.resize_(0)  # not part of the call
-    start = _start()
+    growth = _Growth()
     zsu_fast.unlearn(case.classifier if encoder else case.whole, _SETS[name](), progress=False)
-    return _growth(start)
+    return growth.megabytes()
 
 
 def _data(name: str) -> str:
@@ -80,7 +80,7 @@ def _large_gallery() -> dict[str, float]:
     templates = torch.randn(_TEMPLATES, _WIDTH)
     classifier = zsu_fast.EmbeddingClassifier(encoder.eval(), templates)
     options: dict[str, Any] = {"input_shape": (3, _SIDE, _SIDE), "mean": 0.5, "std": 0.25}
-    forget, start, started = list(range(10)), _start(), time.perf_counter()
+    forget, growth, started = list(range(10)), _Growth(), time.perf_counter()
     plan = zsu_fast.plan(classifier, forget, **options)
     planned = time.perf_counter() - started
     error = ""
@@ -93,14 +93,8 @@ def _large_gallery() -> dict[str, float]:
     seconds = time.perf_counter() - started - planned
     return {
         "planned": planned, "estimate": float(plan.seconds["total"]), "seconds": seconds,
-        "memory": _growth(start), "gave up": float(bool(error)),
+        "memory": growth.megabytes(), "gave up": float(bool(error)),
     }  # fmt: skip
-
-
-def _apart(run: Callable[..., Any], *arguments: Any) -> Any:
-    """``run`` in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(run, arguments)
 
 
 def main() -> None:
@@ -121,13 +115,13 @@ def main() -> None:
     missed = []
     for name in _SETS:
         calls = 1 if name == "classifier rows" else _CALLS
-        taken = [[_apart(_memory, name, e) for e in (True, False)] for _ in range(calls)]
+        taken = [[apart(_memory, name, e) for e in (True, False)] for _ in range(calls)]
         ours, deep = (statistics.median(column) for column in zip(*taken, strict=True))
         lines.append(f"| {name} | {ours:,.0f} | {deep:,.0f} | {ours / deep:.2f} |")
         print(lines[-1], flush=True)
         if ours / deep > _MOST_RATIO:
             missed.append(f"{name}: memory is {ours / deep:.2f} times that of a classifier")
-    large = _apart(_large_gallery)
+    large = apart(_large_gallery)
     if (total := large["planned"] + large["seconds"]) > _MOST_SECONDS:
         missed.append(f"large gallery: {total:.0f} s, at most {_MOST_SECONDS:.0f} allowed")
     ended = "the checks gave it up, at its end" if large["gave up"] else "it passed its checks"

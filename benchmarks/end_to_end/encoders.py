@@ -17,9 +17,7 @@ retained classes exceed it. Writes ``results/encoders.csv``, a line per call, an
 from __future__ import annotations
 
 import statistics
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -30,7 +28,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zsu_fast
-from benchmarks.end_to_end.deep import add_runs, machine, machines, numbers, parser
+from benchmarks.end_to_end.deep import (
+    machine,
+    machines,
+    numbers,
+    parser,
+    printed_warnings,
+    run_benchmark,
+)
 from benchmarks.end_to_end.table1 import hundreds
 from benchmarks.real_data import load_data, load_model, load_split
 from zsu_fast import EmbeddingClassifier
@@ -252,13 +257,10 @@ def enrolled(case: Case, encoder: nn.Module, forget: Forget) -> float:
 
 def timed(model: nn.Module, forget: Forget) -> tuple[Any, float, float]:
     """The default call, its seconds and those of the processor; its warnings go to stdout."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with printed_warnings():
         started, cpu = time.perf_counter(), time.process_time()
         result = zsu_fast.unlearn(model, forget, progress=False)
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    for warning in caught:
-        print(f"    {warning.category.__name__}: {warning.message}", flush=True)
     return result, seconds, cpu
 
 
@@ -364,23 +366,16 @@ def summarise(runs: Sequence[Run]) -> str:
 
 
 def main() -> None:
+    def warm_up() -> None:  # what a first call imports and compiles counts for none
+        zsu_fast.unlearn(zoo.load("lenet5"), [0], steps=10, progress=False)
+
     options = parser(__doc__.splitlines()[0], list(MODELS))
     options.add_argument("--check", action="store_true", help="exit 1 if a bar is missed")
     options.set_defaults(sets=5)
-    arguments = options.parse_args()
-    if wrong := set(arguments.models) - set(MODELS):
-        options.error(f"no model {sorted(wrong)}; there are {list(MODELS)}")
-    torch.set_num_threads(1)
-    if not arguments.summary:  # what a first call imports and compiles counts for none
-        zsu_fast.unlearn(zoo.load("lenet5"), [0], steps=10, progress=False)
-    file = arguments.out / "encoders.csv"
-    names = [] if arguments.summary else arguments.models or MODELS
-    runs = add_runs(file, Run, names, lambda name: measure(name, arguments.sets))
-    text = summarise(runs)
-    file.with_suffix(".md").write_text(text)
-    print(text)
-    if arguments.check and missed(runs):
-        sys.exit(1)
+    run_benchmark(
+        options, "encoders.csv", MODELS, Run,
+        lambda name, given: measure(name, given.sets), summarise, missed, warm_up,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
