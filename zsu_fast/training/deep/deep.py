@@ -84,18 +84,20 @@ class DeepRows:
         count, total = len(scenes[0]), len(scenes[0]) + len(labels)
         place = torch.arange(total, device=forget.device)
         every = torch.where(place < count, *_VALIDATION)
-        order = (place % every == every - 1).long().argsort(stable=True)
+        held = place % every == every - 1
+        order = held.long().argsort(stable=True)
         features = tuple(_rows_of(*pair, order) for pair in zip(scenes, inverted, strict=True))
         scene = (order < count).float()
         empty = torch.empty(total, 0, device=forget.device)
         rows = FeatureSet(features, empty, empty, empty)
         rows.teacher = torch.cat([part.logits for part in tail.chunks(rows)])
         rows.label = rows.teacher.argmax(1)
-        rows.label[order >= count] = labels.to(forget.device)[order[order >= count] - count]
+        drawn = scene > 0
+        rows.label[~drawn] = labels.to(forget.device)[order[~drawn] - count]
         rows.forgotten, rows.scene = forget[rows.label], scene
         if multi_label:
             rows.forgotten = (predicted(rows.teacher) & forget).any(1)
-        return cls(rows, order, int((place % every < every - 1).sum()))
+        return cls(rows, order, int((~held).sum()))
 
     def split(self) -> tuple[FeatureSet, FeatureSet]:
         """The rows for training, and those for validation."""

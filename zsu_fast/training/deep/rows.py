@@ -191,16 +191,16 @@ class RowSource:
             ascent = _Ascent(self.deep, self.spec, starts, self.settings)
             row = memory.bytes_per_row(flat, starts[:1])
             chunk = min(_CHUNK, memory.rows_that_fit(row, device), max(1, _CHUNK_BYTES // row))
-            done = []
+            done, arrived = [], 0
             with suppress(Stopped):  # the rows so far are kept
                 for part in torch.arange(count).split(chunk):
                     done.append(
                         ascent.run(starts[first[part]], labels[part].to(device), target[part])
                     )
                     report("synthesise", int(part[-1]) + 1, count)
-                    confidence = torch.cat([found[1] for found in done]).cpu()
-                    if self._are_enough(labels, confidence >= target[: len(confidence)]):
-                        count = len(confidence)
+                    arrived += int((done[-1][1].cpu() >= target[part]).sum())
+                    if self._are_enough(labels[: int(part[-1]) + 1], arrived):
+                        count = int(part[-1]) + 1
                         break
             names = ("points", "confidence", "steps")
             values = (torch.cat(column).cpu() for column in zip(*done, strict=True))
@@ -219,16 +219,17 @@ class RowSource:
             self.spec, "tail-input",
         )  # fmt: skip
 
-    def _are_enough(self, labels: Tensor, arrived: Tensor) -> bool:
-        """Whether to draw no more rows: fewer than half arrive, as of a model with random weights.
-        A quarter of those per class, and one of each forgotten class, are drawn in any case.
+    def _are_enough(self, labels: Tensor, arrived: int) -> bool:
+        """Whether to draw no more rows than these: fewer than half of them reached their target, as
+        of a model with random weights. A quarter of those per class, and one of each forgotten
+        class, are drawn in any case.
         """
-        s, count = self.settings, len(arrived)
+        s, count = self.settings, len(labels)
         if count < max(s.inverted, int(len(self.forget) * s.inverted_per_class / 4)):
             return False
         missing = self.forget.cpu().clone()
-        missing[labels[:count]] = False
-        return float(arrived.float().mean()) < 0.5 and not bool(missing.any())
+        missing[labels] = False
+        return 2 * arrived < count and not bool(missing.any())
 
     @torch.no_grad()
     def _nearest_scenes(self, labels: Tensor) -> Tensor:
