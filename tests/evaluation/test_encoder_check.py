@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from encoder_case import blinded, tiny_classifier, tiny_encoder
 
 from zsu_fast import ArgumentError, EmbeddingClassifier, ModelError, check
+from zsu_fast.evaluation.check_answers import Answers, CheckRows
 
 
 def test_a_blinded_encoder_has_forgotten() -> None:
@@ -49,3 +51,19 @@ def test_what_does_not_fit_is_refused() -> None:
         check(original, original, "bob", output=1)
     with pytest.raises(ModelError, match="differ in more than values"):
         check(original, torch.nn.Sequential(tiny_encoder()), "bob", progress=False)
+
+
+def test_an_encoder_is_judged_by_the_rows_of_identities_not_by_scenes() -> None:
+    scene, rows = torch.tensor([[3.0, 0, 0]]), 4 * torch.eye(3)
+    original = torch.cat([scene.expand(4, 3), rows])
+    unlearned = torch.cat([scene.flip(1).expand(4, 3), rows * torch.tensor([1.0, 0, 1])])
+    forget = torch.tensor([False, True, False])
+    label = torch.arange(3)
+    points = CheckRows(original, label, 4, (torch.nn.Identity(), torch.nn.Identity()), "points")
+    belongs, retained, control = Answers._select(original, forget, points)
+    answers = Answers(
+        original, unlearned, unlearned, forget, belongs, retained, control, points, threshold=1.0
+    )
+    assert answers.agreement(unlearned, False) == 1
+    of_classes = replace(answers, threshold=-torch.inf)
+    assert of_classes.agreement(unlearned, False) == 0  # each scene has another answer
