@@ -23,6 +23,7 @@ from contextlib import nullcontext
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.harness import RESULTS, machine
 from benchmarks.real_data import load_model
@@ -63,13 +64,24 @@ def step(model: Callable[[Tensor], Tensor], images: Tensor) -> Step:
     return run
 
 
+def padded(layer: nn.Conv2d, x: Tensor, output: Tensor) -> Tensor:
+    """``x`` with the rows and columns that a layer which pads by itself adds (TensorFlow's)."""
+    borders: list[int] = []
+    for axis in (1, 0):
+        size = (output.shape[2 + axis] - 1) * layer.stride[axis]
+        size += layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
+        missing = max(0, size - x.shape[2 + axis] - 2 * int(layer.padding[axis]))
+        borders += [missing // 2, missing - missing // 2]
+    return F.pad(x, borders)
+
+
 def convolutions(model: nn.Module, images: Tensor) -> Step:
     """The model's convolutions alone: their outputs, and the gradients of their inputs."""
     calls: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
 
     def note(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer, nn.Conv2d)
-        calls.append((layer, args[0], torch.randn_like(output)))
+        calls.append((layer, padded(layer, args[0], output), torch.randn_like(output)))
 
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     hooks = [layer.register_forward_hook(note) for layer in layers]
@@ -81,11 +93,10 @@ def convolutions(model: nn.Module, images: Tensor) -> Step:
     def run() -> None:
         with torch.no_grad():
             for layer, x, gradient in calls:
-                layer(x)
-                padding = list(layer.padding) if isinstance(layer.padding, tuple) else [0, 0]
+                nn.Conv2d.forward(layer, x)  # not a subclass's, which would pad again
                 torch.ops.aten.convolution_backward(
-                    gradient, x, layer.weight, None, list(layer.stride), padding,
-                    list(layer.dilation), False, [0, 0], layer.groups, [True, False, False],
+                    gradient, x, layer.weight, None, layer.stride, layer.padding, layer.dilation,
+                    False, [0, 0], layer.groups, [True, False, False],
                 )  # fmt: skip
 
     return run
@@ -151,7 +162,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
     facts = ", ".join(f"{k}: {v}" for k, v in machine().items() if k != "threads")
-    lines = ["# Image-step of the ascent", "", f"{facts}.", "", _COLUMNS]
+    command = "Written by `python -m benchmarks.ops.bench_ascent_image_step`."
+    lines = ["# Image-step of the ascent", "", command, "", f"{facts}.", "", _COLUMNS]
     lines.append("|---|---:|---|---|---|---|---:|---:|")
     for threads in options.threads:
         torch.set_num_threads(threads)

@@ -38,6 +38,7 @@ from zsu_fast.models import zoo
 from zsu_fast.models.parameters import weights_hash
 from zsu_fast.runtime.progress import Event
 from zsu_fast.training.deep import deep as deep_module, settings as settings_module
+from zsu_fast.training.deep.checks import LEAST_AGREEMENT
 from zsu_fast.training.deep.losses import USABLE_ROOM, DeepObjective, room_above_floor
 from zsu_fast.training.deep.settings import DeepSettings
 from zsu_fast.training.deep.tail import FrozenClassifierTail
@@ -372,7 +373,7 @@ def test_extrapolation_ends_before_too_few_answers_stay() -> None:
     run, _ = deep_run(settings=settings)
     depth = run.record.depth
     assert [t["factor"] for t in depth["factors"]] == [1.0, 60.0]
-    least = deep_module.LEAST_AGREEMENT
+    least = LEAST_AGREEMENT
     assert depth["factors"][1]["agreement"] < least <= depth["factors"][0]["agreement"]
     assert (depth["factor"], depth["level"]) == (1.0, "deep")
 
@@ -431,6 +432,29 @@ def test_features_that_still_leak_are_given_up() -> None:
     assert depth["unmask_leak"]["after"] > 0.4
     assert depth["level"] == "output"
     assert "still assigns" in depth["fallback"]
+    assert changed_tensors(tiny(), result) == {"fc2.weight", "fc2.bias"}
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [({"rate": 1e-9}, "still assigns 100%"), ({"rate": 2.0, "slack": 0.0}, "answers stayed")],
+    ids=["leaks", "damaged"],
+)
+def test_hopeless_training_ends_after_a_quarter_of_the_steps(
+    harm: dict[str, float], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deep_module, "_FEWEST_CHECKED", 1)
+    monkeypatch.setattr(deep_module, "_SLACK", harm.pop("slack", deep_module._SLACK))
+    stages: list[tuple[str, int]] = []
+    run, result = deep_run(
+        settings=replace(FEW_ROWS, steps=8, **harm),
+        callback=lambda e: stages.append((e.stage, e.done)),
+    )
+    depth = run.record.depth
+    assert depth["level"] == "output"
+    assert depth["fallback"].startswith("after 2 of 8 steps, ")
+    assert reason in depth["fallback"]
+    assert next(done for stage, done in stages if stage == "fit") == 2
     assert changed_tensors(tiny(), result) == {"fc2.weight", "fc2.bias"}
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ..errors import VerdictError, shorten
-from ..training.deep.deep import LEAST_AGREEMENT
+from ..training.deep.checks import LEAST_AGREEMENT
 
 Level = Literal["deep", "output", "none"]
 

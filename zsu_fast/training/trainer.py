@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
@@ -242,7 +242,7 @@ class Trainer:
     ``report`` is called after every validation; a stop that it asks for ends training.
     """
 
-    def __init__(self, task: FitTask, schedule: Schedule, report: Reporter) -> None:
+    def __init__(self, task: FitTask, schedule: Schedule, report: Callable[..., None]) -> None:
         self.task, self.schedule, self.report = task, schedule, report
         self.fit = Fit()
         self._train_step = make_train_step(schedule.loop, task, schedule.scales)
