@@ -185,7 +185,7 @@ class Options:
     def seed(self) -> int:
         return self.ascent.seed
 
-    def without_effect(self, impressions_given: bool, classes: int) -> list[str]:
+    def without_effect(self, impressions_given: bool, model: nn.Module, classes: int) -> list[str]:
         """Says which of the options that were given have no effect on a model of ``classes``, and
         why, in sentences.
         """
@@ -203,7 +203,7 @@ class Options:
             )
         if self.objective.name == "masked" and self.objective.weights != ObjectiveSettings.weights:
             texts.append("weights had no effect: objective='masked' has none.")
-        steps, most = self.loop.steps, self.deep.for_classes(classes).steps
+        steps, most = self.loop.steps, self.deep_settings(model, classes, classes, 1).steps
         if self.depth == "deep" and steps is not None and steps > most:
             texts.append(
                 f"steps={steps} only holds for the last layer: the layers ahead of it are trained "

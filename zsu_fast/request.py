@@ -186,7 +186,9 @@ class Request:
         space="tail-input" the split comes before it.
         """
         options = self.options
-        self.record.depth["unused"] = options.without_effect(impressions_given, self.classes)
+        self.record.depth["unused"] = options.without_effect(
+            impressions_given, self.work, self.classes
+        )
         if self.gallery is not None and impressions_given:
             raise ArgumentError(
                 "impressions", "got some for an encoder", "Leave it out; cache= keeps the rows."

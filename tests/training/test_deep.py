@@ -475,8 +475,10 @@ def test_more_steps_than_deep_training_takes_are_said() -> None:
     assert not any("steps=" in note for note in deep_run(steps=FEW_ROWS.steps)[0].record.warnings)
     run.options.deep = replace(FEW_ROWS, steps=130)
     many = run.options.deep.batch + 1
-    assert any("at most 130 steps" in text for text in run.options.without_effect(False, 5))
-    assert not any("steps=" in text for text in run.options.without_effect(False, many))
+    assert any(
+        "at most 130 steps" in text for text in run.options.without_effect(False, run.work, 5)
+    )
+    assert not any("steps=" in text for text in run.options.without_effect(False, run.work, many))
 
 
 def test_scenes_of_forgotten_classes_alone_are_no_failure() -> None:

@@ -73,7 +73,7 @@ LAYERS = {
     "karpathynet": ["conv3"],
     "resnet20_cifar": [f"layer3.2.{name}" for name in ("conv1", "bn1", "conv2", "bn2")],
     "vit_cifar": [
-        *(f"blocks.3.{name}" for name in ("attn.proj", "norm2", "mlp.0", "mlp.2")),
+        *(f"blocks.3.{name}" for name in ("attn.qkv", "attn.proj", "norm2", "mlp.0", "mlp.2")),
         "norm",
     ],
 }

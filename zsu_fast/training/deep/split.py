@@ -23,9 +23,11 @@ from ...splitting.classifier import class_split, classifier_split
 from ...splitting.layers import layer_names
 from ...splitting.split import Split, resplit, split_at, split_before
 from ...synthesis.space import FlatTail, flatten_boundary
+from .settings import layer_norms_alone
 
-# Few rows determine few weights: more layers cost retained accuracy.
-_MOST_LAYERS, _MOST_SHARE, _MOST_WEIGHTS = 3, 0.3, 100_000
+# Few rows determine few weights: more layers cost retained accuracy. A block of a transformer is
+# four layers, and it forgets more of what a probe reads if its queries and keys are trained, too.
+_MOST_LAYERS, _OF_A_BLOCK, _MOST_SHARE, _MOST_WEIGHTS = 3, 4, 0.3, 100_000
 _AHEAD = 4  # rows are inverted at most this many layers ahead of the trained ones
 _LARGE, _REDUCED = 160, 128  # images of a larger side than the first are drawn at the second
 
@@ -83,11 +85,11 @@ class DeepSplit:
 def find_deep_split(model: LogitsModel, at: str | int, spec: InputSpec) -> DeepSplit:
     """Splits ``model`` ahead of the layers to train, and some layers earlier.
 
-    "auto" trains at most three layers ahead of the last one: at most three in ten of them, with at
-    most 100,000 weights together, but at least one, and with a layer those that take the same
-    input (the branches of a Fire module). Rows are inverted one to four layers earlier, where the
-    boundary is a single tensor if possible, and smallest. Large images are drawn at 128 pixels if
-    the model runs on them.
+    "auto" trains at most three layers ahead of the last one, four in a model with layer norms and
+    no batch norms: at most three in ten of them, with at most 100,000 weights together, but at
+    least one, and with a layer those that take the same input (the branches of a Fire module).
+    Rows are inverted one to four layers earlier, where the boundary is a single tensor if possible,
+    and smallest. Large images are drawn at 128 pixels if the model runs on them.
 
     Args:
         model: from `working_copy`.
@@ -215,7 +217,8 @@ def _first_trained(
             )
         return names[-at], f"the last {at} layers"
     modules = dict(model.module.named_modules())
-    most, weights, count = min(_MOST_LAYERS, -int(-_MOST_SHARE * ahead // 1)), 0, 0
+    most = _OF_A_BLOCK if layer_norms_alone(model.module) else _MOST_LAYERS
+    most, weights, count = min(most, -int(-_MOST_SHARE * ahead // 1)), 0, 0
     for name in reversed(names[:-1]):
         weights += sum(p.numel() for p in modules[name].parameters() if p.ndim > 1)
         if count and (count == most or weights > _MOST_WEIGHTS):
