@@ -85,35 +85,6 @@ def test_the_gradient_of_an_image_is_computed_by_phases(
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not library.CPU.loaded, reason=str(library.CPU.reason))
-@pytest.mark.parametrize("padding", [0, 1, 2])
-@pytest.mark.parametrize(
-    "activation", [Activation(), Activation("relu"), Activation("hardtanh", (-0.5, 0.5))]
-)
-def test_winograd_convolutions_give_the_same_output_and_gradient(
-    padding: int, activation: Activation
-) -> None:
-    torch.manual_seed(0)
-    conv = nn.Conv2d(24, 17, 3, padding=padding)
-    frozen = FrozenConv(conv, activation, winograd=True)
-    assert frozen.winograd
-    plain = FrozenConv(conv.double(), activation)
-    results = []
-    for layer in (plain, frozen):
-        x = torch.linspace(-9, 9, 2 * 24 * 11 * 10).sin().view(2, 24, 11, 10)
-        x = x.to(layer.weight.dtype).requires_grad_(True)
-        if layer is plain:  # oneDNN has no float64
-            out = conv(x)
-            limits = activation.limits()
-            out = out.clamp(*limits)
-        else:
-            out = layer(x)
-        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-        results.append((out.detach(), *torch.autograd.grad((out * weights).sum(), x)))
-    for got, want in zip(results[1], results[0], strict=True):
-        assert float((got - want).norm() / want.norm()) < 1e-5
-
-
 def space() -> SearchSpace:
     return input_space(working_copy(tiny(), torch.device("cpu")), SPEC, "float32")
 
