@@ -58,7 +58,7 @@ def winograd_conv(
     It needs a quarter of a convolution's multiplications, and loses accuracy by adding large
     numbers that cancel: the output's error, relative to its norm, is 1e-6 to 3e-6, four times that
     of a direct convolution (16 to 512 inputs, normally distributed). A NaN or an infinity reaches
-    the outputs of its whole tile. Autograd does not track it.
+    the outputs of its whole tile. It has no derivative: `FrozenConv` has.
 
     Args:
         x: float32 [N, inputs, H, W]; a layout other than channels-last costs a copy.
