@@ -20,9 +20,9 @@ Tensor empty_channels_last(const Tensor& like, int64_t batch, int64_t channels, 
   return Tensor(handle);
 }
 
-// How many tiles are computed at once. What lies between the transforms and the products, 768 KiB, should stay in the
-// second-level cache; but with fewer than 96 tiles, reading the weights would take too long. A multiple of the rows that a
-// product computes at once.
+// How many tiles are computed at once. What lies between the transforms and the products, 768 KiB, should stay in
+// the second-level cache; but with fewer than 96 tiles, reading the weights would take too long. A multiple of the
+// rows that a product computes at once.
 int64_t chunk_of(const WinogradConvArgs& a) {
   const int64_t most = std::max<int64_t>(96, (768 << 10) / (36 * 4 * (a.inputs + a.outputs)));
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
