@@ -215,4 +215,31 @@ inline AscentStepTensors ascent_step_tensors(
   return args;
 }
 
+// ---- winograd_conv -------------------------------------------------------------------------------
+inline void check_winograd_conv(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t outputs, int64_t padding) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must be [batch, inputs, height, width], got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x must be float32");
+  STD_TORCH_CHECK(x.numel() == 0 || is_dense(x, true), "x must be channels-last");
+  check_same_device(x, weight, "weight");
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.size(0) == 36 && weight.size(2) == x.size(1) && x.size(1) > 0 &&
+          weight.scalar_type() == ScalarType::Float && weight.is_contiguous(),
+      "weight must be float32 [36, blocks, inputs, block], contiguous, with the inputs of x");
+  const int64_t block = weight.size(3);
+  STD_TORCH_CHECK(
+      block == 16 || block == 32 || block == 48 || block == 64, "a block of weight must have 16, 32, 48 or 64 outputs");
+  STD_TORCH_CHECK(
+      outputs > 0 && outputs <= weight.size(1) * block && outputs > (weight.size(1) - 1) * block,
+      "outputs must end in the last block of weight");
+  STD_TORCH_CHECK(padding >= 0 && padding <= 2, "padding must be 0, 1 or 2");
+  STD_TORCH_CHECK(
+      x.size(2) + 2 * padding >= 3 && x.size(3) + 2 * padding >= 3, "x must be at least 3x3 with its padding");
+  if (!bias) return;
+  check_same_device(x, *bias, "bias");
+  STD_TORCH_CHECK(
+      bias->dim() == 1 && bias->size(0) == outputs && bias->scalar_type() == ScalarType::Float && bias->is_contiguous(),
+      "bias must be float32 [outputs], contiguous");
+}
+
 } // namespace zsu

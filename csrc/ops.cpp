@@ -14,4 +14,6 @@ STABLE_TORCH_LIBRARY(zsu_fast, m) {
       "ascent_step_(Tensor(a!) x, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, "
       "Tensor active, Tensor low, Tensor high, Tensor lr, Tensor beta, float beta1=0.9, float beta2=0.999, "
       "float eps=1e-08) -> ()");
+  m.def(
+      "winograd_conv(Tensor x, Tensor weight, Tensor? bias, int outputs, int padding, float low, float high) -> Tensor");
 }

@@ -23,6 +23,7 @@ struct Scratch {
 #include "masked_cross_entropy_kernel.h"
 #include "scale_rows_kernel.h"
 #include "signed_cross_entropy_kernel.h"
+#include "winograd_conv_kernel.h"
 
 namespace zsu::ZSU_ISA {
 
@@ -37,6 +38,7 @@ const Kernels& kernels() {
       {scale_rows_kernel<float, float>, scale_rows_kernel<double, double>,
        scale_rows_kernel<float, BFloat16>, scale_rows_kernel<float, Float16>},
       ascent_step_kernel,
+      winograd_conv_kernel,
   };
   return table;
 }

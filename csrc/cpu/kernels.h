@@ -55,7 +55,22 @@ struct AscentStepArgs : AscentStepTensors {
   double beta1, beta2, eps;
 };
 
-// Each kernel runs rows [begin, end). The losses and scale_rows_ have one kernel per Storage; the masked loss
+struct WinogradConvArgs {
+  const float* x;      // [images, height, width, inputs]
+  const float* weight; // [36, blocks, inputs, block], transformed
+  const float* bias;   // [outputs]; null: 0
+  float* out;          // [images, out_height, out_width, outputs]
+  int64_t height, width, inputs;
+  int64_t out_height, out_width, outputs;
+  int64_t padding;
+  int64_t blocks, block;
+  int64_t tile_rows, tile_columns; // of an image
+  int64_t tiles;                   // of all images
+  int64_t chunk;                   // tiles that are computed at once
+  float low, high;                 // bounds of the output
+};
+
+// Each kernel runs rows [begin, end), or chunks of tiles. The losses and scale_rows_ have one kernel per Storage; the masked loss
 // also has one for bfloat16 and float16 with a teacher in float, in this order.
 struct Kernels {
   const char* name;
@@ -63,6 +78,7 @@ struct Kernels {
   void (*masked_cross_entropy[6])(const MaskedCrossEntropyArgs&, int64_t begin, int64_t end);
   void (*scale_rows[4])(const ScaleRowsArgs&, int64_t begin, int64_t end);
   void (*ascent_step)(const AscentStepArgs&, int64_t begin, int64_t end);
+  void (*winograd_conv)(const WinogradConvArgs&, int64_t begin, int64_t end);
 };
 
 namespace baseline { const Kernels& kernels(); }

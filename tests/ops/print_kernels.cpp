@@ -78,6 +78,35 @@ void ascent(int64_t row_size, int64_t channels, bool channels_last) {
     for (const float v : t[k]) std::printf("float32 %.9g\n", static_cast<double>(v));
 }
 
+// Three images of 7 x 6 pixels, with channels that do not fill vectors.
+void winograd(int64_t inputs, int64_t outputs) {
+  std::vector<float> x(static_cast<size_t>(3 * 7 * 6 * inputs)), out(static_cast<size_t>(3 * 7 * 6 * outputs));
+  std::vector<float> weight(static_cast<size_t>(36 * inputs * 32)), bias(static_cast<size_t>(outputs));
+  for (auto* values : {&x, &weight, &bias})
+    for (float& v : *values) v = static_cast<float>(next_random());
+  for (float& v : weight) v *= 0.05f;
+  zsu::WinogradConvArgs args{};
+  args.x = x.data();
+  args.weight = weight.data();
+  args.bias = bias.data();
+  args.out = out.data();
+  args.height = args.out_height = 7;
+  args.width = args.out_width = 6;
+  args.inputs = inputs;
+  args.outputs = outputs;
+  args.padding = 1;
+  args.blocks = 1;
+  args.block = 32;
+  args.tile_rows = args.tile_columns = 2;
+  args.tiles = 12;
+  args.chunk = 7;
+  args.low = -200;
+  args.high = 200;
+  zsu::kernels().winograd_conv(args, 0, 2);
+  // sums of terms of some hundreds, relative to which they are compared
+  for (const float v : out) std::printf("float32 %.9g\n", 1e3 + static_cast<double>(v));
+}
+
 } // namespace
 
 int main() {
@@ -90,4 +119,6 @@ int main() {
   }
   ascent(3 * 7 * 5, 3, false);
   ascent(3 * 16, 3, true);
+  winograd(5, 19);
+  winograd(16, 32);
 }

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from zsu_fast.ops import backends
-from zsu_fast.ops.schemas import SCHEMAS
+from zsu_fast.ops.schemas import CPU_ONLY, SCHEMAS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("ZSU_EMULATED")
 if EMULATED:
     torch.ops.load_library(EMULATED)
-    for name in SCHEMAS:  # what `choose` returns for backend "cuda" on a CPU
+    for name in SCHEMAS.keys() - set(CPU_ONLY):  # what `choose` returns for backend "cuda" on a CPU
         emulated = getattr(torch.ops.zsu_emulated, name).default
         backends._chosen[name, "cpu", "cuda"] = emulated
 

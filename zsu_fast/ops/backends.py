@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 
 from . import library, validation
+from .schemas import CPU_ONLY
 
 Backend: TypeAlias = Literal["cpp", "cuda", "triton", "eager", "compile"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -107,12 +108,16 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> Callabl
     key = (op, device.type, wanted)
     if key in _chosen:
         return _chosen[key]
-    if wanted is None:
+    if wanted is None and op in CPU_ONLY and device.type != "cpu":
+        wanted = "eager"
+    elif wanted is None:
         wanted, reasons = best_backend(device.type)
         for reason in reasons:
             _log_once(f"{device.type}: falling back to {wanted} ({reason})")
     elif (refusal := why_unavailable(wanted, device.type)) is not None:
         raise BackendUnavailable(f"backend {wanted!r} on {device.type}: {refusal}")
+    elif op in CPU_ONLY and wanted in ("cuda", "triton"):
+        raise BackendUnavailable(f"backend {wanted!r}: {op} has no kernel for GPUs")
     _chosen[key] = _load(op, wanted)
     return _chosen[key]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .schemas import SCHEMAS
+from .schemas import CPU_ONLY, SCHEMAS
 from .validation import checked_reference
 
 
@@ -59,7 +59,7 @@ for _name, _schema in SCHEMAS.items():
     if not CPU.loaded:
         definitions.define(_name + _schema)
         definitions.impl(_name, checked_reference(_name), "CPU")
-    if not CUDA.loaded:
+    if not CUDA.loaded or _name in CPU_ONLY:
         definitions.impl(_name, checked_reference(_name), "CUDA")
 
 

@@ -10,6 +10,20 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+# Winograd's F(4x4, 3x3) with points 0, 1, -1, 2, -2 and infinity: B^T, G and A^T of Lavin and Gray.
+WINOGRAD_INPUTS = (
+    (4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1),
+)  # fmt: skip
+WINOGRAD_WEIGHTS = (
+    (1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1),
+)  # fmt: skip
+WINOGRAD_OUTPUTS = (
+    (1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1),
+)  # fmt: skip
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -188,3 +202,35 @@ def ascent_step_(
     exp_avg.copy_(torch.where(rows, m, exp_avg))
     exp_avg_sq.copy_(torch.where(rows, v, exp_avg_sq))
     step.add_(active.to(step.dtype))
+
+
+def winograd_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, padding: int, low: float,
+    high: float,
+) -> Tensor:  # fmt: skip
+    """A convolution of 3x3 without stride, as `zsu_fast.ops.winograd_conv.winograd_conv`.
+
+    Args:
+        x: float [N, I, H, W].
+        weight: [36, blocks, I, block] of `winograd_weight`, in the dtype of ``x``.
+        bias: [outputs] or None.
+        outputs: of the convolution.
+        padding: zeros on each side.
+        low, high: bounds of the output.
+
+    Returns:
+        [N, outputs, H + 2 padding - 2, W + 2 padding - 2], channels-last.
+    """
+    height, width = (size + 2 * padding - 2 for size in x.shape[2:])
+    rows, columns = -(-height // 4), -(-width // 4)
+    right, below = 4 * columns + 2 - x.shape[3] - padding, 4 * rows + 2 - x.shape[2] - padding
+    tiles = F.pad(x, (padding, right, padding, below)).unfold(2, 6, 4).unfold(3, 6, 4)
+    b, a = x.new_tensor(WINOGRAD_INPUTS), x.new_tensor(WINOGRAD_OUTPUTS)
+    inputs = torch.einsum("ak,nirckl,bl->abnrci", b, tiles, b)
+    weights = weight.transpose(1, 2).flatten(2)[..., :outputs].unflatten(0, (6, 6))
+    products = torch.einsum("abnrci,abio->abnrco", inputs, weights)
+    out = torch.einsum("pa,abnrco,qb->nrpcqo", a, products, a)
+    out = out.reshape(x.shape[0], 4 * rows, 4 * columns, outputs)[:, :height, :width]
+    if bias is not None:
+        out = out + bias
+    return out.clamp(low, high).contiguous().permute(0, 3, 1, 2)

@@ -21,4 +21,10 @@ SCHEMAS: dict[str, str] = {
         " Tensor active, Tensor low, Tensor high, Tensor lr, Tensor beta,"
         " float beta1=0.9, float beta2=0.999, float eps=1e-08) -> ()"
     ),
+    "winograd_conv": (
+        "(Tensor x, Tensor weight, Tensor? bias, int outputs, int padding, float low, float high)"
+        " -> Tensor"
+    ),
 }
+# Without kernels for GPUs, on which no part of the package calls them.
+CPU_ONLY = ("winograd_conv",)

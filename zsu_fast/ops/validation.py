@@ -157,12 +157,41 @@ def check_ascent_step(
     check_flat(lr, torch.float32, lr.numel(), "lr", "float32, contiguous")
 
 
+def check_winograd_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, padding: int, *_: float
+) -> None:
+    """Checks all arguments, as `check_signed_cross_entropy`."""
+    _check(x.ndim == 4, f"x must be [batch, inputs, height, width], got {x.ndim} dimensions")
+    _check(x.dtype == torch.float32, "x must be float32")
+    last = x.numel() == 0 or x.is_contiguous(memory_format=torch.channels_last)
+    _check(last, "x must be channels-last")
+    _check_device(weight, x, "weight")
+    inputs = x.shape[1]
+    fits = weight.ndim == 4 and weight.shape[0] == 36 and weight.shape[2] == inputs > 0
+    _check(
+        fits and weight.dtype == torch.float32 and weight.is_contiguous(),
+        "weight must be float32 [36, blocks, inputs, block], contiguous, with the inputs of x",
+    )
+    blocks, block = weight.shape[1], weight.shape[3]
+    _check(block in (16, 32, 48, 64), "a block of weight must have 16, 32, 48 or 64 outputs")
+    last_block = (blocks - 1) * block < outputs <= blocks * block
+    _check(outputs > 0 and last_block, "outputs must end in the last block of weight")
+    _check(padding in (0, 1, 2), "padding must be 0, 1 or 2")
+    large = all(size + 2 * padding >= 3 for size in x.shape[2:])
+    _check(large, "x must be at least 3x3 with its padding")
+    if bias is not None:
+        _check_device(bias, x, "bias")
+        flat = bias.shape == (outputs,) and bias.dtype == torch.float32 and bias.is_contiguous()
+        _check(flat, "bias must be float32 [outputs], contiguous")
+
+
 # What plain torch needs checked; of the ascent, it takes bounds and layouts that kernels don't.
 CHECKS: dict[str, Callable[..., None]] = {
     "signed_cross_entropy": check_signed_cross_entropy,
     "masked_cross_entropy": check_masked_cross_entropy,
     "scale_rows_": check_scale_rows,
     "ascent_step_": functools.partial(check_ascent_step, flat=False),
+    "winograd_conv": check_winograd_conv,
 }
 
 

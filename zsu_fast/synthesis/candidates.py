@@ -75,6 +75,7 @@ def variants(precision: Precision) -> dict[str, Callable[[SearchSpace], Inferenc
     }
     if precision == "auto":
         found["float32"] = _float32
+    found["winograd convolutions"] = _winograd  # the last: stored choices name variants by number
     return found
 
 
@@ -229,6 +230,11 @@ def _probe(space: SearchSpace) -> Tensor:
 
 def _fused(space: SearchSpace) -> InferenceCopy | None:
     return _variant(space, fuse_convs(space.fast_model.module), channels_last=True)
+
+
+def _winograd(space: SearchSpace) -> InferenceCopy | None:
+    module = fuse_convs(space.fast_model.module, winograd=True)
+    return _variant(space, module, channels_last=True)
 
 
 def _contiguous(space: SearchSpace) -> InferenceCopy | None:

@@ -1,21 +1,28 @@
 """Convolutions with frozen weights: forward pass and input gradient are made for the ascent.
 
-oneDNN computes them all. On one thread and below a batch of 16, torch itself would compute those of
-1x1 by its fallback, which copies channels-last maps to another layout and back. The activation that
-follows is computed in the same pass, and its gradient needs only the output. The input gradient of
-a convolution is a convolution again, with weights that are flipped once.
+oneDNN computes them, or `winograd_conv` where it is asked for and faster. On one thread and below a
+batch of 16, torch itself would compute those of 1x1 by its fallback, which copies channels-last
+maps to another layout and back. The activation that follows is computed in the same pass, and its
+gradient needs only the output. The input gradient of a convolution is a convolution again, with
+weights that are flipped once.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops import backends
+from ..ops.winograd_conv import winograd_conv, winograd_weight
+
 _CHANNELS_LAST = torch.channels_last
 _FEW = 4  # channels of an image, at most
+_CHANNELS = 8  # least number for which `winograd_conv` is faster
+_PIXELS = 6  # of a tile's 16 outputs, on average, likewise
 
 
 class Activation(NamedTuple):
@@ -31,6 +38,12 @@ class Activation(NamedTuple):
         if self.name == "hardtanh":
             grad = torch.ops.aten.hardtanh_backward(grad, out, *self.bounds)
         return grad
+
+    def limits(self) -> tuple[float, float]:
+        """The bounds of its output."""
+        if self.name == "hardtanh":
+            return self.bounds[0], self.bounds[1]
+        return (0.0 if self.name == "relu" else -math.inf), math.inf
 
 
 NONE = Activation()
@@ -51,15 +64,33 @@ def is_supported(conv: nn.Module) -> bool:
     )
 
 
+def is_winograd_supported(conv: nn.Module) -> bool:
+    """Whether `FrozenConv` can compute ``conv`` by `winograd_conv`, and the channels are enough."""
+    return (
+        is_supported(conv)
+        and isinstance(conv, nn.Conv2d)
+        and (conv.kernel_size, conv.stride, conv.groups) == ((3, 3), (1, 1), 1)
+        and conv.padding in ((0, 0), (1, 1), (2, 2))
+        and conv.weight.dtype == torch.float32
+        and conv.weight.device.type == "cpu"
+        and min(conv.in_channels, conv.out_channels) >= _CHANNELS
+        and backends.why_unavailable("cpp", "cpu") is None
+    )
+
+
 class FrozenConv(nn.Module):
     """``activation(conv(x))`` on a CPU; weights and bias get no gradient.
 
     Args:
         conv: a convolution that `is_supported`; its dtype is the one that is computed in.
         activation: what follows.
+        winograd: whether `winograd_conv` computes what it computes faster, if it
+            `is_winograd_supported`. Its weights take eight times the memory.
     """
 
-    def __init__(self, conv: nn.Conv2d, activation: Activation = NONE) -> None:
+    def __init__(
+        self, conv: nn.Conv2d, activation: Activation = NONE, winograd: bool = False
+    ) -> None:
         super().__init__()
         assert not isinstance(conv.padding, str)
         self.activation, self.stride, self.groups = activation, conv.stride, conv.groups
@@ -73,6 +104,10 @@ class FrozenConv(nn.Module):
         if conv.groups == 1 and conv.in_channels <= _FEW and 1 < conv.stride[0] == conv.stride[1]:
             phases = _phase_weights(weight, conv.stride[0])
         self.register_buffer("phases", phases)
+        self.winograd = winograd and is_winograd_supported(conv)
+        if self.winograd:
+            self.register_buffer("winograd_weight", winograd_weight(weight))
+            self.register_buffer("winograd_flipped", winograd_weight(flipped))
 
     def forward(self, x: Tensor) -> Tensor:
         """float [N, I, H, W] -> [N, O, H', W'], in the weights' dtype."""
@@ -82,6 +117,12 @@ class FrozenConv(nn.Module):
     def output(self, x: Tensor) -> Tensor:
         """The forward pass, without autograd."""
         x = x.contiguous(memory_format=_CHANNELS_LAST)
+        if self.winograd and _suits_winograd(x, self.padding[0]):
+            weight = self.get_buffer("winograd_weight")
+            outputs, bounds = self.weight.shape[0], self.activation.limits()
+            return winograd_conv(
+                x, weight, self.bias, outputs, self.padding[0], bounds, backend="cpp"
+            )
         return _onednn(
             x, self.weight, self.bias, self.padding, self.stride, self.groups, self.activation
         )
@@ -106,6 +147,9 @@ class FrozenConv(nn.Module):
             ).zero_()
             dilated[:, :, :: self.stride[0], :: self.stride[1]] = grad
             grad = dilated
+        if self.winograd and _suits_winograd(grad, padding[0]):
+            weight = self.get_buffer("winograd_flipped")
+            return winograd_conv(grad, weight, None, shape[1], padding[0], backend="cpp")
         flipped: Tensor = self.get_buffer("flipped")
         return _onednn(grad, flipped, None, padding, (1, 1), self.groups, NONE)
 
@@ -122,6 +166,14 @@ class FrozenConv(nn.Module):
         out = padded[:, :, top : top + height, left : left + width]
         # the last rows and columns may be beyond the reach of any output
         return F.pad(out, (0, width - out.shape[3], 0, height - out.shape[2]))
+
+
+def _suits_winograd(x: Tensor, padding: int) -> bool:
+    """Whether `winograd_conv` of such a map is faster: if enough of each tile is used. It does not
+    depend on the batch, so that a comparison of two images covers every layer.
+    """
+    height, width = (size + 2 * padding - 2 for size in x.shape[2:])
+    return height * width >= _PIXELS * (-(-height // 4) * -(-width // 4))
 
 
 def _phase_weights(weight: Tensor, stride: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..runtime.fx_tracing import Tracer, trace
-from .frozen_conv import NONE, Activation, FrozenConv, is_supported
+from .frozen_conv import NONE, Activation, FrozenConv, is_supported, is_winograd_supported
 
 _log = logging.getLogger(__name__)
 _RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
@@ -24,12 +24,13 @@ class _ConvTracer(Tracer):
         return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
-def fuse_convs(model: nn.Module) -> nn.Module | None:
-    """A copy whose supported convolutions are `FrozenConv`s; None if there are none.
+def fuse_convs(model: nn.Module, winograd: bool = False) -> nn.Module | None:
+    """A copy whose supported convolutions are `FrozenConv`s; None if there are none or, with
+    ``winograd``, if `winograd_conv` would compute none of them.
 
     If torch.fx can't trace the model, activations stay where they are.
     """
-    if not any(map(is_supported, model.modules())):
+    if not any(map(is_winograd_supported if winograd else is_supported, model.modules())):
         return None
     fused: nn.Module = copy.deepcopy(model)
     activations: dict[str, Activation] = {}
@@ -41,7 +42,7 @@ def fuse_convs(model: nn.Module) -> nn.Module | None:
         fused, activations = traced, _take_activations(traced)
     for name, layer in list(fused.named_modules()):
         if isinstance(layer, nn.Conv2d) and is_supported(layer):
-            fused.set_submodule(name, FrozenConv(layer, activations.get(name, NONE)))
+            fused.set_submodule(name, FrozenConv(layer, activations.get(name, NONE), winograd))
     return fused
 
 
