@@ -71,7 +71,8 @@ def check(got: Tensor, want: Tensor) -> None:
     assert got.shape == want.shape
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
-    assert float((got - want).norm() / want.norm()) < 4e-6
+    usual = math.sqrt(want.numel())  # outputs of `case` have a standard deviation of 1.4
+    assert float((got - want).norm()) < 4e-6 * max(usual, float(want.norm()))
 
 
 @pytest.mark.parametrize("runner", CPU_RUNNERS)
@@ -166,6 +167,7 @@ def test_every_instruction_set(isa: str) -> None:
 import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_winograd_conv import *
 assert library.cpu_isa() == {isa!r}
+torch.manual_seed(0)
 for *sizes, padding in SHAPES:
     x, weight, bias = case(*sizes)
     check(run(Runner("cpp", "cpu"), x, weight, bias, padding), truth(x, weight, bias, padding))
