@@ -161,7 +161,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
-    facts = ", ".join(f"{k}: {v}" for k, v in machine().items() if k != "threads")
+    clock = "CPU time of the process on one thread, elapsed time on more"
+    known = {k: v for k, v in machine().items() if k != "threads"} | {"clock": clock}
+    facts = ", ".join(f"{k}: {v}" for k, v in known.items())
     command = "Written by `python -m benchmarks.ops.bench_ascent_image_step`."
     lines = ["# Image-step of the ascent", "", command, "", f"{facts}.", "", _COLUMNS]
     lines.append("|---|---:|---|---|---|---|---:|---:|")
