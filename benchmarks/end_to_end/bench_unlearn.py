@@ -311,9 +311,15 @@ def plain_tail_step(self: Any, picked: Tensor) -> Tensor:
     rows, objective = self.task.train, self.task.objective
     if not hasattr(self, "wanted"):
         self.wanted = rows.teacher.masked_fill(objective.forget, -torch.inf).softmax(1)
-    features = [f[picked] for f in rows.features]
-    log_p = (self.tail(*features) + objective.shift).log_softmax(1)
+    batch = rows.select(picked)
+    logits = self.tail(*batch.features)
+    if objective.forget_logits_only:
+        logits = torch.where(objective.forget, logits, logits.detach())
+    log_p = (logits + objective.margin * objective.forget).log_softmax(1)
     loss = F.kl_div(log_p, self.wanted[picked], reduction="batchmean")
+    if objective.keep:
+        change = (logits - batch.teacher)[:, ~objective.forget].square().sum(1)
+        loss = loss + (objective._keep_weights(batch) * change).sum()
     self.optimiser.zero_grad()
     loss.backward()
     self.optimiser.step()
