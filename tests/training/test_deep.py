@@ -437,11 +437,14 @@ def test_features_that_still_leak_are_given_up() -> None:
 
 @pytest.mark.parametrize(
     ("harm", "reason"),
-    [({"rate": 1e-9}, "still assigns 100%"), ({"rate": 2.0, "slack": 0.0}, "answers stayed")],
+    [
+        ({"rate": 1e-6, "leak": -1.0, "factors": (1.0, 1e8)}, "still assigns 100%"),
+        ({"rate": 2.0, "slack": 0.0}, "answers stayed"),
+    ],
     ids=["leaks", "damaged"],
 )
 def test_hopeless_training_ends_after_a_quarter_of_the_steps(
-    harm: dict[str, float], reason: str, monkeypatch: pytest.MonkeyPatch
+    harm: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deep_module, "_FEWEST_CHECKED", 1)
     monkeypatch.setattr(deep_module, "_SLACK", harm.pop("slack", deep_module._SLACK))
@@ -456,6 +459,13 @@ def test_hopeless_training_ends_after_a_quarter_of_the_steps(
     assert reason in depth["fallback"]
     assert next(done for stage, done in stages if stage == "fit") == 2
     assert changed_tensors(tiny(), result) == {"fc2.weight", "fc2.bias"}
+
+
+def test_training_goes_on_while_a_larger_factor_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows may leak after a quarter of the steps, and none at the end (a random ViT-B/16)."""
+    monkeypatch.setattr(deep_module, "_FEWEST_CHECKED", 1)
+    run, _ = deep_run(settings=replace(FEW_ROWS, steps=8, rate=1e-9))
+    assert run.record.depth["fallback"].startswith("the original last layer still assigns 100%")
 
 
 def test_options_without_effect_are_named() -> None:

@@ -91,6 +91,16 @@ def extrapolate(
     return chosen, tried
 
 
+def with_choice(
+    facts: dict[str, Any], chosen: dict[str, float], tried: list[dict[str, float]]
+) -> dict[str, Any]:
+    """``facts`` with what `extrapolate` has returned, and the values ``after`` it."""
+    found = {**facts, "factor": chosen["factor"], "factors": tried}
+    for name in chosen.keys() - {"factor"}:
+        found[name] = {**facts[name], "after": chosen[name]}
+    return found
+
+
 def shortfall(facts: dict[str, Any], settings: DeepSettings, slack: float = 0.0) -> str | None:
     """Why deep forgetting has failed, or None.
 

@@ -23,7 +23,14 @@ from ...synthesis.impressions import ClassImpressions
 from ..features import FeatureSet, FeatureSettings, absence_margin, logit_margin
 from ..fit_task import FitTask
 from ..trainer import RELATIVE_STEP, LoopSettings, Schedule, Trainer, relative_learning_rate
-from .checks import Checks, extrapolate, load_values, shortfall
+from .checks import (
+    LEAST_AGREEMENT,
+    Checks,
+    extrapolate,
+    load_values,
+    shortfall,
+    with_choice,
+)
 from .losses import USABLE_ROOM, DeepObjective, MultiLabelDeepObjective, room_above_floor
 from .open_set import ACCEPTED_AT, StrangerObjective, acceptance_threshold
 from .rows import Scenes
@@ -34,8 +41,8 @@ from .tail import FrozenClassifierTail
 _COPIED = 256  # rows at once
 _PRUNED = 0.1  # a weight with at least this share of zeros is taken for pruned
 _VALIDATION = 8, 4  # one scene, and one inverted row, in this many is held out
-# By how much leak and agreement may miss their limits when an early check gives up, and the steps
-# ahead of which it doesn't: on all models tried, neither changes by more than a tenth after that.
+# By how much leak and agreement miss their limits when an early check gives up, and the steps ahead
+# of which it doesn't.
 _SLACK, _FEWEST_CHECKED = 0.2, 25
 # Mean lead of the inverted rows' classes, in standard deviations of the logits of scenes, above
 # which the rows resemble no image (1e6 in a random RepVGG whose BatchNorm layers are fused).
@@ -178,23 +185,27 @@ def forget_deeply(
     facts: dict[str, Any] = {name: {"before": v} for name, v in checks.measure().items()}
     facts["evidence"] = {"before": objective.evidence(train)}
 
-    def extrapolate_and_check(slack: float = 0.0, when: str = "") -> dict[str, Any]:
+    def extrapolate_and_check() -> dict[str, Any]:
         """Leaves the parameters at the factor to take; raises DeepFailed if that fails."""
         chosen, tried = extrapolate(checks, parameters, before, settings)
-        found = {**facts, "factor": chosen["factor"], "factors": tried}
-        for name in chosen.keys() - {"factor"}:
-            found[name] = {**facts[name], "after": chosen[name]}
-        if reason := shortfall(found, settings, slack):
-            raise DeepFailed(when + reason, found)
+        found = with_choice(facts, chosen, tried)
+        if reason := shortfall(found, settings):
+            raise DeepFailed(reason, found)
         return found
 
     def report_and_check(stage: str, done: int, total: int, **numbers: float) -> None:
-        """Gives up early, after a quarter of the steps, if the goal is far off."""
+        """Gives up after a quarter of the steps if a limit is far off, and no larger factor left
+        that would not damage the features: with one left, leak may still fall from 100 % to 0.
+        """
         report(stage, done, total, **numbers)
         if _FEWEST_CHECKED <= done < total / 2:
             trained = [p.detach().clone() for p in parameters]
-            extrapolate_and_check(_SLACK, f"after {done} of {total} steps, ")
+            chosen, tried = extrapolate(checks, parameters, before, settings)
+            found = with_choice(facts, chosen, tried)
             load_values(parameters, trained)
+            reason = shortfall(found, settings, _SLACK)
+            if reason and tried[-1]["agreement"] < LEAST_AGREEMENT:
+                raise DeepFailed(f"after {done} of {total} steps, {reason}", found)
 
     try:
         fit = Trainer(task, _schedule(task, loop, settings), report_and_check).run()
