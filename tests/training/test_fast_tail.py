@@ -151,3 +151,41 @@ def test_the_model_is_not_changed() -> None:
         )
     assert (deep.split.tail.code, [type(m) for m in work.modules()]) == (code, kinds)
     assert weights_hash(work) == before
+
+
+class Tokens(nn.Module):
+    """A mean over the tokens, by one number, ahead of the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.fc = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.mlp(x).mean(1))
+
+
+class Twice(nn.Module):
+    """The last layer under two names, as in a replay of a replay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tokens()
+        self.again = nn.ModuleList([self.inner.fc])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.again[0](self.inner.mlp(x).mean(1))
+        return out
+
+
+@pytest.mark.parametrize("build", [lambda: torch.fx.symbolic_trace(Tokens()), Twice])
+def test_a_mean_over_tokens_and_a_last_layer_with_two_names(build: Any) -> None:
+    torch.manual_seed(0)
+    tail = build().eval()
+    last = tail.fc if hasattr(tail, "fc") else tail.again[0]
+    parameters = [p for n, p in tail.named_parameters() if "mlp" in n]
+    rows = torch.randn(20, 6, 8)
+    fast = fast_tail(tail, last, parameters, (rows,))
+    assert fast is not None
+    logits, features = fast(rows)
+    torch.testing.assert_close(logits, tail(rows))
+    assert features.shape == (20, 8)

@@ -172,13 +172,15 @@ def _with_gradients(
 
 def frozen_copy(tail: nn.Module, last: nn.Module) -> FastTail | None:
     """The copy without any other change; None if ``last`` is no module of ``tail``."""
-    name = next((name for name, module in tail.named_modules() if module is last), None)
-    if name is None:
+    modules = tail.named_modules(remove_duplicate=False)  # a replay of a replay has it twice
+    names = [name for name, module in modules if module is last]
+    if not names:
         return None
     shared: dict[int, Tensor] = {id(t): t for t in chain(tail.parameters(), tail.buffers())}
     module = deep_copy(tail, UNCOPYABLE, shared, hooks=False)
     frozen = deep_copy(last, UNCOPYABLE, hooks=False).eval().requires_grad_(False)
-    module.set_submodule(name, frozen)
+    for name in names:
+        module.set_submodule(name, frozen)
     break_reference_cycles(module)
     return FastTail(module, frozen, False)
 
@@ -243,4 +245,5 @@ def _replace_means(module: nn.Module, probe: BoundaryTensors) -> None:
 
 
 def _are_pixels(dims: tuple[Any, ...]) -> bool:
-    return len(dims) == 1 and tuple(dims[0] or ()) in ((2, 3), (-2, -1))
+    pair = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else ()
+    return tuple(pair) in ((2, 3), (-2, -1))
