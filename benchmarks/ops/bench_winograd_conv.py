@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import DEVICE, Contender, Table, compare
 from zsu_fast.ops.winograd_conv import winograd_conv, winograd_weight
+from zsu_fast.synthesis.frozen_conv import Activation, FrozenConv
 
 # batch, inputs, size, outputs
 LAYERS = [
@@ -33,11 +34,12 @@ LAYERS = [
 FLOOR, WIDE = "floor: multiplications, by oneDNN", 256
 
 
-def onednn(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, (padding, padding), (1, 1), (1, 1), 1, "relu", [], ""
-    )
-    return out
+def frozen(weight: Tensor, bias: Tensor) -> FrozenConv:
+    """A convolution with relu that keeps the size of its maps, by oneDNN."""
+    outputs, inputs, kernel, _ = weight.shape
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+    conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return FrozenConv(conv, Activation("relu"))
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a CPU kernel")
@@ -46,9 +48,7 @@ def test_winograd_conv(benchmark: Any, table: Table, layer: tuple[int, ...]) -> 
     batch, inputs, size, outputs = layer
     last = torch.channels_last
     x = torch.randn(batch, inputs, size, size).contiguous(memory_format=last)
-    weight = (torch.randn(outputs, inputs, 3, 3) / math.sqrt(9 * inputs)).contiguous(
-        memory_format=last
-    )
+    weight = torch.randn(outputs, inputs, 3, 3) / math.sqrt(9 * inputs)
     bias, transformed = torch.randn(outputs), winograd_weight(weight)
     exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1).relu()
     errors: dict[str, float] = {}
@@ -62,8 +62,8 @@ def test_winograd_conv(benchmark: Any, table: Table, layer: tuple[int, ...]) -> 
 
     flop = 2 * 36 * batch * math.ceil(size / 4) ** 2 * inputs * outputs
     dense = torch.randn(1, WIDE, flop // (2 * WIDE**2), 1).contiguous(memory_format=last)
-    point = torch.randn(WIDE, WIDE, 1, 1).contiguous(memory_format=last)
-    zero = torch.zeros(WIDE)
+    library = frozen(weight, bias)
+    floor = frozen(torch.randn(WIDE, WIDE, 1, 1), torch.zeros(WIDE))
 
     def ours() -> Tensor:
         return winograd_conv(x, transformed, bias, outputs, 1, (0.0, math.inf))
@@ -72,9 +72,9 @@ def test_winograd_conv(benchmark: Any, table: Table, layer: tuple[int, ...]) -> 
     compare(
         table, case,
         [
-            Contender("oneDNN", lambda: onednn(x, weight, bias, 1), verify("oneDNN", 4e-6)),
+            Contender("oneDNN", lambda: library.output(x), verify("oneDNN", 4e-6)),
             Contender("Winograd", ours, verify("Winograd", 4e-6)),
-            Contender(FLOOR, lambda: onednn(dense, point, zero, 0)),
+            Contender(FLOOR, lambda: floor.output(dense)),
         ],
         floor=FLOOR, rounds=15,
     )  # fmt: skip

@@ -70,8 +70,8 @@ struct WinogradConvArgs {
   float low, high;                 // bounds of the output
 };
 
-// Each kernel runs rows [begin, end), or chunks of tiles. The losses and scale_rows_ have one kernel per Storage; the masked loss
-// also has one for bfloat16 and float16 with a teacher in float, in this order.
+// Each kernel runs rows [begin, end), or chunks of tiles. The losses and scale_rows_ have one kernel per Storage; the
+// masked loss also has one for bfloat16 and float16 with a teacher in float, in this order.
 struct Kernels {
   const char* name;
   void (*signed_cross_entropy[4])(const SignedCrossEntropyArgs&, int64_t begin, int64_t end);

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..runtime.cuda_graph import GraphCapturer, Loop as Loop
 from ..runtime.torch_settings import SMALL, fp32_precision, has_bfloat16
-from .fit_task import FitTask
+from .fit_task import FitTask, copied_values
 
 # Of a gradient's norm. Steps along gradients that are 0.3 % off are as good, and bfloat16 and TF32
 # are that accurate where sums don't cancel.
@@ -269,7 +269,7 @@ class GraphTrainStep(EagerTrainStep):
         """Captures the steps of a block; parameters and optimiser stay as they are."""
         self.index, self.rates = index.clone(), rates.clone()
         self.losses = torch.zeros(len(rates), device=self.device)
-        before = [p.detach().clone() for p in self.parameters]
+        before = copied_values(self.parameters)
 
         def first_steps() -> None:
             for batch in self.index[:3]:

@@ -20,7 +20,7 @@ from ..errors import ArgumentError, check_choice, check_flag, check_int, is_numb
 from ..runtime.cuda_graph import LOOPS, Loop
 from ..runtime.progress import Reporter, Stopped
 from ..runtime.torch_settings import threads_for
-from .fit_task import FitTask
+from .fit_task import FitTask, copied_values, load_values
 from .train_step import make_train_step
 
 Keep = Literal["best", "last", "complete"]
@@ -257,7 +257,7 @@ class Trainer:
 
     def run(self) -> Fit:
         """Makes attempts until the goal is met or no learning rate is left."""
-        start = self._state()
+        start = copied_values(self.task.parameters)
         first = self._validate(0, 0, 0.0, math.nan)
         self.fit.history.append(first)
         self.fit.best, self._best_state = first, start
@@ -269,7 +269,7 @@ class Trainer:
         try:
             while rates:
                 rate = rates.popleft()
-                self._load(start)
+                load_values(self.task.parameters, start)
                 ending = self._attempt(number, rate)
                 best = self.fit.best
                 met = best.shortfall == 0 if self.schedule.strict else best.leak <= _LEAK_GOAL
@@ -282,12 +282,12 @@ class Trainer:
                     rates.extend(rate * factor for factor in factors)
                 number += 1
         finally:  # also on Ctrl-C: never leave the tail in the middle of a bad step
-            self._load(self._best_state)
+            load_values(self.task.parameters, self._best_state)
         return self.fit
 
     def _settle(self, state: list[Tensor]) -> Fit:
         """Takes the state that training would start from."""
-        self._load(state)
+        load_values(self.task.parameters, state)
         self.fit.best = self._validate(0, 0, 0.0, math.nan)
         self.fit.history.append(self.fit.best)
         self.fit.stopped = (
@@ -330,7 +330,7 @@ class Trainer:
             old = self._candidate
             better = old is None or result.better_than(old[0], schedule.strict)
             if better or schedule.keep != "best":
-                self._candidate = result, self._state()
+                self._candidate = result, copied_values(self.task.parameters)
             names = ("divergence", "leak", "agreement")
             self.report("fit", block.stop, steps, **{n: getattr(result, n) for n in names})
             if result.divergence < lowest * (1 - _GAIN):
@@ -345,14 +345,6 @@ class Trainer:
     def _validate(self, step: int, attempt: int, rate: float, loss: float) -> ValidationResult:
         score = self.task.validation_loss.score(self.task.tail, self.task.validation)
         return ValidationResult(step, attempt, rate, loss, *score)
-
-    def _state(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.task.parameters]
-
-    def _load(self, state: list[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, saved in zip(self.task.parameters, state, strict=True):
-                parameter.copy_(saved)
 
 
 def _epochs(rows: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

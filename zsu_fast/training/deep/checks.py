@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..features import FeatureSet
+from ..fit_task import copied_values, load_values
 from .losses import DeepObjective
 from .open_set import StrangerObjective
 from .settings import DeepSettings
@@ -69,7 +70,7 @@ def extrapolate(
     are accepted as someone else. If each factor leaks, or if too few answers stay before one does
     not, the one that leaks least of those tried is taken.
     """
-    after = [p.detach().clone() for p in parameters]
+    after = copied_values(parameters)
     tried: list[dict[str, float]] = []
     chosen: dict[str, float] | None = None
     for factor in settings.factors:
@@ -85,20 +86,9 @@ def extrapolate(
     if chosen is None:
         kept = [result for result in tried if result["agreement"] >= LEAST_AGREEMENT] or tried
         chosen = min(kept, key=lambda result: result["unmask_leak"])
-    load_values(
-        parameters, [a.lerp(b, chosen["factor"]) for a, b in zip(before, after, strict=True)]
-    )
+    factor = chosen["factor"]
+    load_values(parameters, [a.lerp(b, factor) for a, b in zip(before, after, strict=True)])
     return chosen, tried
-
-
-def with_choice(
-    facts: dict[str, Any], chosen: dict[str, float], tried: list[dict[str, float]]
-) -> dict[str, Any]:
-    """``facts`` with what `extrapolate` has returned, and the values ``after`` it."""
-    found = {**facts, "factor": chosen["factor"], "factors": tried}
-    for name in chosen.keys() - {"factor"}:
-        found[name] = {**facts[name], "after": chosen[name]}
-    return found
 
 
 def shortfall(facts: dict[str, Any], settings: DeepSettings, slack: float = 0.0) -> str | None:
@@ -119,10 +109,3 @@ def shortfall(facts: dict[str, Any], settings: DeepSettings, slack: float = 0.0)
         where = "rows of other identities" if settings.stranger else "scenes"
         return f"on held-out {where}, only {agreement['after']:.0%} of the answers stayed"
     return None
-
-
-@torch.no_grad()
-def load_values(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Copies the values into the parameters."""
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)

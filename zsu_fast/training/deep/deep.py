@@ -21,16 +21,9 @@ from ...runtime.progress import Reporter
 from ...splitting.batch_dim import BoundaryTensors
 from ...synthesis.impressions import ClassImpressions
 from ..features import FeatureSet, FeatureSettings, absence_margin, logit_margin
-from ..fit_task import FitTask
+from ..fit_task import FitTask, copied_values, load_values
 from ..trainer import RELATIVE_STEP, LoopSettings, Schedule, Trainer, relative_learning_rate
-from .checks import (
-    LEAST_AGREEMENT,
-    Checks,
-    extrapolate,
-    load_values,
-    shortfall,
-    with_choice,
-)
+from .checks import LEAST_AGREEMENT, Checks, extrapolate, shortfall
 from .losses import USABLE_ROOM, DeepObjective, MultiLabelDeepObjective, room_above_floor
 from .open_set import ACCEPTED_AT, StrangerObjective, acceptance_threshold
 from .rows import Scenes
@@ -180,18 +173,16 @@ def forget_deeply(
         )
     parameters, train, objective = task.parameters, task.train, task.objective
     assert isinstance(objective, DeepObjective)
-    before = [p.detach().clone() for p in parameters]
+    before = copied_values(parameters)
     checks = Checks(objective, task.validation)
     facts: dict[str, Any] = {name: {"before": v} for name, v in checks.measure().items()}
     facts["evidence"] = {"before": objective.evidence(train)}
 
-    def extrapolate_and_check() -> dict[str, Any]:
-        """Leaves the parameters at the factor to take; raises DeepFailed if that fails."""
+    def choose_factor() -> dict[str, Any]:
+        """Leaves the parameters at the factor to take, and returns the facts with it."""
         chosen, tried = extrapolate(checks, parameters, before, settings)
-        found = with_choice(facts, chosen, tried)
-        if reason := shortfall(found, settings):
-            raise DeepFailed(reason, found)
-        return found
+        after = {name: {**facts[name], "after": chosen[name]} for name in chosen.keys() & facts}
+        return {**facts, **after, "factor": chosen["factor"], "factors": tried}
 
     def report_and_check(stage: str, done: int, total: int, **numbers: float) -> None:
         """Gives up after a quarter of the steps if a limit is far off, and no larger factor left
@@ -199,19 +190,20 @@ def forget_deeply(
         """
         report(stage, done, total, **numbers)
         if _FEWEST_CHECKED <= done < total / 2:
-            trained = [p.detach().clone() for p in parameters]
-            chosen, tried = extrapolate(checks, parameters, before, settings)
-            found = with_choice(facts, chosen, tried)
+            trained = copied_values(parameters)
+            found = choose_factor()
             load_values(parameters, trained)
             reason = shortfall(found, settings, _SLACK)
-            if reason and tried[-1]["agreement"] < LEAST_AGREEMENT:
+            if reason and found["factors"][-1]["agreement"] < LEAST_AGREEMENT:
                 raise DeepFailed(f"after {done} of {total} steps, {reason}", found)
 
     try:
         fit = Trainer(task, _schedule(task, loop, settings), report_and_check).run()
         if fit.best is fit.history[0]:
             raise DeepFailed(f"{fit.stopped} to the start; given up", facts)
-        facts = extrapolate_and_check()
+        facts = choose_factor()
+        if reason := shortfall(facts, settings):
+            raise DeepFailed(reason, facts)
     except BaseException:
         load_values(parameters, before)
         raise

@@ -197,10 +197,11 @@ class RowSource:
                     done.append(
                         ascent.run(starts[first[part]], labels[part].to(device), target[part])
                     )
-                    report("synthesise", int(part[-1]) + 1, count)
+                    drawn = int(part[-1]) + 1
+                    report("synthesise", drawn, count)
                     arrived += int((done[-1][1].cpu() >= target[part]).sum())
-                    if self._are_enough(labels[: int(part[-1]) + 1], arrived):
-                        count = int(part[-1]) + 1
+                    if self._are_enough(labels[:drawn], arrived):
+                        count = drawn
                         break
             names = ("points", "confidence", "steps")
             values = (torch.cat(column).cpu() for column in zip(*done, strict=True))
