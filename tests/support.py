@@ -34,9 +34,19 @@ QUICK_DEEP: dict[str, Any] = {
     "progress": False,
 }
 QUICK: dict[str, Any] = QUICK_DEEP | {"depth": "output", "space": "input"}
+
+
+@dataclass(frozen=True)
+class SameForBatchNorm(DeepSettings):
+    """Settings that batch norms don't change."""
+
+    def for_batch_norm(self) -> DeepSettings:
+        return self
+
+
 # Of deep forgetting: the fewest rows that there are, and few steps, in which a loss that keeps less
 # of the retained logits forgets more.
-FEW_ROWS = DeepSettings(
+FEW_ROWS = SameForBatchNorm(
     scenes=512,
     inverted=256,
     steps=60,

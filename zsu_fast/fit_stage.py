@@ -78,13 +78,17 @@ def _forget_deeply(
     request fall back.
     """
     options, ranks, failure = request.options, request.ranks, ""
-    try:
-        facts = forget_deeply(
-            request.work, rows.deep, rows.scenes, impressions, request.forget_mask,
-            options.features, options.loop, rows.settings, options.seed, request.report,
-        )  # fmt: skip
-    except DeepFailed as error:
-        failure, facts = str(error), error.facts
+    attempts = dict.fromkeys([rows.settings, rows.settings.without_null_space()])
+    for settings in attempts:
+        failure = ""
+        try:
+            facts = forget_deeply(
+                request.work, rows.deep, rows.scenes, impressions, request.forget_mask,
+                options.features, options.loop, settings, options.seed, request.report,
+            )  # fmt: skip
+            break
+        except DeepFailed as error:
+            failure, facts = str(error), error.facts
     ranks.exchange()  # a new stage: a stop request must not carry over into the fit
     failure, facts = ranks.broadcast_object((failure, facts))
     ranks.copy_from_main(trained_parameters(request.work, rows.deep.split))

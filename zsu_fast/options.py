@@ -22,6 +22,7 @@ from .training.deep.settings import (
     Depth,
     ForgottenAs,
     check_depth,
+    has_batch_norm,
     layer_norms_alone,
 )
 from .training.features import FeatureSettings
@@ -203,7 +204,7 @@ class Options:
             )
         if self.objective.name == "masked" and self.objective.weights != ObjectiveSettings.weights:
             texts.append("weights had no effect: objective='masked' has none.")
-        steps, most = self.loop.steps, self.deep_settings(model, classes, classes, 1).steps
+        steps, most = self.loop.steps, self.deep_settings(model, classes, classes, 1).most_steps
         if self.depth == "deep" and steps is not None and steps > most:
             texts.append(
                 f"steps={steps} only holds for the last layer: the layers ahead of it are trained "
@@ -222,8 +223,9 @@ class Options:
         few = classes <= self.deep.batch and not multi_label
         if few and layer_norms_alone(model):
             settings = settings.for_layer_norm()
-        elif few and forget == 1 and not stranger:
-            settings = settings.for_single_class()
+        elif few and not stranger:
+            settings = settings.for_batch_norm() if has_batch_norm(model) else settings
+            settings = settings.for_single_class() if forget == 1 else settings
         settings = replace(settings, multi_label=multi_label)
         settings = settings.for_strangers(classes) if stranger else settings
         if per_class is None:

@@ -410,19 +410,23 @@ def test_a_single_class_has_settings_of_its_own() -> None:
     assert run.options.deep_settings(run.work, 5, 5, 1) == usual.for_single_class() != usual
     run.options.forgotten_as = "stranger"
     strangers = run.options.deep_settings(run.work, 5, 5, 1)
-    assert strangers == usual.for_strangers(5)
+    assert strangers == DeepSettings().for_strangers(5)
 
 
-def test_models_with_layer_norms_alone_have_settings_of_their_own() -> None:
+def test_models_with_layer_norms_alone_or_batch_norms_have_settings_of_their_own() -> None:
     run = ZeroShotUnlearner(tiny(), FORGET, progress=False)
-    usual = run.options.deep_settings(run.work, 5, 5, 2)
+    usual = DeepSettings()
     assert usual.constant > 0
     normed = nn.Sequential(nn.Flatten(), nn.LayerNorm(192), nn.Linear(192, 5))
     assert run.options.deep_settings(normed, 5, 5, 2) == usual.for_layer_norm()
     both = nn.Sequential(normed, nn.BatchNorm1d(5))
-    assert run.options.deep_settings(both, 5, 5, 2) == usual
+    assert run.options.deep_settings(both, 5, 5, 2) == usual.for_batch_norm()
+    assert run.options.deep_settings(nn.Linear(192, 5), 5, 5, 2) == usual
+    many = usual.batch + 1
+    assert run.options.deep_settings(both, many, many, 2) == usual.for_classes(many)
     run.options.set_multi_label(True)
     assert run.options.deep_settings(normed, 5, 5, 2).constant > 0
+    assert run.options.deep_settings(both, 5, 5, 2).null_space == 0
 
 
 def test_features_that_still_leak_are_given_up() -> None:
@@ -480,13 +484,15 @@ def test_options_without_effect_are_named() -> None:
 
 
 def test_more_steps_than_deep_training_takes_are_said() -> None:
-    run, _ = deep_run(steps=FEW_ROWS.steps + 200)
-    assert any(note.startswith("steps=260 only holds for the last") for note in run.record.warnings)
+    run, _ = deep_run(steps=1100)
+    assert any(
+        note.startswith("steps=1100 only holds for the last") for note in run.record.warnings
+    )
     assert not any("steps=" in note for note in deep_run(steps=FEW_ROWS.steps)[0].record.warnings)
-    run.options.deep = replace(FEW_ROWS, steps=130)
+    run.options.deep = replace(FEW_ROWS, steps=550)
     many = run.options.deep.batch + 1
     assert any(
-        "at most 130 steps" in text for text in run.options.without_effect(False, run.work, 5)
+        "at most 550 steps" in text for text in run.options.without_effect(False, run.work, 5)
     )
     assert not any("steps=" in text for text in run.options.without_effect(False, run.work, many))
 

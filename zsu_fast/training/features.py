@@ -94,6 +94,8 @@ class FeatureSet:
         retained: the teacher's retained logits in short, if only the forgotten ones are trained.
         logit_std: standard deviation of the teacher's logits; None to compute it from ``teacher``.
         scene: float32 [N], 1 for the row of a drawn scene, else 0; None if no row is one.
+        components: float32 [N, K], what deep forgetting erases beside the forgotten logits; None if
+            that is nothing.
         mixup: mixes the selected rows; None if they are stored.
         original: copy of the original tail, for the teacher's logits; None if they are stored.
         limits: bounds the size of `chunks`.
@@ -106,6 +108,7 @@ class FeatureSet:
     retained: RetainedLogits | None = None
     logit_std: float | None = None
     scene: Tensor | None = None
+    components: Tensor | None = None
     mixup: FeatureMixup | None = None
     original: nn.Module | None = None
     limits: MemoryLimits = field(default_factory=MemoryLimits)
@@ -132,17 +135,20 @@ class FeatureSet:
         if retained is not None:
             retained = RetainedLogits(*(values.index_select(0, index) for values in retained))
         label, forgotten = (t.index_select(0, index) for t in (self.label, self.forgotten))
-        scene = None if self.scene is None else self.scene.index_select(0, index)
-        return FeatureSet(
-            features, teacher, label, forgotten, retained, scene=scene, teacher_index=teacher_index
+        scene, components = (
+            None if t is None else t.index_select(0, index) for t in (self.scene, self.components)
         )
+        return FeatureSet(
+            features, teacher, label, forgotten, retained, scene=scene, components=components,
+            teacher_index=teacher_index,
+        )  # fmt: skip
 
     def part(self, rows: slice) -> FeatureSet:
         """Stored rows as views: nothing is copied."""
-        scene = None if self.scene is None else self.scene[rows]
+        scene, components = (None if t is None else t[rows] for t in (self.scene, self.components))
         return FeatureSet(
             tuple(f[rows] for f in self.features), self.teacher[rows], self.label[rows],
-            self.forgotten[rows], scene=scene, limits=self.limits,
+            self.forgotten[rows], scene=scene, components=components, limits=self.limits,
         )  # fmt: skip
 
     def features_at(self, index: Tensor) -> tuple[Tensor, ...]:

@@ -7,11 +7,11 @@ forgetting.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...models.multi_label import predicted
 from ...models.wrapper import LogitsModel
@@ -22,7 +22,7 @@ from ...splitting.batch_dim import BoundaryTensors
 from ...synthesis.impressions import ClassImpressions
 from ..features import FeatureSet, FeatureSettings, absence_margin, logit_margin
 from ..fit_task import FitTask, copied_values, load_values
-from ..trainer import RELATIVE_STEP, LoopSettings, Schedule, Trainer, relative_learning_rate
+from ..trainer import RELATIVE_STEP, Fit, LoopSettings, Schedule, Trainer, relative_learning_rate
 from .checks import LEAST_AGREEMENT, Checks, extrapolate, shortfall
 from .losses import USABLE_ROOM, DeepObjective, MultiLabelDeepObjective, room_above_floor
 from .open_set import ACCEPTED_AT, StrangerObjective, acceptance_threshold
@@ -150,8 +150,9 @@ def forget_deeply(
     Returns:
         For the record: ``layers``, ``stopped``, ``learning_rate``, ``history`` (`Fit`); ``rows``
         and ``held_out``, the number of training and validation rows; ``margin`` of the last layer's
-        fit and ``margin_asked`` here; ``factor``, by which the change was multiplied, and
-        ``factors``, the leak and agreement at each that was tried; and, each ``before`` and
+        fit and ``margin_asked`` here; ``null_space``, whether the loss has such a term, and
+        ``rounds``, how many times more was erased; ``factor``, by which the change was multiplied,
+        and ``factors``, the leak and agreement at each that was tried; and, each ``before`` and
         ``after``: ``unmask_leak``, the share of held-out inverted rows of forgotten classes that
         the original last layer still assigns to one (NaN if there is none), ``agreement``, the
         share of held-out scenes whose masked answer stays, weighted by the original's confidence in
@@ -198,9 +199,11 @@ def forget_deeply(
                 raise DeepFailed(f"after {done} of {total} steps, {reason}", found)
 
     try:
-        fit = Trainer(task, _schedule(task, loop, settings), report_and_check).run()
+        schedule = _schedule(task, loop, settings)
+        fit = Trainer(task, schedule, report_and_check).run()
         if fit.best is fit.history[0]:
             raise DeepFailed(f"{fit.stopped} to the start; given up", facts)
+        facts["rounds"] = _erase_more(task, checks, schedule, fit, report)
         facts = choose_factor()
         if reason := shortfall(facts, settings):
             raise DeepFailed(reason, facts)
@@ -218,11 +221,34 @@ def forget_deeply(
         "learning_rate": fit.learning_rate,
         "margin": margin,
         "margin_asked": objective.margin,
+        "null_space": objective.null_space is not None,
         "history": [asdict(result) for result in fit.history],
         "rows": len(train),
         "held_out": len(task.validation),
     }
     return facts
+
+
+def _erase_more(
+    task: FitTask, checks: Checks, schedule: Schedule, fit: Fit, report: Reporter
+) -> int:
+    """Trains for further rounds, each with twice the erase term, while nearly all answers stay.
+
+    Their validations are added to the history of ``fit``. Returns the number of rounds. Twice the
+    erase term from the start makes training unstable.
+    """
+    objective, rounds, short = checks.objective, 0, max(1, schedule.steps // 3)
+    most, robust = objective.settings.rounds, objective.settings.robust
+    while (
+        rounds < most
+        and fit.history[-1].step == schedule.steps  # not stopped
+        and checks.measure()["agreement"] >= robust
+    ):
+        objective.settings = replace(objective.settings, erase=2 * objective.settings.erase)
+        schedule = replace(schedule, steps=short)
+        fit.history += Trainer(task, schedule, report).run().history
+        rounds += 1
+    return rounds
 
 
 def deep_task(
@@ -293,6 +319,8 @@ def _objective(
             {},
         )
     margin = features.margin_for(lead, len(forget), forget_logits_only=False)
+    if not _is_linear_last(tail, train):
+        settings = settings.without_null_space()
     reachable = min(settings.margin, USABLE_ROOM * room_above_floor(tail, train, forget))
     if settings.stranger:
         thresholds = [
@@ -301,6 +329,14 @@ def _objective(
         ]
         return StrangerObjective(tail, train, forget, reachable, settings, *thresholds), margin
     return DeepObjective(tail, train, forget, reachable, settings), margin
+
+
+def _is_linear_last(tail: FrozenClassifierTail, rows: FeatureSet) -> bool:
+    """Whether the last layer is a linear one of a vector per row."""
+    if not isinstance(tail.last, nn.Linear):
+        return False
+    features = next(tail.chunks(rows.part(slice(1)))).features
+    return features.ndim == 2 and features.shape[1] == tail.last.in_features
 
 
 def _schedule(task: FitTask, loop: LoopSettings, settings: DeepSettings) -> Schedule:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ... import ops
 from ..features import FeatureSet
 from ..losses import STATISTICS, MaskedKL, MultiLabelKL, mean_weights
+from .null_space import NullSpace
 from .settings import DeepSettings
 from .tail import FrozenClassifierTail, TailOutputs
 
@@ -71,6 +72,7 @@ class DeepObjective(MaskedKL):
         + keep * mean((1 - p_f) * (z'_r - z_r)^2) / mean(z_r^2)
         + constant * var(z'_f) / var(z_f)
         + erase * R2(h)
+        + null_space * var(P h) / var(h_0)
 
     1. The original last layer on the new features matches the masked original: put back (the
        un-mask test), it brings no forgotten class back.
@@ -80,7 +82,10 @@ class DeepObjective(MaskedKL):
        scenes: else they would still tell forgotten classes from each other, only lower.
     4. R2 is the share of the original forgotten logits' variance that a ridge regression on the
        features, fitted on the scenes of the batch, explains: little is left for a linear probe.
-       Belrose et al., "LEACE", 2023, bring it to 0 in closed form; here the layers learn to.
+       Belrose et al., "LEACE", 2023, bring it to 0 in closed form; here the layers learn to. With
+       ``components``, as many principal components of the original's features in the null space of
+       the retained classes (`NullSpace`) are erased, too.
+    5. The features' part P h in that null space becomes constant over the scenes.
 
     Args:
         tail: the trained tail.
@@ -106,6 +111,17 @@ class DeepObjective(MaskedKL):
         self.mean_retained = (~forget) / len(self.retained)  # times logits [N, C]: their mean
         self.size = self._retained(rows.teacher).square().mean().clamp(min=1e-12)
         self._constants: tuple[Tensor, RowConstants] | None = None
+        self.null_space = self._null_space(rows) if settings.null_space else None
+
+    @torch.no_grad()
+    def _null_space(self, rows: FeatureSet) -> NullSpace:
+        """That of the last layer, a linear one; ``rows`` get their components."""
+        features = torch.cat([part.features for part in self.tail.chunks(rows)]).flatten(1)
+        scene = _weight(rows)[:, 0] > 0
+        weight = self.tail.last.get_parameter("weight").detach()
+        result = NullSpace(weight.float()[self.retained], features[scene])
+        rows.components = result.components(features, scene, self.settings.components)
+        return result
 
     def gradients(
         self, tail: nn.Module, parameters: Sequence[nn.Parameter], rows: FeatureSet
@@ -137,6 +153,11 @@ class DeepObjective(MaskedKL):
             explained, dfeatures = self.explained_variance(outputs.features.detach(), rows)
             loss = loss + s.erase * explained
             dfeatures = (s.erase * dfeatures).view_as(outputs.features)
+        if self.null_space is not None:
+            inside = _centred(outputs.features.detach(), rows)
+            variance, gradient = self.null_space.variance(inside, _weight(rows).sum())
+            loss = loss + s.null_space * variance
+            dfeatures = (0 if dfeatures is None else dfeatures) + s.null_space * gradient
         return loss, dlogits, dfeatures
 
     def _matching(self, logits: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
@@ -191,15 +212,18 @@ class DeepObjective(MaskedKL):
 
     @torch.no_grad()
     def explained_variance(self, features: Tensor, rows: FeatureSet) -> tuple[Tensor, Tensor]:
-        """Share of the forgotten logits' variance that ridge regression on ``features`` explains,
-        and its gradient, [N, D].
+        """Share of the variance of the forgotten logits, and the components if there are any, that
+        ridge regression on ``features`` explains, and its gradient, [N, D].
 
         It is fitted on the scenes among ``rows``, by a linear system as large as the batch, or as
         the features [N, ...] are wide if that is less. With X the centred features and Y the
         targets, G = XX^T and A = (G + rI)^-1 Y, the unexplained part is r <Y, A>, and its gradient
         -2r A A^T X, plus what the ridge r contributes, which is in proportion to the trace of G.
         """
-        target = _centred(self._of_rows(rows).target, rows)
+        target = self._of_rows(rows).target
+        if rows.components is not None:
+            target = torch.cat([target, rows.components], 1)
+        target = _centred(target, rows)
         deviation = (target.square().sum(0) / _weight(rows).sum().clamp(min=1)).sqrt()
         target = target / deviation.clamp(min=1e-6)
         x = _centred(features.flatten(1), rows)
@@ -225,6 +249,7 @@ class DeepObjective(MaskedKL):
         """Explained variance of the forgotten logits on up to 2,048 training rows."""
         sample = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         rows = train.select(sample[:_MEASURED].to(train.label.device))
+        rows.components = None
         features = torch.cat([part.features for part in self.tail.chunks(rows)])
         return float(self.explained_variance(features, rows)[0])
 
