@@ -242,4 +242,48 @@ inline void check_winograd_conv(
       "bias must be float32 [outputs], contiguous");
 }
 
+// ---- max_pool ------------------------------------------------------------------------------------
+inline void check_maps(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4, name, " must be [batch, channels, height, width], got ", t.dim(), " dimensions");
+  STD_TORCH_CHECK(
+      t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
+      name, " must be float32 or bfloat16");
+  STD_TORCH_CHECK(t.numel() == 0 || is_dense(t, true), name, " must be channels-last");
+}
+
+// Along one dimension, each of `outputs` windows must begin in the input, or in the padding before it.
+inline void check_windows(int64_t size, int64_t outputs, int64_t stride, int64_t padding) {
+  STD_TORCH_CHECK(
+      outputs >= 0 && (outputs == 0 || (size > 0 && (outputs - 1) * stride - padding < size)),
+      "windows must not begin beyond the input");
+}
+
+inline void check_pooling(int64_t kernel, int64_t stride, int64_t padding) {
+  STD_TORCH_CHECK(kernel >= 1 && kernel <= 15, "kernel must be 1 to 15");
+  STD_TORCH_CHECK(stride >= 1, "stride must be at least 1");
+  STD_TORCH_CHECK(padding >= 0 && 2 * padding <= kernel, "padding must be 0 to half of kernel");
+}
+
+inline void check_max_pool(
+    const Tensor& x, int64_t kernel, int64_t stride, int64_t padding, int64_t out_height, int64_t out_width) {
+  check_maps(x, "x");
+  check_pooling(kernel, stride, padding);
+  check_windows(x.size(2), out_height, stride, padding);
+  check_windows(x.size(3), out_width, stride, padding);
+}
+
+inline void check_max_pool_backward(
+    const Tensor& grad, const Tensor& place, int64_t kernel, int64_t stride, int64_t padding, int64_t height,
+    int64_t width) {
+  check_maps(grad, "grad");
+  check_same_device(grad, place, "place");
+  bool fits = place.dim() == 4 && place.scalar_type() == ScalarType::Byte;
+  for (int64_t d = 0; fits && d < 4; ++d) fits = place.size(d) == grad.size(d);
+  STD_TORCH_CHECK(
+      fits && (place.numel() == 0 || is_dense(place, true)), "place must be uint8, channels-last, of the shape of grad");
+  check_pooling(kernel, stride, padding);
+  check_windows(height, grad.size(2), stride, padding);
+  check_windows(width, grad.size(3), stride, padding);
+}
+
 } // namespace zsu

@@ -16,4 +16,10 @@ STABLE_TORCH_LIBRARY(zsu_fast, m) {
       "float eps=1e-08) -> ()");
   m.def(
       "winograd_conv(Tensor x, Tensor weight, Tensor? bias, int outputs, int padding, float low, float high) -> Tensor");
+  m.def(
+      "max_pool(Tensor x, int kernel, int stride, int padding, int out_height, int out_width, bool relu) "
+      "-> (Tensor out, Tensor place)");
+  m.def(
+      "max_pool_backward(Tensor grad, Tensor place, int kernel, int stride, int padding, int height, int width) "
+      "-> Tensor");
 }

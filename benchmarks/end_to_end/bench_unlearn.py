@@ -245,6 +245,7 @@ def switched(levers: Levers) -> Iterator[None]:
             put(ascent, "bucket_size", lambda rows, _d: sys.maxsize if rows else 0)
         if not levers.native:
             put(ops, "ascent_step_", plain_ascent_step_)
+            put(inference_copy, "fuse_pools", lambda _: None)
             put(train_step.EagerTrainStep, "step", plain_tail_step)
             stack.enter_context(ops.use_backend("eager"))
         if not levers.fused:

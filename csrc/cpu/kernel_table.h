@@ -21,6 +21,7 @@ struct Scratch {
 
 #include "ascent_step_kernel.h"
 #include "masked_cross_entropy_kernel.h"
+#include "max_pool_kernel.h"
 #include "scale_rows_kernel.h"
 #include "signed_cross_entropy_kernel.h"
 #include "winograd_conv_kernel.h"
@@ -39,6 +40,8 @@ const Kernels& kernels() {
        scale_rows_kernel<float, BFloat16>, scale_rows_kernel<float, Float16>},
       ascent_step_kernel,
       winograd_conv_kernel,
+      {max_pool_kernel<float>, max_pool_kernel<BFloat16>},
+      {max_pool_backward_kernel<float>, max_pool_backward_kernel<BFloat16>},
   };
   return table;
 }

@@ -70,8 +70,20 @@ struct WinogradConvArgs {
   float low, high;                 // bounds of the output
 };
 
+struct MaxPoolArgs {
+  const void* x;    // [images, height, width, channels]; of the backward pass: not used
+  const void* grad; // [images, out_height, out_width, channels]; of the forward pass: not used
+  void* out;        // as grad; of the backward pass: as x
+  uint8_t* place;   // of the largest value in its window, row by row; no_place where relu cuts it off
+  int64_t channels, height, width, out_height, out_width;
+  int64_t kernel, stride, padding;
+  bool relu;
+};
+constexpr int32_t no_place = 255;
+
 // Each kernel runs rows [begin, end), or chunks of tiles. The losses and scale_rows_ have one kernel per Storage; the
-// masked loss also has one for bfloat16 and float16 with a teacher in float, in this order.
+// masked loss also has one for bfloat16 and float16 with a teacher in float, in this order. Pooling has one for float32
+// and one for bfloat16.
 struct Kernels {
   const char* name;
   void (*signed_cross_entropy[4])(const SignedCrossEntropyArgs&, int64_t begin, int64_t end);
@@ -79,6 +91,8 @@ struct Kernels {
   void (*scale_rows[4])(const ScaleRowsArgs&, int64_t begin, int64_t end);
   void (*ascent_step)(const AscentStepArgs&, int64_t begin, int64_t end);
   void (*winograd_conv)(const WinogradConvArgs&, int64_t begin, int64_t end);
+  void (*max_pool[2])(const MaxPoolArgs&, int64_t begin, int64_t end);
+  void (*max_pool_backward[2])(const MaxPoolArgs&, int64_t begin, int64_t end);
 };
 
 namespace baseline { const Kernels& kernels(); }

@@ -1,3 +1,4 @@
+#include "channels_last.h"
 #include "dispatch.h"
 
 #include <torch/csrc/stable/library.h>
@@ -6,19 +7,6 @@
 
 namespace zsu {
 namespace {
-
-// [batch, channels, height, width], channels-last
-Tensor empty_channels_last(const Tensor& like, int64_t batch, int64_t channels, int64_t height, int64_t width) {
-  const int64_t sizes[] = {batch, channels, height, width};
-  const int64_t strides[] = {height * width * channels, 1, width * channels, channels};
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(ScalarType::Float));
-  int32_t device = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, sizes, strides, dtype, device, like.get_device_index(), &handle));
-  return Tensor(handle);
-}
 
 // How many tiles are computed at once. What lies between the transforms and the products, 768 KiB, should stay in
 // the second-level cache; but with fewer than 96 tiles, reading the weights would take too long. A multiple of the
@@ -50,7 +38,7 @@ Tensor winograd_conv(
   a.tiles = x.size(0) * a.tile_rows * a.tile_columns;
   a.low = static_cast<float>(low);
   a.high = static_cast<float>(high);
-  const Tensor out = empty_channels_last(x, x.size(0), outputs, a.out_height, a.out_width);
+  const Tensor out = empty_channels_last(x, x.size(0), outputs, a.out_height, a.out_width, ScalarType::Float);
   if (a.tiles == 0) return out;
   a.x = x.const_data_ptr<float>();
   a.weight = weight.const_data_ptr<float>();

@@ -7,6 +7,7 @@
 | signed_cross_entropy | descent on retain rows, ascent on forget rows   | objective "differential"|
 | scale_rows_          | scales a saved gradient                         | backward of the losses  |
 | winograd_conv        | a convolution of 3x3 with constant weights      | the ascent, on a CPU    |
+| max_pool             | max pooling, with relu; max_pool_backward       | the ascent, on a CPU    |
 
 The losses return a loss that autograd differentiates; ``*_and_grad`` returns the gradient with it,
 without autograd, which is what training loops call. Ops that end in ``_`` change their arguments.

@@ -234,3 +234,70 @@ def winograd_conv(
     if bias is not None:
         out = out + bias
     return out.clamp(low, high).contiguous().permute(0, 3, 1, 2)
+
+
+def max_pool(
+    x: Tensor, kernel: int, stride: int, padding: int, out_height: int, out_width: int, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """The largest value of each window, as `zsu_fast.ops.max_pool.max_pool`.
+
+    Args:
+        x: float [N, C, H, W].
+        kernel, stride, padding: of square windows.
+        out_height, out_width: of the output; windows end at the input's border.
+        relu: whether relu follows.
+
+    Returns:
+        [N, C, out_height, out_width], and uint8 of the same shape: the place of the value in its
+        window, row by row, or 255 where relu cuts it off. Both channels-last.
+    """
+    windows = _windows(x, kernel, stride, padding, out_height, out_width, -torch.inf)
+    inside = _windows(torch.ones_like(x), kernel, stride, padding, out_height, out_width, 0.0) > 0
+    # the last NaN of a window, or the first of its largest values, never one of the padding
+    rank = torch.where(inside, windows, -torch.inf)
+    nan = windows.isnan()
+    order = torch.arange(kernel**2, device=x.device)
+    first = (rank == rank.masked_fill(nan, -torch.inf).amax(-1, keepdim=True)) & inside & ~nan
+    place = torch.where(first, order, kernel**2).amin(-1)
+    place = torch.where(nan.any(-1), torch.where(nan, order, -1).amax(-1), place)
+    out = windows.gather(-1, place[..., None])[..., 0]
+    if relu:
+        cut = out <= 0
+        out, place = out.masked_fill(cut, 0.0), place.masked_fill(cut, 255)
+    return _channels_last(out), _channels_last(place.to(torch.uint8))
+
+
+def max_pool_backward(
+    grad: Tensor, place: Tensor, kernel: int, stride: int, padding: int, height: int, width: int
+) -> Tensor:
+    """The gradient of the input of `max_pool`, [N, C, height, width], channels-last.
+
+    Args:
+        grad: of the output, float [N, C, H, W].
+        place: from `max_pool`.
+        kernel, stride, padding: as there.
+        height, width: of the input.
+    """
+    own = place[..., None] == torch.arange(kernel**2, device=grad.device)
+    columns = (own * grad[..., None].float()).permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)
+    rows, wide = (stride * (n - 1) + kernel for n in grad.shape[2:])
+    summed = F.fold(columns, (rows, wide), kernel, stride=stride)
+    below, right = max(0, height + padding - rows), max(0, width + padding - wide)
+    summed = F.pad(summed, (0, right, 0, below))
+    summed = summed[:, :, padding : padding + height, padding : padding + width]
+    return _channels_last(summed.to(grad.dtype))
+
+
+def _windows(
+    x: Tensor, kernel: int, stride: int, padding: int, height: int, width: int, fill: float
+) -> Tensor:
+    """The windows of [N, C, H, W], with ``fill`` beyond it: [N, C, height, width, kernel^2]."""
+    needed = [stride * (n - 1) + kernel - padding for n in (height, width)]
+    below, right = (max(0, n - s) for n, s in zip(needed, x.shape[2:], strict=True))
+    padded = F.pad(x, (padding, right, padding, below), value=fill)
+    windows = padded.unfold(2, kernel, stride).unfold(3, kernel, stride)
+    return windows[:, :, :height, :width].flatten(4)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

@@ -25,6 +25,14 @@ SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor weight, Tensor? bias, int outputs, int padding, float low, float high)"
         " -> Tensor"
     ),
+    "max_pool": (
+        "(Tensor x, int kernel, int stride, int padding, int out_height, int out_width, bool relu)"
+        " -> (Tensor out, Tensor place)"
+    ),
+    "max_pool_backward": (
+        "(Tensor grad, Tensor place, int kernel, int stride, int padding, int height, int width)"
+        " -> Tensor"
+    ),
 }
 # Without kernels for GPUs, on which no part of the package calls them.
-CPU_ONLY = ("winograd_conv",)
+CPU_ONLY = ("winograd_conv", "max_pool", "max_pool_backward")

@@ -7,7 +7,7 @@ which would broadcast or convert in silence.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -185,6 +185,45 @@ def check_winograd_conv(
         _check(flat, "bias must be float32 [outputs], contiguous")
 
 
+def _check_maps(x: Tensor, name: str) -> None:
+    _check(x.ndim == 4, f"{name} must be [batch, channels, height, width], got {x.ndim} dimensions")
+    known = x.dtype in (torch.float32, torch.bfloat16)
+    _check(known, f"{name} must be float32 or bfloat16")
+    last = x.numel() == 0 or x.is_contiguous(memory_format=torch.channels_last)
+    _check(last, f"{name} must be channels-last")
+
+
+def _check_windows(
+    kernel: int, stride: int, padding: int, sizes: Sequence[int], outputs: Sequence[int]
+) -> None:
+    _check(1 <= kernel <= 15, "kernel must be 1 to 15")
+    _check(stride >= 1, "stride must be at least 1")
+    _check(0 <= 2 * padding <= kernel, "padding must be 0 to half of kernel")
+    for size, count in zip(sizes, outputs, strict=True):
+        begins = size > 0 and (count - 1) * stride - padding < size
+        _check(count == 0 or (count > 0 and begins), "windows must not begin beyond the input")
+
+
+def check_max_pool(
+    x: Tensor, kernel: int, stride: int, padding: int, out_height: int, out_width: int, _relu: bool
+) -> None:
+    """Checks all arguments, as `check_signed_cross_entropy`."""
+    _check_maps(x, "x")
+    _check_windows(kernel, stride, padding, x.shape[2:], (out_height, out_width))
+
+
+def check_max_pool_backward(
+    grad: Tensor, place: Tensor, kernel: int, stride: int, padding: int, height: int, width: int
+) -> None:
+    """Checks all arguments, as `check_signed_cross_entropy`."""
+    _check_maps(grad, "grad")
+    _check_device(place, grad, "place")
+    fits = place.shape == grad.shape and place.dtype == torch.uint8
+    last = fits and (place.numel() == 0 or place.is_contiguous(memory_format=torch.channels_last))
+    _check(last, "place must be uint8, channels-last, of the shape of grad")
+    _check_windows(kernel, stride, padding, (height, width), grad.shape[2:])
+
+
 # What plain torch needs checked; of the ascent, it takes bounds and layouts that kernels don't.
 CHECKS: dict[str, Callable[..., None]] = {
     "signed_cross_entropy": check_signed_cross_entropy,
@@ -192,6 +231,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "scale_rows_": check_scale_rows,
     "ascent_step_": functools.partial(check_ascent_step, flat=False),
     "winograd_conv": check_winograd_conv,
+    "max_pool": check_max_pool,
+    "max_pool_backward": check_max_pool_backward,
 }
 
 

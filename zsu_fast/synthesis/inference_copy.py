@@ -25,6 +25,7 @@ from ..runtime.fx_tracing import break_reference_cycles, trace
 from ..runtime.hooks import forward_hooks
 from ..runtime.torch_settings import Precision, fp32_precision, has_bfloat16
 from .depthwise import DepthwiseMode, is_depthwise_conv
+from .fuse_pools import fuse_pools
 
 _log = logging.getLogger(__name__)
 
@@ -93,6 +94,9 @@ def inference_copy(
     if images.ndim == 4:
         module = copy.deepcopy(best.module).to(memory_format=torch.channels_last)
         best = try_change(module=module, channels_last=True)
+    if images.device.type == "cpu" and best.channels_last:
+        pooled = fuse_pools(copy.deepcopy(best.module))
+        best = best if pooled is None else try_change(module=pooled)
     if images.device.type == "cpu" and any(map(is_depthwise_conv, best.module.modules())):
         best = try_change(depthwise=True)
     if precision == "bfloat16" or (precision == "auto" and has_bfloat16(images.device)):

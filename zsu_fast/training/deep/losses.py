@@ -17,6 +17,7 @@ from .settings import DeepSettings
 from .tail import FrozenClassifierTail, TailOutputs
 
 _MEASURED = 2048  # training rows that explained variance is measured on
+_LEAST_SHARE = 0.3  # of the features' variance in the null space: an original ResNet-20 has 0.5
 _MINUS_INFINITY = -1e4  # a bias below all logits
 # Fraction of the room above a floor to use: pushing all the way down hurts the retained classes.
 USABLE_ROOM = 0.5
@@ -112,14 +113,20 @@ class DeepObjective(MaskedKL):
         self.size = self._retained(rows.teacher).square().mean().clamp(min=1e-12)
         self._constants: tuple[Tensor, RowConstants] | None = None
         self.null_space = self._null_space(rows) if settings.null_space else None
+        if self.null_space is None:
+            self.settings = settings.without_null_space()
 
     @torch.no_grad()
-    def _null_space(self, rows: FeatureSet) -> NullSpace:
-        """That of the last layer, a linear one; ``rows`` get their components."""
+    def _null_space(self, rows: FeatureSet) -> NullSpace | None:
+        """That of the last layer, a linear one; ``rows`` get their components. None if there is
+        little in it: an earlier request has erased it, and five in a row would cost 5 points of RA.
+        """
         features = torch.cat([part.features for part in self.tail.chunks(rows)]).flatten(1)
         scene = _weight(rows)[:, 0] > 0
         weight = self.tail.last.get_parameter("weight").detach()
         result = NullSpace(weight.float()[self.retained], features[scene])
+        if result.share < _LEAST_SHARE:
+            return None
         rows.components = result.components(features, scene, self.settings.components)
         return result
 

@@ -21,11 +21,19 @@ class NullSpace:
     Args:
         weight: the last layer's rows of retained classes, float32 [R, D].
         features: the original's last features of scenes, float32 [N, D].
+
+    Attributes:
+        complement: what is not in it, orthonormal rows [at most R - 1, D].
+        share: of the features' variance that is in it.
+        scale: [D], the features' standard deviations, or more.
     """
 
     def __init__(self, weight: Tensor, features: Tensor) -> None:
         _, sizes, rows = torch.linalg.svd(weight - weight.mean(0), full_matrices=False)
-        self.complement = rows[sizes > _RANK * sizes[0]]  # orthonormal, [at most R - 1, D]
+        self.complement = rows[sizes > _RANK * sizes[0]]
+        centred = features - features.mean(0)
+        inside = self.project(centred).square().sum()
+        self.share = float(inside / centred.square().sum().clamp(min=1e-12))
         scale = features.std(0)
         self.scale = scale.clamp(min=_LEAST_SCALE * float(scale.square().mean().sqrt()))
 

@@ -154,7 +154,7 @@ class DeepSettings:
         Without others to tell it from, its logit need not be constant, and stricter leak does more
         for un-masking: five such requests in a row cost KarpathyNet 3.4 points of RA, not 8.3.
         """
-        return replace(self, constant=0.0, leak=self.leak / 4, robust_factor=0.0)
+        return replace(self, constant=0.0, leak=self.leak / 4, robust_factor=0.0, rounds=0)
 
     def for_strangers(self, classes: int) -> DeepSettings:
         """The settings for identities of a gallery of ``classes`` that are to become strangers.
