@@ -52,7 +52,7 @@ def test_max_pool(benchmark: Any, table: Table, layer: tuple[int, ...], dtype: t
 
     def check(got: tuple[Tensor, Tensor]) -> None:
         assert torch.equal(got[0], out)
-        torch.testing.assert_close(got[1], exact, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(got[1], exact, rtol=5e-2, atol=5e-2)
 
     name = f"{batch} x {channels} x {size} x {size}, {kernel}x{kernel}, {str(dtype)[6:]}"
     contenders = [

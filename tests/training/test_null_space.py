@@ -12,6 +12,7 @@ from torch import nn
 
 from zsu_fast.models.input_spec import noise_images
 from zsu_fast.runtime.progress import Event
+from zsu_fast.training.deep import losses
 from zsu_fast.training.deep.null_space import NullSpace
 
 
@@ -64,6 +65,19 @@ def test_the_variance_and_its_gradient_are_those_of_autograd(dead: bool) -> None
     assert float(got.abs().max()) < 1  # a dead feature is not scaled by its deviation of 0
 
 
+def test_the_share_of_the_variance_in_the_null_space() -> None:
+    space, features = a_null_space()
+    torch.manual_seed(0)
+    torch.randn(50, 8)
+    weight = torch.randn(3, 8)
+    inside = space.project(features)
+    assert NullSpace(weight, inside).share == pytest.approx(1, abs=1e-4)
+    assert NullSpace(weight, features - inside).share == pytest.approx(0, abs=1e-4)
+    centred, erased = (x - x.mean(0) for x in (features, inside))
+    want = float(erased.square().sum() / centred.square().sum())
+    assert space.share == pytest.approx(want, rel=1e-4)
+
+
 # --- in a run ----------------------------------------------------------------------------------
 
 NULL_SPACE = replace(FEW_ROWS, erase=10.0, null_space=8.0, components=4, rounds=2, robust=0.0)
@@ -99,6 +113,13 @@ def test_the_null_space_is_kept_where_erasing_it_damages_the_features() -> None:
     assert run.record.depth["level"] == "deep"
     assert not run.record.depth["null_space"]
     assert_forgets(result, FORGET)
+
+
+def test_a_null_space_that_holds_little_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_LEAST_SHARE", 1.1)
+    run, _ = deep_run(settings=NULL_SPACE)
+    depth = run.record.depth
+    assert (depth["level"], depth["null_space"], depth["rounds"]) == ("deep", False, 0)
 
 
 def test_the_null_space_is_that_of_a_linear_last_layer_alone() -> None:
