@@ -36,7 +36,7 @@ from zsu_fast.synthesis.dead_leaves import sample_dead_leaves
 from zsu_fast.synthesis.space import input_space
 from zsu_fast.training.deep.deep import deep_task
 from zsu_fast.training.deep.losses import DeepObjective
-from zsu_fast.training.deep.settings import DeepSettings
+from zsu_fast.training.deep.settings import DeepSettings, has_batch_norm
 from zsu_fast.training.deep.split import DeepSplit, find_deep_split
 from zsu_fast.training.features import FeatureSet, FeatureSettings
 from zsu_fast.training.fit_task import FitTask, trained_parameters
@@ -122,6 +122,8 @@ def deep_case(name: str) -> tuple[FitTask, DeepSplit, int]:
     forget[[3, 4, 8] if classes == 10 else list(range(0, classes, 10))] = True
     labels = torch.arange(INVERTED, device=DEVICE) % classes
     settings = DeepSettings().for_classes(classes)
+    if classes <= settings.batch and has_batch_norm(original):
+        settings = settings.for_batch_norm()
     scenes, inverted = (tuple(f.split(SCENES)[i] for f in features) for i in range(2))
     task, _ = deep_task(
         model, deep, scenes, inverted, labels, forget, FeatureSettings(), settings, 0
@@ -177,7 +179,10 @@ def plain_deep_loss(
         f, f_new = (centred(x[:, forget] - x[:, ~forget].mean(1, keepdim=True)) for x in (old, new))
         loss = loss + s.constant * f_new.square().sum() / f.square().sum()
     if s.erase:
-        target = centred(old[:, forget] - old.mean(1, keepdim=True))
+        target = old[:, forget] - old.mean(1, keepdim=True)
+        if rows.components is not None:
+            target = torch.cat([target, rows.components], 1)
+        target = centred(target)
         target = target / (target.square().sum(0) / scene.sum()).sqrt()
         x = centred(features)
         gram = x @ x.T
@@ -186,6 +191,9 @@ def plain_deep_loss(
             gram + ridge * torch.eye(len(x), device=x.device), target
         )
         loss = loss + s.erase * (target * fitted).sum() / target.square().sum()
+    if objective.null_space is not None:
+        inside = objective.null_space.project(centred(features)) / objective.null_space.scale
+        loss = loss + s.null_space * inside.square().sum() / (scene.sum() * features.shape[1])
     return loss
 
 
