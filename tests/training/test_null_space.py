@@ -99,7 +99,8 @@ def variance_in_null_space(result: nn.Module) -> float:
 def test_the_null_space_of_the_retained_classes_is_erased_in_rounds() -> None:
     plain, usual = deep_run(settings=NULL_SPACE.without_null_space())
     erased, result = deep_run(settings=NULL_SPACE)
-    assert (plain.record.depth["null_space"], erased.record.depth["null_space"]) == (False, True)
+    assert plain.record.depth["null_space"] == "free"
+    assert erased.record.depth["null_space"] == "erased"
     assert (plain.record.depth["rounds"], erased.record.depth["rounds"]) == (0, 2)
     assert [v["step"] for v in erased.record.depth["history"]].count(20) == 2
     assert variance_in_null_space(result) < 0.5 * variance_in_null_space(usual)
@@ -111,15 +112,17 @@ def test_the_null_space_of_the_retained_classes_is_erased_in_rounds() -> None:
 def test_the_null_space_is_kept_where_erasing_it_damages_the_features() -> None:
     run, result = deep_run(settings=replace(NULL_SPACE, erase=1e4, null_space=1e4, rounds=0))
     assert run.record.depth["level"] == "deep"
-    assert not run.record.depth["null_space"]
+    assert run.record.depth["null_space"] == "free"
     assert_forgets(result, FORGET)
 
 
-def test_a_null_space_that_holds_little_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_null_space_with_little_in_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "_LEAST_SHARE", 1.1)
-    run, _ = deep_run(settings=NULL_SPACE)
+    run, held = deep_run(settings=NULL_SPACE)
     depth = run.record.depth
-    assert (depth["level"], depth["null_space"], depth["rounds"]) == ("deep", False, 0)
+    assert (depth["level"], depth["null_space"], depth["rounds"]) == ("deep", "held", 0)
+    _, free = deep_run(settings=NULL_SPACE.without_null_space())
+    assert variance_in_null_space(held) < variance_in_null_space(free)
 
 
 def test_the_null_space_is_that_of_a_linear_last_layer_alone() -> None:
@@ -128,7 +131,7 @@ def test_the_null_space_is_that_of_a_linear_last_layer_alone() -> None:
         nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     ).eval()
     run, _ = deep_run(model, settings=replace(NULL_SPACE, leak=1.0, most_leak=1.0))
-    assert not run.record.depth["null_space"]
+    assert run.record.depth["null_space"] == "free"
 
 
 def test_a_stop_ends_the_rounds() -> None:

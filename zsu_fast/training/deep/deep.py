@@ -150,16 +150,16 @@ def forget_deeply(
     Returns:
         For the record: ``layers``, ``stopped``, ``learning_rate``, ``history`` (`Fit`); ``rows``
         and ``held_out``, the number of training and validation rows; ``margin`` of the last layer's
-        fit and ``margin_asked`` here; ``null_space``, whether the loss has such a term, and
-        ``rounds``, how many times more was erased; ``factor``, by which the change was multiplied,
-        and ``factors``, the leak and agreement at each that was tried; and, each ``before`` and
-        ``after``: ``unmask_leak``, the share of held-out inverted rows of forgotten classes that
-        the original last layer still assigns to one (NaN if there is none), ``agreement``, the
-        share of held-out scenes whose masked answer stays, weighted by the original's confidence in
-        it, and ``evidence``, `DeepObjective.evidence`. For strangers, ``agreement`` is that of the
-        held-out rows of `StrangerObjective.to_agree`; also ``accepted``, the share of the rows that
-        count for ``unmask_leak`` that any identity accepts, and ``threshold``, the logit from
-        which one does.
+        fit and ``margin_asked`` here; ``null_space``, "erased", "held" constant or "free" in the
+        loss, and ``rounds``, how many times more was erased; ``factor``, by which the change was
+        multiplied, and ``factors``, the leak and agreement at each that was tried; and, each
+        ``before`` and ``after``: ``unmask_leak``, the share of held-out inverted rows of forgotten
+        classes that the original last layer still assigns to one (NaN if there is none),
+        ``agreement``, the share of held-out scenes whose masked answer stays, weighted by the
+        original's confidence in it, and ``evidence``, `DeepObjective.evidence`. For strangers,
+        ``agreement`` is that of the held-out rows of `StrangerObjective.to_agree`; also
+        ``accepted``, the share of the rows that count for ``unmask_leak`` that any identity
+        accepts, and ``threshold``, the logit from which one does.
 
     Raises:
         DeepFailed: the checks say so; the parameters are as they were.
@@ -221,7 +221,7 @@ def forget_deeply(
         "learning_rate": fit.learning_rate,
         "margin": margin,
         "margin_asked": objective.margin,
-        "null_space": objective.null_space is not None,
+        "null_space": objective.null_space_treatment,
         "history": [asdict(result) for result in fit.history],
         "rows": len(train),
         "held_out": len(task.validation),

@@ -113,21 +113,29 @@ class DeepObjective(MaskedKL):
         self.size = self._retained(rows.teacher).square().mean().clamp(min=1e-12)
         self._constants: tuple[Tensor, RowConstants] | None = None
         self.null_space = self._null_space(rows) if settings.null_space else None
+
+    @property
+    def null_space_treatment(self) -> str:
+        """What the loss does with the null space: "erased", "held", or "free"."""
         if self.null_space is None:
-            self.settings = settings.without_null_space()
+            return "free"
+        return "erased" if self.settings.components else "held"
 
     @torch.no_grad()
-    def _null_space(self, rows: FeatureSet) -> NullSpace | None:
-        """That of the last layer, a linear one; ``rows`` get their components. None if there is
-        little in it: an earlier request has erased it, and five in a row would cost 5 points of RA.
+    def _null_space(self, rows: FeatureSet) -> NullSpace:
+        """That of the last layer, a linear one; ``rows`` get their components.
+
+        If there is little in it, because an earlier request has erased it, it is only held as it
+        is: else, five requests in a row would cost 5 points of RA.
         """
         features = torch.cat([part.features for part in self.tail.chunks(rows)]).flatten(1)
         scene = _weight(rows)[:, 0] > 0
         weight = self.tail.last.get_parameter("weight").detach()
         result = NullSpace(weight.float()[self.retained], features[scene])
         if result.share < _LEAST_SHARE:
-            return None
-        rows.components = result.components(features, scene, self.settings.components)
+            self.settings = self.settings.without_components()
+        else:
+            rows.components = result.components(features, scene, self.settings.components)
         return result
 
     def gradients(

@@ -141,12 +141,15 @@ class DeepSettings:
             inverted_share=self.inverted_share / 2, rate=1.5 * self.rate, robust_factor=0.0,
         )  # fmt: skip
 
+    def without_components(self) -> DeepSettings:
+        """The same with a constant null space, and without more of `for_batch_norm` in the loss."""
+        if not self.components:
+            return self
+        return replace(self, components=0, rounds=0, erase=self.erase / _MORE_ERASED)
+
     def without_null_space(self) -> DeepSettings:
         """The same without what `for_batch_norm` adds to the loss."""
-        if not self.null_space:
-            return self
-        erase = self.erase / _MORE_ERASED
-        return replace(self, components=0, null_space=0.0, rounds=0, erase=erase)
+        return replace(self.without_components(), null_space=0.0)
 
     def for_single_class(self) -> DeepSettings:
         """The settings if one class of few is forgotten.
