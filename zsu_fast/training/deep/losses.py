@@ -128,10 +128,10 @@ class DeepObjective(MaskedKL):
         If there is little in it, because an earlier request has erased it, it is only held as it
         is: else, five requests in a row would cost 5 points of RA.
         """
-        features = torch.cat([part.features for part in self.tail.chunks(rows)]).flatten(1)
+        features = torch.cat([part.features.float() for part in self.tail.chunks(rows)])
         scene = _weight(rows)[:, 0] > 0
-        weight = self.tail.last.get_parameter("weight").detach()
-        result = NullSpace(weight.float()[self.retained], features[scene])
+        weight: Tensor = self.tail.last.weight  # type: ignore[assignment]  # maybe computed
+        result = NullSpace(weight.detach().float()[self.retained], features[scene])
         if result.share < _LEAST_SHARE:
             self.settings = self.settings.without_components()
         else:
