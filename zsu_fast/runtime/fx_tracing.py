@@ -6,12 +6,15 @@ model that another thread runs meanwhile would be traced too, and raise.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+_log = logging.getLogger(__name__)
 
 
 class Tracer(torch.fx.Tracer):
@@ -45,6 +48,22 @@ def trace(model: nn.Module, tracer: Tracer | None = None) -> torch.fx.GraphModul
     traced = torch.fx.GraphModule(model, graph, type(model).__name__)
     break_reference_cycles(traced)
     return traced
+
+
+def trace_or_none(
+    model: nn.Module, otherwise: str, tracer: Tracer | None = None
+) -> torch.fx.GraphModule | None:
+    """A traced ``model``, which may be one already; None if torch.fx can't trace it.
+
+    ``otherwise`` says in the log what follows from that.
+    """
+    if isinstance(model, torch.fx.GraphModule):
+        return model
+    try:
+        return trace(model, tracer)
+    except Exception as error:  # noqa: BLE001  a model's own code may raise anything
+        _log.info("%s: %s", otherwise, error)
+        return None
 
 
 def break_reference_cycles(*models: nn.Module) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections import Counter
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..runtime.fx_tracing import Tracer, trace
+from ..runtime.fx_tracing import Tracer, trace_or_none
 from .frozen_conv import NONE, Activation, FrozenConv, is_supported, is_winograd_supported
 
-_log = logging.getLogger(__name__)
 _RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 
@@ -34,11 +32,8 @@ def fuse_convs(model: nn.Module, winograd: bool = False) -> nn.Module | None:
         return None
     fused: nn.Module = copy.deepcopy(model)
     activations: dict[str, Activation] = {}
-    try:
-        traced = fused if isinstance(fused, torch.fx.GraphModule) else trace(fused, _ConvTracer())
-    except Exception as error:  # noqa: BLE001  what torch.fx can't trace is left as it is
-        _log.info("activations stay after their convolutions: %s", error)
-    else:
+    traced = trace_or_none(fused, "activations stay after their convolutions", _ConvTracer())
+    if traced is not None:
         fused, activations = traced, _take_activations(traced)
     for name, layer in list(fused.named_modules()):
         if isinstance(layer, nn.Conv2d) and is_supported(layer):

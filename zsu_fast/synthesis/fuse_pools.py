@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -11,9 +10,8 @@ from torch.nn import functional as F
 
 from ..ops import backends
 from ..ops.max_pool import max_pool
-from ..runtime.fx_tracing import trace
+from ..runtime.fx_tracing import trace_or_none
 
-_log = logging.getLogger(__name__)
 _POOL = (F.max_pool2d, torch.max_pool2d)
 _RELU = (F.relu, torch.relu, "relu")
 _MOST = 15  # largest kernel
@@ -45,10 +43,8 @@ def fuse_pools(model: nn.Module) -> nn.Module | None:
         return None
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
         return None
-    try:
-        traced = model if isinstance(model, torch.fx.GraphModule) else trace(model)
-    except Exception as error:  # noqa: BLE001  what torch.fx can't trace is left as it is
-        _log.info("max pooling stays as it is: %s", error)
+    traced = trace_or_none(model, "max pooling stays as it is")
+    if traced is None:
         return None
     modules = dict(traced.named_modules())
     pools = [(node, windows) for node in traced.graph.nodes if (windows := _windows(node, modules))]

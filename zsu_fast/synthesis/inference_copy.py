@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import ModelError
 from ..models.wrapper import LogitsModel
-from ..runtime.fx_tracing import break_reference_cycles, trace
+from ..runtime.fx_tracing import break_reference_cycles, trace_or_none
 from ..runtime.hooks import forward_hooks
 from ..runtime.torch_settings import Precision, fp32_precision, has_bfloat16
 from .depthwise import DepthwiseMode, is_depthwise_conv
@@ -169,10 +169,8 @@ def pool_before_relu(model: nn.Module) -> nn.Module | None:
     """
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
         return None
-    try:
-        traced = model if isinstance(model, torch.fx.GraphModule) else trace(model)
-    except Exception as error:  # noqa: BLE001  what torch.fx can't trace is left as it is
-        _log.info("pooling stays after relu: %s", error)
+    traced = trace_or_none(model, "pooling stays after relu")
+    if traced is None:
         return None
     modules = dict(traced.named_modules())
 
