@@ -8,13 +8,15 @@ kernels, compiled for the CPU; ZSU_EMULATED names that library.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from zsu_fast.ops import backends
+from zsu_fast.ops import backends, library
 from zsu_fast.ops.schemas import CPU_ONLY, SCHEMAS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -50,6 +52,22 @@ def runners(compiled: bool = True) -> list[object]:
     if compiled:
         found.append(pytest.param(Runner("compile", "cpu"), id="compile"))
     return found
+
+
+def run_on_isa(isa: str, code: str) -> None:
+    """Runs ``code`` in a process whose CPU kernels are those of ``isa``, beside these tests; skips
+    the test if this CPU does not have it.
+    """
+    order, best = ["baseline", "avx2", "avx512"], library.cpu_isa()
+    if best not in order or order.index(isa) > order.index(str(best)):
+        pytest.skip(f"this CPU has {best}")
+    start = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+    start += f"from zsu_fast.ops import library; assert library.cpu_isa() == {isa!r}\n"
+    environment = {**os.environ, "ZSU_FAST_CPU_ISA": isa}
+    done = subprocess.run(
+        [sys.executable, "-c", start + code], capture_output=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def same(runner: Runner, got: Tensor, want: Tensor) -> None:
