@@ -78,8 +78,7 @@ def _forget_deeply(
     request fall back.
     """
     options, ranks, failure = request.options, request.ranks, ""
-    attempts = dict.fromkeys([rows.settings, rows.settings.without_null_space()])
-    for settings in attempts:
+    for settings in (rows.settings, rows.settings.without_null_space()):
         failure = ""
         try:
             facts = forget_deeply(
@@ -89,6 +88,8 @@ def _forget_deeply(
             break
         except DeepFailed as error:
             failure, facts = str(error), error.facts
+            if facts.get("null_space", "free") == "free":
+                break  # without it, the same would be computed again
     ranks.exchange()  # a new stage: a stop request must not carry over into the fit
     failure, facts = ranks.broadcast_object((failure, facts))
     ranks.copy_from_main(trained_parameters(request.work, rows.deep.split))

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from support import FEW_ROWS, FORGET, SPEC, assert_forgets, deep_run, tiny
 from torch import nn
 
+from zsu_fast import fit_stage
 from zsu_fast.models.input_spec import noise_images
 from zsu_fast.runtime.progress import Event
-from zsu_fast.training.deep import losses
+from zsu_fast.training.deep import deep, losses
 from zsu_fast.training.deep.null_space import NullSpace
 
 
-def a_null_space(count: int = 50, dead: bool = False) -> tuple[NullSpace, torch.Tensor]:
-    """That of three of five classes of features [count, 8], and the features."""
+def a_null_space(
+    count: int = 50, dead: bool = False
+) -> tuple[NullSpace, torch.Tensor, torch.Tensor]:
+    """That of three classes; features [count, 8], and the classes' weights."""
     torch.manual_seed(0)
     features = torch.randn(count, 8) * torch.arange(1, 9)
     if dead:
         features[:, 2] = 0.0
     weight = torch.randn(3, 8)
-    return NullSpace(weight, features), features
+    return NullSpace(weight, features), features, weight
 
 
 def test_differences_of_retained_logits_do_not_see_the_null_space() -> None:
-    space, features = a_null_space()
-    torch.manual_seed(0)
-    torch.randn(50, 8)
-    weight = torch.randn(3, 8)
+    space, features, weight = a_null_space()
     inside = space.project(features)
     assert torch.allclose(inside @ (weight - weight.mean(0)).T, torch.zeros(50, 3), atol=1e-4)
     assert torch.linalg.matrix_rank(inside) == 6  # of eight; three classes have two differences
@@ -38,7 +39,7 @@ def test_differences_of_retained_logits_do_not_see_the_null_space() -> None:
 
 
 def test_components_are_the_largest_in_the_null_space_and_not_correlated() -> None:
-    space, features = a_null_space()
+    space, features, _ = a_null_space()
     scene = torch.arange(50) < 40
     found = space.components(features, scene, 3)
     assert found.shape == (50, 3)
@@ -53,7 +54,7 @@ def test_components_are_the_largest_in_the_null_space_and_not_correlated() -> No
 
 @pytest.mark.parametrize("dead", [False, True], ids=["alive", "a dead feature"])
 def test_the_variance_and_its_gradient_are_those_of_autograd(dead: bool) -> None:
-    space, features = a_null_space(dead=dead)
+    space, features, _ = a_null_space(dead=dead)
     scene = (torch.arange(50) < 40).float()[:, None]
     x = (features + 0.1 * torch.randn(50, 8)).requires_grad_()
     centred = scene * (x - (scene * x).sum(0) / scene.sum())
@@ -66,10 +67,7 @@ def test_the_variance_and_its_gradient_are_those_of_autograd(dead: bool) -> None
 
 
 def test_the_share_of_the_variance_in_the_null_space() -> None:
-    space, features = a_null_space()
-    torch.manual_seed(0)
-    torch.randn(50, 8)
-    weight = torch.randn(3, 8)
+    space, features, weight = a_null_space()
     inside = space.project(features)
     assert NullSpace(weight, inside).share == pytest.approx(1, abs=1e-4)
     assert NullSpace(weight, features - inside).share == pytest.approx(0, abs=1e-4)
@@ -132,6 +130,27 @@ def test_the_null_space_is_that_of_a_linear_last_layer_alone() -> None:
     ).eval()
     run, _ = deep_run(model, settings=replace(NULL_SPACE, leak=1.0, most_leak=1.0))
     assert run.record.depth["null_space"] == "free"
+
+
+@pytest.mark.parametrize(("share", "attempts"), [(0.0, 2), (1.1, 2), (None, 1)])
+def test_only_what_differs_is_tried_a_second_time(
+    share: float | None, attempts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the null space erased, held, and free because of the last layer."""
+    monkeypatch.setattr(losses, "_LEAST_SHARE", share)
+    if share is None:
+        monkeypatch.setattr(deep, "_is_linear_last", lambda *_: False)
+    tried: list[object] = []
+
+    def counted(*args: Any) -> dict[str, Any]:
+        tried.append(args)
+        return deep.forget_deeply(*args)
+
+    monkeypatch.setattr(fit_stage, "forget_deeply", counted)
+    run, _ = deep_run(settings=replace(NULL_SPACE, rate=1e-9, rounds=0, factors=(1.0,)))
+    assert run.record.depth["level"] == "output"
+    assert run.record.depth["null_space"] == "free"
+    assert len(tried) == attempts
 
 
 def test_a_stop_ends_the_rounds() -> None:

@@ -178,6 +178,7 @@ def forget_deeply(
     checks = Checks(objective, task.validation)
     facts: dict[str, Any] = {name: {"before": v} for name, v in checks.measure().items()}
     facts["evidence"] = {"before": objective.evidence(train)}
+    facts["null_space"] = objective.null_space_treatment
 
     def choose_factor() -> dict[str, Any]:
         """Leaves the parameters at the factor to take, and returns the facts with it."""
@@ -221,7 +222,6 @@ def forget_deeply(
         "learning_rate": fit.learning_rate,
         "margin": margin,
         "margin_asked": objective.margin,
-        "null_space": objective.null_space_treatment,
         "history": [asdict(result) for result in fit.history],
         "rows": len(train),
         "held_out": len(task.validation),
