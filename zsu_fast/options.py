@@ -22,8 +22,6 @@ from .training.deep.settings import (
     Depth,
     ForgottenAs,
     check_depth,
-    has_batch_norm,
-    layer_norms_alone,
 )
 from .training.features import FeatureSettings
 from .training.losses import ObjectiveSettings
@@ -186,9 +184,11 @@ class Options:
     def seed(self) -> int:
         return self.ascent.seed
 
-    def without_effect(self, impressions_given: bool, model: nn.Module, classes: int) -> list[str]:
-        """Says which of the options that were given have no effect on a model of ``classes``, and
-        why, in sentences.
+    def without_effect(
+        self, impressions_given: bool, model: nn.Module, classes: int, forget: int
+    ) -> list[str]:
+        """Says which of the options that were given have no effect on a model of ``classes``,
+        ``forget`` of them to forget, and why, in sentences.
         """
         default, inverted = AscentSettings(), self.depth == "deep" and self.space == "tail-input"
         ascent = [n for n in _ASCENT if n != "seed" and self.given[n] != getattr(default, n)]
@@ -204,7 +204,8 @@ class Options:
             )
         if self.objective.name == "masked" and self.objective.weights != ObjectiveSettings.weights:
             texts.append("weights had no effect: objective='masked' has none.")
-        steps, most = self.loop.steps, self.deep_settings(model, classes, classes, 1).most_steps
+        most = self.deep_settings(model, classes, classes, forget).most_steps
+        steps = self.loop.steps
         if self.depth == "deep" and steps is not None and steps > most:
             texts.append(
                 f"steps={steps} only holds for the last layer: the layers ahead of it are trained "
@@ -218,16 +219,9 @@ class Options:
         """The settings of deep forgetting for a model of ``classes``, ``active`` of them with rows
         and ``forget`` to forget; with the impressions per class if they are given.
         """
-        settings, per_class = self.deep.for_classes(classes), self.impressions_per_class
-        multi_label, stranger = self.objective.multi_label, self.forgotten_as == "stranger"
-        few = classes <= self.deep.batch and not multi_label
-        if few and layer_norms_alone(model):
-            settings = settings.for_layer_norm()
-        elif few and not stranger:
-            settings = settings.for_batch_norm() if has_batch_norm(model) else settings
-            settings = settings.for_single_class() if forget == 1 else settings
-        settings = replace(settings, multi_label=multi_label)
-        settings = settings.for_strangers(classes) if stranger else settings
+        per_class, stranger = self.impressions_per_class, self.forgotten_as == "stranger"
+        multi_label = self.objective.multi_label
+        settings = self.deep.for_model(model, classes, forget, multi_label, stranger)
         if per_class is None:
             return settings
         return replace(settings, inverted=per_class * active, inverted_per_class=0)

@@ -187,7 +187,7 @@ class Request:
         """
         options = self.options
         self.record.depth["unused"] = options.without_effect(
-            impressions_given, self.work, self.classes
+            impressions_given, self.work, self.classes, len(self.forget)
         )
         if self.gallery is not None and impressions_given:
             raise ArgumentError(

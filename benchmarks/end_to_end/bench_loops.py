@@ -36,7 +36,7 @@ from zsu_fast.synthesis.dead_leaves import sample_dead_leaves
 from zsu_fast.synthesis.space import input_space
 from zsu_fast.training.deep.deep import deep_task
 from zsu_fast.training.deep.losses import DeepObjective
-from zsu_fast.training.deep.settings import DeepSettings, has_batch_norm
+from zsu_fast.training.deep.settings import DeepSettings
 from zsu_fast.training.deep.split import DeepSplit, find_deep_split
 from zsu_fast.training.features import FeatureSet, FeatureSettings
 from zsu_fast.training.fit_task import FitTask, trained_parameters
@@ -121,9 +121,7 @@ def deep_case(name: str) -> tuple[FitTask, DeepSplit, int]:
     forget = torch.zeros(classes, dtype=torch.bool, device=DEVICE)
     forget[[3, 4, 8] if classes == 10 else list(range(0, classes, 10))] = True
     labels = torch.arange(INVERTED, device=DEVICE) % classes
-    settings = DeepSettings().for_classes(classes)
-    if classes <= settings.batch and has_batch_norm(original):
-        settings = settings.for_batch_norm()
+    settings = DeepSettings().for_model(original, classes, int(forget.sum()), False, False)
     scenes, inverted = (tuple(f.split(SCENES)[i] for f in features) for i in range(2))
     task, _ = deep_task(
         model, deep, scenes, inverted, labels, forget, FeatureSettings(), settings, 0

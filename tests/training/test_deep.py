@@ -492,9 +492,14 @@ def test_more_steps_than_deep_training_takes_are_said() -> None:
     run.options.deep = replace(FEW_ROWS, steps=550)
     many = run.options.deep.batch + 1
     assert any(
-        "at most 550 steps" in text for text in run.options.without_effect(False, run.work, 5)
+        "at most 550 steps" in text for text in run.options.without_effect(False, run.work, 5, 2)
     )
-    assert not any("steps=" in text for text in run.options.without_effect(False, run.work, many))
+    unused = run.options.without_effect(False, run.work, many, 2)
+    assert not any("steps=" in text for text in unused)
+    run.options.deep = DeepSettings()  # with rounds, where several classes are forgotten
+    for forget, most in ((1, 600), (2, 1000)):
+        unused = run.options.without_effect(False, run.work, 5, forget)
+        assert any(f"at most {most} steps" in text for text in unused)
 
 
 def test_scenes_of_forgotten_classes_alone_are_no_failure() -> None:

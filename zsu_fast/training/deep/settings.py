@@ -94,6 +94,20 @@ class DeepSettings:
     stranger_margin: float = 4.0
     stranger_share: float = 0.4
 
+    def for_model(
+        self, model: nn.Module, classes: int, forget: int, multi_label: bool, stranger: bool
+    ) -> DeepSettings:
+        """The settings for a model of that many classes, ``forget`` of them to forget."""
+        settings = self.for_classes(classes)
+        few = classes <= self.batch and not multi_label
+        if few and layer_norms_alone(model):
+            settings = settings.for_layer_norm()
+        elif few and not stranger:
+            settings = settings.for_batch_norm() if has_batch_norm(model) else settings
+            settings = settings.for_single_class() if forget == 1 else settings
+        settings = replace(settings, multi_label=multi_label)
+        return settings.for_strangers(classes) if stranger else settings
+
     def for_classes(self, classes: int) -> DeepSettings:
         """The settings for a model of that many classes.
 
