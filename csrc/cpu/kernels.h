@@ -71,9 +71,8 @@ struct WinogradConvArgs {
 };
 
 struct MaxPoolArgs {
-  const void* x;    // [images, height, width, channels]; of the backward pass: not used
-  const void* grad; // [images, out_height, out_width, channels]; of the forward pass: not used
-  void* out;        // as grad; of the backward pass: as x
+  const void* from; // [images, height, width, channels]; of the backward pass as `to` of the forward pass
+  void* to;         // [images, out_height, out_width, channels]; of the backward pass as `from` of the forward pass
   uint8_t* place;   // of the largest value in its window, row by row; no_place where relu cuts it off
   int64_t channels, height, width, out_height, out_width;
   int64_t kernel, stride, padding;

@@ -50,7 +50,7 @@ void max_pool_kernel(const MaxPoolArgs& a, int64_t begin, int64_t end) {
         VF best{};
         VI place{};
         for (int64_t y = y0; y < y1; ++y) {
-          const T* from = static_cast<const T*>(a.x) + ((image * a.height + y) * a.width + x0) * a.channels + c;
+          const T* from = static_cast<const T*>(a.from) + ((image * a.height + y) * a.width + x0) * a.channels + c;
           int32_t at = static_cast<int32_t>((y - top) * a.kernel + x0 - left);
           for (int64_t x = x0; x < x1; ++x, ++at, from += a.channels) {
             const VF v = load_up_to(from, n);
@@ -64,7 +64,7 @@ void max_pool_kernel(const MaxPoolArgs& a, int64_t begin, int64_t end) {
           best = cut ? VF{} : best;
           place = cut ? VI{} + no_place : place;
         }
-        store_up_to(static_cast<T*>(a.out) + to + c, best, n);
+        store_up_to(static_cast<T*>(a.to) + to + c, best, n);
         store_places(a.place + to + c, place, n);
       }
     }
@@ -82,7 +82,7 @@ ZSU_INLINE void spread(const MaxPoolArgs& a, int64_t image, int64_t y, int64_t w
     const int64_t x0 = left < 0 ? 0 : left, x1 = left + a.kernel < a.width ? left + a.kernel : a.width;
     for (int64_t c = 0; c < a.channels; c += 16) {
       const int64_t n = a.channels - c, from = (row + j) * a.channels + c;
-      const VF grad = load_up_to(static_cast<const T*>(a.grad) + from, n);
+      const VF grad = load_up_to(static_cast<const T*>(a.from) + from, n);
       const VI place = load_places(a.place + from, n);
       S* to = sum + x0 * a.channels + c;
       for (int64_t x = x0; x < x1; ++x, to += a.channels) {
@@ -107,7 +107,7 @@ void max_pool_backward_kernel(const MaxPoolArgs& a, int64_t begin, int64_t end) 
     const int64_t image = row / a.height, y = row % a.height + a.padding;
     const int64_t above = y < a.kernel ? 0 : (y - a.kernel) / a.stride + 1;
     const int64_t below = y / a.stride < a.out_height - 1 ? y / a.stride : a.out_height - 1;
-    T* to = static_cast<T*>(a.out) + row * size;
+    T* to = static_cast<T*>(a.to) + row * size;
     if (above > below) {
       __builtin_memset(to, 0, sizeof(T) * size);
     } else if (a.kernel == a.stride) {
