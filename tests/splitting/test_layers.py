@@ -24,7 +24,7 @@ def test_backbones_run_in_chunks_that_fit() -> None:
     map_bytes = 8 * 3 * 3 * 4  # of the convolution's output, per image; the image itself: 768
     assert map_bytes < 768
     (parts,) = found.features(images, chunk_bytes=10 * 768)
-    assert seen == [1, 10, 10, 9]
+    assert seen == [1, 1, 1, 10, 10, 9]  # the first two find the layout
     assert torch.allclose(whole, parts, atol=1e-6)
 
 
@@ -98,7 +98,8 @@ def test_the_ratio_of_many_impressions_takes_a_sample() -> None:
     images = torch.rand(160, 3, 8, 8)
     model.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
     fisher_ratios(model, images, torch.arange(160) // 4, most_images=40)
-    assert sum(seen) == 40  # beside the two of `layer_names`, which go to the inner model
+    # two more find the layout; those of `layer_names` go to the inner model
+    assert sum(seen) == 40 + 2
 
 
 def test_the_ratio_rises_where_classes_separate() -> None:

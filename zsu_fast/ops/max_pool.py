@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import backends
 
+_MOST = 15  # largest kernel
+
 
 def max_pool(
     x: Tensor,
@@ -44,6 +46,32 @@ def max_pool(
     """
     out: Tensor = _MaxPool.apply(x, kernel, stride, padding, ceil_mode, relu, backend)
     return out
+
+
+def supported_windows(
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: Any = False,
+    return_indices: Any = False,
+) -> tuple[int, int, int, bool] | None:
+    """Kernel, stride, padding and ceil_mode for `max_pool`, from the arguments of
+    `torch.nn.functional.max_pool2d` after its input; None if they stand for other windows.
+    """
+    if stride is None or stride == []:
+        stride = kernel_size
+    kernel, step, border, apart = map(_square, (kernel_size, stride, padding, dilation))
+    if kernel is None or step is None or border is None or apart != 1:
+        return None
+    return None if kernel > _MOST or return_indices else (kernel, step, border, bool(ceil_mode))
+
+
+def _square(value: Any) -> int | None:
+    """The one size for both dimensions; None if they differ."""
+    sizes = set(value) if isinstance(value, list | tuple) else {value}
+    size = sizes.pop() if len(sizes) == 1 else None
+    return size if isinstance(size, int) else None
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..models.outputs import is_beside_logits, matrices
 from ..models.wrapper import LogitsModel
 from ..runtime.hooks import forward_hooks, forward_pre_hooks
+from ..runtime.inference import Inference
 
 # Bytes of the largest feature map of one chunk.
 CHUNK_BYTES = 128 * 1024 * 1024
@@ -97,10 +98,11 @@ def fisher_ratios(
         if x is not None and len(noted) < len(chunks):  # the layer's first call counts
             noted.append(_summarise(module, x, chunks[-1]))
 
-    with forward_pre_hooks(names, note), torch.no_grad():
+    inference = Inference(model, images[:1])
+    with forward_pre_hooks(names, note):
         for chunk in in_chunks(model, images):
             chunks.append(len(chunk))
-            model(chunk)
+            inference(chunk)
     result = []
     for name, noted in summaries.items():
         ratios = [0.0]

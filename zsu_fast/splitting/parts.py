@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..runtime.inference import Inference
 from .batch_dim import BoundaryTensors
 from .class_rows import ClassDims
 from .layers import CHUNK_BYTES, in_chunks
@@ -56,6 +57,6 @@ class Split:
         chunks = (
             in_chunks(self.backbone, images, chunk_bytes) if batch is None else images.split(batch)
         )
-        with torch.no_grad():
-            parts = [self.backbone(chunk) for chunk in chunks]
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        backbone = Inference(self.backbone, images[:1])
+        parts = [backbone(chunk) for chunk in chunks]
+        return tuple(torch.cat(column).contiguous() for column in zip(*parts, strict=True))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import backends
-from ..ops.max_pool import max_pool
+from ..ops.max_pool import max_pool, supported_windows
 from ..runtime.fx_tracing import trace_or_none
 
 _POOL = (F.max_pool2d, torch.max_pool2d)
 _RELU = (F.relu, torch.relu, "relu")
-_MOST = 15  # largest kernel
 
 
 class MaxPool(nn.Module):
@@ -79,29 +76,11 @@ def _windows(
     """Kernel, stride, padding and ceil_mode of the max pooling that ``node`` computes; None if it
     computes none, or one that `MaxPool` doesn't.
     """
-    values: dict[str, Any]
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     if node.op == "call_module" and type(modules[str(node.target)]) is nn.MaxPool2d:
-        values = {name: getattr(modules[str(node.target)], name) for name in names}
-    elif node.op == "call_function" and node.target in _POOL:
+        pool = modules[str(node.target)]
+        return supported_windows(**{name: getattr(pool, name) for name in names})
+    if node.op == "call_function" and node.target in _POOL and len(node.all_input_nodes) == 1:
         given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-        usual = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
-        values = usual | {"return_indices": False} | given
-    else:
-        return None
-    if values["stride"] in (None, []):
-        values["stride"] = values["kernel_size"]
-    sizes = [_square(values[name]) for name in ("kernel_size", "stride", "padding", "dilation")]
-    kernel, stride, padding, dilation = sizes
-    if kernel is None or stride is None or padding is None or dilation != 1:
-        return None
-    if kernel > _MOST or values["return_indices"] or len(node.all_input_nodes) != 1:
-        return None
-    return kernel, stride, padding, bool(values["ceil_mode"])
-
-
-def _square(value: Any) -> int | None:
-    """The one size for both dimensions; None if they differ."""
-    sizes = set(value) if isinstance(value, list | tuple) else {value}
-    size = sizes.pop() if len(sizes) == 1 else None
-    return size if isinstance(size, int) else None
+        return supported_windows(**given)
+    return None

@@ -23,6 +23,7 @@ from ..errors import ModelError
 from ..models.wrapper import LogitsModel
 from ..runtime.fx_tracing import break_reference_cycles, trace_or_none
 from ..runtime.hooks import forward_hooks
+from ..runtime.inference import channels_last
 from ..runtime.torch_settings import Precision, fp32_precision, has_bfloat16
 from .depthwise import DepthwiseMode, is_depthwise_conv
 from .fuse_pools import fuse_pools
@@ -59,12 +60,7 @@ class InferenceCopy:
 
     def layout(self, images: Tensor) -> Tensor:
         """``images`` in the memory layout that the copy takes."""
-        if not self.channels_last:
-            return images.contiguous()
-        # explicit strides: with one channel, torch regards any layout as channels-last
-        n, c, h, w = images.shape
-        out = torch.empty_strided((n, c, h, w), (c * h * w, 1, w * c, c), device=images.device)
-        return out.copy_(images)
+        return channels_last(images) if self.channels_last else images.contiguous()
 
 
 # With cuDNN's TF32, equivalent copies of a deep model would differ by more than the tolerance.

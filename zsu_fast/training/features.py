@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -163,6 +164,14 @@ class FeatureSet:
         limits = self.limits
         most = min(1024, limits.chunk_bytes // row_bytes, limits.tile_logits // classes)
         return torch.arange(len(self), device=self.label.device).split(max(1, most))
+
+    def parts(self, classes: int = 1) -> Iterator[FeatureSet]:
+        """Yields all rows, split as by `chunks`; if everything is stored, as views."""
+        computed, start = (self.mixup, self.original, self.retained), 0
+        stored = all(value is None for value in computed)
+        for index in self.chunks(classes):
+            yield self.part(slice(start, start + len(index))) if stored else self.select(index)
+            start += len(index)
 
     def teacher_std(self) -> float:
         """Standard deviation of the teacher's logits."""

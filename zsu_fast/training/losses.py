@@ -140,11 +140,10 @@ class MaskedKL(Objective):
         """
         divergence = leaks = agree = counted = torch.zeros((), device=self.forget.device)
         leaks_of_forgotten = leaks
-        for index in rows.chunks(len(self.forget)):
-            part = rows.select(index)
+        for part in rows.parts(len(self.forget)):
             logits = tail(*part.features)
             bad = torch.where(logits.isfinite().all(), 0.0, torch.nan)
-            divergence = divergence + len(index) * (self.divergence(logits, part) + bad)
+            divergence = divergence + len(part) * (self.divergence(logits, part) + bad)
             leaked, same = self.answers(logits, part)
             may_leak = self.may_leak(part)
             leaks, counted = leaks + (leaked & may_leak).sum(), counted + may_leak.sum()

@@ -27,6 +27,7 @@ from ...models.multi_label import log_probabilities
 from ...models.parameters import weights_hash
 from ...runtime import memory
 from ...runtime.hooks import forward_pre_hooks
+from ...runtime.inference import Inference
 from ...runtime.measuring import multiply_adds
 from ...runtime.progress import Reporter, Stopped
 from ...splitting.batch_dim import BoundaryTensors
@@ -135,7 +136,7 @@ class RowSource:
         count, image = self.counts().scenes, self._grey()
         parts = [p for p in (deep.early.backbone, deep.middle) if p is not None]
         norms = [norm for part in parts for norm in batch_norms(part)]
-        layout = self._memory_format(image)
+        backbone = Inference(deep.early.backbone, image)
         features: list[Tensor] = []  # filled batch by batch: twice as much would be in memory else
         starts, drawn = [], 0
         generator = torch.Generator(device).manual_seed(self.seed)
@@ -145,8 +146,7 @@ class RowSource:
             first = drawn < count // 2
             with _batch_statistics(norms if first else []):
                 for batch in images.split(_BATCH):
-                    boundary = deep.early.backbone(batch.contiguous(memory_format=layout))
-                    points = flatten_boundary(boundary)
+                    points = flatten_boundary(backbone(batch))
                     found = deep.features(points)
                     features = features or [memory.empty_rows(f, count) for f in found]
                     for column, part in zip(features, found, strict=True):
@@ -155,16 +155,6 @@ class RowSource:
                         starts.append(points)
                     drawn += len(batch)
         return Scenes(tuple(features), torch.cat(starts))
-
-    def _memory_format(self, image: Tensor) -> torch.memory_format:
-        """Channels-last if the backbone takes it: convolutions on a CPU are faster then."""
-        if image.ndim != 4:
-            return torch.contiguous_format
-        try:
-            self.deep.early.backbone(image.contiguous(memory_format=torch.channels_last))
-        except RuntimeError:  # such as x.view() on channels-last maps
-            return torch.contiguous_format
-        return torch.channels_last
 
     def invert(self, classes: Sequence[int], report: Reporter) -> ClassImpressions:
         """Optimises boundary tensors of the early split for ``classes``.
