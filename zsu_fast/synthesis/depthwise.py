@@ -7,6 +7,7 @@ gradient, dilated by the stride, convolved with the flipped kernel: a forward pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,13 @@ class DepthwiseMode(TorchFunctionMode):
 
 def is_depthwise_conv(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups == len(module.weight) > 1
+
+
+def dilated(x: Tensor, stride: Sequence[int], size: Sequence[int]) -> Tensor:
+    """``x`` [N, C, H, W] with zeros between its rows and columns, and at the end up to ``size``."""
+    out = torch.empty(*x.shape[:2], *size, dtype=x.dtype, memory_format=torch.channels_last).zero_()
+    out[:, :, :: stride[0], :: stride[1]] = x
+    return out
 
 
 def _is_supported(
@@ -63,16 +71,12 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        (vertical, horizontal), kernel = ctx.stride, weight.shape[2:]
+        kernel = weight.shape[2:]
         padding = [k - 1 - p for k, p in zip(kernel, ctx.padding, strict=True)]
         # its convolution has the input's size
         size = [n + k - 1 - 2 * p for n, k, p in zip(ctx.shape[2:], kernel, padding, strict=True)]
-        dilated = grad
         if ctx.stride != (1, 1):
-            dilated = torch.empty(
-                *grad.shape[:2], *size, dtype=grad.dtype, memory_format=torch.channels_last
-            ).zero_()
-            dilated[:, :, ::vertical, ::horizontal] = grad
+            grad = dilated(grad, ctx.stride, size)
         flipped = weight.flip(2, 3)
-        out = F.conv2d(dilated, flipped, None, 1, tuple(padding), groups=len(weight))
+        out = F.conv2d(grad, flipped, None, 1, tuple(padding), groups=len(weight))
         return out, None, None, None, None

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..ops import backends
 from ..ops.winograd_conv import winograd_conv, winograd_weight
+from .depthwise import dilated
 
 _CHANNELS_LAST = torch.channels_last
 _FEW = 4  # channels of an image, at most
@@ -79,7 +80,7 @@ def is_winograd_supported(conv: nn.Module) -> bool:
 
 
 class FrozenConv(nn.Module):
-    """``activation(conv(x))`` on a CPU; weights and bias get no gradient.
+    """``activation(conv(x) + other)`` on a CPU; weights and bias get no gradient.
 
     Args:
         conv: a convolution that `is_supported`; its dtype is the one that is computed in.
@@ -109,14 +110,19 @@ class FrozenConv(nn.Module):
             self.register_buffer("winograd_weight", winograd_weight(weight))
             self.register_buffer("winograd_flipped", winograd_weight(flipped))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """float [N, I, H, W] -> [N, O, H', W'], in the weights' dtype."""
-        out: Tensor = _Convolve.apply(x.to(self.weight.dtype), self)
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """float [N, I, H, W] -> [N, O, H', W'], in the weights' dtype; ``other`` is added ahead of
+        the activation, and must not be given if that is "hardtanh", or with ``winograd``.
+        """
+        dtype = self.weight.dtype
+        out: Tensor = _Convolve.apply(x.to(dtype), None if other is None else other.to(dtype), self)
         return out
 
-    def output(self, x: Tensor) -> Tensor:
+    def output(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """The forward pass, without autograd."""
         x = x.contiguous(memory_format=_CHANNELS_LAST)
+        if other is not None:
+            return self._sum(x, other)
         if self.winograd and _suits_winograd(x, self.padding[0]):
             weight = self.get_buffer("winograd_weight")
             outputs, bounds = self.weight.shape[0], self.activation.limits()
@@ -126,6 +132,15 @@ class FrozenConv(nn.Module):
         return _onednn(
             x, self.weight, self.bias, self.padding, self.stride, self.groups, self.activation
         )
+
+    def _sum(self, x: Tensor, other: Tensor) -> Tensor:
+        """``activation(conv(x) + other)`` in one pass."""
+        name = None if self.activation == NONE else self.activation.name
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, other, self.weight, self.bias, self.padding, self.stride, (1, 1), self.groups,
+            "add", 1.0, name, [], "",
+        )  # fmt: skip
+        return out
 
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of x, of shape [N, I, H, W], from that of the convolution's output."""
@@ -139,18 +154,16 @@ class FrozenConv(nn.Module):
             )[0]  # fmt: skip
             return found
         padding = [k - 1 - p for k, p in zip(self.kernel, self.padding, strict=True)]
+        flipped: Tensor = self.get_buffer("flipped")
+        if self.kernel == (1, 1) and self.padding == (0, 0):  # each output has one input
+            small = _onednn(grad, flipped, None, padding, (1, 1), self.groups, NONE)
+            return dilated(small, self.stride, shape[2:]) if self.stride != (1, 1) else small
         if self.stride != (1, 1):  # its convolution has the input's size
             pairs = zip(shape[2:], self.kernel, padding, strict=True)
-            size = [n + k - 1 - 2 * p for n, k, p in pairs]
-            dilated = torch.empty(
-                *grad.shape[:2], *size, dtype=grad.dtype, memory_format=_CHANNELS_LAST
-            ).zero_()
-            dilated[:, :, :: self.stride[0], :: self.stride[1]] = grad
-            grad = dilated
+            grad = dilated(grad, self.stride, [n + k - 1 - 2 * p for n, k, p in pairs])
         if self.winograd and _suits_winograd(grad, padding[0]):
             weight = self.get_buffer("winograd_flipped")
             return winograd_conv(grad, weight, None, shape[1], padding[0], backend="cpp")
-        flipped: Tensor = self.get_buffer("flipped")
         return _onednn(grad, flipped, None, padding, (1, 1), self.groups, NONE)
 
     def _gradient_by_phases(self, grad: Tensor, shape: torch.Size) -> Tensor:
@@ -201,16 +214,18 @@ def _onednn(
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FrozenConv) -> Tensor:
-        out = layer.output(x)
+    def forward(ctx: Any, x: Tensor, other: Tensor | None, layer: FrozenConv) -> Tensor:
+        out = layer.output(x, other)
         ctx.layer, ctx.shape = layer, x.shape
+        ctx.other = None if other is None else other.shape
         if layer.activation != NONE:
             ctx.save_for_backward(out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous(memory_format=_CHANNELS_LAST)
         if ctx.layer.activation != NONE:
             grad = ctx.layer.activation.backward(grad, *ctx.saved_tensors)
-        return ctx.layer.input_gradient(grad, ctx.shape), None
+        of_other = None if ctx.other is None else grad.sum_to_size(ctx.other)
+        return ctx.layer.input_gradient(grad, ctx.shape), of_other, None

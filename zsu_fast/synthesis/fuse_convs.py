@@ -1,9 +1,13 @@
-"""Replaces convolutions by frozen ones, each together with the activation that follows it."""
+"""Replaces convolutions by frozen ones, each together with what is added to its output, such as a
+residual connection, and with the activation that follows.
+"""
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +16,7 @@ from torch.nn import functional as F
 from ..runtime.fx_tracing import Tracer, trace_or_none
 from .frozen_conv import NONE, Activation, FrozenConv, is_supported, is_winograd_supported
 
+_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 
@@ -26,7 +31,7 @@ def fuse_convs(model: nn.Module, winograd: bool = False) -> nn.Module | None:
     """A copy whose supported convolutions are `FrozenConv`s; None if there are none or, with
     ``winograd``, if `winograd_conv` would compute none of them.
 
-    If torch.fx can't trace the model, activations stay where they are.
+    If torch.fx can't trace the model, sums and activations stay where they are.
     """
     if not any(map(is_winograd_supported if winograd else is_supported, model.modules())):
         return None
@@ -34,19 +39,54 @@ def fuse_convs(model: nn.Module, winograd: bool = False) -> nn.Module | None:
     activations: dict[str, Activation] = {}
     traced = trace_or_none(fused, "activations stay after their convolutions", _ConvTracer())
     if traced is not None:
-        fused, activations = traced, _take_activations(traced)
+        sums = _take_sums(traced, winograd)
+        fused, activations = traced, _take_activations(traced, sums)
     for name, layer in list(fused.named_modules()):
         if isinstance(layer, nn.Conv2d) and is_supported(layer):
             fused.set_submodule(name, FrozenConv(layer, activations.get(name, NONE), winograd))
     return fused
 
 
-def _take_activations(traced: torch.fx.GraphModule) -> dict[str, Activation]:
-    """Takes out of the graph each activation that is a convolution's only user, and returns them
-    by the convolution's name.
+def _take_sums(traced: torch.fx.GraphModule, winograd: bool) -> set[str]:
+    """Takes out of the graph each sum of two tensors that is a convolution's only user, gives the
+    other one to the convolution as a second argument, and returns the names of these convolutions.
     """
     modules = dict(traced.named_modules())
-    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    calls = _calls(traced)
+    found: set[str] = set()
+    for node in list(traced.graph.nodes):
+        if node.op not in ("call_function", "call_method") or node.target not in _ADD:
+            continue
+        if node.kwargs or len(node.args) != 2 or node.args != tuple(node.all_input_nodes):
+            continue  # a factor, a number, or twice the same
+        for conv, other in (node.args, node.args[::-1]):
+            name = str(conv.target)
+            alone = conv.op == "call_module" and calls[name] == 1 and len(conv.users) == 1
+            if not alone or len(conv.args) != 1 or not is_supported(modules[name]):
+                continue
+            if winograd and is_winograd_supported(modules[name]):
+                continue
+            with traced.graph.inserting_before(node):
+                both = traced.graph.call_module(name, (conv.args[0], other))
+            node.replace_all_uses_with(both)
+            traced.graph.erase_node(node)
+            traced.graph.erase_node(conv)
+            found.add(name)
+            break
+    return found
+
+
+def _calls(traced: torch.fx.GraphModule) -> Counter[Any]:
+    """How many times each module is called."""
+    return Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+
+
+def _take_activations(traced: torch.fx.GraphModule, sums: set[str]) -> dict[str, Activation]:
+    """Takes out of the graph each activation that is a convolution's only user, and returns them
+    by the convolution's name. Of the convolutions ``sums``, only relu is taken.
+    """
+    modules = dict(traced.named_modules())
+    calls = _calls(traced)
     found: dict[str, Activation] = {}
     for node in list(traced.graph.nodes):
         before = node.args[0] if node.args else None
@@ -59,6 +99,8 @@ def _take_activations(traced: torch.fx.GraphModule) -> dict[str, Activation]:
             name = str(before.target)
             alone = before.op == "call_module" and calls[name] == 1 and len(before.users) == 1
             if not alone or name in found or not is_supported(modules[name]):
+                continue
+            if name in sums and activation.name != "relu":
                 continue
             found[name] = activation
         node.replace_all_uses_with(before)
