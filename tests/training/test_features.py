@@ -117,6 +117,22 @@ def test_chunks_are_bounded_and_in_order(room: int) -> None:
         assert max(len(index) for index in rows.chunks(classes=10)) <= 5
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_parts_are_all_rows_and_views_if_they_are_stored(lazy: bool) -> None:
+    rows = stored_and_lazy(chunk_bytes=20_000)[lazy]
+    parts = list(rows.parts())
+    assert len(parts) > 1
+    for index, part in zip(rows.chunks(), parts, strict=True):
+        selected = rows.select(index)
+        for got, want in zip(part.features, selected.features, strict=True):
+            assert torch.equal(got, want)
+        for name in ("teacher", "label", "forgotten"):
+            assert torch.equal(getattr(part, name), getattr(selected, name))
+    memory = rows.features[0].untyped_storage().data_ptr()
+    shared = parts[1].features[0].untyped_storage().data_ptr() == memory
+    assert shared is not lazy
+
+
 # --- which impressions are held out ----------------------------------------------------------
 
 
