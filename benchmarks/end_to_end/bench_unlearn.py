@@ -37,6 +37,7 @@ from benchmarks.harness import RESULTS, machine
 from examples.unlearn_in_plain_torch import unlearn as unlearn_in_plain_torch
 from zsu_fast import ops
 from zsu_fast.models import zoo
+from zsu_fast.runtime import inference
 from zsu_fast.synthesis import ascent, inference_copy, space as space_module
 from zsu_fast.synthesis.inference_copy import InferenceCopy
 from zsu_fast.synthesis.synthesize import to_impressions
@@ -239,6 +240,8 @@ def switched(levers: Levers) -> Iterator[None]:
 
         if not levers.bfloat16:
             put(space_module, "inference_copy", copier(levers))
+        if not levers.channels_last:
+            put(inference.Inference, "_takes_channels_last", lambda *_: False)
         if not levers.input_only:
             put(ascent.Ascent, "step", step_with_weight_gradients)
         if not levers.compact:
@@ -246,6 +249,7 @@ def switched(levers: Levers) -> Iterator[None]:
         if not levers.native:
             put(ops, "ascent_step_", plain_ascent_step_)
             put(inference_copy, "fuse_pools", lambda _: None)
+            put(inference, "supported_windows", lambda *_args, **_options: None)
             put(train_step.EagerTrainStep, "step", plain_tail_step)
             stack.enter_context(ops.use_backend("eager"))
         if not levers.fused:
