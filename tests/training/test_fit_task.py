@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from feature_case import FORGET, case
 from torch import nn
 
 from zsu_fast.models.wrapper import working_copy
 from zsu_fast.splitting.split import find_split
+from zsu_fast.training import fit_task
 from zsu_fast.training.class_subset import ClassSubsetTail
 from zsu_fast.training.features import FeatureSettings, MemoryLimits, held_out, logit_margin
 from zsu_fast.training.fit_task import FitTask, make_fit_task
@@ -80,3 +82,41 @@ def test_few_classes_are_trained_whole_whatever_is_trained() -> None:
 def test_the_work_per_row_is_the_tails() -> None:
     assert task_of(10)[0].row_work == 160
     assert task_of(10, 2)[0].row_work == 160 + 12 * 16
+
+
+def test_a_tail_that_is_a_linear_layer_is_trained_without_its_graph() -> None:
+    task, _ = task_of(10)
+    assert type(task.tail) is nn.Linear
+    assert {id(p) for p in task.tail.parameters()} == {id(p) for p in task.parameters}
+    assert type(task_of(10, tail=2)[0].tail) is not nn.Linear
+
+
+def test_a_linear_layer_with_a_hook_keeps_its_graph() -> None:
+    class Hooked(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    layer = nn.Linear(4, 3)
+    layers: list[tuple[nn.Module, bool]] = [(layer, True), (Hooked(4, 3), False)]
+    for found, plain in layers:
+        tail = torch.fx.symbolic_trace(nn.Sequential(found))
+        chosen = fit_task._linear_layer(tail, list(tail.parameters()))
+        assert (chosen is not None) is plain
+    tail = torch.fx.symbolic_trace(nn.Sequential(layer))
+    assert fit_task._linear_layer(tail, [layer.weight]) is None
+    tail.get_submodule("0").register_forward_hook(lambda _m, _args, out: 2 * out)
+    assert fit_task._linear_layer(tail, list(tail.parameters())) is None
+
+
+@pytest.mark.parametrize("forget_logits_only", [False, True])
+def test_gradients_of_a_linear_layer_are_those_of_autograd(forget_logits_only: bool) -> None:
+    torch.manual_seed(0)
+    _, _, rows = case()
+    layer = nn.Linear(6, 4)
+    loss = MaskedKL(FORGET, 1.5, forget_logits_only, keep=0.0 if forget_logits_only else 8.0)
+    parameters = [layer.bias, layer.weight]
+    got_loss, got = loss.gradients(layer, parameters, rows)
+    want_loss, want = loss.gradients(nn.Sequential(layer), parameters, rows)
+    torch.testing.assert_close(got_loss, want_loss)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -224,8 +224,8 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad.contiguous(memory_format=_CHANNELS_LAST)
-        if ctx.layer.activation != NONE:
+        if ctx.layer.activation != NONE:  # of a slice, it is dense already
             grad = ctx.layer.activation.backward(grad, *ctx.saved_tensors)
+        grad = grad.contiguous(memory_format=_CHANNELS_LAST)
         of_other = None if ctx.other is None else grad.sum_to_size(ctx.other)
         return ctx.layer.input_gradient(grad, ctx.shape), of_other, None

@@ -107,10 +107,27 @@ def make_fit_task(
         start = None if start is None else [values[forget] for values in start]
         tail = ClassSubsetTail(tail, names, forget.nonzero()[:, 0], trainable=True)
         parameters, loss = list(tail.parameters()), ForgetOnlyKL(forget, margin)
+    tail = _linear_layer(tail, parameters) or tail
     return FitTask(
         tail, parameters, train, validation, objective.make(loss), loss, generator,
         start=start, settled=settled, scale_biases=last, coupled=last and not forget_logits_only,
     )  # fmt: skip
+
+
+def _linear_layer(tail: nn.Module, parameters: Sequence[nn.Parameter]) -> nn.Linear | None:
+    """The plain linear layer that is all of ``tail`` and has the ``parameters``; None if there is
+    more to it. Most tails at the output level are one.
+    """
+    if not isinstance(tail, torch.fx.GraphModule):
+        return None
+    nodes = list(tail.graph.nodes)
+    if [node.op for node in nodes] != ["placeholder", "call_module", "output"]:
+        return None
+    layer = tail.get_submodule(str(nodes[1].target))
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    same = {id(p) for p in layer.parameters()} == {id(p) for p in parameters}
+    return layer if same and nodes[2].args == (nodes[1],) else None
 
 
 def _make_loss(
