@@ -217,7 +217,8 @@ inline AscentStepTensors ascent_step_tensors(
 
 // ---- winograd_conv -------------------------------------------------------------------------------
 inline void check_winograd_conv(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t outputs, int64_t padding) {
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& other,
+    int64_t outputs, int64_t padding) {
   STD_TORCH_CHECK(x.dim() == 4, "x must be [batch, inputs, height, width], got ", x.dim(), " dimensions");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x must be float32");
   STD_TORCH_CHECK(x.numel() == 0 || is_dense(x, true), "x must be channels-last");
@@ -235,6 +236,14 @@ inline void check_winograd_conv(
   STD_TORCH_CHECK(padding >= 0 && padding <= 2, "padding must be 0, 1 or 2");
   STD_TORCH_CHECK(
       x.size(2) + 2 * padding >= 3 && x.size(3) + 2 * padding >= 3, "x must be at least 3x3 with its padding");
+  if (other) {
+    check_same_device(x, *other, "other");
+    STD_TORCH_CHECK(
+        other->dim() == 4 && other->size(0) == x.size(0) && other->size(1) == outputs &&
+            other->size(2) == x.size(2) + 2 * padding - 2 && other->size(3) == x.size(3) + 2 * padding - 2 &&
+            other->scalar_type() == ScalarType::Float && (other->numel() == 0 || is_dense(*other, true)),
+        "other must be float32 of the shape of the output, channels-last");
+  }
   if (!bias) return;
   check_same_device(x, *bias, "bias");
   STD_TORCH_CHECK(

@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY(zsu_fast, m) {
       "Tensor active, Tensor low, Tensor high, Tensor lr, Tensor beta, float beta1=0.9, float beta2=0.999, "
       "float eps=1e-08) -> ()");
   m.def(
-      "winograd_conv(Tensor x, Tensor weight, Tensor? bias, int outputs, int padding, float low, float high) -> Tensor");
+      "winograd_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? other, int outputs, int padding, float low, float high)"
+      " -> Tensor");
   m.def(
       "max_pool(Tensor x, int kernel, int stride, int padding, int out_height, int out_width, bool relu) "
       "-> (Tensor out, Tensor place)");

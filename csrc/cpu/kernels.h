@@ -59,6 +59,7 @@ struct WinogradConvArgs {
   const float* x;      // [images, height, width, inputs]
   const float* weight; // [36, blocks, inputs, block], transformed
   const float* bias;   // [outputs]; null: 0
+  const float* other;  // as out, added ahead of the bounds; null: 0
   float* out;          // [images, out_height, out_width, outputs]
   int64_t height, width, inputs;
   int64_t out_height, out_width, outputs;

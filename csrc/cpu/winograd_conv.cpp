@@ -20,9 +20,9 @@ int64_t chunk_of(const WinogradConvArgs& a) {
 }
 
 Tensor winograd_conv(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t outputs, int64_t padding,
-    double low, double high) {
-  check_winograd_conv(x, weight, bias, outputs, padding);
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& other,
+    int64_t outputs, int64_t padding, double low, double high) {
+  check_winograd_conv(x, weight, bias, other, outputs, padding);
   WinogradConvArgs a{};
   a.height = x.size(2);
   a.width = x.size(3);
@@ -43,6 +43,7 @@ Tensor winograd_conv(
   a.x = x.const_data_ptr<float>();
   a.weight = weight.const_data_ptr<float>();
   a.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  a.other = other ? other->const_data_ptr<float>() : nullptr;
   a.out = out.mutable_data_ptr<float>();
   a.chunk = chunk_of(a);
   const auto kernel = kernels().winograd_conv;

@@ -126,7 +126,7 @@ void transform_input_tile(const WinogradConvArgs& a, const Tile& tile, const flo
   if (c < a.inputs) transform_input_lanes<false>(pixels, c, a.inputs - c, to, stride, next);
 }
 
-// A^T m A of some outputs of a tile, with bias and activation, to the pixels that are not null.
+// A^T m A of some outputs of a tile, with bias, what is added and activation, to the pixels that are not null.
 template <bool whole>
 ZSU_INLINE void transform_output_lanes(
     const WinogradConvArgs& a, float* const (&pixels)[4][4], Lanes bias, int64_t c, int64_t n, const float* from,
@@ -147,8 +147,13 @@ ZSU_INLINE void transform_output_lanes(
     Lanes y[4];
     transform_products(half[i], y);
     ZSU_UNROLL
-    for (int j = 0; j < 4; ++j)
-      if (pixels[i][j]) store_lanes<whole>(pixels[i][j] + c, clamp_keeping_nan<Lanes>(y[j] + bias, low, high), n);
+    for (int j = 0; j < 4; ++j) {
+      float* to = pixels[i][j];
+      if (!to) continue;
+      Lanes sum = y[j] + bias;
+      if (a.other) sum += load_lanes<whole>(a.other + (to - a.out) + c, n);
+      store_lanes<whole>(to + c, clamp_keeping_nan<Lanes>(sum, low, high), n);
+    }
   }
 }
 

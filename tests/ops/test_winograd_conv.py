@@ -86,7 +86,7 @@ def test_the_reference_in_float64_is_a_convolution() -> None:
     x, weight, bias = (t.double() for t in case(2, 5, 7, 9, 6))
     g = torch.tensor(reference.WINOGRAD_WEIGHTS, dtype=torch.float64)
     positions = torch.einsum("ak,oikl,bl->abio", g, weight, g).reshape(36, 1, 5, 7)
-    got = reference.winograd_conv(x, positions, bias, 7, 1, -math.inf, math.inf)
+    got = reference.winograd_conv(x, positions, bias, None, 7, 1, -math.inf, math.inf)
     torch.testing.assert_close(got, truth(x, weight, bias), rtol=1e-12, atol=1e-12)
 
 
@@ -98,6 +98,20 @@ def test_the_output_is_clamped(runner: Runner, bounds: tuple[float, float]) -> N
     assert got.min() >= bounds[0]
     assert got.max() <= bounds[1]
     check(got, truth(x, weight, bias).clamp(*bounds))
+
+
+@pytest.mark.parametrize("runner", CPU_RUNNERS)
+@pytest.mark.parametrize("shape", [(2, 17, 33, 7, 5, 1), (1, 48, 96, 13, 11, 2)], ids=str)
+def test_what_is_added_is_added_ahead_of_the_bounds(runner: Runner, shape: tuple[int, ...]) -> None:
+    *sizes, padding = shape
+    x, weight, bias = case(*sizes)
+    want = truth(x, weight, bias, padding)
+    other = torch.randn(want.shape)
+    got = run(runner, x, weight, bias, padding, other=other, bounds=(0.0, math.inf))
+    check(got, (want + other).clamp(min=0))
+    assert torch.equal(run(runner, x, weight, bias, padding, other=0 * other), run(
+        runner, x, weight, bias, padding
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("runner", CPU_RUNNERS)
@@ -162,7 +176,10 @@ from test_winograd_conv import *
 torch.manual_seed(0)
 for *sizes, padding in SHAPES:
     x, weight, bias = case(*sizes)
-    check(run(Runner("cpp", "cpu"), x, weight, bias, padding), truth(x, weight, bias, padding))
+    want = truth(x, weight, bias, padding)
+    check(run(Runner("cpp", "cpu"), x, weight, bias, padding), want)
+    other = torch.randn(want.shape)
+    check(run(Runner("cpp", "cpu"), x, weight, bias, padding, other=other), want + other)
 """
     run_on_isa(isa, code)
 
@@ -172,7 +189,8 @@ def good() -> dict[str, Any]:
     x, weight, bias = case(2, 16, 40, 6, 6)
     return {
         "x": x.contiguous(memory_format=torch.channels_last), "weight": winograd_weight(weight),
-        "bias": bias, "outputs": 40, "padding": 1, "low": 0.0, "high": 1.0,
+        "bias": bias, "other": torch.randn(2, 6, 6, 40).permute(0, 3, 1, 2), "outputs": 40,
+        "padding": 1, "low": 0.0, "high": 1.0,
     }  # fmt: skip
 
 
@@ -194,6 +212,13 @@ BAD: list[tuple[str, Callable[[Any], Any], str]] = [
     ("bias", lambda t: t.double(), "bias must be"),
     ("bias", lambda t: t[:, None], "bias must be"),
     ("bias", lambda t: t[:1].expand(40), "bias must be"),
+    ("bias", lambda t: t.to("meta"), "device"),
+    ("other", lambda t: t[0], "other must be"),
+    ("other", lambda t: t[:1], "other must be"),
+    ("other", lambda t: t[:, :39].contiguous(memory_format=torch.channels_last), "other must be"),
+    ("other", lambda t: t.contiguous(), "other must be"),
+    ("other", lambda t: t.double(), "other must be"),
+    ("other", lambda t: t.to("meta"), "device"),
     ("outputs", lambda _: 0, "outputs must end"),
     ("outputs", lambda _: 49, "outputs must end"),
     ("outputs", lambda _: -1, "outputs must end"),

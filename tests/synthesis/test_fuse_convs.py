@@ -81,12 +81,18 @@ def test_sums_are_computed_with_the_convolution(block: Block, expected: dict[str
 
 
 @pytest.mark.skipif(not library.CPU.loaded, reason=str(library.CPU.reason))
-def test_convolutions_by_winograd_leave_sums_to_torch() -> None:
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_sums_are_computed_by_winograd_too(broadcast: bool) -> None:
+    def block(point: nn.Conv2d, wide: nn.Conv2d, x: Tensor) -> Tensor:
+        other = x.mean((2, 3), keepdim=True) if broadcast else x
+        return (wide((point(x) + x).relu()) + other).relu()
+
     torch.manual_seed(0)
-    net = Net(lambda point, wide, x: wide((point(x) + x).relu()) + x).requires_grad_(False).eval()
+    net = Net(block).requires_grad_(False).eval()
     fused = fuse_convs(net, winograd=True)
     assert fused is not None
-    assert sums(fused) == {"point": "relu"}
+    assert sums(fused) == {"point": "relu", "wide": "relu"}
+    assert fused.get_submodule("wide").winograd
     x = torch.randn(2, 3, 9, 8)
     torch.testing.assert_close(outputs(fused, x), outputs(net, x), rtol=1e-4, atol=1e-5)
 

@@ -205,8 +205,8 @@ def ascent_step_(
 
 
 def winograd_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, padding: int, low: float,
-    high: float,
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, outputs: int,
+    padding: int, low: float, high: float,
 ) -> Tensor:  # fmt: skip
     """A convolution of 3x3 without stride, as `zsu_fast.ops.winograd_conv.winograd_conv`.
 
@@ -214,6 +214,7 @@ def winograd_conv(
         x: float [N, I, H, W].
         weight: [36, blocks, I, block] of `winograd_weight`, in the dtype of ``x``.
         bias: [outputs] or None.
+        other: added ahead of the bounds, of the output's shape; or None.
         outputs: of the convolution.
         padding: zeros on each side.
         low, high: bounds of the output.
@@ -233,6 +234,8 @@ def winograd_conv(
     out = out.reshape(x.shape[0], 4 * rows, 4 * columns, outputs)[:, :height, :width]
     if bias is not None:
         out = out + bias
+    if other is not None:
+        out = out + other.permute(0, 2, 3, 1)
     return out.clamp(low, high).contiguous().permute(0, 3, 1, 2)
 
 

@@ -22,8 +22,8 @@ SCHEMAS: dict[str, str] = {
         " float beta1=0.9, float beta2=0.999, float eps=1e-08) -> ()"
     ),
     "winograd_conv": (
-        "(Tensor x, Tensor weight, Tensor? bias, int outputs, int padding, float low, float high)"
-        " -> Tensor"
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? other, int outputs, int padding,"
+        " float low, float high) -> Tensor"
     ),
     "max_pool": (
         "(Tensor x, int kernel, int stride, int padding, int out_height, int out_width, bool relu)"

@@ -158,8 +158,9 @@ def check_ascent_step(
 
 
 def check_winograd_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, padding: int, *_: float
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, outputs: int,
+    padding: int, *_: float,
+) -> None:  # fmt: skip
     """Checks all arguments, as `check_signed_cross_entropy`."""
     _check(x.ndim == 4, f"x must be [batch, inputs, height, width], got {x.ndim} dimensions")
     _check(x.dtype == torch.float32, "x must be float32")
@@ -179,6 +180,16 @@ def check_winograd_conv(
     _check(padding in (0, 1, 2), "padding must be 0, 1 or 2")
     large = all(size + 2 * padding >= 3 for size in x.shape[2:])
     _check(large, "x must be at least 3x3 with its padding")
+    if other is not None:
+        _check_device(other, x, "other")
+        height, width = (size + 2 * padding - 2 for size in x.shape[2:])
+        last = other.ndim == 4 and other.is_contiguous(memory_format=torch.channels_last)
+        _check(
+            other.shape == (len(x), outputs, height, width)
+            and other.dtype == torch.float32
+            and (last or other.numel() == 0),
+            "other must be float32 of the shape of the output, channels-last",
+        )
     if bias is not None:
         _check_device(bias, x, "bias")
         flat = bias.shape == (outputs,) and bias.dtype == torch.float32 and bias.is_contiguous()

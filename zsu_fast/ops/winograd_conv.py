@@ -51,9 +51,10 @@ def winograd_conv(
     padding: int,
     bounds: tuple[float, float] = _NO_BOUNDS,
     *,
+    other: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A convolution of 3x3 without stride, groups or dilation, clamped to ``bounds``.
+    """A convolution of 3x3 without stride, groups or dilation, plus ``other``, within ``bounds``.
 
     It needs a quarter of a convolution's multiplications, and loses accuracy by adding large
     numbers that cancel: the output's error, relative to its norm, is 1e-6 to 3e-6, four times that
@@ -67,6 +68,8 @@ def winograd_conv(
         outputs: of the convolution, which ``weight`` holds with its padding.
         padding: zeros on each side, 0, 1 or 2.
         bounds: of the output: (0, inf) is relu, (0, 6) relu6.
+        other: float32 of the output's shape, such as a residual connection, or None; a layout other
+            than channels-last costs a copy.
         backend: see `backends`; there are no GPU kernels.
 
     Returns:
@@ -78,16 +81,20 @@ def winograd_conv(
     """
     if x.ndim == 4:
         x = x.contiguous(memory_format=torch.channels_last)
+    if other is not None and other.ndim == 4:
+        other = other.contiguous(memory_format=torch.channels_last)
     op = backends.choose("winograd_conv", x.device, backend)
-    out: Tensor = op(x, weight, bias, outputs, padding, *bounds)
+    out: Tensor = op(x, weight, bias, other, outputs, padding, *bounds)
     return out
 
 
 @torch.library.register_fake("zsu_fast::winograd_conv")
 def _(
-    x: Tensor, weight: Tensor, _bias: Tensor | None, outputs: int, padding: int, *_: float
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, outputs: int,
+    padding: int, *_: float,
+) -> Tensor:  # fmt: skip
     torch._check(x.ndim == 4, lambda: "x must be [batch, inputs, height, width]")
-    torch._check(weight.device == x.device, lambda: "all tensors must be on one device")
+    for t in (weight, bias, other):
+        torch._check(t is None or t.device == x.device, lambda: "all tensors must be on one device")
     height, width = (size + 2 * padding - 2 for size in x.shape[2:])
     return x.new_empty(x.shape[0], height, width, outputs).permute(0, 3, 1, 2)

@@ -112,7 +112,7 @@ class FrozenConv(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """float [N, I, H, W] -> [N, O, H', W'], in the weights' dtype; ``other`` is added ahead of
-        the activation, and must not be given if that is "hardtanh", or with ``winograd``.
+        the activation, which must not be "hardtanh" then.
         """
         dtype = self.weight.dtype
         out: Tensor = _Convolve.apply(x.to(dtype), None if other is None else other.to(dtype), self)
@@ -121,20 +121,19 @@ class FrozenConv(nn.Module):
     def output(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """The forward pass, without autograd."""
         x = x.contiguous(memory_format=_CHANNELS_LAST)
-        if other is not None:
-            return self._sum(x, other)
         if self.winograd and _suits_winograd(x, self.padding[0]):
-            weight = self.get_buffer("winograd_weight")
-            outputs, bounds = self.weight.shape[0], self.activation.limits()
+            weight, outputs = self.get_buffer("winograd_weight"), self.weight.shape[0]
+            if other is not None:
+                size = [n + 2 * self.padding[0] - 2 for n in x.shape[2:]]
+                other = other.expand(len(x), outputs, *size)
             return winograd_conv(
-                x, weight, self.bias, outputs, self.padding[0], bounds, backend="cpp"
+                x, weight, self.bias, outputs, self.padding[0], self.activation.limits(),
+                other=other, backend="cpp",
+            )  # fmt: skip
+        if other is None:
+            return _onednn(
+                x, self.weight, self.bias, self.padding, self.stride, self.groups, self.activation
             )
-        return _onednn(
-            x, self.weight, self.bias, self.padding, self.stride, self.groups, self.activation
-        )
-
-    def _sum(self, x: Tensor, other: Tensor) -> Tensor:
-        """``activation(conv(x) + other)`` in one pass."""
         name = None if self.activation == NONE else self.activation.name
         out: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
             x, other, self.weight, self.bias, self.padding, self.stride, (1, 1), self.groups,

@@ -39,7 +39,7 @@ def fuse_convs(model: nn.Module, winograd: bool = False) -> nn.Module | None:
     activations: dict[str, Activation] = {}
     traced = trace_or_none(fused, "activations stay after their convolutions", _ConvTracer())
     if traced is not None:
-        sums = _take_sums(traced, winograd)
+        sums = _take_sums(traced)
         fused, activations = traced, _take_activations(traced, sums)
     for name, layer in list(fused.named_modules()):
         if isinstance(layer, nn.Conv2d) and is_supported(layer):
@@ -47,7 +47,7 @@ def fuse_convs(model: nn.Module, winograd: bool = False) -> nn.Module | None:
     return fused
 
 
-def _take_sums(traced: torch.fx.GraphModule, winograd: bool) -> set[str]:
+def _take_sums(traced: torch.fx.GraphModule) -> set[str]:
     """Takes out of the graph each sum of two tensors that is a convolution's only user, gives the
     other one to the convolution as a second argument, and returns the names of these convolutions.
     """
@@ -63,8 +63,6 @@ def _take_sums(traced: torch.fx.GraphModule, winograd: bool) -> set[str]:
             name = str(conv.target)
             alone = conv.op == "call_module" and calls[name] == 1 and len(conv.users) == 1
             if not alone or len(conv.args) != 1 or not is_supported(modules[name]):
-                continue
-            if winograd and is_winograd_supported(modules[name]):
                 continue
             with traced.graph.inserting_before(node):
                 both = traced.graph.call_module(name, (conv.args[0], other))
