@@ -98,6 +98,19 @@ def test_models_that_need_contiguous_maps_get_them(rest: Callable[[Tensor], Tens
     assert not net.layouts[-1]
 
 
+def test_infinite_outputs_do_not_hide_a_difference() -> None:
+    def masked_and_strided(x: Tensor) -> Tensor:
+        rows = x.as_strided((len(x), 5), (x.stride(0), 1)).clone()
+        rows[:, 0] = -torch.inf
+        return rows
+
+    net = Net(masked_and_strided)
+    run = Inference(net, images(1))
+    with torch.no_grad():
+        want = net(images())
+    assert torch.equal(run(images()), want)
+
+
 def test_inputs_that_are_no_images_stay_as_they_are() -> None:
     layer = nn.Linear(5, 2)
     rows = torch.randn(3, 5)

@@ -17,7 +17,7 @@ from zsu_fast.models import zoo
 from zsu_fast.models.input_spec import noise_images
 from zsu_fast.models.wrapper import working_copy
 from zsu_fast.synthesis.space import flatten_boundary
-from zsu_fast.training.deep.split import DeepSplit, find_deep_split
+from zsu_fast.training.deep.split import DeepSplit, _same_boundary, find_deep_split
 
 
 def spec_of(*shape: int) -> InputSpec:
@@ -258,3 +258,9 @@ def test_full_size_images_are_reduced_for_features_and_whole_for_the_last_layer(
         assert torch.allclose(
             last(deep.last_features(model, images, True)), model(images), atol=1e-5
         )
+
+
+def test_an_infinite_value_does_not_make_boundaries_the_same() -> None:
+    a = torch.tensor([[-torch.inf, 1.0]])
+    assert _same_boundary((a,), (a.clone(),))
+    assert not _same_boundary((a,), (a + 1,))
