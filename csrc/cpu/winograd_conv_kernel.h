@@ -126,7 +126,7 @@ void transform_input_tile(const WinogradConvArgs& a, const Tile& tile, const flo
   if (c < a.inputs) transform_input_lanes<false>(pixels, c, a.inputs - c, to, stride, next);
 }
 
-// A^T m A of some outputs of a tile, with bias, what is added and activation, to the pixels that are not null.
+// A^T m A of some outputs of a tile, with bias, `other` and activation, to the pixels that are not null.
 template <bool whole>
 ZSU_INLINE void transform_output_lanes(
     const WinogradConvArgs& a, float* const (&pixels)[4][4], Lanes bias, int64_t c, int64_t n, const float* from,

@@ -114,11 +114,10 @@ class Ascent:
         """The points at ``keep``; None for those that have reached their target so far."""
         if keep is None:
             keep = self.hit.nonzero()[:, 0]
-        points = self.points
         if len(keep):  # the confidence that the model itself gives, in float32
-            exact = Inference(self.space.exact, points[keep[:1]].to(self.device))
+            exact = Inference(self.space.exact, self.points[keep[:1]].to(self.device))
             for chunk in keep.split(self.width):
-                logits = exact(points[chunk].to(self.device))
+                logits = exact(self.points[chunk].to(self.device))
                 own = self.probabilities(logits).cpu().gather(1, self.labels[chunk][:, None])[:, 0]
                 self.confidence[chunk] = own
         columns = (self.points, self.labels, self.confidence, self.target, self.steps, self.hit)

@@ -130,16 +130,10 @@ class FrozenConv(nn.Module):
                 x, weight, self.bias, outputs, self.padding[0], self.activation.limits(),
                 other=other, backend="cpp",
             )  # fmt: skip
-        if other is None:
-            return _onednn(
-                x, self.weight, self.bias, self.padding, self.stride, self.groups, self.activation
-            )
-        name = None if self.activation == NONE else self.activation.name
-        out: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, other, self.weight, self.bias, self.padding, self.stride, (1, 1), self.groups,
-            "add", 1.0, name, [], "",
+        return _onednn(
+            x, self.weight, self.bias, self.padding, self.stride, self.groups, self.activation,
+            other,
         )  # fmt: skip
-        return out
 
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of x, of shape [N, I, H, W], from that of the convolution's output."""
@@ -154,9 +148,9 @@ class FrozenConv(nn.Module):
             return found
         padding = [k - 1 - p for k, p in zip(self.kernel, self.padding, strict=True)]
         flipped: Tensor = self.get_buffer("flipped")
-        if self.kernel == (1, 1) and self.padding == (0, 0):  # each output has one input
+        if self.stride != (1, 1) and self.kernel == (1, 1):  # each output has one input
             small = _onednn(grad, flipped, None, padding, (1, 1), self.groups, NONE)
-            return dilated(small, self.stride, shape[2:]) if self.stride != (1, 1) else small
+            return dilated(small, self.stride, shape[2:])
         if self.stride != (1, 1):  # its convolution has the input's size
             pairs = zip(shape[2:], self.kernel, padding, strict=True)
             grad = dilated(grad, self.stride, [n + k - 1 - 2 * p for n, k, p in pairs])
@@ -202,12 +196,19 @@ def _phase_weights(weight: Tensor, stride: int) -> Tensor:
 
 def _onednn(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, stride: Any, groups: int,
-    activation: Activation,
+    activation: Activation, other: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, padding, stride, (1, 1), groups,
-        activation.name, list(activation.bounds), "",
-    )  # fmt: skip
+    out: Tensor
+    if other is None:
+        out = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, padding, stride, (1, 1), groups,
+            activation.name, list(activation.bounds), "",
+        )  # fmt: skip
+    else:
+        name = None if activation == NONE else activation.name
+        out = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, other, weight, bias, padding, stride, (1, 1), groups, "add", 1.0, name, [], ""
+        )
     return out
 
 
@@ -223,7 +224,7 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.layer.activation != NONE:  # of a slice, it is dense already
+        if ctx.layer.activation != NONE:  # makes a slice of a larger gradient dense
             grad = ctx.layer.activation.backward(grad, *ctx.saved_tensors)
         grad = grad.contiguous(memory_format=_CHANNELS_LAST)
         of_other = None if ctx.other is None else grad.sum_to_size(ctx.other)

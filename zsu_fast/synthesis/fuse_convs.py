@@ -61,8 +61,7 @@ def _take_sums(traced: torch.fx.GraphModule) -> set[str]:
             continue  # a factor, a number, or twice the same
         for conv, other in (node.args, node.args[::-1]):
             name = str(conv.target)
-            alone = conv.op == "call_module" and calls[name] == 1 and len(conv.users) == 1
-            if not alone or len(conv.args) != 1 or not is_supported(modules[name]):
+            if not _is_alone(conv, modules, calls) or len(conv.args) != 1:
                 continue
             with traced.graph.inserting_before(node):
                 both = traced.graph.call_module(name, (conv.args[0], other))
@@ -72,6 +71,12 @@ def _take_sums(traced: torch.fx.GraphModule) -> set[str]:
             found.add(name)
             break
     return found
+
+
+def _is_alone(node: torch.fx.Node, modules: dict[str, nn.Module], calls: Counter[Any]) -> bool:
+    """Whether ``node`` is the only call of a supported convolution, and has one user."""
+    called_once = node.op == "call_module" and calls[node.target] == 1 == len(node.users)
+    return called_once and is_supported(modules[str(node.target)])
 
 
 def _calls(traced: torch.fx.GraphModule) -> Counter[Any]:
@@ -95,8 +100,7 @@ def _take_activations(traced: torch.fx.GraphModule, sums: set[str]) -> dict[str,
             continue
         if activation is not None:
             name = str(before.target)
-            alone = before.op == "call_module" and calls[name] == 1 and len(before.users) == 1
-            if not alone or name in found or not is_supported(modules[name]):
+            if not _is_alone(before, modules, calls) or name in found:
                 continue
             if name in sums and activation.name != "relu":
                 continue

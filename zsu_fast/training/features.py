@@ -167,8 +167,8 @@ class FeatureSet:
 
     def parts(self, classes: int = 1) -> Iterator[FeatureSet]:
         """Yields all rows, split as by `chunks`; if everything is stored, as views."""
-        computed, start = (self.mixup, self.original, self.retained), 0
-        stored = all(value is None for value in computed)
+        stored = self.mixup is None and self.original is None and self.retained is None
+        start = 0
         for index in self.chunks(classes):
             yield self.part(slice(start, start + len(index))) if stored else self.select(index)
             start += len(index)
