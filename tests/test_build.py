@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -380,6 +381,30 @@ def test_other_compilers_build_the_cpu_code(package: str, tmp_path: Path) -> Non
              "-o", tmp_path / "out.o"], capture_output=True, text=True,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr[-4000:]
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_kernels_compare_whole_registers(isa: str, tmp_path: Path) -> None:
+    """GCC compares vectors that are wider than a register lane by lane, several times as slowly."""
+    compiler = shutil.which("g++")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("needs g++ on x86-64")
+    if not (ROOT / "csrc").exists():
+        pytest.skip("no sources next to the tests")
+    assembly = tmp_path / "kernels.s"
+    subprocess.run(
+        [compiler, "-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-S",
+         ROOT / "csrc" / "cpu" / f"isa_{isa}.cpp", "-o", assembly], check=True,
+    )  # fmt: skip
+    comparisons: dict[str, int] = {}
+    for line in assembly.read_text().splitlines():
+        if line.startswith("_ZN3zsu") and line.endswith(":"):
+            function = line
+            comparisons[function] = 0
+        elif re.match(r"\tv?u?comis[sd]\t", line):
+            comparisons[function] += 1
+    assert sum("kernel" in function for function in comparisons) > 15
+    assert max(comparisons.values()) < 16, comparisons  # those of single numbers
 
 
 def test_neon_kernels_compute_what_the_others_do(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ ZSU_INLINE void step_range(float* x, const float* grad, float* exp_avg, float* e
                            const Bounds& bounds, const AscentRow& row) {
   const auto ratio = [](VF a, VF b, float eps) ZSU_LAMBDA_INLINE { return ratio_to_root(a, b, eps); };
   int64_t tile_at = 0;
-  for (int64_t i = begin; i < end; i += 16) {
+  for (int64_t i = begin; i < end; i += lanes) {
     const int64_t n = end - i;
-    const bool full = n >= 16;
+    const bool full = n >= lanes;
     const auto read = [&](const float* p) ZSU_LAMBDA_INLINE { return full ? load(p + i) : load_part<float>(p + i, n, 0.0f); };
     const auto write = [&](float* p, VF v) ZSU_LAMBDA_INLINE { full ? store(p + i, v) : store_part(p + i, v, n); };
     const VF at = read(x), g = read(grad);
@@ -28,7 +28,7 @@ ZSU_INLINE void step_range(float* x, const float* grad, float* exp_avg, float* e
     write(x, clamp_keeping_nan(moved, load(bounds.low + tile_at), load(bounds.high + tile_at)));
     write(exp_avg, m);
     write(exp_avg_sq, v);
-    tile_at += 16;
+    tile_at += lanes;
     if (tile_at == bounds.tile) tile_at = 0;
   }
 }
@@ -67,13 +67,13 @@ void step_row(const AscentStepArgs& a, int64_t index, float* low, float* high, i
   for (int64_t c = 0; c < a.channels; ++c) {
     store(low, VF{} + a.low[c]);
     store(high, VF{} + a.high[c]);
-    step_range(x, grad, exp_avg, exp_avg_sq, c * plane, (c + 1) * plane, {low, high, 16}, row);
+    step_range(x, grad, exp_avg, exp_avg_sq, c * plane, (c + 1) * plane, {low, high, lanes}, row);
   }
 }
 
 void ascent_step_kernel(const AscentStepArgs& a, int64_t begin, int64_t end) {
-  int64_t tile = 16;
-  if (a.channels_last && a.bounds > 1) tile = a.bounds % 16 == 0 ? a.bounds : 16 * a.bounds;
+  int64_t tile = lanes;
+  if (a.channels_last && a.bounds > 1) tile *= a.bounds;
   const Scratch<float> scratch(2 * tile);
   float* low = scratch.data;
   float* high = low + tile;

@@ -5,36 +5,99 @@
 
 namespace zsu::ZSU_ISA {
 
-typedef uint8_t VB __attribute__((vector_size(16)));
+typedef uint8_t VB __attribute__((vector_size(register_size / 4)));
 
+// ---- places in a window, of all lanes or of the first n ------------------------------------------
+ZSU_INLINE VI widen(VB v) {
+#if defined(ZSU_F16C) && !defined(ZSU_AVX512)
+  return bit_cast<VI>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(v))));
+#else
+  return __builtin_convertvector(v, VI);
+#endif
+}
+ZSU_INLINE VB narrow(VI v) {
+#if defined(ZSU_F16C) && !defined(ZSU_AVX512)
+  const auto whole = bit_cast<__m256i>(v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  return bit_cast<VB>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+#else
+  return __builtin_convertvector(v, VB);
+#endif
+}
+// In a register: a vector whose bytes are stored one by one has to wait for the stores.
+ZSU_INLINE VB gathered_bytes(const uint8_t* p, int64_t n) {
+  uint64_t v = 0;
+  while (n > 0) v = v << 8 | p[--n];
+  VB found{};
+  __builtin_memcpy(&found, &v, sizeof found < sizeof v ? sizeof found : sizeof v);
+  return found;
+}
+template <bool whole>
 ZSU_INLINE VI load_places(const uint8_t* p, int64_t n) {
-  VB places{};
-  if (n >= 16) __builtin_memcpy(&places, p, sizeof places);
+  VB v{};
+  if constexpr (whole) __builtin_memcpy(&v, p, sizeof v);
 #if defined(ZSU_AVX512)
-  else places = bit_cast<VB>(_mm_maskz_loadu_epi8(static_cast<uint16_t>((1u << n) - 1u), p));
+  else v = bit_cast<VB>(_mm_maskz_loadu_epi8(static_cast<uint16_t>((1u << n) - 1u), p));
 #else
-  else for (int64_t i = 0; i < n; ++i) places[i] = p[i];
+  else v = gathered_bytes(p, n);
 #endif
-  return __builtin_convertvector(places, VI);
+  return widen(v);
 }
-ZSU_INLINE void store_places(uint8_t* p, VI v, int64_t n) {
-  const VB places = __builtin_convertvector(v, VB);
-  if (n >= 16) __builtin_memcpy(p, &places, sizeof places);
-#if defined(ZSU_AVX512)
-  else _mm_mask_storeu_epi8(p, static_cast<uint16_t>((1u << n) - 1u), bit_cast<__m128i>(places));
-#else
-  else for (int64_t i = 0; i < n; ++i) p[i] = places[i];
-#endif
+template <bool whole>
+ZSU_INLINE void store_places(uint8_t* p, VI places, int64_t n) {
+  const VB v = narrow(places);
+  if constexpr (whole) __builtin_memcpy(p, &v, sizeof v);
+  else copy_bytes<sizeof v>(p, &v, n);
 }
-template <class T>
-ZSU_INLINE VF load_up_to(const T* p, int64_t n) { return n >= 16 ? load(p) : load_part(p, n, 0.0f); }
-template <class T>
-ZSU_INLINE void store_up_to(T* p, VF v, int64_t n) {
-  if (n >= 16) store(p, v);
-  else store_part(p, v, n);
+// f(whole, c) of all channels: of whole vectors from c on, the last of which may overlap the one before, or of all
+// channels if they are less than a vector.
+template <class F>
+ZSU_INLINE void for_channels(int64_t channels, F f) {
+  if (channels < lanes) return f(std::false_type{}, 0);
+  for (int64_t c = 0; c + lanes <= channels; c += lanes) f(std::true_type{}, c);
+  if (channels % lanes) f(std::true_type{}, channels - lanes);
 }
 
-// Rows of the output, counted over all images. As torch, a window with a NaN gives the last one of it.
+// ---- forward -------------------------------------------------------------------------------------
+// The part of a window that is inside the image, and where its result goes; `place` is that of its first pixel.
+template <class T>
+struct Window {
+  const T* from;
+  int64_t rows, columns;
+  int32_t place;
+  T* to;
+  uint8_t* place_to;
+};
+
+// `size` of a whole window; 0 for any part of one. As torch, a window with a NaN gives the last one of it.
+template <int size, bool whole, class T>
+ZSU_INLINE void pool(const MaxPoolArgs& a, const Window<T>& w, int64_t c) {
+  const int64_t rows = size ? size : w.rows, columns = size ? size : w.columns, kernel = size ? size : a.kernel;
+  VF best = load_values<whole>(w.from + c, a.channels);
+  VI place = VI{} + w.place;
+  for (int64_t y = 0; y < rows; ++y)
+    for (int64_t x = 0; x < columns; ++x) {
+      if (y == 0 && x == 0) continue;
+      const VF v = load_values<whole>(w.from + (y * a.width + x) * a.channels + c, a.channels);
+      const VI take = (v > best) | (v != v);
+      best = take ? v : best;
+      place = take ? VI{} + (w.place + static_cast<int32_t>(y * kernel + x)) : place;
+    }
+  if (a.relu) {
+    const VI cut = best <= 0.0f;
+    best = cut ? VF{} : best;
+    place = cut ? VI{} + no_place : place;
+  }
+  store_values<whole>(w.to + c, best, a.channels);
+  store_places<whole>(w.place_to + c, place, a.channels);
+}
+
+template <int size, class T>
+ZSU_INLINE void pool_channels(const MaxPoolArgs& a, const Window<T>& w) {
+  for_channels(a.channels, [&](auto whole, int64_t c) ZSU_LAMBDA_INLINE { pool<size, whole()>(a, w, c); });
+}
+
+// Rows of the output, counted over all images.
 template <class T>
 void max_pool_kernel(const MaxPoolArgs& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
@@ -45,77 +108,66 @@ void max_pool_kernel(const MaxPoolArgs& a, int64_t begin, int64_t end) {
       const int64_t left = column * a.stride - a.padding;
       const int64_t x0 = left < 0 ? 0 : left, x1 = left + a.kernel < a.width ? left + a.kernel : a.width;
       const int64_t to = (row * a.out_width + column) * a.channels;
-      for (int64_t c = 0; c < a.channels; c += 16) {
-        const int64_t n = a.channels - c;
-        VF best{};
-        VI place{};
-        for (int64_t y = y0; y < y1; ++y) {
-          const T* from = static_cast<const T*>(a.from) + ((image * a.height + y) * a.width + x0) * a.channels + c;
-          int32_t at = static_cast<int32_t>((y - top) * a.kernel + x0 - left);
-          for (int64_t x = x0; x < x1; ++x, ++at, from += a.channels) {
-            const VF v = load_up_to(from, n);
-            const VI take = y == y0 && x == x0 ? VI{} - 1 : (v > best) | (v != v);
-            best = take ? v : best;
-            place = take ? VI{} + at : place;
-          }
-        }
-        if (a.relu) {
-          const VI cut = best <= 0.0f;
-          best = cut ? VF{} : best;
-          place = cut ? VI{} + no_place : place;
-        }
-        store_up_to(static_cast<T*>(a.to) + to + c, best, n);
-        store_places(a.place + to + c, place, n);
-      }
+      const Window<T> w{
+          static_cast<const T*>(a.from) + ((image * a.height + y0) * a.width + x0) * a.channels, y1 - y0, x1 - x0,
+          static_cast<int32_t>((y0 - top) * a.kernel + x0 - left), static_cast<T*>(a.to) + to, a.place + to};
+      const bool inside = w.rows == a.kernel && w.columns == a.kernel;
+      if (inside && a.kernel == 2) pool_channels<2>(a, w);
+      else if (inside && a.kernel == 3) pool_channels<3>(a, w);
+      else pool_channels<0>(a, w);
     }
   }
 }
 
-// Adds to the gradients of one row of pixels, y below the top of the padded image, those of a row of windows; with
-// `alone`, windows neither overlap nor leave pixels out between them, and nothing is read.
-template <bool alone, class T, class S>
-ZSU_INLINE void spread(const MaxPoolArgs& a, int64_t image, int64_t y, int64_t window, S* sum) {
-  const auto first = static_cast<int32_t>((y - window * a.stride) * a.kernel);
-  const int64_t row = (image * a.out_height + window) * a.out_width;
-  for (int64_t j = 0; j < a.out_width; ++j) {
-    const int64_t left = j * a.stride - a.padding;
-    const int64_t x0 = left < 0 ? 0 : left, x1 = left + a.kernel < a.width ? left + a.kernel : a.width;
-    for (int64_t c = 0; c < a.channels; c += 16) {
-      const int64_t n = a.channels - c, from = (row + j) * a.channels + c;
-      const VF grad = load_up_to(static_cast<const T*>(a.from) + from, n);
-      const VI place = load_places(a.place + from, n);
-      S* to = sum + x0 * a.channels + c;
-      for (int64_t x = x0; x < x1; ++x, to += a.channels) {
-        VF own = place == first + static_cast<int32_t>(x - left) ? grad : VF{};
-        if constexpr (!alone) own += load_up_to(to, n);
-        store_up_to(to, own, n);
-      }
+// ---- backward ------------------------------------------------------------------------------------
+// The windows that a pixel is in: where the first one is in the output, how many there are, and the place of the pixel
+// in the first one.
+struct Windows {
+  int64_t first, rows, columns;
+  int32_t place;
+};
+
+// The gradient of one pixel, from `rows` times `columns` windows; 0 for any number.
+template <int rows, int columns, bool whole, class T>
+ZSU_INLINE void gather(const MaxPoolArgs& a, const Windows& w, T* to, int64_t c) {
+  const int64_t height = rows ? rows : w.rows, breadth = columns ? columns : w.columns;
+  VF sum{};
+  for (int64_t i = 0; i < height; ++i)
+    for (int64_t j = 0; j < breadth; ++j) {
+      const int64_t at = w.first + (i * a.out_width + j) * a.channels + c;
+      const auto place = static_cast<int32_t>(w.place - (i * a.kernel + j) * a.stride);
+      const VF grad = load_values<whole>(static_cast<const T*>(a.from) + at, a.channels);
+      sum += load_places<whole>(a.place + at, a.channels) == place ? grad : VF{};
     }
-  }
-  if constexpr (alone) { // no window has the pixels from here on
-    const int64_t end = a.out_width * a.stride - a.padding;
-    if (end < a.width) __builtin_memset(sum + end * a.channels, 0, sizeof(S) * (a.width - end) * a.channels);
-  }
+  store_values<whole>(to + c, sum, a.channels);
+}
+
+template <int rows, int columns, class T>
+void gather_channels(const MaxPoolArgs& a, const Windows& w, T* to) {
+  for_channels(a.channels, [&](auto whole, int64_t c) ZSU_LAMBDA_INLINE { gather<rows, columns, whole()>(a, w, to, c); });
 }
 
 // Rows of the input's gradient, counted over all images.
 template <class T>
 void max_pool_backward_kernel(const MaxPoolArgs& a, int64_t begin, int64_t end) {
-  const int64_t size = a.width * a.channels;
-  const Scratch<float> sum(a.kernel == a.stride ? 0 : size);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t image = row / a.height, y = row % a.height + a.padding;
     const int64_t above = y < a.kernel ? 0 : (y - a.kernel) / a.stride + 1;
     const int64_t below = y / a.stride < a.out_height - 1 ? y / a.stride : a.out_height - 1;
-    T* to = static_cast<T*>(a.to) + row * size;
-    if (above > below) {
-      __builtin_memset(to, 0, sizeof(T) * size);
-    } else if (a.kernel == a.stride) {
-      spread<true, T>(a, image, y, above, to);
-    } else {
-      __builtin_memset(sum.data, 0, sizeof(float) * size);
-      for (int64_t i = above; i <= below; ++i) spread<false, T>(a, image, y, i, sum.data);
-      for (int64_t i = 0; i < size; i += 16) store_up_to(to + i, load_up_to(sum.data + i, size - i), size - i);
+    int64_t left = 0, right = -1; // the first and the last window of the pixel
+    for (int64_t column = 0; column < a.width; ++column) {
+      const int64_t x = column + a.padding;
+      while (left * a.stride + a.kernel <= x) ++left;
+      while (right + 1 < a.out_width && (right + 1) * a.stride <= x) ++right;
+      const Windows w{
+          ((image * a.out_height + above) * a.out_width + left) * a.channels, below - above + 1, right - left + 1,
+          static_cast<int32_t>((y - above * a.stride) * a.kernel + x - left * a.stride)};
+      T* to = static_cast<T*>(a.to) + (row * a.width + column) * a.channels;
+      if (w.rows == 1 && w.columns == 1) gather_channels<1, 1>(a, w, to);
+      else if (w.rows == 1 && w.columns == 2) gather_channels<1, 2>(a, w, to);
+      else if (w.rows == 2 && w.columns == 1) gather_channels<2, 1>(a, w, to);
+      else if (w.rows == 2 && w.columns == 2) gather_channels<2, 2>(a, w, to);
+      else gather_channels<0, 0>(a, w, to);
     }
   }
 }

@@ -1,31 +1,47 @@
-// Vectors of 64 bytes in the vector syntax of GCC and clang: one zmm, two ymm or four xmm registers, depending on the
-// instruction set of the including file. Sums over lanes have one fixed order.
+// Vectors of one register, zmm, ymm or xmm by the instruction set of the including file, in the vector syntax of GCC
+// and clang. GCC keeps wider ones in memory, and compares them lane by lane. Sums over lanes have one fixed order per
+// instruction set.
 #pragma once
 
 #include "../math.h"
 
 #define ZSU_LAMBDA_INLINE __attribute__((always_inline))
+// For loops of at most 12 turns.
+#if defined(__clang__)
+#define ZSU_UNROLL _Pragma("unroll")
+#else
+#define ZSU_UNROLL _Pragma("GCC unroll 12")
+#endif
 
 namespace zsu::ZSU_ISA {
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
+#if defined(ZSU_AVX512)
+constexpr int register_size = 64;
+#elif defined(ZSU_F16C)
+constexpr int register_size = 32;
+#else
+constexpr int register_size = 16;
+#endif
+
 template <class A> struct Vec;
 template <> struct Vec<float> {
-  static constexpr int64_t width = 16;
-  typedef float V __attribute__((vector_size(64)));
-  typedef int32_t I __attribute__((vector_size(64)));
+  static constexpr int width = register_size / 4;
+  typedef float V __attribute__((vector_size(register_size)));
+  typedef int32_t I __attribute__((vector_size(register_size)));
 };
 template <> struct Vec<double> {
-  static constexpr int64_t width = 8;
-  typedef double V __attribute__((vector_size(64)));
-  typedef int64_t I __attribute__((vector_size(64)));
+  static constexpr int width = register_size / 8;
+  typedef double V __attribute__((vector_size(register_size)));
+  typedef int64_t I __attribute__((vector_size(register_size)));
 };
 using VF = Vec<float>::V;
 using VD = Vec<double>::V;
 using VI = Vec<float>::I;
-typedef uint16_t VH __attribute__((vector_size(32)));
+constexpr int64_t lanes = Vec<float>::width;
+typedef uint16_t VH __attribute__((vector_size(register_size / 2)));
 
 template <class To, class From>
 ZSU_INLINE To bit_cast(const From& from) {
@@ -72,28 +88,22 @@ ZSU_INLINE VF load(const BFloat16* p) {
   return bfloat16_to_float(h);
 }
 ZSU_INLINE VF load(const Float16* p) {
-  VF v;
 #if defined(ZSU_AVX512)
-  v = bit_cast<VF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return bit_cast<VF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(ZSU_F16C)
-  for (int i = 0; i < 2; ++i) {
-    const __m256 half = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
-    __builtin_memcpy(reinterpret_cast<char*>(&v) + 32 * i, &half, sizeof half);
-  }
+  return bit_cast<VF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(ZSU_NEON)
-  for (int i = 0; i < 4; ++i) {
-    const float32x4_t quarter = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p[4 * i].bits)));
-    __builtin_memcpy(reinterpret_cast<char*>(&v) + 16 * i, &quarter, sizeof quarter);
-  }
+  return bit_cast<VF>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))));
 #else
-  for (int i = 0; i < 16; ++i) v[i] = to_float(p[i]);
-#endif
+  VF v;
+  for (int i = 0; i < lanes; ++i) v[i] = to_float(p[i]);
   return v;
+#endif
 }
 ZSU_INLINE void store(float* p, VF v) { __builtin_memcpy(p, &v, sizeof v); }
 ZSU_INLINE void store(double* p, VD v) { __builtin_memcpy(p, &v, sizeof v); }
 ZSU_INLINE VH float_to_bfloat16(VF v) {
-  typedef uint32_t U __attribute__((vector_size(64)));
+  typedef uint32_t U __attribute__((vector_size(register_size)));
   const U b = bit_cast<U>(v);
   const U rounded = b + 0x7fffu + ((b >> 16) & 1u);
   return __builtin_convertvector((v == v ? rounded : b | 0x400000u) >> 16, VH); // a NaN stays one
@@ -106,23 +116,26 @@ ZSU_INLINE void store(Float16* p, VF v) {
 #if defined(ZSU_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(bit_cast<__m512>(v), 0));
 #elif defined(ZSU_F16C)
-  for (int i = 0; i < 2; ++i) {
-    __m256 half;
-    __builtin_memcpy(&half, reinterpret_cast<const char*>(&v) + 32 * i, sizeof half);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i, _mm256_cvtps_ph(half, 0));
-  }
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bit_cast<__m256>(v), 0));
 #elif defined(ZSU_NEON)
-  for (int i = 0; i < 4; ++i) {
-    float32x4_t quarter;
-    __builtin_memcpy(&quarter, reinterpret_cast<const char*>(&v) + 16 * i, sizeof quarter);
-    vst1_u16(&p[4 * i].bits, vreinterpret_u16_f16(vcvt_f16_f32(quarter)));
-  }
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(v)));
 #else
-  for (int i = 0; i < 16; ++i) from_float(v[i], p[i]);
+  for (int i = 0; i < lanes; ++i) from_float(v[i], p[i]);
 #endif
 }
 
 // ---- the first n lanes, n < width: the end of a row ----------------------------------------------
+// n < most bytes. memcpy would be a call.
+template <int64_t most>
+ZSU_INLINE void copy_bytes(void* to, const void* from, int64_t n) {
+  if constexpr (most > 1) {
+    constexpr int64_t half = most / 2;
+    const bool copied = n >= half;
+    if (copied) __builtin_memcpy(to, from, half);
+    const int64_t done = copied ? half : 0;
+    copy_bytes<half>(static_cast<char*>(to) + done, static_cast<const char*>(from) + done, n - done);
+  }
+}
 template <class A, class T>
 ZSU_INLINE typename Vec<A>::V load_part(const T* p, int64_t n, A fill) {
 #if defined(ZSU_AVX512) // does not touch the memory of the other lanes
@@ -139,9 +152,18 @@ ZSU_INLINE typename Vec<A>::V load_part(const T* p, int64_t n, A fill) {
     return bit_cast<VF>(_mm512_mask_mov_ps(_mm512_set1_ps(fill), first, bit_cast<__m512>(v)));
   }
 #else
-  typename Vec<A>::V v = fill - typename Vec<A>::V{};
-  for (int64_t i = 0; i < n; ++i) v[i] = to_float(p[i]);
-  return v;
+#if defined(ZSU_F16C)
+  if constexpr (__is_same(T, float)) {
+    const VI first = VI{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<int32_t>(n);
+    const VF v = bit_cast<VF>(_mm256_maskload_ps(p, bit_cast<__m256i>(first)));
+    return first ? v : VF{} + fill;
+  }
+#endif
+  constexpr int64_t width = Vec<A>::width;
+  T part[width];
+  for (int64_t i = 0; i < width; ++i) from_float(fill, part[i]);
+  copy_bytes<sizeof part>(part, p, n * static_cast<int64_t>(sizeof(T)));
+  return load(part);
 #endif
 }
 template <class T, class V>
@@ -153,38 +175,46 @@ ZSU_INLINE void store_part(T* p, V v, int64_t n) {
   else if constexpr (__is_same(T, BFloat16)) _mm256_mask_storeu_epi16(p, first, bit_cast<__m256i>(float_to_bfloat16(v)));
   else _mm256_mask_storeu_epi16(p, first, _mm512_cvtps_ph(bit_cast<__m512>(v), 0));
 #else
-  for (int64_t i = 0; i < n; ++i) from_float(v[i], p[i]);
+  T part[sizeof v / sizeof v[0]];
+  store(part, v);
+  copy_bytes<sizeof part>(p, part, n * static_cast<int64_t>(sizeof(T)));
 #endif
+}
+// All lanes if `whole`, or the first n.
+template <bool whole, class T>
+ZSU_INLINE VF load_values(const T* p, int64_t n) {
+  if constexpr (whole) return load(p);
+  else return load_part(p, n, 0.0f);
+}
+template <bool whole, class T>
+ZSU_INLINE void store_values(T* p, VF v, int64_t n) {
+  if constexpr (whole) store(p, v);
+  else store_part(p, v, n);
 }
 
 // v with lane `at` set to 0.
-ZSU_INLINE VI lane_index(VF) { return VI{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
-ZSU_INLINE Vec<double>::I lane_index(VD) { return Vec<double>::I{0, 1, 2, 3, 4, 5, 6, 7}; }
 template <class V>
-ZSU_INLINE V without_lane(V v, int at) { return lane_index(v) == at ? V{} : v; }
+ZSU_INLINE V without_lane(V v, int at) {
+  v[at] = 0;
+  return v;
+}
 
 // ---- over lanes ----------------------------------------------------------------------------------
 template <class V>
 ZSU_INLINE V vmax(V a, V b) { return a > b ? a : b; } // b if a is NaN
 
-// Lane i gets lane i ^ by. The indices are literals; otherwise they would be rebuilt for every row.
-#if defined(__clang__) || __GNUC__ >= 12
-#define ZSU_SHUFFLE(v, I, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+// Lane i gets lane i ^ by.
+template <int by, class V, int... i>
+ZSU_INLINE V swap_lanes(V v, std::integer_sequence<int, i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, (i ^ by)...);
 #else
-#define ZSU_SHUFFLE(v, I, ...) __builtin_shuffle(v, I{__VA_ARGS__})
+  return __builtin_shuffle(v, decltype(v < v){(i ^ by)...});
 #endif
-template <int by>
-ZSU_INLINE VF swap_lanes(VF v) {
-  return ZSU_SHUFFLE(v, VI, 0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by, 8 ^ by, 9 ^ by, 10 ^ by, 11 ^ by,
-                     12 ^ by, 13 ^ by, 14 ^ by, 15 ^ by);
-}
-template <int by>
-ZSU_INLINE VD swap_lanes(VD v) {
-  return ZSU_SHUFFLE(v, Vec<double>::I, 0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by);
 }
 template <int by, class V, class F>
 ZSU_INLINE auto fold_lanes(V v, F f) {
-  v = f(v, swap_lanes<by>(v));
+  v = f(v, swap_lanes<by>(v, std::make_integer_sequence<int, sizeof v / sizeof v[0]>()));
   if constexpr (by > 1) return fold_lanes<by / 2>(v, f);
   else return v[0];
 }
@@ -270,7 +300,7 @@ ZSU_INLINE VF logarithm(VF x) {
   return x - x == 0.0f ? (f + rest) + n * 0.693359375f : x;
 }
 ZSU_INLINE VD logarithm(VD x) {
-  for (int i = 0; i < 8; ++i) x[i] = __builtin_log(x[i]);
+  for (int i = 0; i < Vec<double>::width; ++i) x[i] = __builtin_log(x[i]);
   return x;
 }
 
@@ -289,16 +319,10 @@ ZSU_INLINE VF ratio_to_root(VF a, VF b, float eps) {
 #if defined(ZSU_AVX512)
   const VF root = bit_cast<VF>(_mm512_sqrt_ps(bit_cast<__m512>(b)));
 #elif defined(ZSU_NEON)
-  VF root;
-  for (int i = 0; i < 4; ++i) {
-    float32x4_t quarter;
-    __builtin_memcpy(&quarter, reinterpret_cast<const char*>(&b) + 16 * i, sizeof quarter);
-    quarter = vsqrtq_f32(quarter);
-    __builtin_memcpy(reinterpret_cast<char*>(&root) + 16 * i, &quarter, sizeof quarter);
-  }
+  const VF root = vsqrtq_f32(b);
 #else
   VF root;
-  for (int i = 0; i < 16; ++i) root[i] = __builtin_sqrtf(b[i]);
+  for (int i = 0; i < lanes; ++i) root[i] = __builtin_sqrtf(b[i]);
 #endif
   return a / (root + eps);
 }

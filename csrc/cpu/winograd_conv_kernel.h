@@ -8,56 +8,24 @@
 
 namespace zsu::ZSU_ISA {
 
-// One register, unlike the vectors of simd.h: many accumulators must stay in registers.
 #if defined(ZSU_AVX512)
-constexpr int64_t lanes = 16, product_rows = 6, product_columns = 4;
+constexpr int64_t product_rows = 6, product_columns = 4;
 #elif defined(ZSU_F16C)
-constexpr int64_t lanes = 8, product_rows = 6, product_columns = 2;
+constexpr int64_t product_rows = 6, product_columns = 2;
 #elif defined(ZSU_NEON)
-constexpr int64_t lanes = 4, product_rows = 6, product_columns = 4;
+constexpr int64_t product_rows = 6, product_columns = 4;
 #else
-constexpr int64_t lanes = 4, product_rows = 6, product_columns = 2;
+constexpr int64_t product_rows = 6, product_columns = 2;
 #endif
 constexpr int64_t few_rows = 2; // of the products that remain
-// For loops of at most 12 turns.
-#if defined(__clang__)
-#define ZSU_UNROLL _Pragma("unroll")
-#else
-#define ZSU_UNROLL _Pragma("GCC unroll 12")
-#endif
-typedef float Lanes __attribute__((vector_size(4 * lanes)));
-
-ZSU_INLINE Lanes load_lanes(const float* p) { Lanes v; __builtin_memcpy(&v, p, sizeof v); return v; }
-ZSU_INLINE void store_lanes(float* p, Lanes v) { __builtin_memcpy(p, &v, sizeof v); }
-// All lanes, or the first n.
-template <bool whole>
-ZSU_INLINE Lanes load_lanes(const float* p, int64_t n) {
-  if constexpr (whole) return load_lanes(p);
-#if defined(ZSU_AVX512)
-  return load_part<float>(p, n, 0.0f);
-#else
-  Lanes v{};
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-template <bool whole>
-ZSU_INLINE void store_lanes(float* p, Lanes v, int64_t n) {
-  if constexpr (whole) return store_lanes(p, v);
-#if defined(ZSU_AVX512)
-  store_part(p, v, n);
-#else
-  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
-#endif
-}
 
 ZSU_INLINE int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // ---- transforms ----------------------------------------------------------------------------------
 // B^T d and A^T m of the paper, for six vectors.
-ZSU_INLINE void transform_inputs(const Lanes (&d)[6], Lanes (&t)[6]) {
-  const Lanes even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
-  const Lanes inner = d[4] - d[2], outer = 2.0f * (d[3] - d[1]);
+ZSU_INLINE void transform_inputs(const VF (&d)[6], VF (&t)[6]) {
+  const VF even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
+  const VF inner = d[4] - d[2], outer = 2.0f * (d[3] - d[1]);
   t[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
   t[1] = even + odd;
   t[2] = even - odd;
@@ -65,9 +33,9 @@ ZSU_INLINE void transform_inputs(const Lanes (&d)[6], Lanes (&t)[6]) {
   t[4] = inner - outer;
   t[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
 }
-ZSU_INLINE void transform_products(const Lanes (&m)[6], Lanes (&y)[4]) {
-  const Lanes sum1 = m[1] + m[2], difference1 = m[1] - m[2];
-  const Lanes sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+ZSU_INLINE void transform_products(const VF (&m)[6], VF (&y)[4]) {
+  const VF sum1 = m[1] + m[2], difference1 = m[1] - m[2];
+  const VF sum2 = m[3] + m[4], difference2 = m[3] - m[4];
   y[0] = m[0] + sum1 + sum2;
   y[1] = difference1 + 2.0f * difference2;
   y[2] = sum1 + 4.0f * sum2;
@@ -87,13 +55,13 @@ ZSU_INLINE Tile tile_at(const WinogradConvArgs& a, int64_t index) {
 template <bool whole>
 ZSU_INLINE void transform_input_lanes(
     const float* const (&pixels)[6][6], int64_t c, int64_t n, float* to, int64_t stride, int64_t next) {
-  Lanes half[6][6];
+  VF half[6][6];
   ZSU_UNROLL
   for (int j = 0; j < 6; ++j) {
-    Lanes d[6], t[6];
+    VF d[6], t[6];
     ZSU_UNROLL
     for (int i = 0; i < 6; ++i) {
-      d[i] = load_lanes<whole>(pixels[i][j] + c, n);
+      d[i] = load_values<whole>(pixels[i][j] + c, n);
       if (j > 1) __builtin_prefetch(pixels[i][j] + c + next); // the next tile's
     }
     transform_inputs(d, t);
@@ -102,10 +70,10 @@ ZSU_INLINE void transform_input_lanes(
   }
   ZSU_UNROLL
   for (int i = 0; i < 6; ++i) {
-    Lanes t[6];
+    VF t[6];
     transform_inputs(half[i], t);
     ZSU_UNROLL
-    for (int j = 0; j < 6; ++j) store_lanes(to + (6 * i + j) * stride + c, t[j]);
+    for (int j = 0; j < 6; ++j) store(to + (6 * i + j) * stride + c, t[j]);
   }
 }
 
@@ -129,30 +97,30 @@ void transform_input_tile(const WinogradConvArgs& a, const Tile& tile, const flo
 // A^T m A of some outputs of a tile, with bias, `other` and activation, to the pixels that are not null.
 template <bool whole>
 ZSU_INLINE void transform_output_lanes(
-    const WinogradConvArgs& a, float* const (&pixels)[4][4], Lanes bias, int64_t c, int64_t n, const float* from,
+    const WinogradConvArgs& a, float* const (&pixels)[4][4], VF bias, int64_t c, int64_t n, const float* from,
     int64_t stride) {
-  const Lanes low = Lanes{} + a.low, high = Lanes{} + a.high;
-  Lanes half[4][6];
+  const VF low = VF{} + a.low, high = VF{} + a.high;
+  VF half[4][6];
   ZSU_UNROLL
   for (int j = 0; j < 6; ++j) {
-    Lanes m[6], y[4];
+    VF m[6], y[4];
     ZSU_UNROLL
-    for (int i = 0; i < 6; ++i) m[i] = load_lanes(from + (6 * i + j) * stride + c);
+    for (int i = 0; i < 6; ++i) m[i] = load(from + (6 * i + j) * stride + c);
     transform_products(m, y);
     ZSU_UNROLL
     for (int i = 0; i < 4; ++i) half[i][j] = y[i];
   }
   ZSU_UNROLL
   for (int i = 0; i < 4; ++i) {
-    Lanes y[4];
+    VF y[4];
     transform_products(half[i], y);
     ZSU_UNROLL
     for (int j = 0; j < 4; ++j) {
       float* to = pixels[i][j];
       if (!to) continue;
-      Lanes sum = y[j] + bias;
-      if (a.other) sum += load_lanes<whole>(a.other + (to - a.out) + c, n);
-      store_lanes<whole>(to + c, clamp_keeping_nan<Lanes>(sum, low, high), n);
+      VF sum = y[j] + bias;
+      if (a.other) sum += load_values<whole>(a.other + (to - a.out) + c, n);
+      store_values<whole>(to + c, clamp_keeping_nan<VF>(sum, low, high), n);
     }
   }
 }
@@ -169,8 +137,8 @@ void transform_output_tile(
     }
   int64_t c = 0;
   for (; c + lanes <= a.outputs; c += lanes)
-    transform_output_lanes<true>(a, pixels, load_lanes(bias + c), c, lanes, from, stride);
-  if (c < a.outputs) transform_output_lanes<false>(a, pixels, load_lanes(bias + c), c, a.outputs - c, from, stride);
+    transform_output_lanes<true>(a, pixels, load(bias + c), c, lanes, from, stride);
+  if (c < a.outputs) transform_output_lanes<false>(a, pixels, load(bias + c), c, a.outputs - c, from, stride);
 }
 
 // ---- products ------------------------------------------------------------------------------------
@@ -178,14 +146,14 @@ void transform_output_tile(
 template <int64_t rows, int64_t columns>
 ZSU_INLINE void multiply_tile(
     const float* v, int64_t v_stride, const float* weight, int64_t block, int64_t inputs, float* m, int64_t m_stride) {
-  Lanes sum[rows][columns] = {};
+  VF sum[rows][columns] = {};
   for (int64_t k = 0; k < inputs; ++k, weight += block) {
-    Lanes w[columns];
+    VF w[columns];
     ZSU_UNROLL
-    for (int64_t c = 0; c < columns; ++c) w[c] = load_lanes(weight + c * lanes);
+    for (int64_t c = 0; c < columns; ++c) w[c] = load(weight + c * lanes);
     ZSU_UNROLL
     for (int64_t r = 0; r < rows; ++r) {
-      const Lanes value = Lanes{} + v[r * v_stride + k];
+      const VF value = VF{} + v[r * v_stride + k];
       ZSU_UNROLL
       for (int64_t c = 0; c < columns; ++c) sum[r][c] += value * w[c];
     }
@@ -193,7 +161,7 @@ ZSU_INLINE void multiply_tile(
   ZSU_UNROLL
   for (int64_t r = 0; r < rows; ++r)
     ZSU_UNROLL
-    for (int64_t c = 0; c < columns; ++c) store_lanes(m + r * m_stride + c * lanes, sum[r][c]);
+    for (int64_t c = 0; c < columns; ++c) store(m + r * m_stride + c * lanes, sum[r][c]);
 }
 
 // The product of one position: `count` rows, and up to few_rows - 1 more, times all blocks of weights.
