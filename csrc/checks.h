@@ -295,4 +295,23 @@ inline void check_max_pool_backward(
   check_windows(width, grad.size(3), stride, padding);
 }
 
+// ---- conv_input_gradient -------------------------------------------------------------------------
+inline void check_conv_input_gradient(
+    const Tensor& grad, const Tensor& weight, int64_t stride, int64_t top, int64_t left, int64_t height,
+    int64_t width) {
+  check_maps(grad, "grad");
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float, "grad must be float32");
+  check_same_device(grad, weight, "weight");
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.is_contiguous() && weight.numel() > 0 &&
+          weight.size(3) == grad.size(1),
+      "weight must be float32 [height, width, inputs, outputs], contiguous, with the channels of grad as outputs");
+  STD_TORCH_CHECK(weight.size(2) <= 4, "weight must have at most 4 inputs");
+  STD_TORCH_CHECK(stride >= 1, "stride must be at least 1");
+  STD_TORCH_CHECK(
+      top >= 0 && top < weight.size(0) && left >= 0 && left < weight.size(1), "padding must be less than the kernel");
+  check_windows(height, grad.size(2), stride, top);
+  check_windows(width, grad.size(3), stride, left);
+}
+
 } // namespace zsu

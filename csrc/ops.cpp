@@ -23,4 +23,7 @@ STABLE_TORCH_LIBRARY(zsu_fast, m) {
   m.def(
       "max_pool_backward(Tensor grad, Tensor place, int kernel, int stride, int padding, int height, int width) "
       "-> Tensor");
+  m.def(
+      "conv_input_gradient(Tensor grad, Tensor weight, int stride, int top, int left, int height, "
+      "int width) -> Tensor");
 }

@@ -20,6 +20,7 @@ struct Scratch {
 } // namespace zsu::ZSU_ISA
 
 #include "ascent_step_kernel.h"
+#include "conv_input_gradient_kernel.h"
 #include "masked_cross_entropy_kernel.h"
 #include "max_pool_kernel.h"
 #include "scale_rows_kernel.h"
@@ -42,6 +43,7 @@ const Kernels& kernels() {
       winograd_conv_kernel,
       {max_pool_kernel<float>, max_pool_kernel<BFloat16>},
       {max_pool_backward_kernel<float>, max_pool_backward_kernel<BFloat16>},
+      conv_input_gradient_kernel,
   };
   return table;
 }

@@ -81,6 +81,15 @@ struct MaxPoolArgs {
 };
 constexpr int32_t no_place = 255;
 
+struct ConvInputGradientArgs {
+  const float* grad;   // [images, out_height, out_width, outputs]
+  const float* weight; // [kernel_height, kernel_width, inputs, outputs]
+  float* to;           // [images, height, width, inputs]
+  int64_t kernel_height, kernel_width, inputs, outputs;
+  int64_t stride, top, left; // top, left: padding
+  int64_t height, width, out_height, out_width;
+};
+
 // Each kernel runs rows [begin, end), or chunks of tiles. The losses and scale_rows_ have one kernel per Storage; the
 // masked loss also has one for bfloat16 and float16 with a teacher in float, in this order. Pooling has one for float32
 // and one for bfloat16.
@@ -93,6 +102,7 @@ struct Kernels {
   void (*winograd_conv)(const WinogradConvArgs&, int64_t begin, int64_t end);
   void (*max_pool[2])(const MaxPoolArgs&, int64_t begin, int64_t end);
   void (*max_pool_backward[2])(const MaxPoolArgs&, int64_t begin, int64_t end);
+  void (*conv_input_gradient)(const ConvInputGradientArgs&, int64_t begin, int64_t end);
 };
 
 namespace baseline { const Kernels& kernels(); }

@@ -49,14 +49,6 @@ ZSU_INLINE void store_places(uint8_t* p, VI places, int64_t n) {
   if constexpr (whole) __builtin_memcpy(p, &v, sizeof v);
   else copy_bytes<sizeof v>(p, &v, n);
 }
-// f(whole, c) of all channels: of whole vectors from c on, the last of which may overlap the one before, or of all
-// channels if they are less than a vector.
-template <class F>
-ZSU_INLINE void for_channels(int64_t channels, F f) {
-  if (channels < lanes) return f(std::false_type{}, 0);
-  for (int64_t c = 0; c + lanes <= channels; c += lanes) f(std::true_type{}, c);
-  if (channels % lanes) f(std::true_type{}, channels - lanes);
-}
 
 // ---- forward -------------------------------------------------------------------------------------
 // The part of a window that is inside the image, and where its result goes; `place` is that of its first pixel.

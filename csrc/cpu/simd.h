@@ -192,6 +192,15 @@ ZSU_INLINE void store_values(T* p, VF v, int64_t n) {
   else store_part(p, v, n);
 }
 
+// f(whole, c) of all channels: of whole vectors from c on, the last of which may overlap the one before, or of all
+// channels if they are less than a vector.
+template <class F>
+ZSU_INLINE void for_channels(int64_t channels, F f) {
+  if (channels < lanes) return f(std::false_type{}, 0);
+  for (int64_t c = 0; c + lanes <= channels; c += lanes) f(std::true_type{}, c);
+  if (channels % lanes) f(std::true_type{}, channels - lanes);
+}
+
 // v with lane `at` set to 0.
 template <class V>
 ZSU_INLINE V without_lane(V v, int at) {

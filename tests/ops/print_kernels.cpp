@@ -107,6 +107,26 @@ void winograd(int64_t inputs, int64_t outputs) {
   for (const float v : out) std::printf("float32 %.9g\n", 1e3 + static_cast<double>(v));
 }
 
+// Two images of 9 x 10 pixels, 5 x 5 by 2, of outputs that do not fill vectors.
+void input_gradient(int64_t inputs, int64_t outputs) {
+  std::vector<float> grad(static_cast<size_t>(2 * 5 * 5 * outputs)), weight(static_cast<size_t>(25 * inputs * outputs));
+  std::vector<float> to(static_cast<size_t>(2 * 9 * 10 * inputs));
+  for (auto* values : {&grad, &weight})
+    for (float& v : *values) v = static_cast<float>(next_random());
+  zsu::ConvInputGradientArgs args{};
+  args.grad = grad.data();
+  args.weight = weight.data();
+  args.to = to.data();
+  args.kernel_height = args.kernel_width = args.out_height = args.out_width = 5;
+  args.inputs = inputs;
+  args.outputs = outputs;
+  args.stride = args.top = args.left = 2;
+  args.height = 9;
+  args.width = 10;
+  zsu::kernels().conv_input_gradient(args, 0, 2 * 9);
+  for (const float v : to) std::printf("float32 %.9g\n", 1e2 + static_cast<double>(v)); // relative to sums of products
+}
+
 } // namespace
 
 int main() {
@@ -121,4 +141,6 @@ int main() {
   ascent(3 * 16, 3, true);
   winograd(5, 19);
   winograd(16, 32);
+  input_gradient(3, 19);
+  input_gradient(1, 8);
 }

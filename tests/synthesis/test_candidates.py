@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from zsu_fast.models.wrapper import working_copy
+from zsu_fast.ops import library
 from zsu_fast.runtime.torch_settings import SMALL
-from zsu_fast.synthesis import candidates
+from zsu_fast.synthesis import candidates, frozen_conv
 from zsu_fast.synthesis.candidates import DEFAULT, Choice, choose, may_choose, remembered
 from zsu_fast.synthesis.frozen_conv import FrozenConv
 from zsu_fast.synthesis.fuse_convs import fuse_convs
@@ -71,13 +72,18 @@ def test_fused_convolutions_give_the_same_logits_and_gradient(dtype: torch.dtype
     ("kernel", "stride", "padding"), [(7, 2, 0), (7, 2, 3), (3, 3, 1), (1, 2, 0)]
 )
 @pytest.mark.parametrize("size", [23, 24, 25])
-def test_the_gradient_of_an_image_is_computed_by_phases(
-    kernel: int, stride: int, padding: int, size: int
+@pytest.mark.parametrize("native", [True, False])
+def test_the_gradient_of_an_image_is_gathered_or_computed_by_phases(
+    kernel: int, stride: int, padding: int, size: int, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if native and not library.CPU.loaded:
+        pytest.skip(str(library.CPU.reason))
+    monkeypatch.setattr(frozen_conv, "_has_float32_kernels", lambda _: native)
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, kernel, stride, padding).requires_grad_(False)
     frozen = FrozenConv(conv)
-    assert frozen.phases is not None
+    assert (frozen.packed is not None) == native
+    assert (frozen.phases is not None) == (not native)
     results = []
     for layer in (conv, frozen):
         x = torch.linspace(-2, 2, 3 * size * size).view(1, 3, size, size).requires_grad_(True)

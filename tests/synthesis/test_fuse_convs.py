@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zsu_fast.ops import library
+from zsu_fast.synthesis import frozen_conv
 from zsu_fast.synthesis.frozen_conv import FrozenConv
 from zsu_fast.synthesis.fuse_convs import fuse_convs
+from zsu_fast.synthesis.spatial_mean import SpatialMean, is_spatial_mean
 
 Block = Callable[[nn.Conv2d, nn.Conv2d, Tensor], Tensor]
 
@@ -66,7 +69,8 @@ def sums(fused: nn.Module) -> dict[str, str]:
 def outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.clone().requires_grad_(True)
     out = model(x)
-    return out.detach(), torch.autograd.grad((out * torch.linspace(0, 1, out.shape[3])).sum(), x)[0]
+    weights = torch.linspace(0.5, 1, out.shape[-1])
+    return out.detach(), torch.autograd.grad((out * weights).sum(), x)[0]
 
 
 @pytest.mark.parametrize(("block", "expected"), SUMS)
@@ -97,12 +101,37 @@ def test_sums_are_computed_by_winograd_too(broadcast: bool) -> None:
     torch.testing.assert_close(outputs(fused, x), outputs(net, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, (1, 1)])
+def test_means_over_all_pixels(size: Any) -> None:
+    """As at the end of SqueezeNet, with a convolution and relu ahead."""
+    model = nn.Sequential(nn.Conv2d(6, 9, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(size))
+    model.requires_grad_(False)
+    fused = fuse_convs(model)
+    assert fused is not None
+    assert any(isinstance(m, SpatialMean) for m in fused.modules())
+    x = torch.randn(2, 6, 5, 7)
+    torch.testing.assert_close(outputs(fused, x), outputs(model, x), rtol=1e-4, atol=1e-5)
+    unbatched = torch.randn(6, 5, 7)
+    torch.testing.assert_close(SpatialMean()(unbatched), nn.AdaptiveAvgPool2d(size)(unbatched))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.AdaptiveAvgPool2d(2), nn.AdaptiveAvgPool2d((1, 2)), nn.AvgPool2d(1)]
+)
+def test_other_means_are_left_as_they_are(layer: nn.Module) -> None:
+    assert not is_spatial_mean(layer)
+
+
 @pytest.mark.parametrize("size", [8, 9])
 @pytest.mark.parametrize("groups", [1, 16])
+@pytest.mark.parametrize("library", [True, False])
 @pytest.mark.parametrize(("kernel", "padding"), [(1, 0), (1, (0, 0)), (3, 1)])
 def test_gradients_of_strided_convolutions(
-    size: int, groups: int, kernel: int, padding: int | tuple[int, int]
-) -> None:
+    size: int, groups: int, library: bool, kernel: int, padding: int | tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if groups > 1:
+        monkeypatch.setattr(frozen_conv, "library_is_fast", lambda *_: library)
     torch.manual_seed(0)
     conv = nn.Conv2d(16, 16, kernel, 2, padding, groups=groups).requires_grad_(False)
     x = torch.randn(2, 16, size, size)

@@ -291,6 +291,25 @@ def max_pool_backward(
     return _channels_last(summed.to(grad.dtype))
 
 
+def conv_input_gradient(
+    grad: Tensor, weight: Tensor, stride: int, top: int, left: int, height: int, width: int
+) -> Tensor:
+    """The gradient of the input of a convolution, [N, I, height, width], channels-last, as
+    `zsu_fast.ops.conv_input_gradient.conv_input_gradient`.
+
+    Args:
+        grad: of the output, float [N, O, H, W].
+        weight: [K, L, I, O], in the dtype of ``grad``.
+        stride: of both dimensions.
+        top, left: zeros ahead of the input's first row and column.
+        height, width: of the input.
+    """
+    full = F.conv_transpose2d(grad, weight.permute(3, 2, 0, 1), None, stride)
+    below, right = max(0, height + top - full.shape[2]), max(0, width + left - full.shape[3])
+    full = F.pad(full, (0, right, 0, below))
+    return _channels_last(full[:, :, top : top + height, left : left + width])
+
+
 def _windows(
     x: Tensor, kernel: int, stride: int, padding: int, height: int, width: int, fill: float
 ) -> Tensor:

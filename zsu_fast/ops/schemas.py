@@ -33,6 +33,10 @@ SCHEMAS: dict[str, str] = {
         "(Tensor grad, Tensor place, int kernel, int stride, int padding, int height, int width)"
         " -> Tensor"
     ),
+    "conv_input_gradient": (
+        "(Tensor grad, Tensor weight, int stride, int top, int left, int height, int width)"
+        " -> Tensor"
+    ),
 }
 # Without kernels for GPUs, on which no part of the package calls them.
-CPU_ONLY = ("winograd_conv", "max_pool", "max_pool_backward")
+CPU_ONLY = ("winograd_conv", "max_pool", "max_pool_backward", "conv_input_gradient")

@@ -235,6 +235,28 @@ def check_max_pool_backward(
     _check_windows(kernel, stride, padding, (height, width), grad.shape[2:])
 
 
+def check_conv_input_gradient(
+    grad: Tensor, weight: Tensor, stride: int, top: int, left: int, height: int, width: int
+) -> None:
+    """Checks all arguments, as `check_signed_cross_entropy`."""
+    _check_maps(grad, "grad")
+    _check(grad.dtype == torch.float32, "grad must be float32")
+    _check_device(weight, grad, "weight")
+    fits = weight.ndim == 4 and weight.numel() > 0 and weight.shape[3] == grad.shape[1]
+    _check(
+        fits and weight.dtype == torch.float32 and weight.is_contiguous(),
+        "weight must be float32 [height, width, inputs, outputs], contiguous, with the channels of"
+        " grad as outputs",
+    )
+    _check(weight.shape[2] <= 4, "weight must have at most 4 inputs")
+    _check(stride >= 1, "stride must be at least 1")
+    less = 0 <= top < weight.shape[0] and 0 <= left < weight.shape[1]
+    _check(less, "padding must be less than the kernel")
+    for size, count, padding in zip((height, width), grad.shape[2:], (top, left), strict=True):
+        begins = size > 0 and (count - 1) * stride - padding < size
+        _check(count == 0 or begins, "windows must not begin beyond the input")
+
+
 # What plain torch needs checked; of the ascent, it takes bounds and layouts that kernels don't.
 CHECKS: dict[str, Callable[..., None]] = {
     "signed_cross_entropy": check_signed_cross_entropy,
@@ -244,6 +266,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "winograd_conv": check_winograd_conv,
     "max_pool": check_max_pool,
     "max_pool_backward": check_max_pool_backward,
+    "conv_input_gradient": check_conv_input_gradient,
 }
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import backends
+from ..ops.conv_input_gradient import conv_input_gradient, packed_weight
 from ..ops.winograd_conv import winograd_conv, winograd_weight
-from .depthwise import dilated
+from .depthwise import dilated, library_gradient, library_is_fast
 
 _CHANNELS_LAST = torch.channels_last
 _FEW = 4  # channels of an image, at most
@@ -72,11 +73,15 @@ def is_winograd_supported(conv: nn.Module) -> bool:
         and isinstance(conv, nn.Conv2d)
         and (conv.kernel_size, conv.stride, conv.groups) == ((3, 3), (1, 1), 1)
         and conv.padding in ((0, 0), (1, 1), (2, 2))
-        and conv.weight.dtype == torch.float32
-        and conv.weight.device.type == "cpu"
         and min(conv.in_channels, conv.out_channels) >= _CHANNELS
-        and backends.why_unavailable("cpp", "cpu") is None
+        and _has_float32_kernels(conv)
     )
+
+
+def _has_float32_kernels(conv: nn.Conv2d) -> bool:
+    """Whether the native ops can compute with its weights."""
+    known = conv.weight.dtype == torch.float32 and conv.weight.device.type == "cpu"
+    return known and backends.why_unavailable("cpp", "cpu") is None
 
 
 class FrozenConv(nn.Module):
@@ -101,10 +106,11 @@ class FrozenConv(nn.Module):
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), False)
         self.weight = nn.Parameter(weight.contiguous(memory_format=_CHANNELS_LAST), False)
         self.register_buffer("flipped", flipped.contiguous(memory_format=_CHANNELS_LAST))
-        phases = None
-        if conv.groups == 1 and conv.in_channels <= _FEW and 1 < conv.stride[0] == conv.stride[1]:
-            phases = _phase_weights(weight, conv.stride[0])
-        self.register_buffer("phases", phases)
+        few = conv.groups == 1 and conv.in_channels <= _FEW and conv.stride[0] == conv.stride[1]
+        gathers = few and _has_float32_kernels(conv)
+        self.register_buffer("packed", packed_weight(weight) if gathers else None)
+        phases = few and not gathers and conv.stride[0] > 1
+        self.register_buffer("phases", _phase_weights(weight, conv.stride[0]) if phases else None)
         self.winograd = winograd and is_winograd_supported(conv)
         if self.winograd:
             self.register_buffer("winograd_weight", winograd_weight(weight))
@@ -137,15 +143,17 @@ class FrozenConv(nn.Module):
 
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of x, of shape [N, I, H, W], from that of the convolution's output."""
+        if self.packed is not None:
+            weight, padding = self.get_buffer("packed"), (self.padding[0], self.padding[1])
+            size = shape[2], shape[3]
+            return conv_input_gradient(grad, weight, self.stride[0], padding, size, backend="cpp")
         if self.phases is not None:
             return self._gradient_by_phases(grad, shape)
-        if self.stride != (1, 1) and self.groups == 1 and self.kernel != (1, 1):
-            like = torch.empty(shape, dtype=grad.dtype, memory_format=_CHANNELS_LAST)  # not read
-            found: Tensor = torch.ops.aten.convolution_backward(
-                grad, like, self.weight, None, self.stride, self.padding, (1, 1), False, (0, 0), 1,
-                (True, False, False),
-            )[0]  # fmt: skip
-            return found
+        strided = self.stride != (1, 1) and self.kernel != (1, 1)
+        if strided and library_is_fast(grad.dtype, self.groups):
+            return library_gradient(
+                grad, shape, self.weight, self.stride, self.padding, self.groups
+            )
         padding = [k - 1 - p for k, p in zip(self.kernel, self.padding, strict=True)]
         flipped: Tensor = self.get_buffer("flipped")
         if self.stride != (1, 1) and self.kernel == (1, 1):  # each output has one input

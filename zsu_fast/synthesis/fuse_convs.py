@@ -1,5 +1,6 @@
-"""Replaces convolutions by frozen ones, each together with what is added to its output, such as a
-residual connection, and with the activation that follows.
+"""Replaces convolutions by `FrozenConv`s and `SameConv`s, each together with what is added to its
+output, such as a residual connection, and with the activation that follows; and means over all
+pixels by `SpatialMean`s.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 
 from ..runtime.fx_tracing import Tracer, trace_or_none
 from .frozen_conv import NONE, Activation, FrozenConv, is_supported, is_winograd_supported
+from .same_conv import SameConv, is_same_conv
+from .spatial_mean import SpatialMean, is_spatial_mean
 
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
@@ -28,12 +31,12 @@ class _ConvTracer(Tracer):
 
 
 def fuse_convs(model: nn.Module, winograd: bool = False) -> nn.Module | None:
-    """A copy whose supported convolutions are `FrozenConv`s; None if there are none or, with
+    """A copy whose supported convolutions are frozen; None if there are none or, with
     ``winograd``, if `winograd_conv` would compute none of them.
 
     If torch.fx can't trace the model, sums and activations stay where they are.
     """
-    if not any(map(is_winograd_supported if winograd else is_supported, model.modules())):
+    if not any(map(is_winograd_supported if winograd else _can_freeze, model.modules())):
         return None
     fused: nn.Module = copy.deepcopy(model)
     activations: dict[str, Activation] = {}
@@ -42,9 +45,16 @@ def fuse_convs(model: nn.Module, winograd: bool = False) -> nn.Module | None:
         sums = _take_sums(traced)
         fused, activations = traced, _take_activations(traced, sums)
     for name, layer in list(fused.named_modules()):
-        if isinstance(layer, nn.Conv2d) and is_supported(layer):
-            fused.set_submodule(name, FrozenConv(layer, activations.get(name, NONE), winograd))
+        if isinstance(layer, nn.Conv2d) and _can_freeze(layer):
+            kind = FrozenConv if is_supported(layer) else SameConv
+            fused.set_submodule(name, kind(layer, activations.get(name, NONE), winograd))
+        elif is_spatial_mean(layer):
+            fused.set_submodule(name, SpatialMean())
     return fused
+
+
+def _can_freeze(layer: nn.Module) -> bool:
+    return is_supported(layer) or is_same_conv(layer)
 
 
 def _take_sums(traced: torch.fx.GraphModule) -> set[str]:
@@ -74,9 +84,9 @@ def _take_sums(traced: torch.fx.GraphModule) -> set[str]:
 
 
 def _is_alone(node: torch.fx.Node, modules: dict[str, nn.Module], calls: Counter[Any]) -> bool:
-    """Whether ``node`` is the only call of a supported convolution, and has one user."""
+    """Whether ``node`` is the only call of a convolution that can be frozen, and has one user."""
     called_once = node.op == "call_module" and calls[node.target] == 1 == len(node.users)
-    return called_once and is_supported(modules[str(node.target)])
+    return called_once and _can_freeze(modules[str(node.target)])
 
 
 def _calls(traced: torch.fx.GraphModule) -> Counter[Any]:
