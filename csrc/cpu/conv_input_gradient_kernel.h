@@ -2,20 +2,10 @@
 // each pixel, the sum over the outputs that it contributes to.
 #pragma once
 
+#include "reach.h"
 #include "simd.h"
 
 namespace zsu::ZSU_ISA {
-
-// Along one dimension: which outputs a place of the input contributes to, [first, last], and the kernel's index for the
-// first one; it falls by the stride from one to the next.
-struct Reach {
-  int64_t first, last, index;
-};
-ZSU_INLINE Reach reach(int64_t at, int64_t kernel, int64_t stride, int64_t outputs) {
-  const int64_t first = at < kernel ? 0 : (at - kernel) / stride + 1;
-  const int64_t last = at / stride < outputs - 1 ? at / stride : outputs - 1;
-  return {first, last, at - first * stride};
-}
 
 // `pixels` pixels, a stride apart, of all inputs; x is the reach of the first one, and the others' are as long. All
 // products of one output channel are in one lane of a sum until the end.

@@ -1,6 +1,7 @@
 // The largest value of each window, optionally with relu, and its gradient; channels-last.
 #pragma once
 
+#include "reach.h"
 #include "simd.h"
 
 namespace zsu::ZSU_ISA {
@@ -143,17 +144,16 @@ void gather_channels(const MaxPoolArgs& a, const Windows& w, T* to) {
 template <class T>
 void max_pool_backward_kernel(const MaxPoolArgs& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t image = row / a.height, y = row % a.height + a.padding;
-    const int64_t above = y < a.kernel ? 0 : (y - a.kernel) / a.stride + 1;
-    const int64_t below = y / a.stride < a.out_height - 1 ? y / a.stride : a.out_height - 1;
-    int64_t left = 0, right = -1; // the first and the last window of the pixel
+    const int64_t image = row / a.height;
+    const Reach y = reach(row % a.height + a.padding, a.kernel, a.stride, a.out_height);
+    int64_t left = 0, right = -1; // as `reach` finds them, without a division per pixel
     for (int64_t column = 0; column < a.width; ++column) {
       const int64_t x = column + a.padding;
       while (left * a.stride + a.kernel <= x) ++left;
       while (right + 1 < a.out_width && (right + 1) * a.stride <= x) ++right;
       const Windows w{
-          ((image * a.out_height + above) * a.out_width + left) * a.channels, below - above + 1, right - left + 1,
-          static_cast<int32_t>((y - above * a.stride) * a.kernel + x - left * a.stride)};
+          ((image * a.out_height + y.first) * a.out_width + left) * a.channels, y.last - y.first + 1, right - left + 1,
+          static_cast<int32_t>(y.index * a.kernel + x - left * a.stride)};
       T* to = static_cast<T*>(a.to) + (row * a.width + column) * a.channels;
       if (w.rows == 1 && w.columns == 1) gather_channels<1, 1>(a, w, to);
       else if (w.rows == 1 && w.columns == 2) gather_channels<1, 2>(a, w, to);

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zsu_fast.ops import backends, library
 from zsu_fast.ops.schemas import CPU_ONLY, SCHEMAS
+from zsu_fast.ops.validation import checked_reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("ZSU_EMULATED")
@@ -33,6 +34,21 @@ class Runner(NamedTuple):
 
     backend: str
     device: str
+
+
+# of ops without GPU kernels
+CPU_RUNNERS = (
+    [pytest.param(Runner(name, "cpu"), id=name) for name in ("cpp", "eager")]
+    if not EMULATED and not INTERPRETED
+    else []
+)
+needs_library = pytest.mark.skipif(not library.CPU.loaded, reason=str(library.CPU.reason))
+NATIVE = [pytest.param(True, marks=needs_library), False]  # for `op_of`
+
+
+def op_of(name: str, native: bool) -> Any:
+    """The native op, or plain torch with the same checks."""
+    return getattr(torch.ops.zsu_fast, name).default if native else checked_reference(name)
 
 
 def runners(compiled: bool = True) -> list[object]:

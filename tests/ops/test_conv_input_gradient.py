@@ -7,21 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from runners import EMULATED, INTERPRETED, Runner, run_on_isa
+from runners import CPU_RUNNERS, NATIVE, Runner, needs_library, op_of, run_on_isa
 from torch import Tensor
 from torch.nn import functional as F
 
 from zsu_fast import ops
-from zsu_fast.ops import library
 from zsu_fast.ops.conv_input_gradient import conv_input_gradient, packed_weight
-from zsu_fast.ops.validation import checked_reference
-
-CPU_RUNNERS = (
-    [pytest.param(Runner(name, "cpu"), id=name) for name in ("cpp", "eager")]
-    if not EMULATED and not INTERPRETED
-    else []
-)
-needs_library = pytest.mark.skipif(not library.CPU.loaded, reason=str(library.CPU.reason))
 
 # images, inputs, outputs, height, width, kernel, stride, padding
 CASES = [
@@ -156,24 +147,21 @@ BAD: list[tuple[str, Callable[[Any], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_library), False])
+@pytest.mark.parametrize("native", NATIVE)
 @pytest.mark.parametrize(("name", "change", "message"), BAD)
 def test_bad_input_is_refused(
     native: bool, name: str, change: Callable[[Any], Any], message: str
 ) -> None:
     args = good()
     args[name] = change(args[name])
-    checked = checked_reference("conv_input_gradient")
-    op = torch.ops.zsu_fast.conv_input_gradient.default if native else checked
+    op = op_of("conv_input_gradient", native)
     with pytest.raises(RuntimeError, match=message):
         op(*args.values())
 
 
-@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_library), False])
+@pytest.mark.parametrize("native", NATIVE)
 def test_what_good_returns_is_not_refused(native: bool) -> None:
-    checked = checked_reference("conv_input_gradient")
-    op = torch.ops.zsu_fast.conv_input_gradient.default if native else checked
-    found: Tensor = op(*good().values())
+    found: Tensor = op_of("conv_input_gradient", native)(*good().values())
     assert found.shape == (2, 3, 9, 8)
 
 

@@ -8,21 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from runners import EMULATED, INTERPRETED, Runner, run_on_isa
+from runners import CPU_RUNNERS, NATIVE, Runner, needs_library, op_of, run_on_isa
 from torch import Tensor
 from torch.nn import functional as F
 
 from zsu_fast import ops
-from zsu_fast.ops import library
 from zsu_fast.ops.max_pool import max_pool, output_size
-from zsu_fast.ops.validation import checked_reference
 
-CPU_RUNNERS = (
-    [pytest.param(Runner(name, "cpu"), id=name) for name in ("cpp", "eager")]
-    if not EMULATED and not INTERPRETED
-    else []
-)
-needs_library = pytest.mark.skipif(not library.CPU.loaded, reason=str(library.CPU.reason))
 DTYPES = [torch.float32, torch.bfloat16]
 
 # shape, kernel, stride, padding, ceil_mode
@@ -184,7 +176,7 @@ BAD: list[tuple[bool, str, Callable[[Any], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_library), False])
+@pytest.mark.parametrize("native", NATIVE)
 @pytest.mark.parametrize(("backward", "name", "change", "message"), BAD)
 def test_bad_input_is_refused(
     native: bool, backward: bool, name: str, change: Callable[[Any], Any], message: str
@@ -192,17 +184,16 @@ def test_bad_input_is_refused(
     args = good(backward)
     args[name] = change(args[name])
     op_name = "max_pool_backward" if backward else "max_pool"
-    op = getattr(torch.ops.zsu_fast, op_name).default if native else checked_reference(op_name)
+    op = op_of(op_name, native)
     with pytest.raises(RuntimeError, match=message):
         op(*args.values())
 
 
-@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_library), False])
+@pytest.mark.parametrize("native", NATIVE)
 @pytest.mark.parametrize("backward", [False, True])
 def test_what_good_returns_is_not_refused(native: bool, backward: bool) -> None:
     name = "max_pool_backward" if backward else "max_pool"
-    op = getattr(torch.ops.zsu_fast, name).default if native else checked_reference(name)
-    op(*good(backward).values())
+    op_of(name, native)(*good(backward).values())
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])

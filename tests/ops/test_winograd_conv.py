@@ -8,21 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from runners import EMULATED, INTERPRETED, Runner, run_on_isa
+from runners import CPU_RUNNERS, NATIVE, Runner, needs_library, op_of, run_on_isa
 from torch import Tensor
 from torch.nn import functional as F
 
 from zsu_fast import ops
-from zsu_fast.ops import library, reference
-from zsu_fast.ops.validation import checked_reference
+from zsu_fast.ops import reference
 from zsu_fast.ops.winograd_conv import winograd_conv, winograd_weight
-
-CPU_RUNNERS = (
-    [pytest.param(Runner(name, "cpu"), id=name) for name in ("cpp", "eager")]
-    if not EMULATED and not INTERPRETED
-    else []
-)
-needs_library = pytest.mark.skipif(not library.CPU.loaded, reason=str(library.CPU.reason))
 
 # batch, inputs, outputs, height, width, padding
 SHAPES = [
@@ -227,15 +219,14 @@ BAD: list[tuple[str, Callable[[Any], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_library), False])
+@pytest.mark.parametrize("native", NATIVE)
 @pytest.mark.parametrize(("name", "change", "message"), BAD)
 def test_bad_input_is_refused(
     native: bool, name: str, change: Callable[[Any], Any], message: str
 ) -> None:
     args = good()
     args[name] = change(args[name])
-    native_op = torch.ops.zsu_fast.winograd_conv.default
-    op = native_op if native else checked_reference("winograd_conv")
+    op = op_of("winograd_conv", native)
     with pytest.raises(RuntimeError, match=message):
         op(*args.values())
 

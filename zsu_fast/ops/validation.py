@@ -204,13 +204,17 @@ def _check_maps(x: Tensor, name: str) -> None:
     _check(last, f"{name} must be channels-last")
 
 
-def _check_windows(
-    kernel: int, stride: int, padding: int, sizes: Sequence[int], outputs: Sequence[int]
-) -> None:
+def _check_pooling(kernel: int, stride: int, padding: int) -> None:
     _check(1 <= kernel <= 15, "kernel must be 1 to 15")
     _check(stride >= 1, "stride must be at least 1")
     _check(0 <= 2 * padding <= kernel, "padding must be 0 to half of kernel")
-    for size, count in zip(sizes, outputs, strict=True):
+
+
+def _check_windows(
+    sizes: Sequence[int], outputs: Sequence[int], stride: int, paddings: Sequence[int]
+) -> None:
+    """Along each dimension, windows must begin in the input, or in the padding before it."""
+    for size, count, padding in zip(sizes, outputs, paddings, strict=True):
         begins = size > 0 and (count - 1) * stride - padding < size
         _check(count == 0 or (count > 0 and begins), "windows must not begin beyond the input")
 
@@ -220,7 +224,8 @@ def check_max_pool(
 ) -> None:
     """Checks all arguments, as `check_signed_cross_entropy`."""
     _check_maps(x, "x")
-    _check_windows(kernel, stride, padding, x.shape[2:], (out_height, out_width))
+    _check_pooling(kernel, stride, padding)
+    _check_windows(x.shape[2:], (out_height, out_width), stride, (padding, padding))
 
 
 def check_max_pool_backward(
@@ -232,7 +237,8 @@ def check_max_pool_backward(
     fits = place.shape == grad.shape and place.dtype == torch.uint8
     last = fits and (place.numel() == 0 or place.is_contiguous(memory_format=torch.channels_last))
     _check(last, "place must be uint8, channels-last, of the shape of grad")
-    _check_windows(kernel, stride, padding, (height, width), grad.shape[2:])
+    _check_pooling(kernel, stride, padding)
+    _check_windows((height, width), grad.shape[2:], stride, (padding, padding))
 
 
 def check_conv_input_gradient(
@@ -252,9 +258,7 @@ def check_conv_input_gradient(
     _check(stride >= 1, "stride must be at least 1")
     less = 0 <= top < weight.shape[0] and 0 <= left < weight.shape[1]
     _check(less, "padding must be less than the kernel")
-    for size, count, padding in zip((height, width), grad.shape[2:], (top, left), strict=True):
-        begins = size > 0 and (count - 1) * stride - padding < size
-        _check(count == 0 or begins, "windows must not begin beyond the input")
+    _check_windows((height, width), grad.shape[2:], stride, (top, left))
 
 
 # What plain torch needs checked; of the ascent, it takes bounds and layouts that kernels don't.
