@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .errors import ModelError
 from .models.multi_label import predicted
 from .request import Request
 from .splitting.split import Split, find_split
@@ -17,6 +20,7 @@ from .synthesis.space import tail_input_space
 from .training.class_subset import ClassSubsetTail
 from .training.deep.deep import DeepFailed, forget_deeply
 from .training.deep.rows import RowSource
+from .training.deep.settings import DeepSettings
 from .training.fit_task import (
     FitTask,
     copied_values,
@@ -35,6 +39,31 @@ _UNSEEN_DIRECTIONS = (
     "no held-out row does (9 % of them on a small model). Measure FA and RA on images, or pass "
     "depth='output'."
 )
+
+
+class _MayWork(Exception):
+    """Ends training after its early check."""
+
+
+def invert_rows(request: Request, rows: RowSource) -> ClassImpressions | None:
+    """Inverted rows of the active classes; None if the request goes on at the output level."""
+
+    def early_check(impressions: ClassImpressions) -> None:
+        def stop(*_: Any, **__: Any) -> None:
+            raise _MayWork
+
+        with suppress(_MayWork):
+            _train(request, rows, impressions, rows.settings, stop)
+
+    check = early_check if rows.settings.early_check else None
+    try:
+        return rows.invert(request.active_classes, request.report, check)
+    except DeepFailed as error:
+        request.record.depth |= error.facts
+        request.fall_back(str(error))
+    except ModelError as error:
+        request.fall_back(str(error))
+    return None
 
 
 def deepen(request: Request, rows: RowSource, impressions: ClassImpressions) -> Split:
@@ -77,14 +106,11 @@ def _forget_deeply(
     """`forget_deeply` on rank 0's results: its facts, and whether it failed, which makes the
     request fall back.
     """
-    options, ranks, failure = request.options, request.ranks, ""
+    ranks, failure = request.ranks, ""
     for settings in (rows.settings, rows.settings.without_null_space()):
         failure = ""
         try:
-            facts = forget_deeply(
-                request.work, rows.deep, rows.scenes, impressions, request.forget_mask,
-                options.features, options.loop, settings, options.seed, request.report,
-            )  # fmt: skip
+            facts = _train(request, rows, impressions, settings, request.report)
             break
         except DeepFailed as error:
             failure, facts = str(error), error.facts
@@ -97,6 +123,21 @@ def _forget_deeply(
     if failure:
         request.fall_back(failure)
     return facts, bool(failure)
+
+
+def _train(
+    request: Request,
+    rows: RowSource,
+    impressions: ClassImpressions,
+    settings: DeepSettings,
+    report: Callable[..., None],
+) -> dict[str, Any]:
+    """`forget_deeply` with the options of the request."""
+    options = request.options
+    return forget_deeply(
+        request.work, rows.deep, rows.scenes, impressions, request.forget_mask,
+        options.features, options.loop, settings, options.seed, report,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, ModelError, UnlearningWarning
 from .evaluation.verdict import Verdict
-from .fit_stage import deepen, deepen_encoder, fit_tail, fit_tail_or_last, rows_that_show
+from .fit_stage import (
+    deepen,
+    deepen_encoder,
+    fit_tail,
+    fit_tail_or_last,
+    invert_rows,
+    rows_that_show,
+)
 from .models.input_spec import noise_images
 from .models.outputs import OutputChoice
 from .models.parameters import replace_parameters, restored_on_failure
@@ -232,11 +239,9 @@ class ZeroShotUnlearner(Request):
         rows = self._row_source() if self.options.space == "tail-input" else None
         if rows is not None:
             needed = {*self.forget}  # of many classes, some have no row
-            try:
-                with self.stage("synthesise"):
-                    self.impressions = rows.invert(self.active_classes, self.report)
-            except ModelError as error:
-                self.fall_back(str(error))
+            with self.stage("synthesise"):
+                self.impressions = invert_rows(self, rows)
+            if self.impressions is None:  # it fell back
                 self.split_point = None
                 return self.synthesise()
         else:

@@ -452,17 +452,66 @@ def test_hopeless_training_ends_after_a_quarter_of_the_steps(
 ) -> None:
     monkeypatch.setattr(deep_module, "_FEWEST_CHECKED", 1)
     monkeypatch.setattr(deep_module, "_SLACK", harm.pop("slack", deep_module._SLACK))
-    stages: list[tuple[str, int]] = []
-    run, result = deep_run(
-        settings=replace(FEW_ROWS, steps=8, **harm),
-        callback=lambda e: stages.append((e.stage, e.done)),
-    )
+    run, result = deep_run(settings=replace(FEW_ROWS, steps=8, **harm))
     depth = run.record.depth
     assert depth["level"] == "output"
     assert depth["fallback"].startswith("after 2 of 8 steps, ")
     assert reason in depth["fallback"]
-    assert next(done for stage, done in stages if stage == "fit") == 2
     assert changed_tensors(tiny(), result) == {"fc2.weight", "fc2.bias"}
+
+
+def without_norms() -> nn.Module:
+    return train(
+        nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 32), nn.ReLU(),
+                      nn.Linear(32, 5))
+    )  # fmt: skip
+
+
+# more classes than rows in a batch; 256 inverted rows, in two chunks
+MANY = replace(FEW_ROWS, batch=4, steps=16, inverted=64, inverted_per_class=256 / 5)
+
+
+def test_an_early_check_ends_the_synthesis_if_training_is_hopeless(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deep_module, "_FEWEST_CHECKED", 1)
+    torch.manual_seed(0)
+    original, events = without_norms(), []
+    hopeless = replace(MANY, rate=1e-6, leak=-1.0, factors=(1.0, 1e8))
+    with untouched(original):
+        run, result = deep_run(original, settings=hopeless, callback=events.append)
+    depth = run.record.depth
+    assert depth["level"] == "output"
+    assert depth["fallback"].startswith("after 8 of 32 steps, the original last layer still")
+    rows = [e.done for e in events if e.stage == "synthesise" and e.total == 256]
+    assert rows == [128]
+    assert changed_tensors(original, result) <= {"5.weight", "5.bias"}
+
+
+def test_an_early_check_that_passes_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deep_module, "_FEWEST_CHECKED", 1)
+    torch.manual_seed(0)
+    original = without_norms()
+    checked, result = deep_run(original, settings=MANY)
+    monkeypatch.setattr(settings_module, "has_norm", lambda _: True)
+    unchecked, expected = deep_run(original, settings=MANY)
+    assert checked.rows is not None
+    assert unchecked.rows is not None
+    assert checked.rows.settings.early_check
+    assert not unchecked.rows.settings.early_check
+    assert checked.record.depth == unchecked.record.depth
+    assert checked.record.depth["level"] == "deep"
+    assert not changed_tensors(result, expected)
+
+
+def test_only_models_of_many_classes_without_norms_are_checked_early() -> None:
+    settings, plain = DeepSettings(batch=4), without_norms()
+    assert settings.for_model(plain, 5, 1, False, False).early_check
+    assert not settings.for_model(plain, 4, 1, False, False).early_check
+    assert not settings.for_model(plain, 5, 1, False, True).early_check
+    for norm in (nn.BatchNorm2d(8), nn.InstanceNorm2d(8), nn.LayerNorm(8), nn.GroupNorm(2, 8)):
+        normed = nn.Sequential(norm, plain)
+        assert not settings.for_model(normed, 5, 1, False, False).early_check
 
 
 def test_training_goes_on_while_a_larger_factor_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zsu_fast import ZeroShotUnlearner
 from zsu_fast.errors import UnlearningWarning
 from zsu_fast.runtime.progress import Event, Reporter
-from zsu_fast.training.deep import rows as rows_module, settings as settings_module
+from zsu_fast.training.deep import row_ascent, rows as rows_module, settings as settings_module
 from zsu_fast.training.deep.deep import DeepRows
 from zsu_fast.training.deep.rows import RowSource
 from zsu_fast.training.deep.settings import DeepSettings
@@ -151,14 +151,14 @@ def test_inverted_rows_reach_their_confidence() -> None:
 
 
 def test_rows_that_have_arrived_are_computed_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "_FEWEST_ROWS", 4)
-    run, sizes = rows_module._Ascent._logits_and_distance, []
+    monkeypatch.setattr(row_ascent, "_FEWEST_ROWS", 4)
+    run, sizes = row_ascent.RowAscent._logits_and_distance, []
 
     def noted(ascent: Any, points: Tensor) -> tuple[Tensor, Tensor]:
         sizes.append(len(points))
         return run(ascent, points)
 
-    monkeypatch.setattr(rows_module._Ascent, "_logits_and_distance", noted)
+    monkeypatch.setattr(row_ascent.RowAscent, "_logits_and_distance", noted)
     source = row_source(ascent_steps=14)
     made = source.invert(range(5), Reporter(False, None))
     assert made.hit_rate > 0.95
@@ -330,7 +330,7 @@ def test_vectors_have_rows_too() -> None:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Notes every chunk of scenes and every chunk of inverted rows that is made."""
     made: list[str] = []
-    chunks, run = rows_module.dead_leaves_chunks, rows_module._Ascent.run
+    chunks, run = rows_module.dead_leaves_chunks, row_ascent.RowAscent.run
 
     def noted_chunks(*arguments: Any) -> Iterator[Tensor]:
         for chunk in chunks(*arguments):
@@ -342,7 +342,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return run(self, *arguments)
 
     monkeypatch.setattr(rows_module, "dead_leaves_chunks", noted_chunks)
-    monkeypatch.setattr(rows_module._Ascent, "run", noted_run)
+    monkeypatch.setattr(row_ascent.RowAscent, "run", noted_run)
     return made
 
 

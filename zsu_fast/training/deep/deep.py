@@ -7,6 +7,7 @@ forgetting.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +18,6 @@ from ...models.multi_label import predicted
 from ...models.wrapper import LogitsModel
 from ...runtime import memory
 from ...runtime.measuring import multiply_adds
-from ...runtime.progress import Reporter
 from ...splitting.batch_dim import BoundaryTensors
 from ...synthesis.impressions import ClassImpressions
 from ..features import FeatureSet, FeatureSettings, absence_margin, logit_margin
@@ -131,7 +131,7 @@ def forget_deeply(
     loop: LoopSettings,
     settings: DeepSettings,
     seed: int,
-    report: Reporter,
+    report: Callable[..., None],
 ) -> dict[str, Any]:
     """Trains the layers of ``deep`` in place until their features no longer show the classes.
 
@@ -190,7 +190,6 @@ def forget_deeply(
         """Gives up after a quarter of the steps if a limit is far off, and no larger factor left
         that would not damage the features: with one left, leak may still fall from 100 % to 0.
         """
-        report(stage, done, total, **numbers)
         if _FEWEST_CHECKED <= done < total / 2:
             trained = copied_values(parameters)
             found = choose_factor()
@@ -198,6 +197,7 @@ def forget_deeply(
             reason = shortfall(found, settings, _SLACK)
             if reason and found["factors"][-1]["agreement"] < LEAST_AGREEMENT:
                 raise DeepFailed(f"after {done} of {total} steps, {reason}", found)
+        report(stage, done, total, **numbers)
 
     try:
         schedule = _schedule(task, loop, settings)
@@ -230,7 +230,7 @@ def forget_deeply(
 
 
 def _erase_more(
-    task: FitTask, checks: Checks, schedule: Schedule, fit: Fit, report: Reporter
+    task: FitTask, checks: Checks, schedule: Schedule, fit: Fit, report: Callable[..., None]
 ) -> int:
     """Trains for further rounds, each with twice the erase term, while nearly all answers stay.
 

@@ -10,7 +10,7 @@ the trained ones, that a few ascent steps optimise for a class (Yin et al., "Dre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +26,6 @@ from ...models.input_spec import InputSpec
 from ...models.multi_label import log_probabilities
 from ...models.parameters import weights_hash
 from ...runtime import memory
-from ...runtime.hooks import forward_pre_hooks
 from ...runtime.inference import Inference
 from ...runtime.measuring import multiply_adds
 from ...runtime.progress import Reporter, Stopped
@@ -36,13 +35,13 @@ from ...synthesis.cache import Cache
 from ...synthesis.dead_leaves import dead_leaves_chunks
 from ...synthesis.impressions import ClassImpressions
 from ...synthesis.space import flatten_boundary
+from .row_ascent import RowAscent
 from .settings import DeepSettings
 from .split import DeepSplit
 
 _BATCH = 64  # scenes that share the statistics of a batch, and of which there is a multiple
 _CHUNK = 128  # inverted rows that share the BatchNorm statistics of a batch
 _CHUNK_BYTES = 512 * 1024 * 1024  # the most memory that a chunk takes
-_FEWEST_ROWS = 32  # the same, once the others have reached their targets
 _ROW_SETTINGS = (  # those that the rows depend on
     "scenes", "large_scenes", "inverted", "inverted_per_class", "ascent_steps", "ascent_step",
     "statistics",
@@ -156,14 +155,21 @@ class RowSource:
                     drawn += len(batch)
         return Scenes(tuple(features), torch.cat(starts))
 
-    def invert(self, classes: Sequence[int], report: Reporter) -> ClassImpressions:
+    def invert(
+        self,
+        classes: Sequence[int],
+        report: Reporter,
+        early_check: Callable[[ClassImpressions], None] | None = None,
+    ) -> ClassImpressions:
         """Optimises boundary tensors of the early split for ``classes``.
 
         A third of the rows are of forgotten classes, or more if each needs one; the others are
         spread over all. Row k of a class starts from the scene that the model gives the class's
         k-th highest log-probability, and takes Adam-like steps, with one second moment per row,
-        until it reaches a probability of its own. Fewer rows are drawn if most never do.
+        until it reaches a probability of its own. If most never do, only a quarter are drawn.
         ``report`` is called after every chunk; a stop that it asks for keeps the rows so far.
+        ``early_check`` is called once, with the rows so far, when there are a quarter of those per
+        class; an exception that it raises ends the call. It is not called with cached rows.
 
         Raises:
             ModelError: rows are not finite, such as where squares of the features underflow.
@@ -178,7 +184,7 @@ class RowSource:
         columns = store.load(0) if store else None
         if columns is None:
             first = self._nearest_scenes(labels)
-            ascent = _Ascent(self.deep, self.spec, starts, self.settings)
+            ascent = RowAscent(self.deep, self.spec, starts, self.settings)
             row = memory.bytes_per_row(flat, starts[:1])
             chunk = min(_CHUNK, memory.rows_that_fit(row, device), max(1, _CHUNK_BYTES // row))
             done, arrived = [], 0
@@ -190,12 +196,15 @@ class RowSource:
                     drawn = int(part[-1]) + 1
                     report("synthesise", drawn, count)
                     arrived += int((done[-1][1].cpu() >= target[part]).sum())
-                    if self._are_enough(labels[:drawn], arrived):
+                    if not self._are_a_quarter(labels[:drawn]):
+                        continue
+                    if 2 * arrived < drawn:  # as of a model with random weights
                         count = drawn
                         break
-            names = ("points", "confidence", "steps")
-            values = (torch.cat(column).cpu() for column in zip(*done, strict=True))
-            columns = dict(zip(names, values, strict=True))
+                    if early_check is not None and drawn < count:
+                        early_check(self._impressions(_columns(done), labels, target))
+                        early_check = None
+            columns = _columns(done)
             if store is not None and len(columns["steps"]) == count:
                 store.save(0, columns)
         if not bool(columns["points"].isfinite().all()):
@@ -203,6 +212,12 @@ class RowSource:
                 f"rows inverted ahead of {self.deep.early.name!r} are not finite",
                 "Check the scale of its weights, or pass depth='output'.",
             )
+        return self._impressions(columns, labels, target)
+
+    def _impressions(
+        self, columns: dict[str, Tensor], labels: Tensor, target: Tensor
+    ) -> ClassImpressions:
+        """The rows drawn so far; ``labels`` and ``target`` are of all that were asked for."""
         confidence = columns["confidence"]
         labels, target = labels[: len(confidence)], target[: len(confidence)]
         return ClassImpressions(
@@ -210,17 +225,16 @@ class RowSource:
             self.spec, "tail-input",
         )  # fmt: skip
 
-    def _are_enough(self, labels: Tensor, arrived: int) -> bool:
-        """Whether to draw no more rows than these: fewer than half of them reached their target, as
-        of a model with random weights. A quarter of those per class, and one of each forgotten
-        class, are drawn in any case.
+    def _are_a_quarter(self, labels: Tensor) -> bool:
+        """Whether rows of these classes are a quarter of those per class, at least as many as with
+        few classes, and one of each forgotten class.
         """
-        s, count = self.settings, len(labels)
-        if count < max(s.inverted, int(len(self.forget) * s.inverted_per_class / 4)):
+        s = self.settings
+        if len(labels) < max(s.inverted, int(len(self.forget) * s.inverted_per_class / 4)):
             return False
         missing = self.forget.cpu().clone()
         missing[labels] = False
-        return 2 * arrived < count and not bool(missing.any())
+        return not bool(missing.any())
 
     @torch.no_grad()
     def _nearest_scenes(self, labels: Tensor) -> Tensor:
@@ -291,6 +305,12 @@ def _batch_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
                 buffer.copy_(buffers[name])
 
 
+def _columns(done: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The results of `RowAscent.run`, of all chunks, on the CPU."""
+    values = (torch.cat(column).cpu() for column in zip(*done, strict=True))
+    return dict(zip(("points", "confidence", "steps"), values, strict=True))
+
+
 def _labels(classes: Tensor, forget: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Labels of ``count`` rows, int64, in random order.
 
@@ -307,83 +327,3 @@ def _labels(classes: Tensor, forget: Tensor, count: int, generator: torch.Genera
     forgotten = spread(wanted, max(count // 3, len(wanted)))
     labels = torch.cat([forgotten, spread(classes, count - len(forgotten))])
     return labels[torch.randperm(count, generator=generator)]
-
-
-class _Ascent:
-    """The ascent of inverted rows, a chunk at a time."""
-
-    def __init__(
-        self, deep: DeepSplit, spec: InputSpec, starts: Tensor, settings: DeepSettings
-    ) -> None:
-        self.tail, self.settings = deep.flat, settings
-        self.norms = batch_norms(deep.early.tail)
-        sizes = self.tail.sizes
-        parts = starts.split(sizes, 1)
-        scale = [part.std().clamp(min=1e-12) for part in parts]
-        self.scale = torch.cat([s.expand(n) for s, n in zip(scale, sizes, strict=True)])
-        floor = [0.0 if bool((part >= 0).all()) else -torch.inf for part in parts]
-        self.low = torch.cat([starts.new_full((n,), f) for f, n in zip(floor, sizes, strict=True)])
-        self.high = torch.full_like(self.low, torch.inf)
-        if self.tail.shapes == [deep.shape]:  # the boundary is the image itself
-            shape = (-1, *[1] * (len(deep.shape) - 1))
-            bounds = (b.to(starts.device).view(shape) for b in (spec.low, spec.high))
-            self.low, self.high = (b.expand(deep.shape).flatten() for b in bounds)
-
-    def run(self, points: Tensor, label: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Points [N, D] and classes -> where they end, their confidence, and steps taken.
-
-        Rows that have reached their target leave the batch, until 32 are left.
-        """
-        s, target = self.settings, target.to(points.device)
-        ends, points = points.clone(), points.clone()
-        confidence, index = (
-            torch.zeros_like(target),
-            torch.arange(len(target), device=target.device),
-        )
-        taken = torch.zeros(len(points), dtype=torch.int32, device=points.device)
-        momentum, second = torch.zeros_like(points), points.new_zeros(len(points), 1)
-        for step in range(s.ascent_steps + 1):
-            points.requires_grad_(True)
-            with torch.enable_grad():
-                logits, distance = self._logits_and_distance(points)
-                own = log_probabilities(logits, s.multi_label).gather(1, label[:, None])[:, 0]
-                moves = own.detach().exp() < target
-                loss = s.statistics * len(points) * distance - (own * moves).sum()
-            ends[index], confidence[index] = points.detach(), own.detach().exp()
-            moving = int(moves.sum())
-            if step == s.ascent_steps or not moving:
-                break
-            (gradient,) = torch.autograd.grad(loss, points)
-            momentum.lerp_(gradient, 0.1)
-            second.lerp_(gradient.square().mean(1, keepdim=True), 0.01)
-            unbiased = momentum / (1 - 0.9 ** (step + 1))
-            size = (second / (1 - 0.99 ** (step + 1))).sqrt().clamp(min=1e-12)
-            length = s.ascent_step * (1 - step / s.ascent_steps) * self.scale
-            with torch.no_grad():
-                moved = points - length * unbiased / size * moves[:, None]
-                points = torch.minimum(torch.maximum(moved, self.low), self.high)
-            taken[index] += moves
-            if moving <= len(index) // 2 and len(index) > _FEWEST_ROWS:
-                keep = moves.float().argsort(descending=True, stable=True)
-                keep = keep[: max(moving, _FEWEST_ROWS)]
-                index, label, target = index[keep], label[keep], target[keep]
-                points, momentum, second = points[keep], momentum[keep], second[keep]
-        return ends, confidence, taken
-
-    def _logits_and_distance(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and the mean squared distance of the channels' means and standard deviations
-        from the recorded ones of the BatchNorm layers, in units of the latter; 0 without any.
-        """
-        terms: list[Tensor] = []
-
-        def note(norm: Any, args: Any, _kwargs: Any) -> None:
-            x = args[0]
-            variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
-            deviation = (norm.running_var + norm.eps).sqrt()
-            terms.append(((mean - norm.running_mean) / deviation).square().mean())
-            terms.append((((variance + norm.eps).sqrt() / deviation) - 1).square().mean())
-
-        with forward_pre_hooks(self.norms, note):
-            logits = self.tail(points)
-        distance = 2 * torch.stack(terms).mean() if terms else logits.new_zeros(())
-        return logits, distance

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ...errors import ArgumentError, check_choice
 
@@ -54,6 +54,8 @@ class DeepSettings:
         most_leak: the same, above which deep forgetting has failed.
         robust, robust_factor: a larger factor than needed, at most the second, is taken if this
             share of the held-out scenes, weighted by confidence, keeps its answer all the same.
+        early_check: whether a quarter of the steps on a quarter of the inverted rows shows if it
+            can't work, before the others are drawn.
         multi_label: whether each class has a sigmoid of its own.
         stranger: whether forgotten identities become strangers, see `StrangerObjective`.
         stranger_rate: false accept rate of the threshold of a stranger in training: higher than one
@@ -88,6 +90,7 @@ class DeepSettings:
     most_leak: float = 0.4
     robust: float = 0.92
     robust_factor: float = 1.4
+    early_check: bool = False
     multi_label: bool = False
     stranger: bool = False
     stranger_rate: float = 0.3
@@ -105,7 +108,9 @@ class DeepSettings:
         elif few and not stranger:
             settings = settings.for_batch_norm() if has_batch_norm(model) else settings
             settings = settings.for_single_class() if forget == 1 else settings
-        settings = replace(settings, multi_label=multi_label)
+        # The features of SqueezeNet can't lose the classes, and the rows are half of a call's cost.
+        early = classes > self.batch and not stranger and not has_norm(model)
+        settings = replace(settings, multi_label=multi_label, early_check=early)
         return settings.for_strangers(classes) if stranger else settings
 
     def for_classes(self, classes: int) -> DeepSettings:
@@ -231,6 +236,12 @@ class DeepSettings:
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether a model has batch norms."""
     return any(isinstance(m, _BatchNorm) for m in model.modules())
+
+
+def has_norm(model: nn.Module) -> bool:
+    """Whether a model has normalisation layers of any kind."""
+    kinds = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    return any(isinstance(m, kinds) for m in model.modules())
 
 
 def layer_norms_alone(model: nn.Module) -> bool:
