@@ -314,4 +314,30 @@ inline void check_conv_input_gradient(
   check_windows(width, grad.size(3), stride, left);
 }
 
+// ---- blocked_conv --------------------------------------------------------------------------------
+constexpr int64_t images_per_block = 16;
+
+inline void check_blocked_conv(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t top, int64_t left,
+    int64_t out_height, int64_t out_width) {
+  STD_TORCH_CHECK(
+      x.dim() == 5 && x.size(4) == images_per_block && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
+      "x must be float32 [blocks, channels, height, width, 16], contiguous");
+  check_same_device(x, weight, "weight");
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.is_contiguous() && weight.numel() > 0 &&
+          weight.size(0) == x.size(1),
+      "weight must be float32 [inputs, height, width, outputs], contiguous, with the channels of x as inputs");
+  STD_TORCH_CHECK(
+      top >= 0 && top < weight.size(1) && left >= 0 && left < weight.size(2), "padding must be less than the kernel");
+  check_windows(x.size(2), out_height, 1, top);
+  check_windows(x.size(3), out_width, 1, left);
+  if (!bias) return;
+  check_same_device(x, *bias, "bias");
+  STD_TORCH_CHECK(
+      bias->dim() == 1 && bias->size(0) == weight.size(3) && bias->scalar_type() == ScalarType::Float &&
+          bias->is_contiguous(),
+      "bias must be float32 [outputs], contiguous");
+}
+
 } // namespace zsu

@@ -26,4 +26,6 @@ STABLE_TORCH_LIBRARY(zsu_fast, m) {
   m.def(
       "conv_input_gradient(Tensor grad, Tensor weight, int stride, int top, int left, int height, "
       "int width) -> Tensor");
+  m.def(
+      "blocked_conv(Tensor x, Tensor weight, Tensor? bias, int top, int left, int out_height, int out_width) -> Tensor");
 }

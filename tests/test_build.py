@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -383,9 +384,11 @@ def test_other_compilers_build_the_cpu_code(package: str, tmp_path: Path) -> Non
         assert run.returncode == 0, run.stderr[-4000:]
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_kernels_compare_whole_registers(isa: str, tmp_path: Path) -> None:
-    """GCC compares vectors that are wider than a register lane by lane, several times as slowly."""
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_kernels_compare_and_convert_whole_registers(isa: str, tmp_path: Path) -> None:
+    """GCC compares vectors that are wider than a register lane by lane, and converts those of bytes
+    one by one, several times as slowly.
+    """
     compiler = shutil.which("g++")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("needs g++ on x86-64")
@@ -396,15 +399,17 @@ def test_kernels_compare_whole_registers(isa: str, tmp_path: Path) -> None:
         [compiler, "-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-S",
          ROOT / "csrc" / "cpu" / f"isa_{isa}.cpp", "-o", assembly], check=True,
     )  # fmt: skip
-    comparisons: dict[str, int] = {}
+    comparisons, insertions = Counter[str](), Counter[str]()
+    functions: list[str] = []
     for line in assembly.read_text().splitlines():
         if line.startswith("_ZN3zsu") and line.endswith(":"):
-            function = line
-            comparisons[function] = 0
-        elif re.match(r"\tv?u?comis[sd]\t", line):
-            comparisons[function] += 1
-    assert sum("kernel" in function for function in comparisons) > 15
-    assert max(comparisons.values()) < 16, comparisons  # those of single numbers
+            functions.append(line)
+        elif functions:
+            comparisons[functions[-1]] += bool(re.match(r"\tv?u?comis[sd]\t", line))
+            insertions[functions[-1]] += bool(re.match(r"\tv?pinsr[bdwq]\t", line))
+    assert sum("kernel" in function for function in functions) > 15
+    assert max(comparisons.values()) <= 16, comparisons  # those of single numbers
+    assert max(insertions.values()) < 8, insertions
 
 
 def test_neon_kernels_compute_what_the_others_do(tmp_path: Path) -> None:

@@ -250,6 +250,7 @@ def switched(levers: Levers) -> Iterator[None]:
         if not levers.native:
             put(ops, "ascent_step_", plain_ascent_step_)
             put(inference_copy, "fuse_pools", lambda _: None)
+            put(inference_copy, "block_images", lambda *_: None)
             put(inference, "supported_windows", lambda *_args, **_options: None)
             put(train_step.EagerTrainStep, "step", plain_tail_step)
             stack.enter_context(ops.use_backend("eager"))

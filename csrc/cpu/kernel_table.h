@@ -20,6 +20,7 @@ struct Scratch {
 } // namespace zsu::ZSU_ISA
 
 #include "ascent_step_kernel.h"
+#include "blocked_conv_kernel.h"
 #include "conv_input_gradient_kernel.h"
 #include "masked_cross_entropy_kernel.h"
 #include "max_pool_kernel.h"
@@ -44,6 +45,7 @@ const Kernels& kernels() {
       {max_pool_kernel<float>, max_pool_kernel<BFloat16>},
       {max_pool_backward_kernel<float>, max_pool_backward_kernel<BFloat16>},
       conv_input_gradient_kernel,
+      blocked_conv_kernel,
   };
   return table;
 }

@@ -90,6 +90,15 @@ struct ConvInputGradientArgs {
   int64_t height, width, out_height, out_width;
 };
 
+struct BlockedConvArgs {
+  const float* x;      // [blocks, inputs, height, width, 16 images]
+  const float* weight; // [inputs, kernel_height, kernel_width, outputs]
+  const float* bias;   // [outputs]; null: 0
+  float* out;          // [blocks, outputs, out_height, out_width, 16 images]
+  int64_t inputs, height, width, outputs, out_height, out_width;
+  int64_t kernel_height, kernel_width, top, left; // top, left: padding
+};
+
 // Each kernel runs rows [begin, end), or chunks of tiles. The losses and scale_rows_ have one kernel per Storage; the
 // masked loss also has one for bfloat16 and float16 with a teacher in float, in this order. Pooling has one for float32
 // and one for bfloat16.
@@ -103,6 +112,7 @@ struct Kernels {
   void (*max_pool[2])(const MaxPoolArgs&, int64_t begin, int64_t end);
   void (*max_pool_backward[2])(const MaxPoolArgs&, int64_t begin, int64_t end);
   void (*conv_input_gradient)(const ConvInputGradientArgs&, int64_t begin, int64_t end);
+  void (*blocked_conv)(const BlockedConvArgs&, int64_t begin, int64_t end);
 };
 
 namespace baseline { const Kernels& kernels(); }

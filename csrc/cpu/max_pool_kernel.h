@@ -9,15 +9,20 @@ namespace zsu::ZSU_ISA {
 typedef uint8_t VB __attribute__((vector_size(register_size / 4)));
 
 // ---- places in a window, of all lanes or of the first n ------------------------------------------
+// GCC converts vectors of bytes one by one.
 ZSU_INLINE VI widen(VB v) {
-#if defined(ZSU_F16C) && !defined(ZSU_AVX512)
+#if defined(ZSU_AVX512)
+  return bit_cast<VI>(_mm512_cvtepu8_epi32(bit_cast<__m128i>(v)));
+#elif defined(ZSU_F16C)
   return bit_cast<VI>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(v))));
 #else
   return __builtin_convertvector(v, VI);
 #endif
 }
 ZSU_INLINE VB narrow(VI v) {
-#if defined(ZSU_F16C) && !defined(ZSU_AVX512)
+#if defined(ZSU_AVX512)
+  return bit_cast<VB>(_mm512_cvtepi32_epi8(bit_cast<__m512i>(v)));
+#elif defined(ZSU_F16C)
   const auto whole = bit_cast<__m256i>(v);
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
   return bit_cast<VB>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));

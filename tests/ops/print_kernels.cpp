@@ -127,6 +127,27 @@ void input_gradient(int64_t inputs, int64_t outputs) {
   for (const float v : to) std::printf("float32 %.9g\n", 1e2 + static_cast<double>(v)); // relative to sums of products
 }
 
+// One block of 16 images of 4 x 9 pixels, 3 x 3, padded by 1.
+void blocked(int64_t inputs, int64_t outputs) {
+  std::vector<float> x(static_cast<size_t>(inputs * 4 * 9 * 16)), weight(static_cast<size_t>(inputs * 9 * outputs));
+  std::vector<float> bias(static_cast<size_t>(outputs)), out(static_cast<size_t>(outputs * 4 * 9 * 16));
+  for (auto* values : {&x, &weight, &bias})
+    for (float& v : *values) v = static_cast<float>(next_random());
+  zsu::BlockedConvArgs args{};
+  args.x = x.data();
+  args.weight = weight.data();
+  args.bias = bias.data();
+  args.out = out.data();
+  args.inputs = inputs;
+  args.outputs = outputs;
+  args.height = args.out_height = 4;
+  args.width = args.out_width = 9;
+  args.kernel_height = args.kernel_width = 3;
+  args.top = args.left = 1;
+  zsu::kernels().blocked_conv(args, 0, 4);
+  for (const float v : out) std::printf("float32 %.9g\n", 1e2 + static_cast<double>(v)); // relative to sums of products
+}
+
 } // namespace
 
 int main() {
@@ -143,4 +164,5 @@ int main() {
   winograd(16, 32);
   input_gradient(3, 19);
   input_gradient(1, 8);
+  blocked(2, 7);
 }

@@ -13,12 +13,12 @@ from torch import nn
 
 from zsu_fast.models.wrapper import working_copy
 from zsu_fast.ops import library
-from zsu_fast.synthesis import candidates, frozen_conv
+from zsu_fast.synthesis import candidates, frozen_conv, inference_copy
 from zsu_fast.synthesis.candidates import choose
 from zsu_fast.synthesis.frozen_conv import Activation, FrozenConv, is_winograd_supported
 from zsu_fast.synthesis.fuse_convs import fuse_convs
 from zsu_fast.synthesis.inference_copy import InferenceCopy
-from zsu_fast.synthesis.space import input_space
+from zsu_fast.synthesis.space import SearchSpace, input_space
 
 NAME = "winograd convolutions"
 ACTIVATIONS = [Activation(), Activation("relu"), Activation("hardtanh", (-0.5, 0.5))]
@@ -110,32 +110,38 @@ class Deep(nn.Module):
         return self.fc(self.second(self.first(x).relu()).relu().mean((2, 3)))
 
 
+@pytest.fixture
+def deep_space(monkeypatch: pytest.MonkeyPatch) -> SearchSpace:
+    """Without blocks of images, which are for few channels."""
+    monkeypatch.setattr(inference_copy, "_FEW_CHANNELS", 0)
+    torch.manual_seed(0)
+    return input_space(working_copy(Deep().eval(), torch.device("cpu")), SPEC, "float32")
+
+
 def uses_winograd(model: InferenceCopy) -> bool:
     return any(isinstance(m, FrozenConv) and m.winograd for m in model.module.modules())
 
 
-def test_the_variant_is_chosen_if_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    space = input_space(working_copy(Deep().eval(), torch.device("cpu")), SPEC, "float32")
+def test_the_variant_is_chosen_if_it_is_faster(
+    deep_space: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         candidates._Timing,
         "__call__",
         lambda _self, model, _rows: 5e-4 if uses_winograd(model) else 1e-3,
     )
-    choice = choose(space, 8, 16, 64, "float32")
+    choice = choose(deep_space, 8, 16, 64, "float32")
     assert choice.variant == NAME
-    assert uses_winograd(candidates.apply(choice, space, "float32").fast_model)
+    assert uses_winograd(candidates.apply(choice, deep_space, "float32").fast_model)
 
 
 def test_a_variant_that_computes_something_else_is_dropped(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    deep_space: SearchSpace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    torch.manual_seed(0)
-    space = input_space(working_copy(Deep().eval(), torch.device("cpu")), SPEC, "float32")
     correct = frozen_conv.winograd_weight
     monkeypatch.setattr(frozen_conv, "winograd_weight", lambda weight: 1.5 * correct(weight))
     with caplog.at_level(logging.INFO):
-        assert candidates.variants("float32")[NAME](space) is None
+        assert candidates.variants("float32")[NAME](deep_space) is None
     assert "runs without one speed-up" in caplog.text
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from zsu_fast.models import zoo
 from zsu_fast.models.wrapper import LogitsModel, working_copy
 from zsu_fast.runtime.torch_settings import has_bfloat16
+from zsu_fast.synthesis import inference_copy as inference_copy_module
 from zsu_fast.synthesis.inference_copy import inference_copy, pool_before_relu
 
 CPU = torch.device("cpu")
@@ -147,7 +148,8 @@ class Viewing(nn.Module):
         return self.fc(x.view(x.size(0), -1))
 
 
-def test_a_speed_up_that_the_model_refuses_is_left_out() -> None:
+def test_a_speed_up_that_the_model_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference_copy_module, "_FEW_CHANNELS", 0)
     work = LogitsModel(Viewing().eval())
     x = images()
     made = inference_copy(work, x, "float32")

@@ -150,6 +150,19 @@ def test_inverted_rows_reach_their_confidence() -> None:
     assert 0.2 < float((made.steps > 0).float().mean()) < 0.8
 
 
+def test_the_early_check_sees_a_quarter_of_the_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "_CHUNK", 64)
+    monkeypatch.setattr(rows_module, "_CONFIDENCE", (0.0, 1e-9))  # which all reach
+    source = row_source(inverted=64, inverted_per_class=80)  # 400
+    seen: list[int] = []
+    made = source.invert(range(5), Reporter(False, None), lambda rows: seen.append(len(rows)))
+    assert len(made) == 400
+    assert seen == [128]
+    few = row_source(inverted=256)
+    few.invert(range(5), Reporter(False, None), lambda rows: seen.append(len(rows)))
+    assert seen == [128]  # the first quarter were all
+
+
 def test_rows_that_have_arrived_are_computed_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_ascent, "_FEWEST_ROWS", 4)
     run, sizes = row_ascent.RowAscent._logits_and_distance, []

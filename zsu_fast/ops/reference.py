@@ -25,6 +25,8 @@ WINOGRAD_OUTPUTS = (
     (1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1),
 )  # fmt: skip
 
+BLOCK = 16  # images that `blocked_conv` computes at once
+
 
 def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
@@ -308,6 +310,31 @@ def conv_input_gradient(
     below, right = max(0, height + top - full.shape[2]), max(0, width + left - full.shape[3])
     full = F.pad(full, (0, right, 0, below))
     return _channels_last(full[:, :, top : top + height, left : left + width])
+
+
+def blocked_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top: int,
+    left: int,
+    out_height: int,
+    out_width: int,
+) -> Tensor:
+    """A convolution of blocks of images, as `zsu_fast.ops.blocked_conv.blocked_conv`.
+
+    Args:
+        x: float [B, I, H, W, 16].
+        weight: [I, K, L, O], in the dtype of ``x``.
+        bias: [O]; None for none.
+        top, left: zeros ahead of the first row and column.
+        out_height, out_width: of the output.
+    """
+    images = x.movedim(4, 1).flatten(0, 1)
+    below = out_height - 1 + weight.shape[1] - top - x.shape[2]
+    right = out_width - 1 + weight.shape[2] - left - x.shape[3]  # negative: pixels in no window
+    out = F.conv2d(F.pad(images, (left, right, top, below)), weight.permute(3, 0, 1, 2), bias)
+    return out.unflatten(0, (len(x), BLOCK)).movedim(1, 4).contiguous()
 
 
 def _windows(

@@ -37,6 +37,12 @@ SCHEMAS: dict[str, str] = {
         "(Tensor grad, Tensor weight, int stride, int top, int left, int height, int width)"
         " -> Tensor"
     ),
+    "blocked_conv": (
+        "(Tensor x, Tensor weight, Tensor? bias, int top, int left, int out_height, int out_width)"
+        " -> Tensor"
+    ),
 }
 # Without kernels for GPUs, on which no part of the package calls them.
-CPU_ONLY = ("winograd_conv", "max_pool", "max_pool_backward", "conv_input_gradient")
+CPU_ONLY = (
+    "winograd_conv", "max_pool", "max_pool_backward", "conv_input_gradient", "blocked_conv",
+)  # fmt: skip

@@ -261,6 +261,31 @@ def check_conv_input_gradient(
     _check_windows((height, width), grad.shape[2:], stride, (top, left))
 
 
+def check_blocked_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, top: int, left: int, height: int, width: int
+) -> None:
+    """Checks all arguments, as `check_signed_cross_entropy`."""
+    blocked = x.ndim == 5 and x.shape[4] == reference.BLOCK
+    _check(
+        blocked and x.dtype == torch.float32 and x.is_contiguous(),
+        "x must be float32 [blocks, channels, height, width, 16], contiguous",
+    )
+    _check_device(weight, x, "weight")
+    fits = weight.ndim == 4 and weight.numel() > 0 and weight.shape[0] == x.shape[1]
+    _check(
+        fits and weight.dtype == torch.float32 and weight.is_contiguous(),
+        "weight must be float32 [inputs, height, width, outputs], contiguous, with the channels of"
+        " x as inputs",
+    )
+    less = 0 <= top < weight.shape[1] and 0 <= left < weight.shape[2]
+    _check(less, "padding must be less than the kernel")
+    _check_windows(x.shape[2:4], (height, width), 1, (top, left))
+    if bias is not None:
+        _check_device(bias, x, "bias")
+        flat = bias.shape == weight.shape[3:] and bias.dtype == torch.float32
+        _check(flat and bias.is_contiguous(), "bias must be float32 [outputs], contiguous")
+
+
 # What plain torch needs checked; of the ascent, it takes bounds and layouts that kernels don't.
 CHECKS: dict[str, Callable[..., None]] = {
     "signed_cross_entropy": check_signed_cross_entropy,
@@ -271,6 +296,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "max_pool": check_max_pool,
     "max_pool_backward": check_max_pool_backward,
     "conv_input_gradient": check_conv_input_gradient,
+    "blocked_conv": check_blocked_conv,
 }
 
 

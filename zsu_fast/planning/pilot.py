@@ -16,7 +16,6 @@ from torch import nn
 from ..fit_stage import features_of, fit_task
 from ..models.parameters import deep_copy, weights_hash
 from ..runtime.measuring import PeakMemory, Stopwatch, multiply_adds
-from ..runtime.memory import bytes_per_row
 from ..runtime.progress import Reporter
 from ..runtime.torch_settings import threads_for
 from ..splitting.split import Split
@@ -138,7 +137,7 @@ class Pilot:
             run=self.run, space=self.space, count=self.count, width=self.width, timed=self.timed,
             shard=self.shard, mean_steps=self.steps[0], max_steps=self.steps[1],
             reached=self.reached,
-            row_bytes=bytes_per_row(self.space.fast_model, self.start),
+            row_bytes=self.space.bytes_per_row(),
             fit_steps=self.run.options.loop.steps_for(self.run.classes),
             seconds=self.seconds,
             **fit,

@@ -22,6 +22,7 @@ class BatchLimits:
         cache_bytes: on a CPU, the batch should fit in the cache, or hold no more than the weights
             that are read for it.
         min_rows: rows that ``cache_bytes`` leaves at least.
+        blocks: where images are computed in blocks of 16 (`blocked_conv`), the most of them.
         batches_per_shard: a shard is at most this many full batches.
     """
 
@@ -30,6 +31,7 @@ class BatchLimits:
     logits: int = 16 * 1024 * 1024
     cache_bytes: int = 24 * 1024 * 1024
     min_rows: int = 8
+    blocks: int = 16
     batches_per_shard: int = 4
 
 

@@ -2,7 +2,8 @@
 
 Batch norms are folded into the convolutions before them, images and weights are channels-last,
 depthwise convolutions have a faster input gradient, and convolutions run in bfloat16 where the
-hardware computes in it. Each of these is used only where it leaves logits and gradient as they are.
+hardware computes in it. Those of few channels run in blocks of 16 images instead. Each of these is
+used only where it leaves logits and gradient as they are.
 """
 
 from __future__ import annotations
@@ -21,14 +22,20 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import ModelError
 from ..models.wrapper import LogitsModel
+from ..ops.reference import BLOCK
 from ..runtime.fx_tracing import break_reference_cycles, trace_or_none
 from ..runtime.hooks import forward_hooks
 from ..runtime.inference import channels_last
 from ..runtime.torch_settings import Precision, fp32_precision, has_bfloat16
 from .depthwise import DepthwiseMode, is_depthwise_conv
 from .fuse_pools import fuse_pools
+from .image_blocks import block_images
 
 _log = logging.getLogger(__name__)
+
+# The most channels with which blocks of images are faster than channels-last layout in float32, and
+# in bfloat16: with more, oneDNN's vectors are full.
+_FEW_CHANNELS, _FEWER_CHANNELS = 32, 16
 
 
 @dataclass
@@ -41,6 +48,7 @@ class InferenceCopy:
         dtype: of convolutions and matrix products.
         folded: whether batch norms were folded away.
         depthwise: whether it runs in a `DepthwiseMode`.
+        block: images that are computed at once: fewer take as long, and as much memory.
     """
 
     module: nn.Module
@@ -48,6 +56,7 @@ class InferenceCopy:
     dtype: torch.dtype
     folded: bool
     depthwise: bool = False
+    block: int = 1
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images float32 [N, ...] -> logits float32 [N, C]."""
@@ -95,7 +104,12 @@ def inference_copy(
         best = best if pooled is None else try_change(module=pooled)
     if images.device.type == "cpu" and any(map(is_depthwise_conv, best.module.modules())):
         best = try_change(depthwise=True)
-    if precision == "bfloat16" or (precision == "auto" and has_bfloat16(images.device)):
+    half = precision == "bfloat16" or (precision == "auto" and has_bfloat16(images.device))
+    if precision != "bfloat16":
+        blocks = block_images(best.module, images, _FEWER_CHANNELS if half else _FEW_CHANNELS)
+        if blocks is not None:
+            best = try_change(module=blocks, channels_last=False, block=BLOCK)
+    if half and best.block == 1:
         module = copy.deepcopy(best.module)
         for layer in module.modules():  # otherwise autocast would cast these weights at every step
             if isinstance(layer, nn.Conv2d | nn.Linear):

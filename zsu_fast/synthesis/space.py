@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..models.input_spec import InputSpec, noise_images
 from ..models.wrapper import LogitsModel
+from ..runtime import memory
 from ..runtime.torch_settings import Precision
 from ..splitting.batch_dim import BoundaryTensors
 from ..splitting.split import Split
@@ -73,6 +74,12 @@ class SearchSpace:
     def one_point(self) -> Tensor:
         """The starting point without noise, [1, *shape], to measure or count with."""
         return self.start(torch.zeros(1, *self.shape, device=self.low.device))
+
+    def bytes_per_row(self) -> int:
+        """Memory of one row of a step, see `memory.bytes_per_row`."""
+        block = self.fast_model.block
+        rows = self.one_point().expand(block, *self.shape)
+        return -(-memory.bytes_per_row(self.fast_model, rows) // block)
 
 
 def input_space(model: LogitsModel, spec: InputSpec, precision: Precision) -> SearchSpace:

@@ -192,7 +192,7 @@ def _choose(
     """The fastest way to compute the steps on this machine, or the one of the run before."""
     points = len(facts["classes"]) * settings.per_class
     width = min(width, points)
-    row = memory.bytes_per_row(space.fast_model, space.one_point())
+    row = space.bytes_per_row()
     most = min(points, memory.rows_that_fit(row, space.low.device))
 
     def timed() -> candidates.Choice:
@@ -227,11 +227,13 @@ def batch_rows(
         logits = space.exact(start).shape[1]
     values = limits.values * (limits.gpu_factor if start.device.type == "cuda" else 1)
     most = max(16, min(values // start.numel(), limits.logits // logits))
-    row = memory.bytes_per_row(space.fast_model, start)
+    row = space.bytes_per_row()
     fit = memory.rows_that_fit(row, space.low.device, processes)
     if start.device.type == "cpu":
         weights = sum(p.nbytes for p in space.fast_model.module.parameters())
         fit = min(fit, max(limits.min_rows, max(limits.cache_bytes, weights) // row))
+    if (block := space.fast_model.block) > 1:
+        fit = block * max(1, min(fit // block, limits.blocks))
     return limits.batches_per_shard * most, min(most, fit)
 
 
@@ -314,7 +316,9 @@ def _facts(
         "weights": weights_hash(model),
         "layers": re.sub(r" at 0x[0-9a-f]+", "", repr(model)),  # without addresses of functions
         "space": [space.name, list(space.shape), space.split_name],
-        "computed": [str(copied.dtype), copied.channels_last, copied.folded],
+        # a longer list for those in blocks keeps the keys of the others
+        "computed": [str(copied.dtype), copied.channels_last, copied.folded]
+        + [copied.block] * (copied.block > 1),
         "spec": [spec.shape, spec.mean, spec.std],
         "settings": settings.facts(),
         "classes": labels.unique().tolist(),
