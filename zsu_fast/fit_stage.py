@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +20,7 @@ from .training.class_subset import ClassSubsetTail
 from .training.deep.deep import DeepFailed, forget_deeply
 from .training.deep.rows import RowSource
 from .training.deep.settings import DeepSettings
+from .training.features import held_out
 from .training.fit_task import (
     FitTask,
     copied_values,
@@ -46,24 +46,28 @@ class _MayWork(Exception):
 
 
 def invert_rows(request: Request, rows: RowSource) -> ClassImpressions | None:
-    """Inverted rows of the active classes; None if the request goes on at the output level."""
+    """Inverted rows of the active classes, few if training's early check fails on those; None if
+    there can't be any, so that the request goes on at the output level.
+    """
 
-    def early_check(impressions: ClassImpressions) -> None:
+    def is_hopeless(impressions: ClassImpressions) -> bool:
         def stop(*_: Any, **__: Any) -> None:
             raise _MayWork
 
-        with suppress(_MayWork):
+        try:
             _train(request, rows, impressions, rows.settings, stop)
+        except DeepFailed as error:
+            rows.failure = error
+        except _MayWork:
+            pass
+        return rows.failure is not None
 
-    check = early_check if rows.settings.early_check else None
+    check = is_hopeless if rows.settings.early_check else None
     try:
         return rows.invert(request.active_classes, request.report, check)
-    except DeepFailed as error:
-        request.record.depth |= error.facts
-        request.fall_back(str(error))
     except ModelError as error:
         request.fall_back(str(error))
-    return None
+        return None
 
 
 def deepen(request: Request, rows: RowSource, impressions: ClassImpressions) -> Split:
@@ -110,6 +114,8 @@ def _forget_deeply(
     for settings in (rows.settings, rows.settings.without_null_space()):
         failure = ""
         try:
+            if rows.failure is not None:
+                raise rows.failure
             facts = _train(request, rows, impressions, settings, request.report)
             break
         except DeepFailed as error:
@@ -138,6 +144,21 @@ def _train(
         request.work, rows.deep, rows.scenes, impressions, request.forget_mask,
         options.features, options.loop, settings, options.seed, report,
     )  # fmt: skip
+
+
+def rows_to_change(
+    request: Request, rows: RowSource, impressions: ClassImpressions
+) -> Tensor | None:
+    """In which held-out rows a multi-label original predicts a forgotten class, bool [N]; None for
+    other models.
+    """
+    if not request.multi_label:
+        return None
+    points, images = impressions.images.to(request.device), impressions.space == "input"
+    original = rows.deep.last_features(request.work, points, images)
+    shown = rows_that_show(request, rows.deep.last, original)
+    held = held_out(impressions.labels)
+    return shown & held.to(request.device) if bool(held.any()) else shown
 
 
 @torch.no_grad()

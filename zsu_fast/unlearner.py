@@ -24,6 +24,7 @@ from .fit_stage import (
     fit_tail_or_last,
     invert_rows,
     rows_that_show,
+    rows_to_change,
 )
 from .models.input_spec import noise_images
 from .models.outputs import OutputChoice
@@ -42,7 +43,6 @@ from .synthesis.synthesize import ascend
 from .training.deep.rows import RowSource
 from .training.deep.settings import Depth, ForgottenAs
 from .training.deep.split import OnlyLastLayer, find_deep_split
-from .training.features import held_out
 from .training.fit_task import trained_parameters
 from .training.losses import ObjectiveName
 from .training.train_step import Loop
@@ -330,14 +330,10 @@ class ZeroShotUnlearner(Request):
             with self.stage("deepen"):
                 self.result = deepen_encoder(self, self.gallery, rows, impressions)
             return self.result
-        shown: Tensor | None = None  # rows in which a multi-label original sees a forgotten class
+        shown: Tensor | None = None
         if rows is not None:
             points, images = impressions.images.to(self.device), impressions.space == "input"
-            if self.multi_label:
-                original = rows.deep.last_features(self.work, points, images)
-                shown = rows_that_show(self, rows.deep.last, original)
-                if bool((held := held_out(impressions.labels)).any()):
-                    shown &= held.to(self.device)
+            shown = rows_to_change(self, rows, impressions)
             with self.stage("deepen"):
                 split = deepen(self, rows, impressions)
             if self.options.depth == "output":

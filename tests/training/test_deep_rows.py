@@ -14,7 +14,7 @@ from deep_case import CPU, row_source
 from support import FEW_ROWS, SPEC, bits, deep_run, same_bits, tiny
 from torch import Tensor, nn
 
-from zsu_fast import ZeroShotUnlearner
+from zsu_fast import ClassImpressions, ZeroShotUnlearner
 from zsu_fast.errors import UnlearningWarning
 from zsu_fast.runtime.progress import Event, Reporter
 from zsu_fast.training.deep import row_ascent, rows as rows_module, settings as settings_module
@@ -150,17 +150,27 @@ def test_inverted_rows_reach_their_confidence() -> None:
     assert 0.2 < float((made.steps > 0).float().mean()) < 0.8
 
 
-def test_the_early_check_sees_a_quarter_of_the_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hopeless", [False, True])
+def test_a_quarter_of_the_rows_show_whether_they_are_hopeless(
+    hopeless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rows_module, "_CHUNK", 64)
     monkeypatch.setattr(rows_module, "_CONFIDENCE", (0.0, 1e-9))  # which all reach
     source = row_source(inverted=64, inverted_per_class=80)  # 400
-    seen: list[int] = []
-    made = source.invert(range(5), Reporter(False, None), lambda rows: seen.append(len(rows)))
-    assert len(made) == 400
+    source.cache, seen = tmp_path, []
+
+    def is_hopeless(rows: ClassImpressions) -> bool:
+        seen.append(len(rows))
+        return hopeless
+
+    made = source.invert(range(5), Reporter(False, None), is_hopeless)
+    assert len(made) == (128 if hopeless else 400)
     assert seen == [128]
+    source.invert(range(5), Reporter(False, None), is_hopeless)
+    assert seen == ([128, 128] if hopeless else [128])  # a few rows must not be cached
     few = row_source(inverted=256)
-    few.invert(range(5), Reporter(False, None), lambda rows: seen.append(len(rows)))
-    assert seen == [128]  # the first quarter were all
+    few.invert(range(5), Reporter(False, None), is_hopeless)
+    assert len(seen) == 1 + hopeless  # the first quarter were all
 
 
 def test_rows_that_have_arrived_are_computed_no_further(monkeypatch: pytest.MonkeyPatch) -> None:

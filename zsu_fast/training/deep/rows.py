@@ -83,6 +83,7 @@ class RowSource:
         settings: how many, and how.
         seed: of everything random.
         cache: folder for finished rows; None stores nothing.
+        failure: why training on these rows is known to fail.
     """
 
     model: nn.Module
@@ -92,6 +93,7 @@ class RowSource:
     settings: DeepSettings
     seed: int
     cache: str | Path | None = None
+    failure: Exception | None = None
 
     @cached_property
     def scenes(self) -> Scenes:
@@ -159,7 +161,7 @@ class RowSource:
         self,
         classes: Sequence[int],
         report: Reporter,
-        early_check: Callable[[ClassImpressions], None] | None = None,
+        is_hopeless: Callable[[ClassImpressions], bool] | None = None,
     ) -> ClassImpressions:
         """Optimises boundary tensors of the early split for ``classes``.
 
@@ -168,8 +170,9 @@ class RowSource:
         k-th highest log-probability, and takes Adam-like steps, with one second moment per row,
         until it reaches a probability of its own. If most never do, only a quarter are drawn.
         ``report`` is called after every chunk; a stop that it asks for keeps the rows so far.
-        ``early_check`` is called once, with the rows so far, when there are a quarter of those per
-        class; an exception that it raises ends the call. It is not called with cached rows.
+        ``is_hopeless`` is called once, with the rows so far, when there are a quarter of those per
+        class, and says whether they are the last, which are not cached then. It is not called with
+        cached rows.
 
         Raises:
             ModelError: rows are not finite, such as where squares of the features underflow.
@@ -198,12 +201,13 @@ class RowSource:
                     arrived += int((done[-1][1].cpu() >= target[part]).sum())
                     if not self._are_a_quarter(labels[:drawn]):
                         continue
-                    if 2 * arrived < drawn:  # as of a model with random weights
+                    enough = 2 * arrived < drawn  # as of a model with random weights
+                    if is_hopeless is not None and drawn < count and not enough:
+                        enough = is_hopeless(self._impressions(_columns(done), labels, target))
+                        is_hopeless, store = None, None if enough else store
+                    if enough:
                         count = drawn
                         break
-                    if early_check is not None and drawn < count:
-                        early_check(self._impressions(_columns(done), labels, target))
-                        early_check = None
             columns = _columns(done)
             if store is not None and len(columns["steps"]) == count:
                 store.save(0, columns)
