@@ -11,6 +11,7 @@ from support import tiny, tiny_data
 from torch import Tensor, nn
 
 from zsu_fast.models.wrapper import working_copy
+from zsu_fast.splitting import layers
 from zsu_fast.splitting.layers import fisher_ratios, layer_names
 from zsu_fast.splitting.split import find_split
 
@@ -26,6 +27,22 @@ def test_backbones_run_in_chunks_that_fit() -> None:
     (parts,) = found.features(images, chunk_bytes=10 * 768)
     assert seen == [1, 1, 1, 10, 10, 9]  # the first two find the layout
     assert torch.allclose(whole, parts, atol=1e-6)
+
+
+def test_on_a_cpu_the_maps_of_a_chunk_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tiny_data(60)[0]
+    monkeypatch.setattr(layers, "_CACHE_BYTES", 20 * 768)
+    assert [len(chunk) for chunk in chunks_of(images)] == [1, 20, 20, 19]
+    monkeypatch.setattr(layers, "_CACHE_BYTES", 768)
+    assert [len(chunk) for chunk in chunks_of(images)] == [1, 16, 16, 16, 11]
+
+
+def chunks_of(images: Tensor) -> list[Tensor]:
+    model, chunks = tiny(), []
+    for chunk in layers.in_chunks(model, images):
+        model(chunk)  # hooks measure its maps
+        chunks.append(chunk)
+    return chunks
 
 
 def test_layers_in_the_order_of_the_forward_pass() -> None:

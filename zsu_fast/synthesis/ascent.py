@@ -23,6 +23,8 @@ from .ascent_settings import AscentSettings
 from .space import SearchSpace
 from .step_graph import StepGraph
 
+_CPU_ROWS = 64  # that run at once without gradients: of small models, their maps stay in the cache
+
 
 @dataclass
 class AscentResult:
@@ -115,8 +117,9 @@ class Ascent:
         if keep is None:
             keep = self.hit.nonzero()[:, 0]
         if len(keep):  # the confidence that the model itself gives, in float32
+            on_cpu = self.device.type == "cpu"
             exact = Inference(self.space.exact, self.points[keep[:1]].to(self.device))
-            for chunk in keep.split(self.width):
+            for chunk in keep.split(min(self.width, _CPU_ROWS) if on_cpu else self.width):
                 logits = exact(self.points[chunk].to(self.device))
                 own = self.probabilities(logits).cpu().gather(1, self.labels[chunk][:, None])[:, 0]
                 self.confidence[chunk] = own

@@ -29,7 +29,7 @@ class MaxPool(nn.Module):
         )  # fmt: skip
 
 
-def fuse_pools(model: nn.Module) -> nn.Module | None:
+def fuse_pools(model: nn.Module) -> torch.fx.GraphModule | None:
     """Replaces max pooling with square windows by `MaxPool`, which computes a relu before or after
     it, too; None if there is nothing to replace. It may change ``model``'s graph.
 

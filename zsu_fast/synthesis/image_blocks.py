@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..ops import backends
 from ..ops.blocked_conv import blocked_conv, blocked_weight, from_blocks, to_blocks
 from ..runtime.fx_tracing import trace_or_none
-from .fuse_pools import MaxPool
+from .fuse_pools import MaxPool, fuse_pools
 
 _MOST_PIXELS = 64 * 64  # larger maps of 16 images leave the cache
 _ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Dropout)
@@ -102,7 +102,8 @@ def block_images(model: nn.Module, images: Tensor, channels: int) -> nn.Module |
         return None
     if backends.why_unavailable("cpp", "cpu") is not None:
         return None
-    traced = trace_or_none(copy.deepcopy(model), "images are not computed in blocks")
+    copied = copy.deepcopy(model)
+    traced = fuse_pools(copied) or trace_or_none(copied, "images are not computed in blocks")
     if traced is None:
         return None
     modules = dict(traced.named_modules())

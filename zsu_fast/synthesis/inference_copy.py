@@ -33,9 +33,9 @@ from .image_blocks import block_images
 
 _log = logging.getLogger(__name__)
 
-# The most channels with which blocks of images are faster than channels-last layout in float32, and
-# in bfloat16: with more, oneDNN's vectors are full.
-_FEW_CHANNELS, _FEWER_CHANNELS = 32, 16
+# The most channels with which blocks of images in float32 are as fast as channels-last layout in
+# bfloat16: with more, oneDNN's vectors are full.
+_FEW_CHANNELS = 32
 
 
 @dataclass
@@ -93,6 +93,12 @@ def inference_copy(
     folded = fold_batch_norms(best.module, images)
     if folded is not None:
         best = try_change(module=folded, folded=True)
+    if precision != "bfloat16":
+        blocks = block_images(best.module, images, _FEW_CHANNELS)
+        if blocks is not None:
+            blocked = try_change(module=blocks, block=BLOCK)
+            if blocked is not best:
+                return blocked
     pooled = pool_before_relu(best.module)
     if pooled is not None:
         best = try_change(module=pooled)
@@ -104,12 +110,7 @@ def inference_copy(
         best = best if pooled is None else try_change(module=pooled)
     if images.device.type == "cpu" and any(map(is_depthwise_conv, best.module.modules())):
         best = try_change(depthwise=True)
-    half = precision == "bfloat16" or (precision == "auto" and has_bfloat16(images.device))
-    if precision != "bfloat16":
-        blocks = block_images(best.module, images, _FEWER_CHANNELS if half else _FEW_CHANNELS)
-        if blocks is not None:
-            best = try_change(module=blocks, channels_last=False, block=BLOCK)
-    if half and best.block == 1:
+    if precision == "bfloat16" or (precision == "auto" and has_bfloat16(images.device)):
         module = copy.deepcopy(best.module)
         for layer in module.modules():  # otherwise autocast would cast these weights at every step
             if isinstance(layer, nn.Conv2d | nn.Linear):
