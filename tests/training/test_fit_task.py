@@ -15,7 +15,6 @@ from zsu_fast.training import fit_task
 from zsu_fast.training.class_subset import ClassSubsetTail
 from zsu_fast.training.features import FeatureSettings, MemoryLimits, held_out, logit_margin
 from zsu_fast.training.fit_task import FitTask, make_fit_task
-from zsu_fast.training.linear_tail import LinearTail
 from zsu_fast.training.losses import MaskedKL, ObjectiveSettings
 
 
@@ -87,9 +86,9 @@ def test_the_work_per_row_is_the_tails() -> None:
 
 def test_a_tail_that_is_a_linear_layer_is_trained_without_its_graph() -> None:
     task, _ = task_of(10)
-    assert type(task.tail) is LinearTail
+    assert type(task.tail) is nn.Linear
     assert {id(p) for p in task.tail.parameters()} == {id(p) for p in task.parameters}
-    assert type(task_of(10, tail=2)[0].tail) is not LinearTail
+    assert type(task_of(10, tail=2)[0].tail) is not nn.Linear
 
 
 def test_a_linear_layer_with_a_hook_keeps_its_graph() -> None:
@@ -116,25 +115,8 @@ def test_gradients_of_a_linear_layer_are_those_of_autograd(forget_logits_only: b
     layer = nn.Linear(6, 4)
     loss = MaskedKL(FORGET, 1.5, forget_logits_only, keep=0.0 if forget_logits_only else 8.0)
     parameters = [layer.bias, layer.weight]
-    got_loss, got = loss.gradients(LinearTail(layer), parameters, rows)
+    got_loss, got = loss.gradients(layer, parameters, rows)
     want_loss, want = loss.gradients(nn.Sequential(layer), parameters, rows)
     torch.testing.assert_close(got_loss, want_loss)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(
-    ("outputs", "shape"), [(3, (5, 7)), (40, (5, 7)), (3, (2, 5, 7)), (3, (0, 7))]
-)
-def test_a_linear_tail_computes_what_its_layer_does(
-    bias: bool, outputs: int, shape: tuple[int, ...]
-) -> None:
-    torch.manual_seed(0)
-    layer, x = nn.Linear(7, outputs, bias), torch.randn(shape)
-    tail = LinearTail(layer)
-    assert tail.weight is layer.weight
-    assert tail.bias is layer.bias
-    got = tail(x)
-    torch.testing.assert_close(got, layer(x), rtol=1e-5, atol=1e-6)
-    assert got.is_contiguous()

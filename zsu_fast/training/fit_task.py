@@ -14,7 +14,6 @@ from ..runtime.measuring import multiply_adds
 from ..splitting.split import Split
 from .class_subset import ClassSubsetTail, supports_subset
 from .features import FeatureSet, FeatureSettings, absence_margin
-from .linear_tail import LinearTail
 from .losses import ForgetOnlyKL, MaskedKL, MultiLabelKL, Objective, ObjectiveSettings
 from .teacher import Teacher, train_val_sets
 
@@ -115,7 +114,7 @@ def make_fit_task(
     )  # fmt: skip
 
 
-def _linear_layer(tail: nn.Module, parameters: Sequence[nn.Parameter]) -> LinearTail | None:
+def _linear_layer(tail: nn.Module, parameters: Sequence[nn.Parameter]) -> nn.Linear | None:
     """The plain linear layer that is all of ``tail`` and has the ``parameters``; None if there is
     more to it. Most tails at the output level are one.
     """
@@ -128,7 +127,7 @@ def _linear_layer(tail: nn.Module, parameters: Sequence[nn.Parameter]) -> Linear
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return None
     same = {id(p) for p in layer.parameters()} == {id(p) for p in parameters}
-    return LinearTail(layer) if same and nodes[2].args == (nodes[1],) else None
+    return layer if same and nodes[2].args == (nodes[1],) else None
 
 
 def _make_loss(

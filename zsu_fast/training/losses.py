@@ -16,7 +16,6 @@ from .. import ops
 from ..errors import ArgumentError
 from ..models.multi_label import predicted, same_decisions
 from .features import FeatureSet
-from .linear_tail import LinearTail
 
 ObjectiveName = Literal["masked", "differential"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
@@ -44,14 +43,14 @@ class Objective(ABC):
         self, tail: nn.Module, parameters: Sequence[nn.Parameter], rows: FeatureSet
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Returns the loss of ``rows``, a scalar, and its gradient for each parameter."""
-        if type(tail) is LinearTail:
+        if type(tail) is nn.Linear:
             return self._linear_gradients(tail, parameters, rows)
         logits = tail(*rows.features)
         loss, dlogits = self(logits.detach(), rows)
         return loss, torch.autograd.grad(logits, list(parameters), dlogits)
 
     def _linear_gradients(
-        self, layer: LinearTail, parameters: Sequence[nn.Parameter], rows: FeatureSet
+        self, layer: nn.Linear, parameters: Sequence[nn.Parameter], rows: FeatureSet
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """`gradients` without autograd, which takes as long as a small layer itself."""
         (x,) = rows.features
