@@ -133,8 +133,37 @@ class Untraceable(nn.Module):
         return self.conv(x) if len(x) else x
 
 
+class Named(Untraceable):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(input=x).flatten(1)
+
+
+class Twice(nn.Module):
+    """One convolution and one activation, in place, that run twice; a size; a sum in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True)
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.conv(x)
+        y = self.conv(self.act(first)) + first
+        y *= y.shape[2] / 10
+        return self.fc(self.act(y).mean((2, 3)))
+
+
 def test_a_model_that_cant_be_traced_stays_as_it_is() -> None:
-    assert block_images(Untraceable(), torch.randn(2, 3, 12, 12), 32) is None
+    for model in (Untraceable(), Named()):
+        assert block_images(model, torch.randn(2, 3, 12, 12), 32) is None
+    fast = inference_copy(working_copy(Named().eval(), CPU), torch.randn(2, 3, 12, 12), "float32")
+    assert fast.block == 1
+
+
+def test_layers_that_run_twice_and_in_place() -> None:
+    torch.manual_seed(0)
+    model, images = Twice().eval().requires_grad_(False), torch.randn(5, 3, 9, 8)
+    assert_same(model, block(model, images), images)
 
 
 def test_blocks_take_the_place_of_bfloat16_unless_it_is_asked_for(

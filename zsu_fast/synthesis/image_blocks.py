@@ -114,7 +114,8 @@ def block_images(model: nn.Module, images: Tensor, channels: int) -> nn.Module |
     for node in list(traced.graph.nodes):
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, nn.Conv2d):
-            source = node.args[0]
+            if len(node.args) != 1 or not isinstance(source := node.args[0], torch.fx.Node):
+                return None  # its input is named
             if source not in blocked:
                 with traced.graph.inserting_before(node):
                     node.replace_input_with(
