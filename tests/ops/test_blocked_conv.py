@@ -54,6 +54,7 @@ def test_blocks_hold_the_images_and_zeros(count: int) -> None:
     assert blocks.shape == (-(-count // 16), 3, 4, 5, 16)
     assert blocks.is_contiguous()
     assert torch.equal(from_blocks(blocks, count), images)
+    assert from_blocks(blocks, count).data_ptr() != blocks.data_ptr() or not count
     assert not from_blocks(blocks, 32)[count:].any()
 
 

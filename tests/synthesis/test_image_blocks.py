@@ -160,6 +160,24 @@ def test_a_model_that_cant_be_traced_stays_as_it_is() -> None:
     assert fast.block == 1
 
 
+class InPlace(Twice):
+    """Changes a map that is used afterwards, by ops that blocks don't have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y.add_(1)
+        return self.fc((F.relu_(y) + y).mean((2, 3)))
+
+
+def test_maps_that_are_changed_in_place_are_not_kept_in_blocks() -> None:
+    """Whatever the number of blocks: the copy is compared with the model on two images alone."""
+    torch.manual_seed(0)
+    model, images = InPlace().eval().requires_grad_(False), torch.randn(19, 3, 9, 8)
+    fast = inference_copy(working_copy(model, CPU), images[:2], "float32")
+    assert fast.block == 1
+    assert_same(model, fast, images)
+
+
 def test_layers_that_run_twice_and_in_place() -> None:
     torch.manual_seed(0)
     model, images = Twice().eval().requires_grad_(False), torch.randn(5, 3, 9, 8)

@@ -23,8 +23,12 @@ def to_blocks(images: Tensor) -> Tensor:
 
 
 def from_blocks(blocks: Tensor, count: int) -> Tensor:
-    """The first ``count`` images, [N, C, H, W], of blocks [B, C, H, W, 16]."""
-    return blocks.movedim(4, 1).flatten(0, 1)[:count]
+    """A copy of the first ``count`` images, [N, C, H, W], of blocks [B, C, H, W, 16].
+
+    A view, which is possible of a single block, would be changed by what changes the blocks.
+    """
+    images = blocks.movedim(4, 1).clone(memory_format=torch.contiguous_format)
+    return images.flatten(0, 1)[:count]
 
 
 def blocked_weight(weight: Tensor) -> Tensor:
