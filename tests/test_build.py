@@ -384,8 +384,8 @@ def test_other_compilers_build_the_cpu_code(package: str, tmp_path: Path) -> Non
         assert run.returncode == 0, run.stderr[-4000:]
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_kernels_compare_and_convert_whole_registers(isa: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("isa", "most"), [("baseline", 15), ("avx2", 15), ("avx512", 16)])
+def test_kernels_compare_and_convert_whole_registers(isa: str, most: int, tmp_path: Path) -> None:
     """GCC compares vectors that are wider than a register lane by lane, and converts those of bytes
     one by one, several times as slowly.
     """
@@ -408,7 +408,7 @@ def test_kernels_compare_and_convert_whole_registers(isa: str, tmp_path: Path) -
             comparisons[functions[-1]] += bool(re.match(r"\tv?u?comis[sd]\t", line))
             insertions[functions[-1]] += bool(re.match(r"\tv?pinsr[bdwq]\t", line))
     assert sum("kernel" in function for function in functions) > 15
-    assert max(comparisons.values()) <= 16, comparisons  # those of single numbers
+    assert max(comparisons.values()) <= most, comparisons  # those of single numbers
     assert max(insertions.values()) < 8, insertions
 
 

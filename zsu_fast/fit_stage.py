@@ -51,11 +51,11 @@ def invert_rows(request: Request, rows: RowSource) -> ClassImpressions | None:
     """
 
     def is_hopeless(impressions: ClassImpressions) -> bool:
-        def stop(*_: Any, **__: Any) -> None:
+        def stop() -> None:
             raise _MayWork
 
         try:
-            _train(request, rows, impressions, rows.settings, stop)
+            _train(request, rows, impressions, rows.settings, lambda *_, **__: None, stop)
         except DeepFailed as error:
             rows.failure = error
         except _MayWork:
@@ -137,12 +137,13 @@ def _train(
     impressions: ClassImpressions,
     settings: DeepSettings,
     report: Callable[..., None],
+    checked: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """`forget_deeply` with the options of the request."""
     options = request.options
     return forget_deeply(
         request.work, rows.deep, rows.scenes, impressions, request.forget_mask,
-        options.features, options.loop, settings, options.seed, report,
+        options.features, options.loop, settings, options.seed, report, checked,
     )  # fmt: skip
 
 

@@ -452,11 +452,16 @@ def test_hopeless_training_ends_after_a_quarter_of_the_steps(
 ) -> None:
     monkeypatch.setattr(deep_module, "_FEWEST_CHECKED", 1)
     monkeypatch.setattr(deep_module, "_SLACK", harm.pop("slack", deep_module._SLACK))
-    run, result = deep_run(settings=replace(FEW_ROWS, steps=8, **harm))
+    stages: list[tuple[str, int]] = []
+    run, result = deep_run(
+        settings=replace(FEW_ROWS, steps=8, **harm),
+        callback=lambda e: stages.append((e.stage, e.done)),
+    )
     depth = run.record.depth
     assert depth["level"] == "output"
     assert depth["fallback"].startswith("after 2 of 8 steps, ")
     assert reason in depth["fallback"]
+    assert next(done for stage, done in stages if stage == "fit") == 2
     assert changed_tensors(tiny(), result) == {"fc2.weight", "fc2.bias"}
 
 

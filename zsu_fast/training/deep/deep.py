@@ -132,6 +132,7 @@ def forget_deeply(
     settings: DeepSettings,
     seed: int,
     report: Callable[..., None],
+    checked: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Trains the layers of ``deep`` in place until their features no longer show the classes.
 
@@ -146,6 +147,8 @@ def forget_deeply(
         settings: the constants of deep forgetting.
         seed: of the batches.
         report: called after every validation; a stop that it asks for keeps the current state.
+        checked: called after every validation, too, unless training gives up; what it raises ends
+            training with the parameters as they were.
 
     Returns:
         For the record: ``layers``, ``stopped``, ``learning_rate``, ``history`` (`Fit`); ``rows``
@@ -190,6 +193,7 @@ def forget_deeply(
         """Gives up after a quarter of the steps if a limit is far off, and no larger factor left
         that would not damage the features: with one left, leak may still fall from 100 % to 0.
         """
+        report(stage, done, total, **numbers)
         if _FEWEST_CHECKED <= done < total / 2:
             trained = copied_values(parameters)
             found = choose_factor()
@@ -197,7 +201,7 @@ def forget_deeply(
             reason = shortfall(found, settings, _SLACK)
             if reason and found["factors"][-1]["agreement"] < LEAST_AGREEMENT:
                 raise DeepFailed(f"after {done} of {total} steps, {reason}", found)
-        report(stage, done, total, **numbers)
+        checked()
 
     try:
         schedule = _schedule(task, loop, settings)
