@@ -216,6 +216,14 @@ inline AscentStepTensors ascent_step_tensors(
 }
 
 // ---- winograd_conv -------------------------------------------------------------------------------
+inline void check_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t outputs) {
+  if (!bias) return;
+  check_same_device(x, *bias, "bias");
+  STD_TORCH_CHECK(
+      bias->dim() == 1 && bias->size(0) == outputs && bias->scalar_type() == ScalarType::Float && bias->is_contiguous(),
+      "bias must be float32 [outputs], contiguous");
+}
+
 inline void check_winograd_conv(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& other,
     int64_t outputs, int64_t padding) {
@@ -244,11 +252,7 @@ inline void check_winograd_conv(
             other->scalar_type() == ScalarType::Float && (other->numel() == 0 || is_dense(*other, true)),
         "other must be float32 of the shape of the output, channels-last");
   }
-  if (!bias) return;
-  check_same_device(x, *bias, "bias");
-  STD_TORCH_CHECK(
-      bias->dim() == 1 && bias->size(0) == outputs && bias->scalar_type() == ScalarType::Float && bias->is_contiguous(),
-      "bias must be float32 [outputs], contiguous");
+  check_bias(bias, x, outputs);
 }
 
 // ---- max_pool ------------------------------------------------------------------------------------
@@ -332,12 +336,7 @@ inline void check_blocked_conv(
       top >= 0 && top < weight.size(1) && left >= 0 && left < weight.size(2), "padding must be less than the kernel");
   check_windows(x.size(2), out_height, 1, top);
   check_windows(x.size(3), out_width, 1, left);
-  if (!bias) return;
-  check_same_device(x, *bias, "bias");
-  STD_TORCH_CHECK(
-      bias->dim() == 1 && bias->size(0) == weight.size(3) && bias->scalar_type() == ScalarType::Float &&
-          bias->is_contiguous(),
-      "bias must be float32 [outputs], contiguous");
+  check_bias(bias, x, weight.size(3));
 }
 
 } // namespace zsu

@@ -51,6 +51,21 @@ def op_of(name: str, native: bool) -> Any:
     return getattr(torch.ops.zsu_fast, name).default if native else checked_reference(name)
 
 
+def assert_refused(name: str, native: bool, args: dict[str, Any], message: str) -> None:
+    """Assert that the op raises with ``message``, natively or in plain torch."""
+    op = op_of(name, native)
+    with pytest.raises(RuntimeError, match=message):
+        op(*args.values())
+
+
+def check_schema_and_fake(name: str, args: dict[str, Any]) -> None:
+    """`torch.library.opcheck` of an op without autograd."""
+    torch.library.opcheck(
+        getattr(torch.ops.zsu_fast, name).default, tuple(args.values()),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
 def runners(compiled: bool = True) -> list[object]:
     """Returns the runners of this process; ``compiled=False`` where compiling takes too long."""
     gpu = pytest.mark.gpu

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from runners import CPU_RUNNERS, NATIVE, Runner, needs_library, op_of, run_on_isa
+from runners import (
+    CPU_RUNNERS,
+    NATIVE,
+    Runner,
+    assert_refused,
+    check_schema_and_fake,
+    needs_library,
+    op_of,
+    run_on_isa,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -168,9 +177,7 @@ def test_bad_input_is_refused(
 ) -> None:
     args = good()
     args[name] = change(args[name])
-    op = op_of("blocked_conv", native)
-    with pytest.raises(RuntimeError, match=message):
-        op(*args.values())
+    assert_refused("blocked_conv", native, args, message)
 
 
 @pytest.mark.parametrize("native", NATIVE)
@@ -188,7 +195,4 @@ def test_there_is_no_kernel_for_gpus(backend: str) -> None:
 
 @needs_library
 def test_opcheck() -> None:
-    torch.library.opcheck(
-        torch.ops.zsu_fast.blocked_conv.default, tuple(good().values()),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+    check_schema_and_fake("blocked_conv", good())

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from runners import CPU_RUNNERS, NATIVE, Runner, needs_library, op_of, run_on_isa
+from runners import (
+    CPU_RUNNERS,
+    NATIVE,
+    Runner,
+    assert_refused,
+    check_schema_and_fake,
+    needs_library,
+    op_of,
+    run_on_isa,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -154,9 +163,7 @@ def test_bad_input_is_refused(
 ) -> None:
     args = good()
     args[name] = change(args[name])
-    op = op_of("conv_input_gradient", native)
-    with pytest.raises(RuntimeError, match=message):
-        op(*args.values())
+    assert_refused("conv_input_gradient", native, args, message)
 
 
 @pytest.mark.parametrize("native", NATIVE)
@@ -174,7 +181,4 @@ def test_there_is_no_kernel_for_gpus(backend: str) -> None:
 
 @needs_library
 def test_opcheck() -> None:
-    torch.library.opcheck(
-        torch.ops.zsu_fast.conv_input_gradient.default, tuple(good().values()),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+    check_schema_and_fake("conv_input_gradient", good())

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from runners import CPU_RUNNERS, NATIVE, Runner, needs_library, op_of, run_on_isa
+from runners import (
+    CPU_RUNNERS,
+    NATIVE,
+    Runner,
+    assert_refused,
+    check_schema_and_fake,
+    needs_library,
+    op_of,
+    run_on_isa,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -184,9 +193,7 @@ def test_bad_input_is_refused(
     args = good(backward)
     args[name] = change(args[name])
     op_name = "max_pool_backward" if backward else "max_pool"
-    op = op_of(op_name, native)
-    with pytest.raises(RuntimeError, match=message):
-        op(*args.values())
+    assert_refused(op_name, native, args, message)
 
 
 @pytest.mark.parametrize("native", NATIVE)
@@ -206,7 +213,4 @@ def test_there_is_no_kernel_for_gpus(backend: str) -> None:
 @pytest.mark.parametrize("backward", [False, True])
 def test_opcheck(backward: bool) -> None:
     name = "max_pool_backward" if backward else "max_pool"
-    torch.library.opcheck(
-        getattr(torch.ops.zsu_fast, name).default, tuple(good(backward).values()),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+    check_schema_and_fake(name, good(backward))

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from runners import CPU_RUNNERS, NATIVE, Runner, needs_library, op_of, run_on_isa
+from runners import (
+    CPU_RUNNERS,
+    NATIVE,
+    Runner,
+    assert_refused,
+    check_schema_and_fake,
+    needs_library,
+    run_on_isa,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -226,9 +234,7 @@ def test_bad_input_is_refused(
 ) -> None:
     args = good()
     args[name] = change(args[name])
-    op = op_of("winograd_conv", native)
-    with pytest.raises(RuntimeError, match=message):
-        op(*args.values())
+    assert_refused("winograd_conv", native, args, message)
 
 
 @pytest.mark.parametrize("runner", CPU_RUNNERS)
@@ -255,7 +261,4 @@ def test_there_is_no_kernel_for_gpus(backend: str) -> None:
 
 @needs_library
 def test_opcheck() -> None:
-    torch.library.opcheck(
-        torch.ops.zsu_fast.winograd_conv.default, tuple(good().values()),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+    check_schema_and_fake("winograd_conv", good())

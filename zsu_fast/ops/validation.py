@@ -190,6 +190,10 @@ def check_winograd_conv(
             and (last or other.numel() == 0),
             "other must be float32 of the shape of the output, channels-last",
         )
+    _check_bias(bias, x, outputs)
+
+
+def _check_bias(bias: Tensor | None, x: Tensor, outputs: int) -> None:
     if bias is not None:
         _check_device(bias, x, "bias")
         flat = bias.shape == (outputs,) and bias.dtype == torch.float32 and bias.is_contiguous()
@@ -280,10 +284,7 @@ def check_blocked_conv(
     less = 0 <= top < weight.shape[1] and 0 <= left < weight.shape[2]
     _check(less, "padding must be less than the kernel")
     _check_windows(x.shape[2:4], (height, width), 1, (top, left))
-    if bias is not None:
-        _check_device(bias, x, "bias")
-        flat = bias.shape == weight.shape[3:] and bias.dtype == torch.float32
-        _check(flat and bias.is_contiguous(), "bias must be float32 [outputs], contiguous")
+    _check_bias(bias, x, weight.shape[3])
 
 
 # What plain torch needs checked; of the ascent, it takes bounds and layouts that kernels don't.
