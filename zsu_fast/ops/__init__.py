@@ -9,7 +9,7 @@
 | winograd_conv        | a convolution of 3x3 with constant weights      | the ascent, on a CPU    |
 | max_pool             | max pooling, with relu; max_pool_backward       | the ascent, on a CPU    |
 | conv_input_gradient  | the gradient of a convolution's image           | the ascent, on a CPU    |
-| blocked_conv         | a convolution of few channels, 16 images a lane | the ascent, on a CPU    |
+| blocked_conv         | a convolution of blocks of 16 images            | the ascent, on a CPU    |
 
 The losses return a loss that autograd differentiates; ``*_and_grad`` returns the gradient with it,
 without autograd, which is what training loops call. Ops that end in ``_`` change their arguments.
